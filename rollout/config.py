@@ -1,0 +1,105 @@
+"""What the user asks for (`EngineConfig`) and what the engine runs with (`ResolvedConfig`).
+
+The first is frozen as it was given. Resolving it looks at the model and the machine and makes the second, in which no
+`None` that means "choose for me" is left; it is logged once at start.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+LoadFormat = Literal["auto", "safetensors", "dummy", "sharded_state"]
+ExecutorKind = Literal["inline", "local", "ray"]
+KvPolicy = Literal["keep", "recompute", "flush"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that `rollout.Engine(...)` takes; the defaults of the command line come from here."""
+
+    model_path: str
+    """Folder with `config.json` and, unless `load_format` is "dummy", safetensors files."""
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer; None: the model's folder."""
+    skip_tokenizer_init: bool = False
+    """Work on token ids alone: `text` is empty, and string prompts and stop strings are refused."""
+    load_format: LoadFormat = "auto"
+    """Where the first weights come from; "dummy": seeded random values, the same in every parallel layout."""
+    dtype: str = "auto"
+    """Parameter and activation dtype, such as "bfloat16"; "auto": the checkpoint's."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:1"; "auto": CUDA where there is a GPU."""
+    tp_size: int = 1
+    """Tensor-parallel ranks."""
+    seed: int = 0
+    """Seed of dummy weights, and of requests that bring no `sampling_seed`."""
+    context_length: int | None = None
+    """Longest prompt plus output in tokens; None: the model's own limit."""
+    max_running_requests: int = 256
+    """Requests that run at once; more wait in the queue."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV pool; None: from `mem_fraction_static`."""
+    mem_fraction_static: float | None = None
+    """Share of free memory for the KV pool, within (0, 1); None: 0.25 on a CPU and 0.8 on a GPU."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    chunked_prefill_size: int = 2048
+    """Tokens computed in one step at most, prefill and decode together."""
+    enable_prefix_cache: bool = True
+    """Keep the blocks of finished requests for later prompts with the same beginning and weight version."""
+    executor: ExecutorKind = "inline"
+    """Where the engine loop runs: the caller's process, child processes, or Ray actors."""
+    weight_version: str | None = None
+    """Label of the first weights; None: "0"."""
+    kv_policy: KvPolicy = "keep"
+    """What a weight commit does with KV computed by the old version, where the update does not say."""
+    keep_previous_weights: bool = False
+    """Keep a copy of the last version, so that a commit that fails half-way rolls back instead of leaving TORN."""
+    pause_lease_s: float = 300.0
+    """Seconds after which a pause ends by itself."""
+    listen: str | None = None
+    """Address for trainers and clients in other processes, such as "tcp://127.0.0.1:0"; None: a private socket file."""
+    num_threads: int | None = None
+    """CPU threads of a child process; None: torch's default."""
+    start_timeout_s: float = 120.0
+    """Seconds that a child process may take until it is ready."""
+    request_timeout_s: float = 600.0
+    """Deadline of a call to the engine that names none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """`EngineConfig` after a look at the model and the machine; nothing is left to choose."""
+
+    user: EngineConfig
+    """What was asked for."""
+    dtype: str
+    """Parameter dtype without the `torch.` prefix."""
+    device: str
+    """Device with its index where it has one."""
+    context_length: int
+    """Longest prompt plus output, tokens."""
+    num_blocks: int
+    """Blocks of the KV pool."""
+    block_size: int
+    """Tokens per block."""
+    kv_cache_bytes: int
+    """Bytes of the KV pool, all layers."""
+    vocab_size: int
+    """Size of the model's vocabulary."""
+    weight_version: str
+    """Label of the first weights."""
+
+
+def free_memory_bytes() -> int:
+    """Memory of this machine that is free now, in bytes (`MemAvailable` where the kernel tells, else free pages)."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,80 @@
+"""Typed errors of the weight-sync layer.
+
+Every message says what went wrong, what was got, what was expected, and what to do. The class names travel over the
+wire as error codes, so a trainer in another process catches the same types as one in the engine's process.
+"""
+
+from __future__ import annotations
+
+
+class SyncError(RuntimeError):
+    """Root of everything that this package raises on purpose."""
+
+
+class ProtocolError(SyncError):
+    """A message that cannot be understood: malformed, too large, of another protocol version, or out of order."""
+
+
+class DeadlineExceeded(SyncError, TimeoutError):
+    """A call was not answered within its deadline; whatever arrives later is dropped."""
+
+
+class EngineDiedError(SyncError, ConnectionError):
+    """The process that serves the engine is gone; the call will never be answered."""
+
+
+class RemoteError(SyncError):
+    """The other side failed with an error that has no class here; the message names its type."""
+
+
+class WeightUpdateError(SyncError):
+    """An update was refused or failed. The old version goes on serving, unless the subclass is `TornWeightsError`."""
+
+
+class ManifestMismatch(WeightUpdateError, ValueError):
+    """The tensors do not fit the model; the message lists every unknown, missing, doubled or misshapen one."""
+
+
+class FingerprintMismatch(WeightUpdateError):
+    """Bytes differ from what the trainer declared: staged bytes before the commit, or resident bytes after it."""
+
+
+class SessionBusy(WeightUpdateError):
+    """Another update session is open; the message names its holder and the lease that it has left."""
+
+
+class SessionError(WeightUpdateError):
+    """No such session: never opened, expired, aborted, or of an older epoch."""
+
+
+class StaleVersionError(WeightUpdateError, ValueError):
+    """The version is not above the engine's, or `base_version` is not the one that it serves."""
+
+
+class TransportError(WeightUpdateError):
+    """The bytes cannot be reached or carried: the arena cannot be opened, is too small, or is not what it claims."""
+
+
+class TornWeightsError(WeightUpdateError):
+    """The resident weights are a mixture; the engine refuses to generate until a complete update has committed."""
+
+
+#: Error codes on the wire, by class name.
+ERRORS: dict[str, type[Exception]] = {
+    cls.__name__: cls
+    for cls in (
+        SyncError,
+        ProtocolError,
+        DeadlineExceeded,
+        EngineDiedError,
+        RemoteError,
+        WeightUpdateError,
+        ManifestMismatch,
+        FingerprintMismatch,
+        SessionBusy,
+        SessionError,
+        StaleVersionError,
+        TransportError,
+        TornWeightsError,
+    )
+}
