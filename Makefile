@@ -1,0 +1,65 @@
+# `make demo` and `make test` are all that a fresh machine with Python 3.11 needs; `make help` lists the rest.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Test processes at once. Each gets one torch thread: the models are tiny, and two pools on one core only wait.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+comma := ,
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# With no GPU a fixed torch comes first: a CPU build satisfies it where pip is given one, and later installs keep it.
+TORCH := $(if $(HAS_GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
+MARKS := $(if $(HAS_GPU),,-m "not gpu")
+
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+.PHONY: help venv lint format test test-slow demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## make .venv with what tests and demo need (nothing to do the second time)
+
+demo: $(STAMP) ## train a small model with GRPO, pushing weights into a running engine (DEMO_ARGS="--mode async")
+	$(BIN)/rollout demo $(DEMO_ARGS)
+
+test: lint ## lint, then every test that this machine can run
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build folders, not .venv and not runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@python=""; \
+	for name in $${PYTHON:-python3 python3.13 python3.12 python3.11}; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "no Python >= 3.11 found (tried: $${PYTHON:-python3 python3.13 python3.12 python3.11});" \
+	    "install one, or name it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[test,demo]"
+	@touch $@

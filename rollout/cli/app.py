@@ -1,0 +1,105 @@
+"""The command group: built-in sub-commands, those of other packages, and how errors are shown.
+
+Sub-commands of packages that come after `rollout` in the order of imports (`demo`), or that are found only
+when asked for (`bench`), are entry points of the group `rollout.commands`: a function that typer accepts, or
+a `typer.Typer` with sub-commands of its own. Their modules must be cheap to import: `rollout --help` loads
+them all and never torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+
+import typer
+
+from .version import version
+
+COMMANDS_GROUP = "rollout.commands"
+
+EPILOG = """[bold]Examples[/bold]
+
+  rollout demo                                        train a small model, pushing weights while it runs
+
+  rollout demo --mode async --set grpo.lr=3e-4        another schedule and one changed setting
+
+  rollout generate --model PATH "Once upon a time"    complete a prompt
+
+  rollout bench sync                                  how fast weights get in, next to the machine's own floor
+
+Show the traceback of an error: ROLLOUT_DEBUG=1 rollout ...
+"""
+
+
+def build_app() -> typer.Typer:
+    """A new command group with everything that is installed."""
+    app = typer.Typer(
+        name="rollout",
+        help="A rollout engine for RL post-training whose weights change while it runs.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_group)
+    app.command("version")(version)
+    for entry_point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
+        add_command(app, entry_point)
+    return app
+
+
+def add_command(app: typer.Typer, entry_point: EntryPoint) -> None:
+    """Add one sub-command by its entry point; one that cannot be imported says so when it is called."""
+    try:
+        command = entry_point.load()
+    except (ImportError, AttributeError) as error:
+        app.command(entry_point.name, help=f"[dim]Not available: {error}[/dim]")(
+            _unavailable(entry_point, error)
+        )
+        return
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=entry_point.name)
+    else:
+        app.command(entry_point.name)(command)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; errors that we raise on purpose are one line, not a traceback."""
+    from weight_sync.errors import WeightUpdateError
+
+    from ..errors import RolloutError
+
+    app = build_app()
+    try:
+        app(arguments)
+    except (RolloutError, WeightUpdateError) as error:
+        if os.environ.get("ROLLOUT_DEBUG"):
+            raise
+        _show(error)
+        sys.exit(1)
+
+
+def _group() -> None:
+    """A callback makes this a group, however few sub-commands are installed."""
+
+
+def _show(error: Exception) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("error: ", "bold red"), str(error) or type(error).__name__)
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def _unavailable(entry_point: EntryPoint, error: Exception) -> Callable[[], None]:
+    def command() -> None:
+        raise typer.BadParameter(
+            f"`rollout {entry_point.name}` cannot be loaded from {entry_point.value}: {error}; "
+            f"install what it needs, for example with pip install 'rollout-sync[demo]'"
+        )
+
+    return command
