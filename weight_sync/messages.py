@@ -1,0 +1,299 @@
+"""Everything that a trainer and an engine say to each other about weights, as typed and bounded messages.
+
+    trainer -> engine       engine -> trainer
+    Hello                   EngineInfo
+    OpenArena, CloseArena   ArenaOpened, Ack
+    Begin                   BeginReply
+    Bucket                  BucketReply
+    Commit, Abort           CommitReply, Ack
+    GetFingerprint          FingerprintReply
+
+Any of them may be answered with `ErrorReply` instead. Per-tensor columns travel as packed little-endian arrays (`bytes`),
+so that a message about 20,000 tensors costs no more than a message about one. No bytes of a weight are ever in a message.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+"""Raised when a message changes its meaning; peers of different versions refuse each other."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""Longest message that either side accepts."""
+MAX_TENSORS = 1_000_000
+"""Most tensors in one manifest."""
+
+Name = Annotated[str, Meta(max_length=512)]
+Label = Annotated[str, Meta(max_length=512)]
+SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=7 * 86_400)]
+Indices = Annotated[bytes, Meta(max_length=4 * MAX_TENSORS)]
+Fingerprints = Annotated[bytes, Meta(max_length=8 * MAX_TENSORS)]
+KvPolicyName = Literal["keep", "recompute", "flush"]
+VerifyMode = Literal["pause", "overlapped"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages: immutable, closed, and told apart by the class's name in the field `type`."""
+
+
+class WireManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A manifest as columns; `Manifest.from_wire` checks it."""
+
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_TENSORS)]
+    """Names in layout order, Hugging Face namespace."""
+    shapes: Annotated[
+        tuple[Annotated[tuple[Count, ...], Meta(max_length=16)], ...], Meta(max_length=MAX_TENSORS)
+    ]
+    """One shape per name."""
+    dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=MAX_TENSORS)]
+    """One dtype per name, without the `torch.` prefix."""
+    bucket_bytes: Count
+    """Longest run of tensors that is staged as one bucket."""
+
+
+class ProcessRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One process, told apart from a later one that got the same process id."""
+
+    host: Annotated[str, Meta(max_length=256)]
+    """Which machine and which process-id namespace; equal on both sides or the process cannot be watched."""
+    pid: Count
+    """Process id there."""
+    start_time: Count
+    """Start of the process in clock ticks since boot, field 22 of `/proc/<pid>/stat`."""
+
+
+class SharedMemoryHandle(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="shared_memory"
+):
+    """An arena in an anonymous, sealed memory file of the trainer."""
+
+    owner: ProcessRef
+    """The trainer."""
+    fd: Count
+    """Its descriptor of the memory file."""
+    num_bytes: Count
+    """Bytes of the arena behind the header."""
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    """Random bytes that the header repeats, so that another file is never taken for the arena."""
+
+
+class LocalHandle(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="local"
+):
+    """An arena of this process, lent to the service beforehand."""
+
+    key: Annotated[str, Meta(max_length=64)]
+    """What `WeightService.lend` returned."""
+    num_bytes: Count
+    """Bytes of the arena."""
+
+
+ArenaHandle = SharedMemoryHandle | LocalHandle
+
+
+class Hello(Message):
+    """Who are you, and what do you hold?"""
+
+
+class EngineInfo(Message):
+    """What a trainer must know in order to lay out its arena."""
+
+    protocol: int
+    """`PROTOCOL_VERSION` of the engine."""
+    process: ProcessRef
+    """The process that holds the weights."""
+    engine_id: Annotated[str, Meta(max_length=128)]
+    """Random for each receiver that was ever built: a restarted engine is another one."""
+    version: int
+    """Version that is served now."""
+    label: Label | None
+    """The caller's label of that version."""
+    torn: str | None
+    """Why the weights are a mixture, or None when they are whole."""
+    manifest: WireManifest
+    """The canonical tensors, in the order in which they lie in memory."""
+    aliases: dict[Name, Name]
+    """Other names of a whole canonical tensor, such as a tied `lm_head.weight`."""
+    fused: dict[Name, tuple[Name, ...]]
+    """Names for several canonical tensors concatenated along dim 0."""
+    ignored: tuple[Name, ...]
+    """Names that a trainer may send and that have no counterpart here."""
+    device: Annotated[str, Meta(max_length=64)]
+    """Device of the weights."""
+    tp_size: Count
+    """Tensor-parallel ranks."""
+    transports: tuple[Annotated[str, Meta(max_length=32)], ...]
+    """What `OpenArena` accepts."""
+
+
+class OpenArena(Message):
+    """Map the trainer's arena and keep it; opened once, used by many sessions."""
+
+    handle: ArenaHandle
+    """Where the bytes are."""
+
+
+class ArenaOpened(Message):
+    """The arena can be read."""
+
+    arena_id: Count
+    """What `Begin` and `CloseArena` call it."""
+
+
+class CloseArena(Message):
+    """The trainer will not use the arena again; closing an unknown one is fine."""
+
+    arena_id: Count
+    """What `ArenaOpened` said."""
+
+
+class Ack(Message):
+    """Done; nothing to tell."""
+
+
+class Begin(Message):
+    """Open the one session that an engine may have."""
+
+    session_id: SessionId
+    """Random, chosen by the trainer."""
+    holder: ProcessRef
+    """The trainer; when it dies, the session ends."""
+    version: int | None
+    """Version to be; None: one above the current. Must be above the current."""
+    base_version: int | None
+    """Version that the trainer believes is served; None: do not check."""
+    label: Label | None
+    """The caller's label; None: the version as a string."""
+    manifest_digest: Annotated[str, Meta(max_length=64)]
+    """`Manifest.digest` of the arena's layout."""
+    manifest: WireManifest | None
+    """The layout itself; None where the engine has seen the digest before."""
+    arena_id: Count
+    """Where the bytes will be."""
+    strict: bool
+    """Every parameter must be covered, or the commit is refused."""
+    kv_policy: KvPolicyName | None
+    """What the commit does with older KV; None: the engine's default."""
+    verify: VerifyMode
+    """Compare resident fingerprints inside the pause, or afterwards with the new tokens held back."""
+    lease_s: Seconds
+    """The session ends by itself this long after its last message."""
+
+
+class BeginReply(Message):
+    """The session is open, or the manifest is needed first."""
+
+    epoch: int
+    """Number of this session here; every later message repeats it. 0 when `need_manifest`."""
+    version: int
+    """Version to be."""
+    need_manifest: bool
+    """True: nothing was opened; begin again with the manifest."""
+
+
+class Bucket(Message):
+    """These tensors are complete in the arena and will not change until the session has ended."""
+
+    session_id: SessionId
+    """As in `Begin`."""
+    epoch: int
+    """As in `BeginReply`."""
+    indices: Indices
+    """Positions in the manifest, uint32."""
+    fingerprints: Fingerprints
+    """What the trainer computed over those tensors in the arena, uint64, in the same order."""
+
+
+class BucketReply(Message):
+    """The staged bytes are what the trainer declared."""
+
+    num_staged: Count
+    """Tensors of the session that are complete so far."""
+    stage_s: float
+    """Seconds that checking this bucket took."""
+
+
+class Commit(Message):
+    """Make what was staged the next version, whole, between two steps."""
+
+    session_id: SessionId
+    """As in `Begin`."""
+    epoch: int
+    """As in `BeginReply`."""
+    timeout_s: Seconds
+    """Give up, unharmed, when the engine does not reach a step boundary within this time."""
+
+
+class CommitReply(Message):
+    """The version is served and verified, and the arena may be written again."""
+
+    version: int
+    """The new version."""
+    label: Label
+    """Its label."""
+    num_updated: Count
+    """Tensors that were written."""
+    left: Indices
+    """Canonical tensors that were not sent, as positions in the canonical manifest, uint32."""
+    fingerprint: Annotated[int, Meta(ge=0)]
+    """Model fingerprint of everything that is resident now, 64 bit unsigned."""
+    stage_s: float
+    """Seconds spent on checking staged bytes."""
+    begin_to_committed_s: float
+    """From the arrival of `Begin` to the last byte written."""
+    begin_to_verified_s: float
+    """From the arrival of `Begin` to the resident bytes compared."""
+    copy_s: float
+    """Seconds of the write."""
+    verify_s: float
+    """Seconds of fingerprinting resident bytes."""
+    pause_s: float
+    """Seconds that the engine loop was held between two steps."""
+
+
+class Abort(Message):
+    """Forget the session; whatever was staged costs nothing. Fine when it has ended already."""
+
+    session_id: SessionId
+    """As in `Begin`."""
+    epoch: int
+    """As in `BeginReply`."""
+    reason: Annotated[str, Meta(max_length=4096)]
+    """For the log and for later messages of the same session."""
+
+
+class GetFingerprint(Message):
+    """Read what is resident."""
+
+
+class FingerprintReply(Message):
+    """The resident bytes, summarised."""
+
+    version: int
+    """Version that they belong to."""
+    label: Label | None
+    """Its label."""
+    torn: str | None
+    """Why they are a mixture, or None."""
+    fingerprint: Annotated[int, Meta(ge=0)]
+    """Model fingerprint, 64 bit unsigned."""
+    tensors: Fingerprints
+    """One per canonical tensor, uint64, in manifest order."""
+
+
+class ErrorReply(Message):
+    """The call failed."""
+
+    code: Annotated[str, Meta(max_length=128)]
+    """Class name of the error."""
+    message: Annotated[str, Meta(max_length=1 << 20)]
+    """What went wrong, what was got, what was expected, what to do."""
+
+
+WeightRequest = Hello | OpenArena | CloseArena | Begin | Bucket | Commit | Abort | GetFingerprint
+WeightReply = (
+    EngineInfo | ArenaOpened | Ack | BeginReply | BucketReply | CommitReply | FingerprintReply
+)
