@@ -52,7 +52,7 @@ def load_settings(cls: type[T], path: Path | None = None, overrides: Sequence[st
             _put(tree, *_parse_override(override))
         except ConfigError as error:
             problems.append(str(error))
-    settings = _build(cls, tree, _MISSING, "", problems)
+    settings = _build(cls, cls, tree, _MISSING, "", problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return typing.cast(T, settings)
@@ -79,7 +79,30 @@ def default_of(cls: type, key: str) -> Any:
 def nearest(key: str, known: Sequence[str]) -> str:
     """The end of an error message: the known key that `key` was probably meant to be, or all of them."""
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {matches[0]!r}?" if matches else f"known keys: {', '.join(sorted(known))}"
+    return f"did you mean {matches[0]!r}?" if matches else f"known keys: {', '.join(known)}"
+
+
+def _nearest_in_tree(root: type, siblings: Sequence[str], key: str) -> str:
+    """As `nearest`: first among the keys of the same section, then by last name anywhere below `root`."""
+    matches = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not matches:
+        by_name: dict[str, str] = {}
+        for dotted in _dotted_keys(root):
+            by_name.setdefault(dotted.rpartition(".")[2], dotted)
+        found = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.6)
+        matches = [by_name[name] for name in found]
+    return f"did you mean {matches[0]!r}?" if matches else nearest(key, siblings)
+
+
+def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every key below `cls`; those of a level come before those of its sections."""
+    own, below = [], []
+    for key, hint in keys_of(cls).items():
+        own.append(prefix + key)
+        section = _section_type(hint)
+        if section is not None:
+            below.extend(_dotted_keys(section, f"{prefix}{key}."))
+    return own + below
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,18 +159,20 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return section
 
 
-def _build(cls: type, tree: Mapping[str, Any], base: Any, prefix: str, problems: list[str]) -> Any:
-    """An instance of `cls` from `tree` over `base` (an instance, or missing); problems are collected."""
+def _build(
+    root: type, cls: type, tree: Mapping[str, Any], base: Any, prefix: str, problems: list[str]
+) -> Any:
+    """An instance of `cls`, a section of `root`, from `tree` over `base` (an instance, or missing)."""
     types_by_key = keys_of(cls)
     values: dict[str, Any] = {}
     for key, node in tree.items():
         if key not in types_by_key:
-            problems.append(
-                f"{_source(node)}: unknown key {prefix + key!r}; {nearest(key, list(types_by_key))}"
-            )
+            siblings = [prefix + name for name in types_by_key]
+            hint = _nearest_in_tree(root, siblings, prefix + key)
+            problems.append(f"{_source(node)}: unknown key {prefix + key!r}; {hint}")
             continue
         default = getattr(base, key) if base is not _MISSING else _default(cls, key)
-        values[key] = _value(types_by_key[key], node, default, prefix + key, problems)
+        values[key] = _value(root, types_by_key[key], node, default, prefix + key, problems)
     for key in types_by_key:
         if key not in values:
             values[key] = getattr(base, key) if base is not _MISSING else _default(cls, key)
@@ -164,13 +189,13 @@ def _build(cls: type, tree: Mapping[str, Any], base: Any, prefix: str, problems:
         return _MISSING
 
 
-def _value(hint: Any, node: Any, default: Any, key: str, problems: list[str]) -> Any:
+def _value(root: type, hint: Any, node: Any, default: Any, key: str, problems: list[str]) -> Any:
     """The value of one key: a section is built over its default, a leaf is checked against its type."""
     section = _section_type(hint)
     if isinstance(node, dict):
         if section is not None:
             base = default if isinstance(default, section) else _MISSING
-            return _build(section, node, base, f"{key}.", problems)
+            return _build(root, section, node, base, f"{key}.", problems)
         node = _Sourced(_plain(node), _source(node))
     if section is not None and node.value is not None:
         problems.append(
