@@ -8,8 +8,9 @@
     Commit, Abort           CommitReply, Ack
     GetFingerprint          FingerprintReply
 
-Any of them may be answered with `ErrorReply` instead. Per-tensor columns travel as packed little-endian arrays (`bytes`),
-so that a message about 20,000 tensors costs no more than a message about one. No bytes of a weight are ever in a message.
+Any of them may be answered with `ErrorReply` instead. Per-tensor columns travel as packed little-endian arrays
+(`bytes`), so that a message about 20,000 tensors costs no more than a message about one. No bytes of a weight are
+ever in a message.
 """
 
 from typing import Annotated, Literal
@@ -94,11 +95,11 @@ class LocalHandle(
 ArenaHandle = SharedMemoryHandle | LocalHandle
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """Who are you, and what do you hold?"""
 
 
-class EngineInfo(Message):
+class EngineInfo(Message, frozen=True, kw_only=True):
     """What a trainer must know in order to lay out its arena."""
 
     protocol: int
@@ -129,32 +130,32 @@ class EngineInfo(Message):
     """What `OpenArena` accepts."""
 
 
-class OpenArena(Message):
+class OpenArena(Message, frozen=True, kw_only=True):
     """Map the trainer's arena and keep it; opened once, used by many sessions."""
 
     handle: ArenaHandle
     """Where the bytes are."""
 
 
-class ArenaOpened(Message):
+class ArenaOpened(Message, frozen=True, kw_only=True):
     """The arena can be read."""
 
     arena_id: Count
     """What `Begin` and `CloseArena` call it."""
 
 
-class CloseArena(Message):
+class CloseArena(Message, frozen=True, kw_only=True):
     """The trainer will not use the arena again; closing an unknown one is fine."""
 
     arena_id: Count
     """What `ArenaOpened` said."""
 
 
-class Ack(Message):
+class Ack(Message, frozen=True, kw_only=True):
     """Done; nothing to tell."""
 
 
-class Begin(Message):
+class Begin(Message, frozen=True, kw_only=True):
     """Open the one session that an engine may have."""
 
     session_id: SessionId
@@ -183,7 +184,7 @@ class Begin(Message):
     """The session ends by itself this long after its last message."""
 
 
-class BeginReply(Message):
+class BeginReply(Message, frozen=True, kw_only=True):
     """The session is open, or the manifest is needed first."""
 
     epoch: int
@@ -194,7 +195,7 @@ class BeginReply(Message):
     """True: nothing was opened; begin again with the manifest."""
 
 
-class Bucket(Message):
+class Bucket(Message, frozen=True, kw_only=True):
     """These tensors are complete in the arena and will not change until the session has ended."""
 
     session_id: SessionId
@@ -207,7 +208,7 @@ class Bucket(Message):
     """What the trainer computed over those tensors in the arena, uint64, in the same order."""
 
 
-class BucketReply(Message):
+class BucketReply(Message, frozen=True, kw_only=True):
     """The staged bytes are what the trainer declared."""
 
     num_staged: Count
@@ -216,7 +217,7 @@ class BucketReply(Message):
     """Seconds that checking this bucket took."""
 
 
-class Commit(Message):
+class Commit(Message, frozen=True, kw_only=True):
     """Make what was staged the next version, whole, between two steps."""
 
     session_id: SessionId
@@ -227,7 +228,7 @@ class Commit(Message):
     """Give up, unharmed, when the engine does not reach a step boundary within this time."""
 
 
-class CommitReply(Message):
+class CommitReply(Message, frozen=True, kw_only=True):
     """The version is served and verified, and the arena may be written again."""
 
     version: int
@@ -254,7 +255,7 @@ class CommitReply(Message):
     """Seconds that the engine loop was held between two steps."""
 
 
-class Abort(Message):
+class Abort(Message, frozen=True, kw_only=True):
     """Forget the session; whatever was staged costs nothing. Fine when it has ended already."""
 
     session_id: SessionId
@@ -265,11 +266,11 @@ class Abort(Message):
     """For the log and for later messages of the same session."""
 
 
-class GetFingerprint(Message):
+class GetFingerprint(Message, frozen=True, kw_only=True):
     """Read what is resident."""
 
 
-class FingerprintReply(Message):
+class FingerprintReply(Message, frozen=True, kw_only=True):
     """The resident bytes, summarised."""
 
     version: int
@@ -284,7 +285,7 @@ class FingerprintReply(Message):
     """One per canonical tensor, uint64, in manifest order."""
 
 
-class ErrorReply(Message):
+class ErrorReply(Message, frozen=True, kw_only=True):
     """The call failed."""
 
     code: Annotated[str, Meta(max_length=128)]
