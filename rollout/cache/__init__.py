@@ -1,0 +1,1 @@
+"""Bookkeeping of the paged KV cache: which block holds what, who owns it, which weight version computed it."""

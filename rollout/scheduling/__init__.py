@@ -1,0 +1,1 @@
+"""Which tokens are computed next: requests, batches, and the scheduler that makes the second from the first."""
