@@ -18,14 +18,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from .manifest import MAX_NAME_LENGTH, MAX_TENSORS, WireManifest
+
 PROTOCOL_VERSION = 1
 """Raised when a message changes its meaning; peers of different versions refuse each other."""
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that either side accepts."""
-MAX_TENSORS = 1_000_000
-"""Most tensors in one manifest."""
 
-Name = Annotated[str, Meta(max_length=512)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_LENGTH)]
 Label = Annotated[str, Meta(max_length=512)]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0)]
@@ -38,21 +38,6 @@ VerifyMode = Literal["pause", "overlapped"]
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """Base of all messages: immutable, closed, and told apart by the class's name in the field `type`."""
-
-
-class WireManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A manifest as columns; `Manifest.from_wire` checks it."""
-
-    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_TENSORS)]
-    """Names in layout order, Hugging Face namespace."""
-    shapes: Annotated[
-        tuple[Annotated[tuple[Count, ...], Meta(max_length=16)], ...], Meta(max_length=MAX_TENSORS)
-    ]
-    """One shape per name."""
-    dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=MAX_TENSORS)]
-    """One dtype per name, without the `torch.` prefix."""
-    bucket_bytes: Count
-    """Longest run of tensors that is staged as one bucket."""
 
 
 class ProcessRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,106 @@
+"""The memory through which weights travel: written by a trainer, read by an engine, reused by every update.
+
+A trainer's `Arena` has a buffer and a handle; the engine opens the handle once and keeps the `OpenedArena`. Which of
+the two may touch the bytes is the protocol's business: the trainer until it has said `Bucket`, then the engine until
+the session has ended.
+"""
+
+import mmap
+import warnings
+from typing import Protocol
+
+import torch
+
+from .messages import ArenaHandle, ProcessRef
+
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+
+
+class Arena(Protocol):
+    """The trainer's end."""
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The bytes, uint8; valid until `close`."""
+
+    @property
+    def handle(self) -> ArenaHandle:
+        """What the engine needs to find them."""
+
+    def close(self) -> None:
+        """Give the memory back, here; the engine's mapping lives until it closes too. Safe to repeat."""
+
+
+class OpenedArena(Protocol):
+    """The engine's end."""
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The same bytes, uint8, not to be written."""
+
+    @property
+    def owner(self) -> ProcessRef:
+        """The trainer; when it dies, the arena is of no use."""
+
+    def close(self) -> None:
+        """Give the mapping back. Safe to repeat."""
+
+
+class Mapping:
+    """A memory map as a uint8 tensor, in large pages where the system has them.
+
+    The map cannot be taken away while a tensor still uses it: `close` drops what it can, and the last view that goes
+    gives back the rest.
+    """
+
+    def __init__(self, fileno: int, num_bytes: int, *, offset: int = 0, writable: bool) -> None:
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        if fileno == -1:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._map = mmap.mmap(-1, num_bytes + offset, flags=flags)
+        else:
+            self._map = mmap.mmap(fileno, num_bytes + offset, access=access)
+        self._prepare(writable)
+        self._tensor: torch.Tensor | None = self._as_tensor(num_bytes, offset)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes behind `offset`."""
+        assert self._tensor is not None, "the mapping was closed"
+        return self._tensor
+
+    def header(self, num_bytes: int) -> bytes:
+        """The first bytes of the map."""
+        return self._map[:num_bytes]
+
+    def write_header(self, header: bytes) -> None:
+        """Set the first bytes of the map."""
+        self._map[: len(header)] = header
+
+    def close(self) -> None:
+        """Unmap now, or with the last tensor that still views it."""
+        self._tensor = None
+        try:
+            self._map.close()
+        except BufferError:
+            pass
+
+    def _prepare(self, writable: bool) -> None:
+        # Hints: without them the first update pays a page fault per 4 KiB, in the middle of its copies.
+        for advice in (
+            mmap.MADV_HUGEPAGE,
+            _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ,
+        ):
+            try:
+                self._map.madvise(advice)
+            except (OSError, ValueError):
+                pass
+
+    def _as_tensor(self, num_bytes: int, offset: int) -> torch.Tensor:
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            # A map for reading is not writable, and that is the point.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=offset)

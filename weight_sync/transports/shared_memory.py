@@ -1,0 +1,138 @@
+"""Trainer and engine on one machine: an anonymous memory file, mapped by both.
+
+The file never has a name, so nothing is left behind however either process ends: the kernel frees it with the last
+mapping. It is sealed against shrinking, so that a trainer cannot make the engine fault while it reads. The engine opens
+it through `/proc/<pid>/fd/<fd>`, which needs the same user (or the right to trace the trainer), and believes nothing:
+kind of file, seals, size, and a random nonce in the header are checked before the first byte is used.
+"""
+
+import fcntl
+import os
+import secrets
+import struct
+
+import torch
+
+from ..arena import Mapping
+from ..errors import TransportError
+from ..messages import ProcessRef, SharedMemoryHandle
+from ..process import current_process, host_id, why_dead
+
+HEADER_BYTES = 4096
+"""One page in front of the tensors."""
+_HEADER = struct.Struct("<16sQ16s")
+_MAGIC = b"rollout-arena-01"
+_NAME = "weight-arena"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SharedMemoryArena:
+    """The trainer's end."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._nonce = secrets.token_bytes(16)
+        self._num_bytes = num_bytes
+        self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, HEADER_BYTES + num_bytes)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._mapping = Mapping(self._fd, num_bytes, offset=HEADER_BYTES, writable=True)
+        except (OSError, ValueError) as error:
+            os.close(self._fd)
+            raise TransportError(
+                f"no shared memory for an arena of {num_bytes} bytes: {error}; expected that much free "
+                "memory; free some, or raise the limit of the container"
+            ) from error
+        self._mapping.write_header(_HEADER.pack(_MAGIC, num_bytes, self._nonce))
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        return self._mapping.tensor
+
+    @property
+    def handle(self) -> SharedMemoryHandle:
+        return SharedMemoryHandle(
+            owner=current_process(), fd=self._fd, num_bytes=self._num_bytes, nonce=self._nonce
+        )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._mapping.close()
+
+
+class OpenedSharedMemoryArena:
+    """The engine's end: a read-only mapping of what `handle` names; `TransportError` when it is not an arena."""
+
+    def __init__(self, handle: SharedMemoryHandle) -> None:
+        self._owner = handle.owner
+        fd = _open(handle)
+        try:
+            _check_file(fd, handle)
+            self._mapping = Mapping(fd, handle.num_bytes, offset=HEADER_BYTES, writable=False)
+        except (OSError, ValueError) as error:
+            raise _refusal(handle, f"it cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        if self._mapping.header(_HEADER.size) != _HEADER.pack(
+            _MAGIC, handle.num_bytes, handle.nonce
+        ):
+            self._mapping.close()
+            raise _refusal(handle, "its header is of another arena (magic, size or nonce differ)")
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        return self._mapping.tensor
+
+    @property
+    def owner(self) -> ProcessRef:
+        return self._owner
+
+    def close(self) -> None:
+        self._mapping.close()
+
+
+def _refusal(handle: SharedMemoryHandle, why: str) -> TransportError:
+    return TransportError(
+        f"cannot open the trainer's arena (process {handle.owner.pid}, descriptor {handle.fd}, "
+        f"{handle.num_bytes} bytes): {why}; expected a sealed memory file made by "
+        "weight_sync.WeightPublisher in a living process of this machine; connect again"
+    )
+
+
+def _open(handle: SharedMemoryHandle) -> int:
+    if handle.owner.host != host_id():
+        raise _refusal(
+            handle, "the trainer runs on another machine or in another process-id namespace"
+        )
+    why = why_dead(handle.owner)
+    if why is not None:
+        raise _refusal(handle, why)
+    link = f"/proc/{handle.owner.pid}/fd/{handle.fd}"
+    try:
+        # Looked at before it is opened: opening a pipe or a terminal may block or have effects.
+        target = os.readlink(link)
+        if not target.startswith(f"/memfd:{_NAME}"):
+            raise _refusal(handle, f"the descriptor is {target!r}")
+        return os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except PermissionError as error:
+        raise _refusal(
+            handle,
+            f"not permitted ({error}); run trainer and engine as the same user, and in containers that "
+            "may see each other's processes",
+        ) from error
+    except OSError as error:
+        raise _refusal(handle, f"no such descriptor ({error})") from error
+
+
+def _check_file(fd: int, handle: SharedMemoryHandle) -> None:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise _refusal(handle, f"it cannot be sealed ({error})") from error
+    if seals & _SEALS != _SEALS:
+        raise _refusal(handle, f"it is not sealed against shrinking and growing (seals {seals:#x})")
+    size = os.fstat(fd).st_size
+    if size != HEADER_BYTES + handle.num_bytes:
+        raise _refusal(handle, f"it has {size} bytes, expected {HEADER_BYTES + handle.num_bytes}")
