@@ -99,7 +99,7 @@ def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
     own, below = [], []
     for key, hint in keys_of(cls).items():
         own.append(prefix + key)
-        section = _section_type(hint)
+        section = section_type(hint)
         if section is not None:
             below.extend(_dotted_keys(section, f"{prefix}{key}."))
     return own + below
@@ -173,10 +173,13 @@ def _build(
             continue
         default = getattr(base, key) if base is not _MISSING else _default(cls, key)
         values[key] = _value(root, types_by_key[key], node, default, prefix + key, problems)
-    for key in types_by_key:
+    for key, key_type in types_by_key.items():
         if key not in values:
             values[key] = getattr(base, key) if base is not _MISSING else _default(cls, key)
-            if values[key] is _MISSING:
+            required = section_type(key_type)
+            if values[key] is _MISSING and required is not None:
+                values[key] = _build(root, required, {}, _MISSING, f"{prefix}{key}.", problems)
+            elif values[key] is _MISSING:
                 problems.append(
                     f"{prefix + key!r} of {cls.__name__} is not set; set it in the file or with {prefix + key}=..."
                 )
@@ -191,7 +194,7 @@ def _build(
 
 def _value(root: type, hint: Any, node: Any, default: Any, key: str, problems: list[str]) -> Any:
     """The value of one key: a section is built over its default, a leaf is checked against its type."""
-    section = _section_type(hint)
+    section = section_type(hint)
     if isinstance(node, dict):
         if section is not None:
             base = default if isinstance(default, section) else _MISSING
@@ -240,10 +243,10 @@ def _source(node: Any) -> str:
     return typing.cast(_Sourced, node).source
 
 
-def _section_type(hint: Any) -> type | None:
+def section_type(hint: Any) -> type | None:
     """The dataclass or struct behind `hint`, which may be optional; None: the key is a leaf."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        found = [_section_type(arg) for arg in typing.get_args(hint) if arg is not type(None)]
+        found = [section_type(arg) for arg in typing.get_args(hint) if arg is not type(None)]
         return found[0] if len(found) == 1 else None
     if isinstance(hint, type) and (
         dataclasses.is_dataclass(hint) or issubclass(hint, msgspec.Struct)

@@ -15,21 +15,25 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from .version import version
+from . import generate, info, version
 
 COMMANDS_GROUP = "rollout.commands"
 
 EPILOG = """[bold]Examples[/bold]
 
-  rollout demo                                        train a small model, pushing weights while it runs
+  rollout demo
 
-  rollout demo --mode async --set grpo.lr=3e-4        another schedule and one changed setting
+  rollout demo --mode async --name second --seed 1
 
-  rollout generate --model PATH "Once upon a time"    complete a prompt
+  rollout generate --model PATH "Once upon a time"
 
-  rollout bench sync                                  how fast weights get in, next to the machine's own floor
+  rollout bench sync
 
-Show the traceback of an error: ROLLOUT_DEBUG=1 rollout ...
+[bold]Settings[/bold]
+
+  Commands take their settings from a TOML file (--config FILE) and from
+  --set KEY=VALUE; an unknown key is an error that names the nearest one.
+  ROLLOUT_DEBUG=1 shows the traceback of an error.
 """
 
 
@@ -46,7 +50,9 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_group)
-    app.command("version")(version)
+    app.command("generate", epilog=generate.EPILOG)(generate.generate)
+    app.command("info", epilog=info.EPILOG)(info.info)
+    app.command("version")(version.version)
     for entry_point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
         add_command(app, entry_point)
     return app
