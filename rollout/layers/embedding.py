@@ -1,0 +1,56 @@
+"""Token embedding and output head, split over the ranks by vocabulary.
+
+T tokens, R rows to sample from, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .shards import Shard, split_vocabulary
+from .single_group import TensorParallelGroup
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of this rank's part of the vocabulary; where it does not divide, padded with rows that nothing reads."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.start, self.num_tokens, rows = split_vocabulary(vocab_size, tp)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+
+    def forward(self, token_ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """token_ids (T) -> out (T, E)."""
+        if self.tp.size == 1:
+            return torch.index_select(self.weight, 0, token_ids, out=out)
+        local = token_ids - self.start
+        foreign = (local < 0) | (local >= self.num_tokens)
+        torch.index_select(self.weight, 0, local.masked_fill_(foreign, 0), out=out)
+        return self.tp.all_reduce(out.masked_fill_(foreign[:, None], 0))
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """hidden (R, E) -> logits (R, V) in the parameters' dtype; `out` is (R, rows of this rank)."""
+        torch.mm(hidden, self.weight.t(), out=out)
+        if self.tp.size == 1:
+            return out
+        return self.tp.all_gather(out, dim=-1)[:, : self.vocab_size]
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """The rows of `prefix.weight` that are real tokens, all columns; nothing where this rank has only padding."""
+        if self.num_tokens > 0:
+            columns = self.weight.shape[1]
+            yield Shard(
+                name=f"{prefix}.weight",
+                shape=(self.vocab_size, columns),
+                region=((self.start, self.start + self.num_tokens), (0, columns)),
+                destination=self.weight[: self.num_tokens],
+            )
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """The output head where it is not the embedding itself; the same rows, used for `logits` alone."""

@@ -1,0 +1,101 @@
+"""Matrix products whose weights are split over tensor-parallel ranks.
+
+T tokens, K input features, N output features of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .shards import OutputRows, Shard, split_evenly
+from .single_group import TensorParallelGroup
+
+
+def project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """x (T, K) times weight (N, K) transposed, plus bias (N), into out (T, N), which is returned."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+class ColumnParallelLinear(nn.Module):
+    """One or several projections of the same input in one product; each rank computes a part of every output.
+
+    The rows of the fused weight lie in the order of `outputs`, so q, k, v (or gate and up) are neighbours in memory.
+    """
+
+    def __init__(
+        self, name: str, in_features: int, outputs: tuple[OutputRows, ...], *, bias: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.outputs = outputs
+        self.out_features = sum(output.size for output in outputs)
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features), requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
+        )
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """x (T, K) -> out (T, N), this rank's outputs side by side."""
+        return project(x, self.weight, self.bias, out)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """Weights of all outputs, then their biases: the order in which the parameters lie in memory."""
+        for kind, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if parameter is not None:
+                parts = parameter.split([output.size for output in self.outputs])
+                for output, part in zip(self.outputs, parts, strict=True):
+                    yield from output.shards(prefix, kind, part)
+
+    def fused_names(self, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The name under which a trainer may send all outputs at once, and the names of its parts, top to bottom."""
+        for kind, parameter in (("weight", self.weight), ("bias", self.bias)):
+            if parameter is not None:
+                parts = tuple(f"{prefix}.{output.name}.{kind}" for output in self.outputs)
+                yield f"{prefix}.{self.name}.{kind}", parts
+
+
+class RowParallelLinear(nn.Module):
+    """A projection whose input is split over the ranks: partial products are summed, then the bias is added once."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, *, bias: bool, tp: TensorParallelGroup
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.tp = tp
+        self.full_in_features = in_features
+        self.start, size = split_evenly(f"the inputs of {name}", in_features, tp)
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """x (T, K), this rank's inputs -> out (T, N), complete on every rank."""
+        if self.tp.size == 1:
+            return project(x, self.weight, self.bias, out)
+        out = self.tp.all_reduce(project(x, self.weight, None, out))
+        return out if self.bias is None else out.add_(self.bias)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """A range of columns of the weight, and the whole bias on every rank."""
+        rows, columns = self.weight.shape
+        yield Shard(
+            name=f"{prefix}.{self.name}.weight",
+            shape=(rows, self.full_in_features),
+            region=((0, rows), (self.start, self.start + columns)),
+            destination=self.weight,
+        )
+        if self.bias is not None:
+            yield Shard(
+                name=f"{prefix}.{self.name}.bias",
+                shape=(rows,),
+                region=((0, rows),),
+                destination=self.bias,
+            )

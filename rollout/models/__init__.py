@@ -1,0 +1,1 @@
+"""Model families over one shared decoder, their weight map, and the loaders."""

@@ -1,0 +1,252 @@
+"""The decoder that all families share; a family is the options of `ModelConfig`.
+
+T tokens of a step (no batch axis: sequences lie one after another), R rows to sample from, E hidden size, H query heads
+and K KV heads of this rank, D head size, I feed-forward width of this rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from weight_sync.weight_map import WeightMap
+
+from ..layers.attention import PagedAttention, PagedStep
+from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from ..layers.linear import ColumnParallelLinear, RowParallelLinear
+from ..layers.norm import RMSNorm
+from ..layers.rotary import Angles, RotaryEmbedding, rotate_
+from ..layers.shards import OutputRows, Shard, split_evenly, split_kv_heads
+from ..layers.single_group import TensorParallelGroup
+from ..layers.workspace import Workspace
+from .arena import ParameterArena
+from .model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderStep:
+    """One step's inputs, in row order; built once, read by all layers."""
+
+    token_ids: torch.Tensor
+    """(T) int64."""
+    positions: torch.Tensor
+    """(T) int64."""
+    paged: PagedStep
+    """Where keys and values go, and what each query sees."""
+    pools: Sequence[torch.Tensor]
+    """Each layer's KV pool, (blocks, block size, 2, K, D)."""
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        tp: TensorParallelGroup,
+    ) -> None:
+        super().__init__()
+        head_dim = config.head_dim
+        first_head, self.num_heads = split_evenly("num_attention_heads", config.num_heads, tp)
+        first_kv, self.num_kv_heads = split_kv_heads(config.num_kv_heads, tp)
+        self.head_dim = head_dim
+        self.qkv = ColumnParallelLinear(
+            "qkv_proj",
+            config.hidden_size,
+            (
+                _heads("q_proj", config.num_heads, first_head, self.num_heads, head_dim),
+                _heads("k_proj", config.num_kv_heads, first_kv, self.num_kv_heads, head_dim),
+                _heads("v_proj", config.num_kv_heads, first_kv, self.num_kv_heads, head_dim),
+            ),
+            bias=config.qkv_bias,
+        )
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.output = RowParallelLinear(
+            "o_proj",
+            config.num_heads * head_dim,
+            config.hidden_size,
+            bias=config.output_bias,
+            tp=tp,
+        )
+        self.attend = PagedAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=head_dim,
+            sliding_window=config.sliding_windows[layer],
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        pool: torch.Tensor,
+        step: PagedStep,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """x (T, E) -> out (T, E)."""
+        num_tokens, workspace = x.shape[0], step.workspace
+        qkv = self.qkv(x, workspace.take("qkv", (num_tokens, self.qkv.out_features)))
+        heads = qkv.view(num_tokens, -1, self.head_dim)
+        rotated = heads[:, : self.num_heads + self.num_kv_heads]
+        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm(queries, queries, workspace)
+            self.k_norm(keys, keys, workspace)
+        rotate_(rotated, angles, workspace)
+        kv = qkv[:, self.num_heads * self.head_dim :]
+        return self.output(self.attend.forward(queries, kv, pool, step), out)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """Parts of the checkpoint in memory order."""
+        yield from self.qkv.shards(prefix)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.shards(f"{prefix}.q_norm")
+            yield from self.k_norm.shards(f"{prefix}.k_norm")
+        yield from self.output.shards(prefix)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        width = config.intermediate_size
+        start, self.size = split_evenly("intermediate_size", width, tp)
+        self.gate_up = ColumnParallelLinear(
+            "gate_up_proj",
+            config.hidden_size,
+            (
+                OutputRows(name="gate_proj", full=width, start=start, size=self.size),
+                OutputRows(name="up_proj", full=width, start=start, size=self.size),
+            ),
+            bias=config.mlp_bias,
+        )
+        self.down = RowParallelLinear(
+            "down_proj", width, config.hidden_size, bias=config.mlp_bias, tp=tp
+        )
+
+    def forward(self, x: torch.Tensor, workspace: Workspace, out: torch.Tensor) -> torch.Tensor:
+        """x (T, E) -> out (T, E)."""
+        fused = self.gate_up(x, workspace.take("gate_up", (x.shape[0], 2 * self.size)))
+        gate, up = fused[:, : self.size], fused[:, self.size :]
+        return self.down(silu(gate, inplace=True).mul_(up), out)
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """Parts of the checkpoint in memory order."""
+        yield from self.gate_up.shards(prefix)
+        yield from self.down.shards(prefix)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer, tp)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config, tp)
+
+    def forward(
+        self, residual: torch.Tensor, angles: Angles, pool: torch.Tensor, step: PagedStep
+    ) -> None:
+        """Add this layer's contribution to residual (T, E), in place."""
+        workspace, shape = step.workspace, tuple(residual.shape)
+        normed = self.attention_norm(residual, workspace.take("normed", shape), workspace)
+        out = workspace.take("layer", shape)
+        residual.add_(self.attention(normed, angles, pool, step, out))
+        normed = self.feed_forward_norm(residual, normed, workspace)
+        residual.add_(self.feed_forward(normed, workspace, out))
+
+    def shards(self, prefix: str) -> Iterator[Shard]:
+        """Parts of the checkpoint in memory order."""
+        yield from self.attention_norm.shards(f"{prefix}.input_layernorm")
+        yield from self.attention.shards(f"{prefix}.self_attn")
+        yield from self.feed_forward_norm.shards(f"{prefix}.post_attention_layernorm")
+        yield from self.feed_forward.shards(f"{prefix}.mlp")
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and output head of one rank.
+
+    Parameters are registered in the order in which `shards` names them; the arena lays them out in that order.
+    `build_model` sets `arena` and `weight_map`.
+    """
+
+    arena: ParameterArena
+    weight_map: WeightMap
+
+    def __init__(self, config: ModelConfig, tp: TensorParallelGroup, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.tp = tp
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, tp) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = (
+            self.embedding
+            if config.tie_word_embeddings
+            else ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+        )
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return split_kv_heads(self.config.num_kv_heads, self.tp)[1]
+
+    def forward(self, step: DecoderStep) -> torch.Tensor:
+        """Hidden states after the final norm, (T, E), in scratch memory: valid until the next step."""
+        workspace = step.paged.workspace
+        shape = (step.token_ids.shape[0], self.config.hidden_size)
+        residual = self.embedding(step.token_ids, workspace.take("residual", shape))
+        angles = self.rotary.angles(step.positions, residual.dtype)
+        for layer, pool in zip(self.layers, step.pools, strict=True):
+            layer(residual, angles, pool, step.paged)
+        return self.norm(residual, workspace.take("normed", shape), workspace)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """hidden (R, E) -> out (R, V) float32, the full vocabulary on every rank."""
+        if self.tp.size == 1 and hidden.dtype == out.dtype:
+            return self.head.logits(hidden, out)
+        rows = self.head.weight.shape[0]
+        return out.copy_(
+            self.head.logits(hidden, workspace.take("logits", (hidden.shape[0], rows)))
+        )
+
+    def shards(self) -> Iterator[Shard]:
+        """Every parameter of this rank as parts of the checkpoint, in memory order; the tied head is the embedding."""
+        yield from self.embedding.shards("model.embed_tokens")
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.shards(f"model.layers.{index}")
+        yield from self.norm.shards("model.norm")
+        if self.head is not self.embedding:
+            yield from self.head.shards("lm_head")
+
+    def fused_names(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names of the fused projections, and of the checkpoint tensors that each stacks."""
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.attention.qkv.fused_names(f"model.layers.{index}.self_attn")
+            yield from layer.feed_forward.gate_up.fused_names(f"model.layers.{index}.mlp")
+
+    def refresh_derived_state(self) -> None:
+        """Recompute whatever is a function of the parameters; the engine calls it after every commit.
+
+        There is nothing at present: fused projections are the parameters themselves, and a tied head is the embedding.
+        """
+
+
+def _heads(name: str, num_heads: int, first: int, count: int, head_dim: int) -> OutputRows:
+    return OutputRows(
+        name=name, full=num_heads * head_dim, start=first * head_dim, size=count * head_dim
+    )

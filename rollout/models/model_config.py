@@ -1,0 +1,215 @@
+"""What a checkpoint's `config.json` says, as the options in which the families differ.
+
+One decoder serves all families. Everything it cannot do is refused here, by name, before anything is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from ..layers.rotary import RopeConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A dense decoder: sizes, and the options in which families differ."""
+
+    family: str
+    """`model_type` of the checkpoint, one of `FAMILIES`."""
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width of the feed-forward layers."""
+    num_layers: int
+    """Decoder layers."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads; divides `num_heads`."""
+    head_dim: int
+    """Size of a head; need not be hidden_size / num_heads."""
+    rms_norm_eps: float
+    """Added to the mean square."""
+    max_position_embeddings: int
+    """Longest context that the model was made for, tokens."""
+    rope: RopeConfig
+    """Rotary frequencies."""
+    tie_word_embeddings: bool
+    """The output head is the embedding."""
+    qkv_bias: bool
+    """q, k and v projections have biases."""
+    output_bias: bool
+    """The attention's output projection has a bias."""
+    mlp_bias: bool
+    """Gate, up and down projections have biases."""
+    qk_norm: bool
+    """Queries and keys are normalised per head, before rotation."""
+    sliding_windows: tuple[int | None, ...]
+    """For each layer, how many tokens back a query sees, itself included; None: all."""
+    dtype: str | None = None
+    """Dtype of the checkpoint without the `torch.` prefix; None when it names none."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, from the model's and the generation configuration."""
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> ModelConfig:
+        """Read `config.json` (and `generation_config.json` where there is one) of a checkpoint folder."""
+        from transformers import CONFIG_MAPPING
+
+        raw = _read_json(Path(path) / "config.json")
+        _refuse_unknown_family(raw.get("model_type"))
+        try:
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot read {Path(path) / 'config.json'}: got {type(error).__name__}: {error}; expected a "
+                f"valid {raw['model_type']} configuration; correct the file"
+            ) from error
+        generation = Path(path) / "generation_config.json"
+        extra = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        return cls.from_hf(config, extra_eos=extra)
+
+    @classmethod
+    def from_hf(cls, config: PretrainedConfig, *, extra_eos: object = None) -> ModelConfig:
+        """The same from a transformers configuration; `CheckpointError` names every feature that is not supported."""
+        family = config.model_type
+        _refuse_unknown_family(family)
+        problems: list[str] = []
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if heads % kv_heads:
+            problems.append(f"{heads} query heads over {kv_heads} KV heads, which do not divide")
+        if head_dim % 2:
+            problems.append(f"head_dim {head_dim}, which is odd")
+        if config.hidden_act not in ("silu", "swish"):
+            problems.append(f"hidden_act {config.hidden_act!r}, only 'silu' is")
+        if getattr(config, "quantization_config", None):
+            problems.append("quantization_config, only plain floating-point checkpoints are")
+        rope = _rope(config, problems)
+        windows = _sliding_windows(config, problems)
+        if problems:
+            raise CheckpointError(
+                f"cannot run this {family} checkpoint; not supported: {'; '.join(problems)}. "
+                f"Supported: dense {', '.join(FAMILIES)} with rope types {', '.join(ROPE_KINDS)}"
+            )
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        dtype = getattr(config, "dtype", None)
+        return cls(
+            family=family,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+            rope=rope,
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            qkv_bias=True if family == "qwen2" else attention_bias and family != "mistral",
+            output_bias=attention_bias and family in ("llama", "qwen3"),
+            mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            sliding_windows=windows,
+            dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+            eos_token_ids=_token_ids(config.eos_token_id, extra_eos),
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: got {error}; expected a JSON file; pass the folder of a Hugging Face checkpoint"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"cannot read {path}: got a {type(value).__name__}, expected a JSON object; restore the file"
+        )
+    return value
+
+
+def _refuse_unknown_family(model_type: object) -> None:
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"unknown model family: got model_type {model_type!r}, expected one of {', '.join(FAMILIES)}; "
+            "use a dense checkpoint of one of these families"
+        )
+
+
+def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
+    """transformers 5 has moved `rope_theta` and `rope_scaling` of older files into `rope_parameters`."""
+    values: Mapping[str, Any] = config.rope_parameters or {}
+    kind = values.get("rope_type", "default")
+    if any(isinstance(value, Mapping) for value in values.values()):
+        problems.append("rope_parameters that differ between layer types")
+        return RopeConfig(theta=1.0)
+    if kind not in ROPE_KINDS:
+        problems.append(f"rope type {kind!r}")
+        return RopeConfig(theta=1.0)
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor {values['partial_rotary_factor']}")
+    theta = float(values.get("rope_theta") or 10_000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [key for key in needed if values.get(key) is None]
+    if missing:
+        problems.append(f"rope type {kind!r} without {', '.join(missing)}")
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=float(values["factor"]))
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=float(values["factor"]),
+        low_freq_factor=float(values["low_freq_factor"]),
+        high_freq_factor=float(values["high_freq_factor"]),
+        original_max_position=int(values["original_max_position_embeddings"]),
+    )
+
+
+def _sliding_windows(config: PretrainedConfig, problems: list[str]) -> tuple[int | None, ...]:
+    """Llama has none; Mistral's is for all layers; Qwen's `layer_types` says for which (derived from
+    `use_sliding_window` and `max_window_layers` where a file does not spell it out)."""
+    num_layers = config.num_hidden_layers
+    window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or config.model_type in ("llama", "mistral"):
+        everywhere = "full_attention" if window is None else "sliding_attention"
+        if kinds is not None and set(kinds) != {everywhere}:
+            problems.append(f"layer_types {sorted(set(kinds))} in a {config.model_type} model")
+        return (window,) * num_layers
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != num_layers:
+        problems.append(f"layer_types {sorted(set(kinds))} for {len(kinds)} of {num_layers} layers")
+    if "sliding_attention" in kinds and window is None:
+        problems.append("layer_types with sliding_attention, but no sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _token_ids(*values: object) -> tuple[int, ...]:
+    """All ids of `values`, each None, an id or a list of ids, once, in order."""
+    ids: dict[int, None] = {}
+    for value in values:
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(token, int):
+                ids[token] = None
+    return tuple(ids)

@@ -1,0 +1,1 @@
+"""One forward pass: from a scheduled batch to hidden states and logits."""

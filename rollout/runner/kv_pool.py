@@ -1,0 +1,52 @@
+"""Memory of the paged KV cache, all layers in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class KVPool:
+    """Keys and values, (layers, blocks, block size, 2, KV heads, head size).
+
+    Memory is reserved when the pool is made; on a CPU the system provides pages when they are first written. A block
+    holds whatever its last owner left until `clear_blocks`, so a step clears each block that it starts to fill in part:
+    attention multiplies what it masks by zero, and zero times an old NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
+        self.memory = torch.empty(shape, dtype=dtype, device=device)
+        self.layers: tuple[torch.Tensor, ...] = tuple(self.memory.unbind(0))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy block to block, (source, destination), in all layers; all sources are read before any is written."""
+        if not pairs:
+            return
+        device = self.memory.device
+        sources = torch.tensor([source for source, _ in pairs], device=device)
+        destinations = torch.tensor([destination for _, destination in pairs], device=device)
+        self.memory.index_copy_(1, destinations, self.memory.index_select(1, sources))
+
+    def clear_blocks(self, blocks: torch.Tensor) -> None:
+        """Fill blocks (N) int64 with zeros, in all layers."""
+        if blocks.numel():
+            self.memory.index_fill_(1, blocks, 0)
+
+    @staticmethod
+    def bytes_per_block(
+        *, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes of one block, keys and values of all layers."""
+        return num_layers * block_size * 2 * num_kv_heads * head_dim * dtype.itemsize
