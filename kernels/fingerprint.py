@@ -173,12 +173,12 @@ if triton is not None:
             row = first_row + r
             i = row * 1024 + column
             num_bytes = end_byte - i * 8
-            valid = (i >= first_word) & (num_bytes > 0) & (row <= last_row)
+            valid = (i >= first_word) & (num_bytes > 0)
             word = tl.load(words + base + i, mask=valid, other=0)
             one = tl.full((1024,), 1, tl.int64)
             bits = tl.minimum(tl.maximum(num_bytes, 0), 7) * 8
             word = tl.where(num_bytes < 8, word & ((one << bits) - 1), word)
-            acc += word * tl.load(outer + row, mask=row <= last_row, other=0)
+            acc += word * tl.load(outer + tl.minimum(row, last_row))
         tl.atomic_add(out + n, tl.sum(acc * tl.load(fine + column), axis=0))
 
 
