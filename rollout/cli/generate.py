@@ -140,6 +140,8 @@ def generate(
         "sampling.stop": stop,
         "sampling.sampling_seed": sampling_seed,
     }
+    if print_config and config is None and model is None:
+        options["engine.model_path"] = "PATH"
     settings = load_settings(GenerateSettings, config, [*(overrides or ()), *as_overrides(options)])
     if print_config:
         typer.echo(as_toml(settings))
