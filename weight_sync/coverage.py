@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,10 @@ def storage_key(tensor: torch.Tensor) -> Storage:
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte in its storage, and one past the last, of a tensor that is not empty; strided ones have gaps."""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    size = tensor.element_size()
-    first = tensor.storage_offset()
-    return first * size, (first + last + 1) * size
+    shape_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    last = first + sum((int(num) - 1) * int(stride) for num, stride in shape_strides)
+    return first * size, (last + 1) * size
 
 
 def coverage_problems(
@@ -57,7 +56,7 @@ def coverage_problems(
 def _shared(owners: Mapping[Storage, list[tuple[int, int, str]]]) -> Iterator[str]:
     for ranges in owners.values():
         ranges.sort()
-        for (_, end, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
             if start < end:
                 yield (
                     f"{other}: got a parameter in the memory of {name}, expected memory of its own; "

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from . import region as regions
-from .coverage import coverage_problems
+from .coverage import coverage_problems, storage_key
 from .errors import ManifestMismatch
 from .manifest import DTYPES, MAX_NAME_LENGTH, TensorMeta, dtype_name, mismatch
 from .region import Region
@@ -75,9 +75,12 @@ class WeightMap:
         fused: Mapping[str, Sequence[str]] | None = None,
         ignored: AbstractSet[str] | Callable[[str], bool] = frozenset(),
     ) -> None:
-        """`aliases`: other names of canonical tensors (tied weights). `fused`: names of the model's own parameters, each
-        standing for canonical tensors joined along dimension 0. `ignored`: names that trainers may send and that have
-        no memory here (a set, or a predicate)."""
+        """Check the table; `ManifestMismatch` lists all that is wrong with it.
+
+        `aliases`: other names of canonical tensors (tied weights). `fused`: names of the model's own parameters,
+        each standing for canonical tensors joined along dimension 0. `ignored`: names that trainers may send and
+        that have no memory here (a set, or a predicate).
+        """
         self.placements = tuple(placements)
         self.parameters = dict(parameters)
         self.aliases = dict(aliases or {})
@@ -156,8 +159,7 @@ class WeightMap:
 
         def where(name: str) -> tuple[int, int]:
             tensor = self._by_name[name][0].destination
-            key = (tensor.device, tensor.untyped_storage().data_ptr())
-            return storages.setdefault(key, len(storages)), tensor.data_ptr()
+            return storages.setdefault(storage_key(tensor), len(storages)), tensor.data_ptr()
 
         order = {name: where(name) for name in self._by_name}
         return tuple(self.locate(name).meta for name in sorted(order, key=order.__getitem__))
