@@ -1,0 +1,40 @@
+"""What all parts of `Engine` share: the executor, the tokenizer, and deadlines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..config import EngineConfig
+from ..errors import EngineClosedError, InvalidRequestError
+from .executor import Executor, wait
+from .tokenizer import Tokenizer
+
+
+class EngineClient:
+    """Base of the mixins that make up `Engine`; holds no engine state, which lives where the loop runs."""
+
+    config: EngineConfig
+    _tokenizer: Tokenizer | None
+    _maybe_executor: Executor | None
+
+    @property
+    def _executor(self) -> Executor:
+        if self._maybe_executor is None:
+            raise EngineClosedError("the engine was shut down; start a new one")
+        return self._maybe_executor
+
+    def _timeout(self, timeout_s: float | None) -> float:
+        """The deadline of a call in seconds: the caller's, else the configured one."""
+        if timeout_s is None:
+            return self.config.request_timeout_s
+        if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < math.inf):
+            raise InvalidRequestError(
+                f"timeout_s: got {timeout_s!r}, expected a positive number of seconds"
+            )
+        return float(timeout_s)
+
+    def _call(self, body: Any, timeout_s: float | None = None) -> Any:
+        """Send one command and wait for its answer."""
+        limit = self._timeout(timeout_s)
+        return wait(self._executor.submit(body, timeout_s=limit), limit, type(body).__name__)

@@ -1,0 +1,347 @@
+"""The engine loop: one ordered stream of commands, one step after another.
+
+`EngineCore` runs on one thread of one process; which one is the executor's business. Between two steps it carries out
+whatever has arrived, in order: requests, aborts, pauses, and the write of a weight update. That order is what makes a
+commit atomic: no step ever sees it half done.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from weight_sync.errors import DeadlineExceeded, TornWeightsError
+from weight_sync.receiver import WeightReceiver
+from weight_sync.service import WeightService
+
+from ..config import ResolvedConfig
+from ..errors import EngineClosedError, EngineStepError, RolloutError
+from ..layers.sampler import Sampler
+from ..runner.model_runner import ModelRunner
+from ..scheduling.scheduler import Scheduler
+from . import commands as cmd
+from .admission import Admission
+from .postprocess import Postprocessor
+from .sample_state import SampleState
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """A command on its way through the engine; `weight_sync.rpc` and the in-process executor make them."""
+
+    @property
+    def body(self) -> Any: ...
+    @property
+    def deadline(self) -> float: ...
+    def reply(self, body: Any) -> None: ...
+    def stream(self, body: Any) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
+class _Action:
+    """A function that another thread wants run between two steps."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+        self.future: Future[Any] = Future()
+
+    def __call__(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.run())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+
+class EngineCore:
+    """Owns the scheduler, the runner and the receiver; everything but `submit` and `between_steps` is the loop's."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        *,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        admission: Admission,
+    ) -> None:
+        self.config = config
+        self.runner = runner
+        self.scheduler = scheduler
+        self.admission = admission
+        self.post = Postprocessor(scheduler, runner, sampler)
+        self.receiver = WeightReceiver(
+            runner.weight_map,
+            self,
+            keep_previous=config.user.keep_previous_weights,
+            label=config.weight_version,
+        )
+        self.weights = WeightService(self.receiver)
+        self.post.version = config.weight_version
+        self._inbox: queue.SimpleQueue[Call | _Action] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._paused: cmd.PauseMode | None = None
+        self._pause_ends = 0.0
+        self._closed = threading.Event()
+        self._handlers: dict[type, Callable[[Call], None]] = {
+            cmd.Generate: self._generate,
+            cmd.AbortRequests: self._abort,
+            cmd.PauseGeneration: self._pause,
+            cmd.ContinueGeneration: self._continue,
+            cmd.FlushCache: self._flush,
+            cmd.GetWeights: self._get_weights,
+            cmd.GetStatus: self._status,
+            cmd.Shutdown: self._shutdown,
+        }
+
+    # ---- any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """Put a command into the stream; returns at once. Weight messages go to the receiver's own thread."""
+        if self._closed.is_set():
+            call.fail(EngineClosedError("the engine was shut down; start a new one"))
+        elif type(call.body) in self._handlers:
+            self._inbox.put(call)
+        else:
+            self.weights.handle(call)
+
+    def between_steps(self, action: Callable[[], T], timeout_s: float) -> T:
+        """Run `action` on the loop's thread at the next step boundary and return what it returns.
+
+        Raises `DeadlineExceeded` if the boundary does not come in time; then `action` never runs.
+        """
+        if threading.current_thread() is self._thread:
+            return action()
+        item = _Action(action)
+        self._inbox.put(item)
+        try:
+            return item.future.result(timeout_s)
+        except TimeoutError:
+            if item.future.cancel():
+                raise DeadlineExceeded(
+                    f"no step boundary within {timeout_s:.3g} s: a step takes longer than that, or the engine hangs; "
+                    "nothing was written; raise the deadline"
+                ) from None
+            return item.future.result()  # It has begun: a write is never abandoned half-way.
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `Shutdown`; the thread that calls this is the loop's thread."""
+        self._thread = threading.current_thread()
+        try:
+            while not self._closed.is_set():
+                self._carry_out_commands()
+                if self._paused is None and not self._closed.is_set():
+                    self.step()
+        finally:
+            self._close()
+
+    def step(self) -> bool:
+        """Compute one batch and hand out its tokens; False if there was nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        try:
+            hidden = self.runner.forward(batch)
+            rows = self.scheduler.complete(batch)
+            self.post.input_logprobs(batch, hidden)
+            self.post.sample(batch, hidden, rows)
+        except Exception as error:
+            logger.exception("a step with %d requests failed", len(batch.items))
+            failure = EngineStepError(
+                f"the step failed: {type(error).__name__}: {error}; other requests go on"
+            )
+            for item in batch.items:
+                self.post.fail(item.request, failure)
+        return True
+
+    def _carry_out_commands(self) -> None:
+        """Everything that has arrived, in order; waits only when there is nothing to compute."""
+        self._check_clocks()
+        block = self._paused is not None or not self.scheduler.has_work
+        while True:
+            try:
+                item = self._inbox.get(block=block, timeout=self._patience() if block else None)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(item, _Action):
+                item()
+                continue
+            try:
+                self._handlers[type(item.body)](item)
+            except Exception as error:
+                if not isinstance(error, (ValueError, RolloutError, TornWeightsError)):
+                    logger.exception("%s failed", type(item.body).__name__)
+                item.fail(error)
+            if self._closed.is_set():
+                return
+
+    def _patience(self) -> float:
+        """Seconds that the loop may sleep before a lease or a deadline needs it."""
+        ends = [self._pause_ends] if self._paused is not None else []
+        ends += [group.deadline for group in self.post.groups]
+        return max(0.0, min(ends) - time.monotonic()) if ends else 3600.0
+
+    def _check_clocks(self) -> None:
+        now = time.monotonic()
+        if self._paused is not None and now >= self._pause_ends:
+            logger.warning(
+                "the lease of the pause (mode %s) ended; generation continues", self._paused
+            )
+            self._paused = None
+        for group in [group for group in self.post.groups if now >= group.deadline]:
+            for request in list(group.requests):
+                self.post.abort(request, "the deadline of the call has passed")
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def _generate(self, call: Call) -> None:
+        if self.receiver.torn is not None:
+            raise TornWeightsError(
+                f"cannot generate: the weights are a mixture ({self.receiver.torn}); push a complete update first"
+            )
+        group, prompts = self.admission.open(call)
+        try:
+            for requests in prompts:
+                self.scheduler.add(requests)
+                group.requests.extend(requests)
+        except ValueError:
+            self.post.discard(group)
+            raise
+        self.post.groups.add(group)
+
+    def _abort(self, call: Call) -> None:
+        rids = set(call.body.rids)
+        chosen = [
+            request
+            for group in self.post.groups
+            for request in group.requests
+            if call.body.abort_all or request.rid in rids or request.outputs.spec.rid in rids
+        ]
+        for request in chosen:
+            self.post.abort(request, "aborted by the caller")
+        call.reply(cmd.Done(count=len(chosen)))
+
+    def _pause(self, call: Call) -> None:
+        body: cmd.PauseGeneration = call.body
+        num = 0
+        if body.mode == "abort":
+            pending = [request for group in self.post.groups for request in group.requests]
+            num = len(pending)
+            for request in pending:
+                self.post.abort(
+                    request,
+                    "generation was paused (mode abort); resubmit prompt plus partial output",
+                )
+        elif body.mode == "retract":
+            num = self.scheduler.num_running
+            self.scheduler.retract_all()
+        self._paused = body.mode
+        self._pause_ends = time.monotonic() + body.lease_s
+        call.reply(cmd.Done(count=num))
+
+    def _continue(self, call: Call) -> None:
+        self._paused = None
+        call.reply(cmd.Done())
+
+    def _flush(self, call: Call) -> None:
+        pending = self.scheduler.num_running + self.scheduler.num_waiting
+        if pending:
+            raise RolloutError(
+                f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "
+                "or push weights with kv_policy='flush'"
+            )
+        call.reply(cmd.Done(count=self.scheduler.kv.flush()))
+
+    def _get_weights(self, call: Call) -> None:
+        tensor = self.runner.weight_map.read(call.body.name)
+        rows = tensor[: call.body.truncate_size] if tensor.dim() else tensor
+        rows = rows.float().cpu().contiguous()
+        call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
+
+    def _status(self, call: Call) -> None:
+        call.reply(self.status())
+
+    def status(self) -> cmd.Status:
+        """Counts, versions and sizes as of now."""
+        resolved = msgspec.to_builtins(self.config)
+        user = resolved.pop("user")
+        kv = self.scheduler.kv
+        return cmd.Status(
+            weight_version=self.post.version,
+            version=self.receiver.version,
+            torn=self.receiver.torn,
+            paused=self._paused,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_free_blocks=kv.num_free_blocks,
+            num_blocks=self.config.num_blocks,
+            resolved={**user, **resolved},
+            pid=self.admission.pid,
+        )
+
+    def _shutdown(self, call: Call) -> None:
+        self._closed.set()
+        call.reply(cmd.Done())
+
+    def _close(self) -> None:
+        """End what is left; after this `submit` refuses."""
+        self._closed.set()
+        self.post.held = False
+        for group in list(self.post.groups):
+            for request in list(group.requests):
+                self.post.abort(request, "the engine was shut down")
+        self.weights.close()
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, _Action):
+                item.future.cancel()
+            else:
+                item.fail(EngineClosedError("the engine was shut down before it came to this call"))
+
+    # ---- what the receiver needs of its host (on the loop's thread, inside a commit) -------------------------------
+
+    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
+        """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
+        self.runner.refresh_derived_state()
+        self.post.version = label if label is not None else str(version)
+        policy = kv_policy or self.config.user.kv_policy
+        if policy in ("recompute", "flush"):
+            self.scheduler.recompute_all()
+        self.scheduler.set_weight_version(version)
+        if policy == "flush":
+            self.scheduler.kv.flush()
+
+    def hold_outputs(self) -> None:
+        """Keep tokens back until `release_outputs` (overlapped verification)."""
+        self.post.held = True
+
+    def release_outputs(self, ok: bool) -> None:
+        """Hand out the tokens that were held, or drop them where the new version turned out wrong."""
+        self.between_steps(
+            lambda: self.post.release(ok), timeout_s=self.config.user.request_timeout_s
+        )
+
+    def weights_torn(self, reason: str) -> None:
+        """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
+        for group in list(self.post.groups):
+            for request in list(group.requests):
+                self.post.abort(request, f"the weights are a mixture: {reason}")
+
+
+def state_of(request: Any) -> SampleState:
+    """The output side of a scheduler's request."""
+    state: SampleState = request.outputs
+    return state

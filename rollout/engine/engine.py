@@ -1,0 +1,169 @@
+"""`Engine`: what a trainer's author imports."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import difflib
+import logging
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from ..config import EngineConfig
+from ..errors import ConfigError, InvalidRequestError
+from .commands import (
+    AbortRequests,
+    ContinueGeneration,
+    Done,
+    FlushCache,
+    GetStatus,
+    PauseGeneration,
+    PauseMode,
+    Status,
+)
+from .executor import make_executor
+from .generation import GenerationCalls
+from .tokenizer import Tokenizer
+from .weights import WeightCalls
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(GenerationCalls, WeightCalls):
+    """Generates rollouts from a model whose weights a trainer replaces while it runs.
+
+    `Engine(model_path, **options)` takes the fields of `rollout.config.EngineConfig`; `executor="inline"` runs the loop
+    on a thread of this process, `"local"` in a child process. Every method may be called from any thread; each has an
+    `async_` twin. Use it as a context manager, or call `shutdown()`.
+
+        with Engine("checkpoints/qwen3-tiny", executor="local") as engine:
+            engine.generate("2 + 2 =", {"max_new_tokens": 8, "temperature": 0})
+            WeightPublisher(engine).publish(model)
+    """
+
+    def __init__(self, model_path: str | Path, **options: Any) -> None:
+        self.config = engine_config(model_path, options)
+        self.model_path = self.config.model_path
+        self._maybe_executor = None
+        self._tokenizer = None
+        if not self.config.skip_tokenizer_init:
+            self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
+        self._maybe_executor = make_executor(self.config)
+        logger.info("engine ready: %s", self.status().resolved)
+
+    @property
+    def address(self) -> str:
+        """Where a `WeightPublisher` or a client of another process connects."""
+        return self._executor.address
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, None with `skip_tokenizer_init`."""
+        return None if self._tokenizer is None else self._tokenizer.inner
+
+    def status(self) -> Status:
+        """Versions, counts, sizes, the resolved configuration, and the process of the engine loop."""
+        status: Status = self._call(GetStatus())
+        return status
+
+    def pause_generation(self, mode: PauseMode = "abort", lease_s: float | None = None) -> int:
+        """Stop generating until `continue_generation`, or until the lease of `lease_s` seconds ends.
+
+        mode "abort" ends all requests with their partial results; "retract" drops the KV of running requests and queues
+        them again; "in_place" freezes them as they are. Returns how many requests it touched.
+        """
+        if mode not in ("abort", "retract", "in_place"):
+            raise InvalidRequestError(
+                f"mode: got {mode!r}, expected 'abort', 'retract' or 'in_place'"
+            )
+        lease = self.config.pause_lease_s if lease_s is None else lease_s
+        answer: Done = self._call(PauseGeneration(mode=mode, lease_s=lease))
+        return answer.count
+
+    def continue_generation(self) -> None:
+        """End a pause; no error if there is none."""
+        self._call(ContinueGeneration())
+
+    def abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
+        """End requests; their callers get the partial results with finish reason "abort". Returns how many ended."""
+        if (rid is None) != abort_all:
+            raise InvalidRequestError("abort_request: expected either rid=... or abort_all=True")
+        answer: Done = self._call(
+            AbortRequests(rids=[] if rid is None else [rid], abort_all=abort_all)
+        )
+        return answer.count
+
+    def flush_cache(self) -> int:
+        """Drop all cached prefixes; returns how many blocks. Raises `RolloutError` while requests are pending."""
+        answer: Done = self._call(FlushCache())
+        return answer.count
+
+    async def async_pause_generation(
+        self, mode: PauseMode = "abort", lease_s: float | None = None
+    ) -> int:
+        """As `pause_generation`, awaitable."""
+        return await asyncio.to_thread(self.pause_generation, mode, lease_s)
+
+    async def async_continue_generation(self) -> None:
+        """As `continue_generation`, awaitable."""
+        await asyncio.to_thread(self.continue_generation)
+
+    async def async_abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
+        """As `abort_request`, awaitable."""
+        return await asyncio.to_thread(self.abort_request, rid, abort_all)
+
+    async def async_flush_cache(self) -> int:
+        """As `flush_cache`, awaitable."""
+        return await asyncio.to_thread(self.flush_cache)
+
+    async def async_status(self) -> Status:
+        """As `status`, awaitable."""
+        return await asyncio.to_thread(self.status)
+
+    async def async_shutdown(self) -> None:
+        """As `shutdown`, awaitable."""
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """End the engine and give back its memory, threads, process and sockets; safe to call twice."""
+        executor, self._maybe_executor = self._maybe_executor, None
+        if executor is None:
+            return
+        publisher = self.__dict__.pop("_publisher", None)
+        try:
+            if publisher is not None:
+                publisher.close()
+        finally:
+            executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._maybe_executor is None else self.config.executor
+        return f"Engine({self.config.model_path!r}, {state})"
+
+
+def engine_config(model_path: str | Path, options: dict[str, Any]) -> EngineConfig:
+    """`EngineConfig` from keyword arguments; an unknown or ill-typed one is a `ConfigError` with the nearest name."""
+    known = [field.name for field in dataclasses.fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"Engine: got an unknown option {name!r}; {hint}")
+    values = {key: value for key, value in options.items()}
+    if "dtype" in values and not isinstance(values["dtype"], str):
+        values["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    for key in ("device", "tokenizer_path", "weight_version"):
+        if values.get(key) is not None:
+            values[key] = str(values[key])
+    try:
+        return msgspec.convert({"model_path": str(model_path), **values}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Engine: {error}") from None

@@ -1,0 +1,243 @@
+"""`generate`, `score` and `sequence_logprobs`, with their `async_` twins."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import InvalidRequestError
+from .client import EngineClient
+from .commands import AbortRequests, SampleUpdate
+from .executor import wait
+from .prepare import PreparedGenerate, prepare
+
+Result = dict[str, Any]
+
+
+class GenerationCalls(EngineClient):
+    """The part of `Engine` that computes tokens and log-probabilities."""
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        return_logprob: Any = False,
+        logprob_start_len: Any = -1,
+        top_logprobs_num: Any = 0,
+        token_ids_logprob: Any = None,
+        stream: bool = False,
+        rid: Any = None,
+        *,
+        return_text_in_logprobs: bool = False,
+        return_token_times: Any = False,
+        timeout_s: float | None = None,
+        **unsupported: Any,
+    ) -> Any:
+        """Complete prompts.
+
+        Give `prompt` (text) or `input_ids` (token ids), one or a list; the other arguments are one value for all or
+        a list with one per prompt. Returns one dictionary for one prompt with n = 1, else a list, prompt-major;
+        with `stream`, an iterator of cumulative dictionaries (with their `index` where there are several samples).
+
+        A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
+        `cached_tokens`, `finish_reason`, `weight_version`, `weight_versions`, `e2e_latency` (s), `num_retractions`,
+        with `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position
+        `logprob_start_len`; -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or
+        `token_ids_logprob` their tables, with `return_token_times` the wall-clock time of each token.
+
+        Raises `InvalidRequestError` (a `ValueError`) for arguments that cannot be run, before any of them runs;
+        `DeadlineExceeded` after `timeout_s` seconds (the requests are then aborted); `TornWeightsError` while the
+        weights are a mixture; `EngineDiedError` when the engine's process is gone.
+        """
+        prepared = self._prepare(
+            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
+            token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
+        )  # fmt: skip
+        limit = self._timeout(timeout_s)
+        if stream:
+            return self._stream(prepared, limit)
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
+        try:
+            wait(future, limit, "generate")
+        except BaseException:
+            self._abandon(prepared, future)
+            raise
+        return prepared.result()
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        return_logprob: Any = False,
+        logprob_start_len: Any = -1,
+        top_logprobs_num: Any = 0,
+        token_ids_logprob: Any = None,
+        stream: bool = False,
+        rid: Any = None,
+        *,
+        return_text_in_logprobs: bool = False,
+        return_token_times: Any = False,
+        timeout_s: float | None = None,
+        **unsupported: Any,
+    ) -> Any:
+        """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
+        prepared = self._prepare(
+            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
+            token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
+        )  # fmt: skip
+        limit = self._timeout(timeout_s)
+        if stream:
+            return self._async_stream(prepared, limit)
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
+        try:
+            await asyncio.wrap_future(future)
+        except BaseException:
+            self._abandon(prepared, future)
+            raise
+        return prepared.result()
+
+    def score(
+        self,
+        query: str | Sequence[int],
+        items: str | Sequence[Any],
+        label_token_ids: Sequence[int],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[list[float]]:
+        """Probability of each label token after query + item (item + query if `item_first`), one row per item.
+
+        Text is concatenated as text, token ids as token ids. With `apply_softmax` a row is normalised over the labels,
+        else it holds probabilities over the whole vocabulary. Uses temperature 1.
+        """
+        labels = list(label_token_ids)
+        if not labels:
+            raise InvalidRequestError("score: got no label_token_ids, expected at least one")
+        rows = [items] if isinstance(items, str) else list(items)
+        is_text = isinstance(query, str)
+        if any(isinstance(item, str) != is_text for item in rows):
+            raise InvalidRequestError(
+                "score: got text and token ids mixed, expected query and items of one kind"
+            )
+        joined = [self._joined(query, item, item_first) for item in rows]
+        # Greedy log-probabilities are untempered, so the drawn token does not matter and the rule of `generate` holds.
+        results = self.generate(
+            prompt=joined if is_text else None,
+            input_ids=None if is_text else joined,
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+            return_logprob=True,
+            token_ids_logprob=labels,
+            timeout_s=timeout_s,
+        )
+        return [_label_probabilities(result, apply_softmax) for result in results]
+
+    def sequence_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        start: int | Sequence[int] = 0,
+        timeout_s: float | None = None,
+    ) -> list[list[float | None]]:
+        """Log-probability of each given token under the current weights (temperature 1), from position `start` on.
+
+        What PPO and GRPO need of the old and of the reference policy. Row i has len(sequences[i]) - start entries;
+        position 0 has no log-probability and is None.
+        """
+        results = self.generate(
+            input_ids=[list(ids) for ids in sequences],
+            sampling_params={"max_new_tokens": 0},
+            return_logprob=True,
+            logprob_start_len=list(start) if isinstance(start, Sequence) else start,
+            timeout_s=timeout_s,
+        )
+        return [
+            [value for value, _, _ in result["meta_info"]["input_token_logprobs"]]
+            for result in results
+        ]
+
+    async def async_score(self, *args: Any, **kwargs: Any) -> list[list[float]]:
+        """As `score`, awaitable."""
+        return await asyncio.to_thread(self.score, *args, **kwargs)
+
+    async def async_sequence_logprobs(self, *args: Any, **kwargs: Any) -> list[list[float | None]]:
+        """As `sequence_logprobs`, awaitable."""
+        return await asyncio.to_thread(self.sequence_logprobs, *args, **kwargs)
+
+    # ---- below the surface -----------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, prompt: Any, sampling_params: Any, input_ids: Any, return_logprob: Any, logprob_start_len: Any,
+        top_logprobs_num: Any, token_ids_logprob: Any, stream: bool, rid: Any, return_text: bool, times: Any,
+        unsupported: dict[str, Any],
+    ) -> PreparedGenerate:  # fmt: skip
+        return prepare(
+            self._tokenizer,
+            prompt=prompt,
+            input_ids=input_ids,
+            sampling_params=sampling_params,
+            stream=stream,
+            rid=rid,
+            return_text_in_logprobs=return_text,
+            per_prompt={
+                "return_logprob": return_logprob,
+                "logprob_start_len": logprob_start_len,
+                "top_logprobs_num": top_logprobs_num,
+                "token_ids_logprob": token_ids_logprob,
+                "return_token_times": times,
+            },
+            unsupported=unsupported,
+        )
+
+    def _stream(self, prepared: PreparedGenerate, limit: float) -> Iterator[Result]:
+        updates: queue.SimpleQueue[SampleUpdate | None] = queue.SimpleQueue()
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=updates.put)
+        future.add_done_callback(lambda _: updates.put(None))
+        try:
+            while (update := updates.get()) is not None:
+                yield prepared.chunk(update)
+            future.result()
+        finally:
+            self._abandon(prepared, future)
+
+    async def _async_stream(
+        self, prepared: PreparedGenerate, limit: float
+    ) -> AsyncIterator[Result]:
+        updates: asyncio.Queue[SampleUpdate | None] = asyncio.Queue()
+        put = asyncio.get_running_loop().call_soon_threadsafe
+        future = self._executor.submit(
+            prepared.command,
+            timeout_s=limit,
+            on_chunk=lambda update: put(updates.put_nowait, update) and None,
+        )
+        future.add_done_callback(lambda _: put(updates.put_nowait, None) and None)
+        try:
+            while (update := await updates.get()) is not None:
+                yield prepared.chunk(update)
+            future.result()
+        finally:
+            self._abandon(prepared, future)
+
+    def _abandon(self, prepared: PreparedGenerate, future: Future[Any]) -> None:
+        """Nobody waits for the answer any more: do not compute it."""
+        if not future.done() or future.cancelled():
+            self._executor.submit(AbortRequests(rids=prepared.rids), timeout_s=self._timeout(None))
+
+    @staticmethod
+    def _joined(query: Any, item: Any, item_first: bool) -> Any:
+        first, second = (item, query) if item_first else (query, item)
+        return first + second if isinstance(first, str) else [*first, *second]
+
+
+def _label_probabilities(result: Result, apply_softmax: bool) -> list[float]:
+    values = [value for value, _, _ in result["meta_info"]["output_token_ids_logprobs"][0]]
+    probabilities = [math.exp(value) for value in values]
+    if not apply_softmax:
+        return probabilities
+    total = sum(probabilities)
+    return [p / total for p in probabilities]

@@ -1,0 +1,203 @@
+"""Turns the arguments of `Engine.generate` into one `Generate` command, and its answers back into dictionaries."""
+
+from __future__ import annotations
+
+import difflib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidRequestError
+from ..sampling_params import SamplingParams
+from .commands import Generate, PromptSpec, SampleUpdate
+from .results import ResultBuilder
+from .tokenizer import Tokenizer, encode_prompts
+
+#: Arguments of `generate` in the common dialect that this engine cannot honour; only neutral values pass.
+UNSUPPORTED = {
+    "lora_path": "LoRA adapters",
+    "input_embeds": "input embeddings",
+    "image_data": "images",
+    "audio_data": "audio",
+    "custom_logit_processor": "custom logit processors",
+    "return_hidden_states": "hidden states",
+    "bootstrap_host": "disaggregated prefill",
+}
+
+
+@dataclass(slots=True, eq=False)
+class PreparedGenerate:
+    """One call of `generate`: what to send, and where the answers are collected."""
+
+    command: Generate
+    builders: list[ResultBuilder]
+    single: bool
+    """One prompt with n = 1: the result is one dictionary and no list."""
+
+    def add(self, update: SampleUpdate) -> None:
+        """Take an answer; called from the engine's or the socket's thread, one at a time."""
+        self.builders[update.index].add(update)
+
+    def result(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """What the caller gets once everything has finished."""
+        results = [builder.result() for builder in self.builders]
+        return results[0] if self.single else results
+
+    def chunk(self, update: SampleUpdate) -> dict[str, Any]:
+        """What a streaming caller gets after `update`: the sample so far, and which one it is."""
+        builder = self.builders[update.index]
+        builder.add(update)
+        result = builder.result()
+        return result if self.single else {**result, "index": update.index}
+
+    @property
+    def rids(self) -> list[str]:
+        """Ids of all prompts, for an abort."""
+        return [spec.rid for spec in self.command.prompts]
+
+
+def prepare(
+    tokenizer: Tokenizer | None,
+    *,
+    prompt: Any,
+    input_ids: Any,
+    sampling_params: Any,
+    stream: bool,
+    rid: Any,
+    return_text_in_logprobs: bool,
+    per_prompt: Mapping[str, Any],
+    unsupported: Mapping[str, Any],
+) -> PreparedGenerate:
+    """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt."""
+    _refuse_unsupported(unsupported)
+    ids, is_list = _token_ids(tokenizer, prompt, input_ids)
+    num = len(ids)
+    params = [
+        _params(value, i)
+        for i, value in enumerate(_spread(sampling_params, num, "sampling_params"))
+    ]
+    rids = [uuid.uuid4().hex for _ in ids] if rid is None else _spread(rid, num, "rid")
+    if len(set(rids)) != num:
+        raise InvalidRequestError(f"rid: got {rids!r}, expected a different id for each prompt")
+    columns = {name: _spread(value, num, name) for name, value in per_prompt.items()}
+    specs = [
+        _spec(
+            i,
+            rid=rids[i],
+            input_ids=ids[i],
+            params=params[i],
+            **{k: v[i] for k, v in columns.items()},
+        )
+        for i in range(num)
+    ]
+    builders = [
+        ResultBuilder(spec.params, tokenizer, return_text_in_logprobs=return_text_in_logprobs)
+        for spec in specs
+        for _ in range(spec.params.n)
+    ]
+    return PreparedGenerate(
+        Generate(prompts=specs, stream=stream), builders, not is_list and len(builders) == 1
+    )
+
+
+def _spec(i: int, **fields: Any) -> PromptSpec:
+    """Structs check their types when they are decoded; a caller in this process gets the same check."""
+    import msgspec
+
+    try:
+        if fields["token_ids_logprob"] is not None and not fields["return_logprob"]:
+            fields["return_logprob"] = True
+        if fields["top_logprobs_num"] and not fields["return_logprob"]:
+            fields["return_logprob"] = True
+        return msgspec.convert(fields, PromptSpec)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(
+            f"prompt {i}: {error}; see Engine.generate for the types"
+        ) from None
+
+
+def _token_ids(
+    tokenizer: Tokenizer | None, prompt: Any, input_ids: Any
+) -> tuple[list[list[int]], bool]:
+    if (prompt is None) == (input_ids is None):
+        got = "both" if prompt is not None else "neither"
+        raise InvalidRequestError(f"got {got} of prompt and input_ids, expected exactly one")
+    if prompt is not None:
+        is_list = not isinstance(prompt, str)
+        return encode_prompts(tokenizer, list(prompt) if is_list else [prompt]), is_list
+    if hasattr(input_ids, "tolist"):
+        input_ids = input_ids.tolist()
+    if (
+        not isinstance(input_ids, Sequence)
+        or isinstance(input_ids, (str, bytes))
+        or not len(input_ids)
+    ):
+        raise InvalidRequestError(
+            f"input_ids: got {type(input_ids).__name__} {str(input_ids)[:40]!r}, expected a list of token ids, or a "
+            "list of such lists, with at least one entry"
+        )
+    is_list = not isinstance(input_ids[0], int)
+    rows = input_ids if is_list else [input_ids]
+    return [_checked_row(row, i) for i, row in enumerate(rows)], is_list
+
+
+def _checked_row(row: Any, i: int) -> list[int]:
+    ids = list(row.tolist() if hasattr(row, "tolist") else row)
+    for token in ids:
+        if type(token) is not int or not 0 <= token < 1 << 31:
+            raise InvalidRequestError(
+                f"input_ids of prompt {i}: got {token!r} ({type(token).__name__}), expected token ids: whole numbers "
+                "of at least 0"
+            )
+    if not ids:
+        raise InvalidRequestError(f"input_ids of prompt {i}: got no tokens, expected at least one")
+    return ids
+
+
+def _params(value: Any, i: int) -> SamplingParams:
+    try:
+        return SamplingParams.from_dict(value)
+    except ValueError as error:
+        raise InvalidRequestError(f"sampling_params of prompt {i}: {error}") from None
+
+
+def _spread(value: Any, num: int, name: str) -> list[Any]:
+    """One entry per prompt: a list of that length as it is, anything else repeated."""
+    is_nested = name == "token_ids_logprob"
+    is_list = isinstance(value, (list, tuple))
+    if is_list and (not is_nested or (value and isinstance(value[0], (list, tuple)))):
+        if len(value) != num:
+            raise InvalidRequestError(
+                f"{name}: got {len(value)} entries, expected one for each of {num} prompts"
+            )
+        return list(value)
+    return [value] * num
+
+
+def _refuse_unsupported(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name not in UNSUPPORTED:
+            near = difflib.get_close_matches(name, _KNOWN, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KNOWN)}"
+            raise InvalidRequestError(f"generate: got an unknown argument {name}={value!r}; {hint}")
+        if value not in (None, False):
+            raise InvalidRequestError(
+                f"generate: got {name}={value!r}, but {UNSUPPORTED[name]} are not supported; leave it out"
+            )
+
+
+_KNOWN = (
+    "prompt",
+    "sampling_params",
+    "input_ids",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "token_ids_logprob",
+    "return_text_in_logprobs",
+    "return_token_times",
+    "stream",
+    "rid",
+    "timeout_s",
+)

@@ -1,0 +1,135 @@
+"""Turns what the engine loop sends (`SampleUpdate`) into the dictionaries that `Engine.generate` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ..sampling_params import SamplingParams
+from .commands import SampleUpdate, TopLogprobs
+from .tokenizer import Tokenizer
+
+LogprobEntry = tuple[float | None, int, str | None]
+
+
+class ResultBuilder:
+    """Collects the updates of one sample; `result()` is what the caller sees, cumulative at any time."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        *,
+        return_text_in_logprobs: bool = False,
+    ) -> None:
+        self._params = params
+        self._tokenizer = tokenizer
+        self._with_text = return_text_in_logprobs and tokenizer is not None
+        self._output_ids: list[int] = []
+        self._output_logprobs: list[float] = []
+        self._output_top: list[TopLogprobs] = []
+        self._output_selected: list[TopLogprobs] = []
+        self._token_times: list[float] = []
+        self._first: SampleUpdate | None = None
+        self._last: SampleUpdate | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once the update with the finish reason has been added."""
+        return self._last is not None and self._last.finish_reason is not None
+
+    def add(self, update: SampleUpdate) -> None:
+        """Append what `update` brings; updates of a sample arrive in order."""
+        self._first = self._first or update
+        self._last = update
+        self._output_ids += update.output_ids
+        self._output_logprobs += update.output_logprobs or ()
+        self._output_top += update.output_top_logprobs or ()
+        self._output_selected += update.output_ids_logprobs or ()
+        self._token_times += update.token_times or ()
+
+    def result(self) -> dict[str, Any]:
+        """The public dictionary: `text`, `output_ids`, `meta_info`."""
+        first, last = self._first, self._last
+        assert first is not None and last is not None, "result() before the first update"
+        meta: dict[str, Any] = {
+            "id": last.rid,
+            "prompt_tokens": last.prompt_tokens,
+            "completion_tokens": len(self._output_ids),
+            "cached_tokens": last.cached_tokens,
+            "finish_reason": _finish_reason(last),
+            "weight_version": last.weight_version,
+            "e2e_latency": last.e2e_latency,
+            "num_retractions": last.num_retractions,
+        }
+        if last.finish_reason is not None:
+            meta["weight_versions"] = [
+                {"version": span.version, "start": span.start, "end": span.end}
+                for span in last.weight_versions
+            ]
+        self._add_logprobs(meta, first, last)
+        if last.token_times is not None:
+            meta["token_times"] = list(self._token_times)
+        return {"text": self._text(last), "output_ids": list(self._output_ids), "meta_info": meta}
+
+    def _add_logprobs(self, meta: dict[str, Any], first: SampleUpdate, last: SampleUpdate) -> None:
+        if last.output_logprobs is not None:
+            meta["output_token_logprobs"] = [
+                self._entry(value, token)
+                for value, token in zip(self._output_logprobs, self._output_ids, strict=True)
+            ]
+            meta["input_token_logprobs"] = [
+                self._entry(value, token)
+                for value, token in first.input_logprobs or last.input_logprobs or ()
+            ]
+        if last.output_top_logprobs is not None:
+            meta["output_top_logprobs"] = self._table(self._output_top)
+            meta["input_top_logprobs"] = self._table(
+                first.input_top_logprobs or last.input_top_logprobs or ()
+            )
+        if last.output_ids_logprobs is not None:
+            meta["output_token_ids_logprobs"] = self._table(self._output_selected)
+            meta["input_token_ids_logprobs"] = self._table(
+                first.input_ids_logprobs or last.input_ids_logprobs or ()
+            )
+
+    def _entry(self, value: float | None, token: int) -> LogprobEntry:
+        text = self._tokenizer.token_text(token) if self._with_text and self._tokenizer else None
+        return (value, token, text)
+
+    def _table(self, rows: Sequence[TopLogprobs | None]) -> list[list[LogprobEntry] | None]:
+        return [
+            None if row is None else [self._entry(value, token) for value, token in row]
+            for row in rows
+        ]
+
+    def _text(self, last: SampleUpdate) -> str:
+        if self._tokenizer is None:
+            return ""
+        ids = self._output_ids
+        reason = last.finish_reason
+        trim = not self._params.no_stop_trim
+        if (
+            trim
+            and reason is not None
+            and reason.type == "stop"
+            and isinstance(reason.matched, int)
+        ):
+            ids = ids[:-1]
+        text = self._tokenizer.decode(
+            ids,
+            skip_special_tokens=self._params.skip_special_tokens,
+            spaces=self._params.spaces_between_special_tokens,
+        )
+        if trim and reason is not None and isinstance(reason.matched, str):
+            text = text[: text.find(reason.matched)] if reason.matched in text else text
+        return text
+
+
+def _finish_reason(update: SampleUpdate) -> dict[str, Any] | None:
+    if update.finish_reason is None:
+        return None
+    reason: dict[str, Any] = msgspec.to_builtins(update.finish_reason)
+    return reason

@@ -1,0 +1,247 @@
+"""The calls of `Engine` that concern weights; all of them drive a `WeightPublisher` of the caller's process."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from weight_sync.bucket import FlattenedTensorBucket
+from weight_sync.channel import Channel
+from weight_sync.errors import SessionError, WeightUpdateError
+from weight_sync.publisher import WeightPublisher
+from weight_sync.report import SyncReport
+from weight_sync.transports.disk import read_checkpoint
+
+from .client import EngineClient
+from .commands import GetStatus, GetWeights, Status, WeightValues
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
+
+#: Keys that callers of the common dialect send and that are honoured by doing nothing, with the values that allow it.
+HARMLESS = {
+    "abort_all_requests": (None, False),
+    "selector": (None,),
+    "torch_empty_cache": (None, False, True),
+    "keep_pause": (None, False),
+    "is_async": (None, False),
+    "pp_rank": (None, 0),
+    "recapture_cuda_graph": (None, False),
+}
+
+
+class WeightCalls(EngineClient):
+    """The part of `Engine` that takes new weights."""
+
+    @cached_property
+    def _publisher(self) -> WeightPublisher:
+        return WeightPublisher(self, timeout_s=self.config.request_timeout_s)
+
+    def weight_channel(self) -> Channel:
+        """How a `WeightPublisher` in this process reaches the engine."""
+        return self._executor.weight_channel()
+
+    def begin_weight_update(
+        self,
+        *,
+        weight_version: str | int | None = None,
+        strict: bool = False,
+        flush_cache: bool = True,
+        kv_policy: str | None = None,
+        verify: str = "pause",
+    ) -> None:
+        """Open an explicit session: update calls stage, `end_weight_update` commits all of them or none.
+
+        With `strict` every parameter must be covered. Raises `SessionBusy` while another session is open.
+        """
+        self._publisher.begin(
+            label=_label(weight_version),
+            strict=strict,
+            kv_policy=_policy(flush_cache, kv_policy),
+            verify=verify,
+        )
+
+    def end_weight_update(self) -> SyncReport:
+        """Commit the open session between two steps; raises a `WeightUpdateError` and changes nothing on failure."""
+        return self._publisher.commit()
+
+    def abort_weight_update(self) -> None:
+        """Forget the open session and all that was staged; no error if there is none."""
+        self._publisher.abort("the caller aborted the update")
+
+    def update_weights_from_tensor(
+        self,
+        named_tensors: Any,
+        load_format: str | None = None,
+        flush_cache: bool = True,
+        weight_version: str | int | None = None,
+        *,
+        kv_policy: str | None = None,
+        strict: bool = False,
+        **extras: Any,
+    ) -> SyncReport:
+        """Write tensors by name: a transaction of its own, or staged when an explicit session is open.
+
+        named_tensors: (name, tensor) pairs, a mapping or a module, in Hugging Face names, any subset, any dtype (cast
+            and reported); with load_format="flattened_bucket" a `FlattenedTensorBucket`, or a mapping with
+            `flattened_tensor` and `metadata`; with "direct" the engine's own parameter names.
+        flush_cache: drop cached prefixes and recompute running requests; False: `kv_policy` decides.
+        weight_version: label of the new version.
+
+        Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, and
+        other subclasses of `WeightUpdateError`; the old version then goes on serving.
+        """
+        _check_extras("update_weights_from_tensor", extras)
+        tensors = _named_tensors(named_tensors, load_format)
+        if self._publisher.in_session:
+            return self._publisher.send(tensors)
+        return self._publisher.publish(
+            tensors,
+            label=_label(weight_version),
+            strict=strict,
+            kv_policy=_policy(flush_cache, kv_policy),
+        )
+
+    def update_weights_from_disk(
+        self,
+        model_path: str | Path,
+        load_format: str | None = None,
+        flush_cache: bool = True,
+        weight_version: str | int | None = None,
+        *,
+        kv_policy: str | None = None,
+        **extras: Any,
+    ) -> SyncReport:
+        """Load a safetensors folder into the running engine; it must cover every parameter.
+
+        A folder written by `weight_sync.write_checkpoint` is checked against its own fingerprints. On failure the old
+        weights and the old path stay.
+        """
+        _check_extras("update_weights_from_disk", extras)
+        if load_format not in (None, "auto", "safetensors"):
+            raise WeightUpdateError(
+                f"load_format: got {load_format!r}, expected None, 'auto' or 'safetensors'"
+            )
+        if self._publisher.in_session:
+            raise SessionError(
+                "an explicit session is open: end or abort it before an update from disk"
+            )
+        checkpoint = read_checkpoint(model_path)
+        report = self._publisher.publish(
+            checkpoint.tensors,
+            label=_label(weight_version) or checkpoint.label,
+            kv_policy=_policy(flush_cache, kv_policy),
+            expected_fingerprints=checkpoint.fingerprints,
+        )
+        self.model_path = str(model_path)
+        return report
+
+    def get_weights_by_name(
+        self, name: str, truncate_size: int = 100, timeout_s: float | None = None
+    ) -> list[Any]:
+        """The leading `truncate_size` rows of a parameter, as nested lists of float; works on Hugging Face names."""
+        answer: WeightValues = self._call(
+            GetWeights(name=name, truncate_size=truncate_size), timeout_s
+        )
+        values: list[Any] = np.frombuffer(answer.data, dtype="<f4").reshape(answer.shape).tolist()
+        return values
+
+    def weights_fingerprint(self) -> int:
+        """64-bit fingerprint of the resident weights; equals `weight_sync.fingerprint(...)` on the trainer's side."""
+        return self._publisher.fingerprint()
+
+    def get_weight_version(self) -> str:
+        """Label of the version that serves now."""
+        status: Status = self._call(GetStatus())
+        return status.weight_version
+
+    async def async_begin_weight_update(self, **kwargs: Any) -> None:
+        """As `begin_weight_update`, awaitable."""
+        await asyncio.to_thread(self.begin_weight_update, **kwargs)
+
+    async def async_end_weight_update(self) -> SyncReport:
+        """As `end_weight_update`, awaitable."""
+        return await asyncio.to_thread(self.end_weight_update)
+
+    async def async_abort_weight_update(self) -> None:
+        """As `abort_weight_update`, awaitable."""
+        await asyncio.to_thread(self.abort_weight_update)
+
+    async def async_update_weights_from_tensor(
+        self, named_tensors: Any, *args: Any, **kwargs: Any
+    ) -> SyncReport:
+        """As `update_weights_from_tensor`, awaitable."""
+        return await asyncio.to_thread(
+            self.update_weights_from_tensor, named_tensors, *args, **kwargs
+        )
+
+    async def async_update_weights_from_disk(
+        self, model_path: str | Path, *args: Any, **kwargs: Any
+    ) -> SyncReport:
+        """As `update_weights_from_disk`, awaitable."""
+        return await asyncio.to_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
+
+    async def async_get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """As `get_weights_by_name`, awaitable."""
+        return await asyncio.to_thread(self.get_weights_by_name, name, truncate_size)
+
+    async def async_weights_fingerprint(self) -> int:
+        """As `weights_fingerprint`, awaitable."""
+        return await asyncio.to_thread(self.weights_fingerprint)
+
+    async def async_get_weight_version(self) -> str:
+        """As `get_weight_version`, awaitable."""
+        return await asyncio.to_thread(self.get_weight_version)
+
+
+def _label(weight_version: str | int | None) -> str | None:
+    return None if weight_version is None else str(weight_version)
+
+
+def _policy(flush_cache: bool, kv_policy: str | None) -> str | None:
+    """An explicit policy wins; `flush_cache=True` means "flush", False leaves it to the engine's configuration."""
+    return kv_policy if kv_policy is not None else ("flush" if flush_cache else None)
+
+
+def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
+    if load_format == "flattened_bucket":
+        bucket = named_tensors
+        if isinstance(bucket, Mapping):
+            bucket = FlattenedTensorBucket(
+                flattened_tensor=bucket["flattened_tensor"], metadata=bucket["metadata"]
+            )
+        if not isinstance(bucket, FlattenedTensorBucket):
+            raise WeightUpdateError(
+                f"named_tensors: got {type(bucket).__name__}, expected a FlattenedTensorBucket or a mapping with "
+                "flattened_tensor and metadata, because load_format is 'flattened_bucket'"
+            )
+        pairs: Sequence[tuple[str, torch.Tensor]] = bucket.reconstruct_tensors()
+        return pairs
+    if load_format not in (None, "auto", "direct"):
+        raise WeightUpdateError(
+            f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'direct'"
+        )
+    tensors: NamedTensors = named_tensors
+    return tensors
+
+
+def _check_extras(call: str, extras: Mapping[str, Any]) -> None:
+    for name, value in extras.items():
+        if name not in HARMLESS:
+            near = difflib.get_close_matches(
+                name, (*HARMLESS, "flush_cache", "weight_version", "load_format"), n=1
+            )
+            raise TypeError(
+                f"{call}: got an unknown argument {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if not any(value is allowed or value == allowed for allowed in HARMLESS[name]):
+            raise WeightUpdateError(
+                f"{call}: got {name}={value!r}, which this engine cannot honour; leave it out"
+            )
