@@ -1,87 +1,97 @@
-"""`rollout info`: what the engine makes of a checkpoint, without loading a single weight."""
+"""`rollout info`: what the engine makes of a checkpoint and of the settings, without loading a single weight."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..settings import load_settings
+from .generate import GenerateSettings
+from .options import ConfigFile, Overrides, as_overrides
+
 EPILOG = """[bold]Examples[/bold]
 
-  rollout info PATH                 family, sizes, memory and tensor names
+  rollout info PATH
 
-  rollout info PATH --dtype float32
+  rollout info PATH --set engine.dtype=float32 --set engine.context_length=4096
 
-  rollout info PATH --tensors       every tensor that a trainer sends, with its shape
+  rollout info PATH --tensors
 
-  rollout info PATH --json          for programs
+  rollout info PATH --json
 """
 
 
 def info(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
-    dtype: Annotated[
-        str, typer.Option(help="Dtype to count memory in; auto: the checkpoint's.")
-    ] = "auto",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List the tensors that an update may bring.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tensors included.")] = False,
 ) -> None:
-    """Show what the engine makes of a checkpoint: its options, its memory, its tensors."""
-    facts = model_facts(model, dtype)
-    names = facts.pop("tensors")
+    """Show a checkpoint's options, its tensors, and the resolved configuration of an engine for it.
+
+    The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine.
+    """
+    path = as_overrides({"engine.model_path": str(model)})
+    settings = load_settings(GenerateSettings, config, [*(overrides or ()), *path])
+    facts = checkpoint_facts(settings)
     if as_json:
-        typer.echo(json.dumps({**facts, "tensors": names}, indent=2, default=str))
+        typer.echo(json.dumps(facts, indent=2, default=str))
         return
-    width = max(len(key) for key in facts)
-    for key, value in facts.items():
-        typer.echo(f"{key:<{width}}  {_shown(key, value)}")
+    for part in ("model", "engine"):
+        typer.secho(part, bold=True)
+        width = max(len(key) for key in facts[part])
+        for key, value in facts[part].items():
+            typer.echo(f"  {key:<{width}}  {_shown(key, value)}")
     if tensors:
-        typer.echo()
-        for name, shape in names.items():
-            typer.echo(f"{name}  {list(shape)}")
+        typer.secho("tensors", bold=True)
+        for name, shape in facts["tensors"].items():
+            typer.echo(f"  {name}  {list(shape)}")
 
 
-def model_facts(path: Path, dtype: str) -> dict[str, Any]:
-    """Everything to say about the checkpoint at `path`; the model is built without storage."""
+def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
+    """The model's options and sizes, the engine's resolved configuration, and the shape of every tensor."""
     import torch
 
-    from ..errors import ConfigError
+    from ..engine.build import DTYPES, resolve
     from ..models.build import build_model
     from ..models.model_config import ModelConfig
 
-    config = ModelConfig.from_folder(path)
-    dtype_name = (config.dtype or "bfloat16") if dtype == "auto" else dtype
-    torch_dtype = getattr(torch, dtype_name, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ConfigError(
-            f"--dtype: got {dtype!r}, expected auto or a torch dtype such as bfloat16 or float32"
-        )
-    model = build_model(config, torch_dtype, "meta")
+    model_config = ModelConfig.from_folder(settings.engine.model_path)
+    resolved = _fields(resolve(settings.engine, model_config))
+    user = _fields(resolved.pop("user"))
+    # On the meta device there is a structure and no storage.
+    model = build_model(model_config, DTYPES[resolved["dtype"]], torch.device("meta"))
     metas = model.weight_map.metas()
-    options = {key: getattr(config, key) for key in config.__dataclass_fields__}
+    options = _fields(model_config)
     windows = options.pop("sliding_windows")
-    kv_heads = config.num_kv_heads * config.head_dim * config.num_layers
     return {
-        "path": str(path),
-        **options,
-        "sliding_windows": {str(w): windows.count(w) for w in dict.fromkeys(windows)},
-        "dtype": dtype_name,
-        "num_tensors": len(metas),
-        "num_parameters": sum(meta.num_elements for meta in metas),
-        "parameter_bytes": sum(meta.num_bytes for meta in metas),
-        "kv_bytes_per_token": 2 * kv_heads * torch_dtype.itemsize,
+        "model": {
+            **options,
+            "sliding_windows": {str(w): windows.count(w) for w in dict.fromkeys(windows)},
+            "num_tensors": len(metas),
+            "num_parameters": sum(meta.num_elements for meta in metas),
+            "parameter_bytes": sum(meta.num_bytes for meta in metas),
+        },
+        "engine": {**user, **resolved},
         "tensors": {meta.name: tuple(meta.shape) for meta in metas},
     }
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
 
 
 def _shown(key: str, value: Any) -> str:
     if key == "sliding_windows":
         full = {"None": "full attention"}
         return ", ".join(f"{full.get(w, w)} in {count} layers" for w, count in value.items())
-    if key == "parameter_bytes":
+    if key.endswith("_bytes") and isinstance(value, int):
         return f"{value:,} ({value / 1e9:.2f} GB)"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

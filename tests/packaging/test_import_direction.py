@@ -17,7 +17,7 @@ OURS = {
 }
 THIRD_PARTIES = {
     "rollout_kernels": {"torch", "triton"},
-    "weight_sync": {"torch", "zmq", "msgspec", "safetensors"},
+    "weight_sync": {"torch", "numpy", "zmq", "msgspec", "safetensors"},
     "rollout": {
         *("torch", "transformers", "safetensors", "zmq", "msgspec", "numpy"),
         *("typer", "rich", "psutil", "matplotlib"),

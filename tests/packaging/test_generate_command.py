@@ -1,0 +1,140 @@
+"""`rollout generate` and `rollout info` on a real checkpoint, as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def rollout(*arguments, stdin: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "rollout.cli", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
+    )
+
+
+def samples(result) -> list[dict]:
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_prompts_from_arguments_are_completed_in_order(tiny_checkpoint):
+    result = rollout("generate", "-m", tiny_checkpoint, "-n", 2, "--max-new-tokens", 5, "ab", "cd")
+    lines = samples(result)
+    assert [(line["prompt"], line["sample"]) for line in lines] == [
+        *(("ab", 0), ("ab", 1), ("cd", 0), ("cd", 1)),
+    ]
+    assert all(1 <= len(line["output_ids"]) <= 5 for line in lines)
+    assert "4 samples" in result.stderr
+    assert "tokens/s" in result.stderr
+
+
+def test_a_file_brings_prompts_and_keeps_its_other_keys(tiny_checkpoint, tmp_path):
+    records = [
+        {"prompt": "abc", "answer": "xyz", "sampling_params": {"max_new_tokens": 2}},
+        {"input_ids": [5, 6, 7], "answer": 3},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ("--set", "sampling.ignore_eos=true", "--max-new-tokens", 4, "--logprobs")
+    result = rollout("generate", "-m", tiny_checkpoint, "-i", source, "-o", target, *options)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["xyz", 3]
+    assert [len(line["output_ids"]) for line in lines] == [2, 4]
+    assert [len(line["meta_info"]["output_token_logprobs"]) for line in lines] == [2, 4]
+
+
+def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(tiny_checkpoint):
+    def once():
+        options = ("--seed", 7, "--max-new-tokens", 8, "--format", "jsonl")
+        return samples(rollout("generate", "-m", tiny_checkpoint, *options, stdin="ab\n\ncd\n"))
+
+    first, second = once(), once()
+    assert [line["prompt"] for line in first] == ["ab", "cd"]
+    assert [line["output_ids"] for line in first] == [line["output_ids"] for line in second]
+
+
+def test_pretty_output_is_for_people(tiny_checkpoint):
+    result = rollout("generate", "-m", tiny_checkpoint, "--format", "pretty", "ab")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("── ab  [")
+
+
+def test_settings_come_from_a_file_and_options_win(tiny_checkpoint, tmp_path):
+    config = tmp_path / "my.toml"
+    config.write_text(
+        f'[engine]\nmodel_path = "{tiny_checkpoint}"\n'
+        "[sampling]\nmax_new_tokens = 9\nignore_eos = true\n"
+    )
+    (line,) = samples(rollout("generate", "--config", config, "ab"))
+    assert len(line["output_ids"]) == 9
+    (line,) = samples(rollout("generate", "--config", config, "--max-new-tokens", 3, "ab"))
+    assert len(line["output_ids"]) == 3
+
+
+def test_printed_settings_are_a_file_that_reads_back(tmp_path):
+    printed = rollout("generate", "--print-config", "--temperature", "0.5")
+    config = tmp_path / "my.toml"
+    config.write_text(printed.stdout)
+    assert "temperature = 0.5" in printed.stdout
+    assert "# Longest prompt plus output in tokens" in printed.stdout
+    again = rollout("generate", "--print-config", "--config", config)
+    assert again.stdout == printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ('{"promt": "a"}', ("line 1", "promt", "prompt, input_ids, messages")),
+        ('{"prompt": "a", "input_ids": [1]}', ("line 1", "prompt and input_ids", "exactly one")),
+        ('{"prompt": 3}', ("line 1", "str", "int")),
+        ('{"prompt": ', ("line 1", "not valid JSON")),
+        ('{"prompt": "a", "sampling_params": {"temprature": 1}}', ("'temperature'",)),
+        ("", ("no prompts",)),
+    ],
+)
+def test_an_input_that_cannot_be_run_is_one_line_of_error(tiny_checkpoint, line, parts):
+    result = rollout("generate", "-m", tiny_checkpoint, "-i", "-", stdin=f"{line}\n")
+    assert result.returncode == 1
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_a_model_is_one_line_of_error(tmp_path):
+    result = rollout("generate", "-m", tmp_path, "ab")
+    assert result.returncode == 1
+    assert str(tmp_path) in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_info_tells_sizes_and_resolved_settings(tiny_checkpoint):
+    result = rollout("info", tiny_checkpoint, "--json", "--set", "engine.context_length=128")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["model"]["family"] == "qwen3"
+    assert facts["model"]["num_layers"] == 2
+    assert facts["engine"]["context_length"] == 128
+    assert facts["engine"]["dtype"] == "float32"
+    assert facts["tensors"]["model.norm.weight"] == [64]
+    total = sum(product(shape) for shape in facts["tensors"].values())
+    assert facts["model"]["num_parameters"] == total
+    assert "lm_head.weight" not in facts["tensors"]
+
+
+def product(shape) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def test_info_for_people_lists_tensors_when_asked(tiny_checkpoint):
+    assert "model.norm.weight" not in rollout("info", tiny_checkpoint).stdout
+    assert "model.norm.weight  [64]" in rollout("info", tiny_checkpoint, "--tensors").stdout
