@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .shards import Shard, split_vocabulary
+from weight_sync.weight_map import Placement
+
+from .shards import split_vocabulary
 from .single_group import TensorParallelGroup
 
 
@@ -40,11 +42,11 @@ class VocabParallelEmbedding(nn.Module):
             return out
         return self.tp.all_gather(out, dim=-1)[:, : self.vocab_size]
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """The rows of `prefix.weight` that are real tokens, all columns; nothing where this rank has only padding."""
         if self.num_tokens > 0:
             columns = self.weight.shape[1]
-            yield Shard(
+            yield Placement(
                 name=f"{prefix}.weight",
                 shape=(self.vocab_size, columns),
                 region=((self.start, self.start + self.num_tokens), (0, columns)),

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .shards import OutputRows, Shard, split_evenly
+from weight_sync.weight_map import Placement
+
+from .shards import OutputRows, split_evenly
 from .single_group import TensorParallelGroup
 
 
@@ -45,13 +47,13 @@ class ColumnParallelLinear(nn.Module):
         """x (T, K) -> out (T, N), this rank's outputs side by side."""
         return project(x, self.weight, self.bias, out)
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """Weights of all outputs, then their biases: the order in which the parameters lie in memory."""
         for kind, parameter in (("weight", self.weight), ("bias", self.bias)):
             if parameter is not None:
                 parts = parameter.split([output.size for output in self.outputs])
                 for output, part in zip(self.outputs, parts, strict=True):
-                    yield from output.shards(prefix, kind, part)
+                    yield from output.placements(prefix, kind, part)
 
     def fused_names(self, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The name under which a trainer may send all outputs at once, and the names of its parts, top to bottom."""
@@ -83,17 +85,17 @@ class RowParallelLinear(nn.Module):
         out = self.tp.all_reduce(project(x, self.weight, None, out))
         return out if self.bias is None else out.add_(self.bias)
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """A range of columns of the weight, and the whole bias on every rank."""
         rows, columns = self.weight.shape
-        yield Shard(
+        yield Placement(
             name=f"{prefix}.{self.name}.weight",
             shape=(rows, self.full_in_features),
             region=((0, rows), (self.start, self.start + columns)),
             destination=self.weight,
         )
         if self.bias is not None:
-            yield Shard(
+            yield Placement(
                 name=f"{prefix}.{self.name}.bias",
                 shape=(rows,),
                 region=((0, rows),),

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .shards import Shard
+from weight_sync.weight_map import Placement
+
 from .workspace import Workspace
 
 
@@ -31,10 +32,10 @@ class RMSNorm(nn.Module):
         out.copy_(wide.mul_(scale))
         return out.mul_(self.weight)
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """The whole weight, on every rank."""
         size = self.weight.shape[0]
-        yield Shard(
+        yield Placement(
             name=f"{prefix}.weight",
             shape=(size,),
             region=((0, size),),

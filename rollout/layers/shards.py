@@ -7,22 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from weight_sync.weight_map import Placement
+
 from ..errors import ConfigError
 from .single_group import TensorParallelGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """A rectangular part of a checkpoint tensor, and the view of a parameter that holds it on this rank."""
-
-    name: str
-    """Hugging Face name of the checkpoint tensor."""
-    shape: tuple[int, ...]
-    """Its full shape."""
-    region: tuple[tuple[int, int], ...]
-    """First index and one past the last, for each dimension."""
-    destination: torch.Tensor
-    """A view into a parameter, of the region's sizes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +26,11 @@ class OutputRows:
     size: int
     """Number of rows of this rank."""
 
-    def shards(self, prefix: str, kind: str, destination: torch.Tensor) -> Iterator[Shard]:
+    def placements(self, prefix: str, kind: str, destination: torch.Tensor) -> Iterator[Placement]:
         """The part of `prefix.name.kind`, all of its columns, that `destination` holds; nothing when that is empty."""
         if self.size > 0:
             columns = tuple(destination.shape[1:])
-            yield Shard(
+            yield Placement(
                 name=f"{prefix}.{self.name}.{kind}",
                 shape=(self.full, *columns),
                 region=((self.start, self.start + self.size), *((0, size) for size in columns)),

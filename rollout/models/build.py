@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from weight_sync.weight_map import Placement, WeightMap
+from weight_sync.weight_map import WeightMap
 
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from .arena import ParameterArena
@@ -37,15 +37,7 @@ def _weight_map(model: Decoder) -> WeightMap:
             parameters[name] = table.weight.data[: table.num_tokens]
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     return WeightMap(
-        placements=tuple(
-            Placement(
-                name=shard.name,
-                shape=shard.shape,
-                region=shard.region,
-                destination=shard.destination.data,
-            )
-            for shard in model.shards()
-        ),
+        placements=tuple(model.placements()),
         parameters=parameters,
         aliases=tied,
         fused=dict(model.fused_names()),

@@ -69,7 +69,7 @@ class CheckpointFiles:
                 self._match_alias(name, weight_map.aliases[name], shapes, sources)
             elif name in weight_map.fused:
                 self._match_fused(name, weight_map.fused[name], shapes, sources)
-            elif name not in shapes and name not in weight_map.ignored:
+            elif name not in shapes and not weight_map.is_ignored(name):
                 self.problems.append(f"{name}: unknown to this model")
         for name, shape in shapes.items():
             if name not in sources and name not in self.entries:

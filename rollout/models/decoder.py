@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from weight_sync.weight_map import WeightMap
+from weight_sync.weight_map import Placement, WeightMap
 
 from ..layers.attention import PagedAttention, PagedStep
 from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.norm import RMSNorm
 from ..layers.rotary import Angles, RotaryEmbedding, rotate_
-from ..layers.shards import OutputRows, Shard, split_evenly, split_kv_heads
+from ..layers.shards import OutputRows, split_evenly, split_kv_heads
 from ..layers.single_group import TensorParallelGroup
 from ..layers.workspace import Workspace
 from .arena import ParameterArena
@@ -102,13 +102,13 @@ class Attention(nn.Module):
         kv = qkv[:, self.num_heads * self.head_dim :]
         return self.output(self.attend.forward(queries, kv, pool, step), out)
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
-        yield from self.qkv.shards(prefix)
+        yield from self.qkv.placements(prefix)
         if self.q_norm is not None and self.k_norm is not None:
-            yield from self.q_norm.shards(f"{prefix}.q_norm")
-            yield from self.k_norm.shards(f"{prefix}.k_norm")
-        yield from self.output.shards(prefix)
+            yield from self.q_norm.placements(f"{prefix}.q_norm")
+            yield from self.k_norm.placements(f"{prefix}.k_norm")
+        yield from self.output.placements(prefix)
 
 
 class FeedForward(nn.Module):
@@ -137,10 +137,10 @@ class FeedForward(nn.Module):
         gate, up = fused[:, : self.size], fused[:, self.size :]
         return self.down(silu(gate, inplace=True).mul_(up), out)
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
-        yield from self.gate_up.shards(prefix)
-        yield from self.down.shards(prefix)
+        yield from self.gate_up.placements(prefix)
+        yield from self.down.placements(prefix)
 
 
 class DecoderLayer(nn.Module):
@@ -164,18 +164,18 @@ class DecoderLayer(nn.Module):
         normed = self.feed_forward_norm(residual, normed, workspace)
         residual.add_(self.feed_forward(normed, workspace, out))
 
-    def shards(self, prefix: str) -> Iterator[Shard]:
+    def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
-        yield from self.attention_norm.shards(f"{prefix}.input_layernorm")
-        yield from self.attention.shards(f"{prefix}.self_attn")
-        yield from self.feed_forward_norm.shards(f"{prefix}.post_attention_layernorm")
-        yield from self.feed_forward.shards(f"{prefix}.mlp")
+        yield from self.attention_norm.placements(f"{prefix}.input_layernorm")
+        yield from self.attention.placements(f"{prefix}.self_attn")
+        yield from self.feed_forward_norm.placements(f"{prefix}.post_attention_layernorm")
+        yield from self.feed_forward.placements(f"{prefix}.mlp")
 
 
 class Decoder(nn.Module):
     """Embedding, layers, final norm and output head of one rank.
 
-    Parameters are registered in the order in which `shards` names them; the arena lays them out in that order.
+    Parameters are registered in the order in which `placements` names them; the arena lays them out in that order.
     `build_model` sets `arena` and `weight_map`.
     """
 
@@ -222,15 +222,15 @@ class Decoder(nn.Module):
             self.head.logits(hidden, workspace.take("logits", (hidden.shape[0], rows)))
         )
 
-    def shards(self) -> Iterator[Shard]:
+    def placements(self) -> Iterator[Placement]:
         """Every parameter of this rank as parts of the checkpoint, in memory order; the tied head is the embedding."""
-        yield from self.embedding.shards("model.embed_tokens")
+        yield from self.embedding.placements("model.embed_tokens")
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            yield from layer.shards(f"model.layers.{index}")
-        yield from self.norm.shards("model.norm")
+            yield from layer.placements(f"model.layers.{index}")
+        yield from self.norm.placements("model.norm")
         if self.head is not self.embedding:
-            yield from self.head.shards("lm_head")
+            yield from self.head.placements("lm_head")
 
     def fused_names(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names of the fused projections, and of the checkpoint tensors that each stacks."""
