@@ -9,20 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-Storage = tuple[torch.device, int]
-
-
-def storage_key(tensor: torch.Tensor) -> Storage:
-    """What tells one allocation from another."""
-    return tensor.device, tensor.untyped_storage().data_ptr()
-
-
-def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte in its storage, and one past the last, of a tensor that is not empty; strided ones have gaps."""
-    shape_strides = zip(tensor.shape, tensor.stride(), strict=True)
-    first, size = int(tensor.storage_offset()), tensor.element_size()
-    last = first + sum((int(num) - 1) * int(stride) for num, stride in shape_strides)
-    return first * size, (last + 1) * size
+from .memory import Storage, byte_range, storage_key
 
 
 def coverage_problems(

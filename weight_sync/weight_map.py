@@ -13,9 +13,10 @@ from functools import cached_property
 import torch
 
 from . import region as regions
-from .coverage import coverage_problems, storage_key
+from .coverage import coverage_problems
 from .errors import ManifestMismatch
 from .manifest import DTYPES, MAX_NAME_LENGTH, TensorMeta, dtype_name, mismatch
+from .memory import Storage, byte_range, storage_key
 from .region import Region
 
 
@@ -132,6 +133,10 @@ class WeightMap:
             canonical=(first.name,),
         )
 
+    def occupied(self) -> Mapping[Storage, Sequence[tuple[int, int]]]:
+        """The byte ranges of all placements, sorted, by allocation: what lies between them there is padding."""
+        return self._occupied
+
     def read(self, name: str) -> torch.Tensor:
         """A copy of the resident tensor; aliases and fused names too."""
         return self.locate(name).read()
@@ -152,6 +157,14 @@ class WeightMap:
             placements=tuple(placements),
             canonical=tuple(itertools.chain.from_iterable(part.canonical for part in parts)),
         )
+
+    @cached_property
+    def _occupied(self) -> dict[Storage, list[tuple[int, int]]]:
+        ranges: defaultdict[Storage, list[tuple[int, int]]] = defaultdict(list)
+        for placement in self.placements:
+            if placement.destination.numel():
+                ranges[storage_key(placement.destination)].append(byte_range(placement.destination))
+        return {key: sorted(held) for key, held in ranges.items()}
 
     @cached_property
     def _metas(self) -> tuple[TensorMeta, ...]:

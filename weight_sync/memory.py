@@ -1,0 +1,28 @@
+"""Where tensors are: allocations, byte ranges within them, and views of whole allocations."""
+
+from __future__ import annotations
+
+import torch
+
+Storage = tuple[torch.device, int]
+"""What tells one allocation from another: its device and address."""
+
+
+def storage_key(tensor: torch.Tensor) -> Storage:
+    """The allocation that `tensor` lies in."""
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte in its allocation, and one past the last, of a tensor that is not empty; strided ones have gaps."""
+    shape_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    last = first + sum((int(num) - 1) * int(stride) for num, stride in shape_strides)
+    return first * size, (last + 1) * size
+
+
+def storage_view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole allocation of `tensor` as elements of `dtype`, as many as fit; shares its memory."""
+    storage = tensor.untyped_storage()
+    view = torch.empty(0, dtype=dtype, device=tensor.device)
+    return view.set_(storage, 0, (storage.nbytes() // dtype.itemsize,))  # type: ignore[call-overload]
