@@ -212,7 +212,7 @@ def _number(fits: Callable[[float], bool], expected: str, advice: str) -> Normal
     def normalise(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise _error(name, value, expected, advice)
-        number = value if type(value) is float else float(value)
+        number = float(value)
         if not (math.isfinite(number) and fits(number)):
             raise _error(name, value, expected, advice)
         return number

@@ -17,7 +17,7 @@ class SampleGroup:
     If the leader goes away before that, the first of them leads.
     """
 
-    __slots__ = ("leader", "members", "parked")
+    __slots__ = ("computing", "leader", "members", "parked")
 
     def __init__(self, members: Sequence[Request]) -> None:
         self.members: tuple[Request, ...] = tuple(members)
@@ -26,6 +26,8 @@ class SampleGroup:
         """Who computes, or computed, the prompt."""
         self.parked: list[Request] = list(members[1:])
         """Those that wait for the leader, in order of arrival."""
+        self.computing: Request | None = None
+        """Who was admitted last; while it computes the prompt, the others had better wait for its blocks."""
 
 
 class Request(CachedSequence):
@@ -35,6 +37,7 @@ class Request(CachedSequence):
         "arrival",
         "group",
         "logprob_position",
+        "logprob_source",
         "logprob_start_len",
         "num_cached_tokens",
         "num_prompt_tokens",
@@ -97,14 +100,23 @@ class Request(CachedSequence):
         """It has owned blocks before."""
         self.num_retractions = 0
         """Times that its blocks were taken back under memory pressure or by a pause."""
-        last = self.num_prompt_tokens - 1
-        self.logprob_position = last if logprob_start_len < 0 else max(logprob_start_len - 1, 0)
+        self.logprob_position = 0
         """First prompt position whose logits are still wanted as input log-probabilities (position p predicts token
         p + 1); the last position or more: none is left."""
+        self.logprob_source: Request | None = None
+        """Sample of the same prompt that computed the input log-probabilities for this one; None: it does itself."""
+        self.rewind_input_logprobs()
         self.sampler_state: Any = None
         """The sampler's own."""
         self.outputs = outputs
         """The engine's own."""
+
+    def rewind_input_logprobs(self) -> None:
+        """Want input log-probabilities from the first on, unless all are there already."""
+        last = self.num_prompt_tokens - 1
+        start = self.logprob_start_len
+        if self.logprob_position < last:
+            self.logprob_position = last if start < 0 else max(start - 1, 0)
 
     @property
     def num_tokens(self) -> int:
@@ -129,13 +141,9 @@ class Request(CachedSequence):
     @property
     def reuse_limit(self) -> int:
         """Positions that may come from the prefix cache: not the last token's, nor those with wanted logits."""
-        return min(len(self.token_ids) - 1, self._logprob_limit)
-
-    @property
-    def _logprob_limit(self) -> int:
-        if self.logprob_position >= self.num_prompt_tokens - 1:
-            return len(self.token_ids)
-        return self.logprob_position
+        if self.logprob_position < self.num_prompt_tokens - 1:
+            return self.logprob_position
+        return len(self.token_ids) - 1
 
     def __repr__(self) -> str:
         return (
