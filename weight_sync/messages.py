@@ -1,7 +1,7 @@
 """Everything that a trainer and an engine say to each other about weights, as typed and bounded messages.
 
     trainer -> engine       engine -> trainer
-    Hello                   EngineInfo
+    Hello, GetIgnored       EngineInfo, IgnoredReply
     OpenArena, CloseArena   ArenaOpened, Ack
     Begin                   BeginReply
     Bucket                  BucketReply
@@ -105,14 +105,26 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     """Other names of a whole canonical tensor, such as a tied `lm_head.weight`."""
     fused: dict[Name, tuple[Name, ...]]
     """Names for several canonical tensors concatenated along dim 0."""
-    ignored: tuple[Name, ...]
-    """Names that a trainer may send and that have no counterpart here."""
     device: Annotated[str, Meta(max_length=64)]
     """Device of the weights."""
     tp_size: Count
     """Tensor-parallel ranks."""
     transports: tuple[Annotated[str, Meta(max_length=32)], ...]
     """What `OpenArena` accepts."""
+
+
+class GetIgnored(Message, frozen=True, kw_only=True):
+    """Which of these names, unknown to the manifest, may a trainer send all the same?"""
+
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_TENSORS)]
+    """Names to look at."""
+
+
+class IgnoredReply(Message, frozen=True, kw_only=True):
+    """Those that have no memory here and are left out silently, such as rotary tables."""
+
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_TENSORS)]
+    """The ignored ones among those asked for."""
 
 
 class OpenArena(Message, frozen=True, kw_only=True):
@@ -279,7 +291,16 @@ class ErrorReply(Message, frozen=True, kw_only=True):
     """What went wrong, what was got, what was expected, what to do."""
 
 
-WeightRequest = Hello | OpenArena | CloseArena | Begin | Bucket | Commit | Abort | GetFingerprint
+WeightRequest = (
+    Hello | GetIgnored | OpenArena | CloseArena | Begin | Bucket | Commit | Abort | GetFingerprint
+)
 WeightReply = (
-    EngineInfo | ArenaOpened | Ack | BeginReply | BucketReply | CommitReply | FingerprintReply
+    EngineInfo
+    | IgnoredReply
+    | ArenaOpened
+    | Ack
+    | BeginReply
+    | BucketReply
+    | CommitReply
+    | FingerprintReply
 )

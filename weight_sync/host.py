@@ -1,0 +1,32 @@
+"""What an engine offers to the receiver that lives in it."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class WeightHost(Protocol):
+    """Implemented by the engine. The receiver calls `between_steps` from its own thread, and everything else from
+    inside such an action (on the engine loop's thread, between two steps). Two exceptions come from the receiver's
+    thread: `release_outputs(True)` after an overlapped verification, and `weights_torn` with `release_outputs(False)`
+    when that verification failed and no step boundary came to undo the update.
+    """
+
+    def between_steps(self, action: Callable[[], T], timeout_s: float) -> T:
+        """Run `action` on the engine loop's thread between two steps, block until it has run, and return its result or
+        raise its error. When no step boundary comes within `timeout_s`, raise `DeadlineExceeded`."""
+
+    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
+        """The resident bytes are those of `version`: refresh derived state and apply the KV policy (None: the engine's
+        default). After a roll-back it comes with the previous version and "flush": nothing that was computed with the
+        undone version may be used again."""
+
+    def hold_outputs(self) -> None:
+        """Keep back every token that is sampled from now on."""
+
+    def release_outputs(self, ok: bool) -> None:
+        """End `hold_outputs`: hand the tokens out, or throw them away as if they had never been sampled."""
+
+    def weights_torn(self, reason: str) -> None:
+        """The resident bytes are a mixture: refuse to generate until the next `weights_written`."""

@@ -1,0 +1,381 @@
+"""The engine's half of an update: one `WeightReceiver` per rank.
+
+    IDLE --begin--> STAGING --stage*--> STAGING --prepare--> VOTED --commit--> IDLE, at the new version
+    any of these, up to the first written byte --abort, lease, dead trainer, failed check--> IDLE, nothing changed
+    commit fails after the first byte --> IDLE at the previous version (a copy was kept)
+                                          or TORN until a complete update has committed
+
+One session at a time; every message names its session and epoch, and messages of an ended session get the reason of
+its end. All methods run on one thread, the service's; only the write happens on the engine loop's.
+"""
+
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arena import OpenedArena
+from .commit import Served, Snapshot, WeightCommit, uint32
+from .errors import (
+    FingerprintMismatch,
+    ProtocolError,
+    SessionBusy,
+    SessionError,
+    StaleVersionError,
+    SyncError,
+    TornWeightsError,
+    TransportError,
+    WeightUpdateError,
+)
+from .fingerprint import name_key
+from .host import WeightHost
+from .manifest import Manifest
+from .messages import (
+    PROTOCOL_VERSION,
+    Begin,
+    BeginReply,
+    Bucket,
+    BucketReply,
+    Commit,
+    CommitReply,
+    EngineInfo,
+    FingerprintReply,
+    IgnoredReply,
+)
+from .plan_cache import PlanCache
+from .process import current_process, why_dead
+from .session import Phase, Session, as_uint64, column
+from .weight_map import WeightMap
+
+logger = logging.getLogger(__name__)
+
+MAX_ARENAS = 16
+"""Arenas that are kept open at once."""
+_KEPT_ENDINGS = 32
+
+
+class WeightReceiver:
+    """Holds the served version and the one session. See the module for its states.
+
+    `keep_previous` pays for a copy of the model so that a commit that fails half-way rolls back. `version` and `label`
+    are those of the weights that are resident now.
+    """
+
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        host: WeightHost,
+        *,
+        bucket_bytes: int = 512 << 20,
+        keep_previous: bool = False,
+        version: int = 0,
+        label: str | None = None,
+        tp_size: int = 1,
+    ) -> None:
+        self.engine_id = secrets.token_hex(8)
+        self._weight_map = weight_map
+        self._host = host
+        self._tp_size = tp_size
+        self._canonical = Manifest(tensors=weight_map.metas(), bucket_bytes=bucket_bytes)
+        self._wire = self._canonical.to_wire()
+        self._plans = PlanCache(self._canonical, weight_map)
+        names = [meta.name for meta in self._canonical.tensors]
+        self._name_keys = np.array([name_key(name) for name in names], dtype=np.uint64)
+        self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
+        self._served = Served(version=version, label=str(version) if label is None else label)
+        self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
+        self._arenas: dict[int, OpenedArena] = {}
+        self._num_arenas = 0
+        self._epoch = 0
+        self._session: Session | None = None
+        self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
+
+    @property
+    def version(self) -> int:
+        """Version that is served; any thread may ask."""
+        return self._served.version
+
+    @property
+    def label(self) -> str:
+        """Its label."""
+        return self._served.label
+
+    @property
+    def torn(self) -> str | None:
+        """Why the resident weights are a mixture, or None."""
+        return self._served.torn
+
+    @property
+    def busy(self) -> bool:
+        """A session or an arena is open, whose owner must be watched."""
+        return self._session is not None or bool(self._arenas)
+
+    def info(self) -> EngineInfo:
+        """What `Hello` is answered with."""
+        return EngineInfo(
+            protocol=PROTOCOL_VERSION,
+            process=current_process(),
+            engine_id=self.engine_id,
+            version=self.version,
+            label=self.label,
+            torn=self.torn,
+            manifest=self._wire,
+            aliases=dict(self._weight_map.aliases),
+            fused=dict(self._weight_map.fused),
+            device=str(next(iter(self._weight_map.parameters.values()), torch.empty(0)).device),
+            tp_size=self._tp_size,
+            transports=("local", "shared_memory"),
+        )
+
+    def ignored(self, names: tuple[str, ...]) -> IgnoredReply:
+        """Those of `names` that a trainer may send although the model has no memory for them."""
+        return IgnoredReply(names=tuple(n for n in names if self._weight_map.is_ignored(n)))
+
+    def fingerprint(self) -> FingerprintReply:
+        """Read the resident bytes, all of them, now."""
+        values = self._read_resident()
+        return FingerprintReply(
+            version=self.version,
+            label=self.label,
+            torn=self.torn,
+            fingerprint=self._combined(values),
+            tensors=values.astype("<u8").tobytes(),
+        )
+
+    def add_arena(self, arena: OpenedArena) -> int:
+        """Keep an opened arena; returns its id."""
+        self.sweep()
+        if len(self._arenas) >= MAX_ARENAS:
+            arena.close()
+            raise TransportError(
+                f"too many arenas: got {len(self._arenas)} open ones, expected at most {MAX_ARENAS}; "
+                "close publishers that are not used any more"
+            )
+        self._num_arenas += 1
+        self._arenas[self._num_arenas] = arena
+        return self._num_arenas
+
+    def close_arena(self, arena_id: int) -> None:
+        """Drop an arena; an open session over it ends."""
+        if self._session is not None and self._session.request.arena_id == arena_id:
+            self._end(SessionError("the session's arena was closed; begin again"))
+        arena = self._arenas.pop(arena_id, None)
+        if arena is not None:
+            arena.close()
+
+    def begin(self, request: Begin) -> BeginReply:
+        """Open the session, or say why not; nothing is held afterwards in that case."""
+        self.sweep()
+        if self._session is not None:
+            raise self._busy(self._session)
+        version = self._next_version(request)
+        if request.lease_s <= 0:
+            raise ProtocolError(
+                f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
+            )
+        arena = self._arenas.get(request.arena_id)
+        if arena is None:
+            raise TransportError(
+                f"no such arena: got id {request.arena_id}, expected one of {sorted(self._arenas)}; "
+                "open it first"
+            )
+        known = self._plans.find(request.manifest_digest, request.manifest)
+        if known is None:
+            return BeginReply(epoch=0, version=version, need_manifest=True)
+        needed = known.manifest.arena_bytes
+        if arena.buffer.numel() < needed:
+            raise TransportError(
+                f"the arena is too small: got {arena.buffer.numel()} bytes, expected "
+                f"{needed}; make one for this manifest"
+            )
+        self._epoch += 1
+        self._session = Session(
+            request=request,
+            epoch=self._epoch,
+            version=version,
+            label=str(version) if request.label is None else request.label,
+            known=known,
+            stage=arena.buffer[:needed],
+        )
+        return BeginReply(epoch=self._epoch, version=version, need_manifest=False)
+
+    def stage(self, bucket: Bucket) -> BucketReply:
+        """Check that a bucket's bytes are what the trainer declared; a failure ends the session."""
+        session = self._require(bucket.session_id, bucket.epoch)
+        start = time.perf_counter()
+        try:
+            session.stage_bucket(
+                column(bucket.indices, "<u4"), column(bucket.fingerprints, "<u8").astype(np.uint64)
+            )
+        except Exception as error:
+            self._end(error)
+            raise
+        return BucketReply(
+            num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
+        )
+
+    def prepare(self, session_id: str, epoch: int) -> Session:
+        """The vote: this rank can commit, or the session ends here. Changes nothing that serves."""
+        session = self._require(session_id, epoch)
+        error: SyncError | None = None
+        if session.request.strict or self.torn is not None:
+            error = self._plans.not_covered(session.known, session.present)
+        if error is not None and self.torn is not None:
+            error = TornWeightsError(
+                f"the engine is torn ({self.torn}) and needs all of it: {error}"
+            )
+        if error is not None:
+            self._end(error)
+            raise error
+        if self._snapshot is not None and self.torn is None:
+            self._snapshot.take()
+        session.phase = Phase.VOTED
+        return session
+
+    def commit(self, request: Commit) -> CommitReply:
+        """Vote and write. Whatever the outcome, the session is over afterwards."""
+        session = self.prepare(request.session_id, request.epoch)
+        write = WeightCommit(
+            session=session,
+            host=self._host,
+            served=self._served,
+            snapshot=self._snapshot,
+            on_served=self._set_served,
+            check_restored=self._check_restored,
+        )
+        try:
+            write.run(request.timeout_s)
+        except BaseException as error:
+            if isinstance(error, TornWeightsError):
+                self._resident = None
+            self._end(error if isinstance(error, Exception) else WeightUpdateError(repr(error)))
+            raise
+        self._end(SessionError("the session has ended: it was committed; begin a new one"))
+        return self._reply(session, write)
+
+    def abort(self, session_id: str, epoch: int, reason: str) -> None:
+        """Forget the session if it is the open one; it may have ended already."""
+        session = self._session
+        if session is not None and (session.request.session_id, session.epoch) == (
+            session_id,
+            epoch,
+        ):
+            self._end(SessionError(f"the session was aborted: {reason}; begin a new one"))
+
+    def sweep(self) -> None:
+        """End the session when its lease is over or its trainer dead; close arenas of dead trainers."""
+        session = self._session
+        if session is not None:
+            why = why_dead(session.request.holder)
+            if why is not None:
+                self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
+            elif session.lease_left_s <= 0:
+                self._end(
+                    SessionError(
+                        f"the session has ended: nothing came for its lease of {session.request.lease_s} s; "
+                        "begin a new one, with a longer lease_s if the trainer needs it"
+                    )
+                )
+        for arena_id, arena in list(self._arenas.items()):
+            if why_dead(arena.owner) is not None:
+                self.close_arena(arena_id)
+
+    def close(self) -> None:
+        """End the session and give back every arena."""
+        self._end(SessionError("the session has ended: the engine was shut down"))
+        for arena_id in list(self._arenas):
+            self.close_arena(arena_id)
+
+    def _require(self, session_id: str, epoch: int) -> Session:
+        session = self._session
+        if session is not None and session.lease_left_s <= 0:
+            self.sweep()
+            session = self._session
+        if session is not None and session.request.session_id == session_id:
+            if session.epoch == epoch:
+                session.renew()
+                return session
+            raise SessionError(
+                f"a message of another epoch: got {epoch}, expected {session.epoch}; "
+                "use the epoch that BeginReply gave"
+            )
+        ending = self._endings.get(session_id)
+        if ending is not None:
+            raise ending[0](*ending[1])
+        raise SessionError(
+            f"no such session: got {session_id!r}, expected "
+            f"{session.request.session_id if session else 'Begin first'!r}; begin a new one"
+        )
+
+    def _end(self, reason: Exception) -> None:
+        session = self._session
+        if session is None:
+            return
+        logger.debug("session %s ends: %s", session.request.session_id, reason)
+        session.end()
+        self._session = None
+        # Without the traceback, which would keep the arena mapped.
+        self._endings[session.request.session_id] = type(reason), reason.args
+        while len(self._endings) > _KEPT_ENDINGS:
+            self._endings.popitem(last=False)
+
+    def _busy(self, session: Session) -> SessionBusy:
+        return SessionBusy(
+            f"another update is under way: session {session.request.session_id} of process "
+            f"{session.request.holder.pid} for version {session.version} ({session.phase.value}, lease left "
+            f"{session.lease_left_s:.1f} s); expected none; wait for it, or end it in that process"
+        )
+
+    def _next_version(self, request: Begin) -> int:
+        version = self.version + 1 if request.version is None else request.version
+        if version <= self.version:
+            raise StaleVersionError(
+                f"versions only grow: got {version}, expected more than {self.version}, which is served; "
+                "leave version out to get the next one"
+            )
+        if request.base_version is not None and request.base_version != self.version:
+            raise StaleVersionError(
+                f"the update is for another base: got base_version {request.base_version}, expected "
+                f"{self.version}, which is served; ask engine_info() and decide again"
+            )
+        return version
+
+    def _set_served(self, served: Served) -> None:
+        self._served = served
+
+    def _read_resident(self) -> np.ndarray:
+        return as_uint64(self._plans.canonical.plan.resident_fingerprints())
+
+    def _combined(self, values: np.ndarray) -> int:
+        return int((self._name_keys * values).sum(dtype=np.uint64))  # modulo 2^64, as `combine`
+
+    def _check_restored(self) -> None:
+        if self._resident is not None and not np.array_equal(self._read_resident(), self._resident):
+            raise FingerprintMismatch("the restored bytes are not those of the previous version")
+
+    def _reply(self, session: Session, write: WeightCommit) -> CommitReply:
+        covered = session.known.covered(session.present)
+        resident = self._resident
+        if resident is None:
+            resident = np.zeros(len(covered), dtype=np.uint64)
+        exact = session.known.to_canonical(session.declared, resident, session.present)
+        if not exact or (self._resident is None and not covered.all()):
+            resident = self._read_resident()
+        self._resident = resident
+        return CommitReply(
+            version=session.version,
+            label=session.label,
+            num_updated=int(covered.sum()),
+            left=uint32(np.flatnonzero(~covered)),
+            fingerprint=self._combined(resident),
+            stage_s=session.stage_s,
+            begin_to_committed_s=write.committed_at - session.began,
+            begin_to_verified_s=write.verified_at - session.began,
+            copy_s=write.copy_s,
+            verify_s=write.verify_s,
+            pause_s=write.pause_s,
+        )
