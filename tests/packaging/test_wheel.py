@@ -148,3 +148,12 @@ def test_transformers_builds_a_model_with_the_checkout_as_working_directory(bare
     # There `import kernels` finds our folder, which must not look like the distribution of that name.
     shape = run([bare_python, "-c", BUILD_TINY_MODEL], checkout, HF_HUB_OFFLINE="1")
     assert shape.strip() == "(1, 3, 64)"
+
+
+def test_an_installed_distribution_called_kernels_wins_over_our_folder(checkout, tmp_path):
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("owner = 'another distribution'\n")
+    code = "import kernels; print(kernels.owner)"
+    # With -c the working directory comes first on the path, before the other distribution.
+    assert "another" in run([sys.executable, "-c", code], checkout, PYTHONPATH=str(tmp_path))
