@@ -18,7 +18,7 @@ from rollout_kernels.span_table import Span
 from . import region as regions
 from .copies import Copy, Replay
 from .errors import ManifestMismatch
-from .fingerprint import ArenaFingerprints, Indices, SubsetSums, region_sum
+from .fingerprints import ArenaFingerprints, Indices, SubsetSums, region_sum
 from .manifest import Manifest, dtype_name, mismatch
 from .memory import Storage, byte_range, storage_key, storage_view
 from .weight_map import Located, Placement, WeightMap

@@ -31,7 +31,7 @@ from .errors import (
     TransportError,
     WeightUpdateError,
 )
-from .fingerprint import name_key
+from .fingerprints import name_key
 from .host import WeightHost
 from .manifest import Manifest
 from .messages import (

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout_kernels.fingerprint import signed
 from rollout_kernels.span_table import Span, SpanTable, part_sum
 
 from . import region as regions
@@ -223,18 +222,3 @@ def _batch_sum(batch: Sequence[tuple[str, torch.Tensor]]) -> int:
         values = ArenaFingerprints(manifest).values(buffer)
         total += combine([name for name, _ in here], values)
     return total
-
-
-__all__ = [
-    "ArenaFingerprints",
-    "Indices",
-    "NamedTensors",
-    "SubsetSums",
-    "combine",
-    "fingerprint",
-    "name_key",
-    "region_sum",
-    "signed",
-    "tensor_fingerprint",
-    "unsigned",
-]
