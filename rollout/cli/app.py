@@ -1,9 +1,9 @@
 """The command group: built-in sub-commands, those of other packages, and how errors are shown.
 
 Sub-commands of packages that come after `rollout` in the order of imports (`demo`), or that are found only
-when asked for (`bench`), are entry points of the group `rollout.commands`: a function that typer accepts, or
-a `typer.Typer` with sub-commands of its own. Their modules must be cheap to import: `rollout --help` loads
-them all and never torch.
+when asked for (`bench`), are entry points of the group `rollout.commands`: a function that typer accepts, with
+its examples in `EPILOG` of its module, or a `typer.Typer` with sub-commands of its own. Their modules must be
+cheap to import: `rollout --help` loads them all and never torch.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def add_command(app: typer.Typer, entry_point: EntryPoint) -> None:
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=entry_point.name)
     else:
-        app.command(entry_point.name)(command)
+        epilog = getattr(sys.modules[command.__module__], "EPILOG", None)
+        app.command(entry_point.name, epilog=epilog)(command)
 
 
 def run(arguments: list[str] | None = None) -> None:

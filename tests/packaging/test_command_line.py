@@ -54,14 +54,22 @@ def test_an_unknown_option_names_the_nearest_one():
     assert "--temperature" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["generate", "demo"])
-def test_an_unknown_setting_is_one_line_that_names_the_nearest_one(command, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "section", "wrong", "right"),
+    [
+        ("generate", "engine", "max_runing_requests", "max_running_requests"),
+        ("demo", "grpo", "stepz", "steps"),
+    ],
+)
+def test_an_unknown_setting_is_one_line_that_names_the_nearest_one(
+    command, section, wrong, right, tmp_path
+):
     config = tmp_path / "my.toml"
-    config.write_text("[engine]\nmax_runing_requests = 4\n")
+    config.write_text(f"[{section}]\n{wrong} = 4\n")
     result = rollout(command, "--config", str(config))
     assert result.returncode == 1
-    assert f"{config}: unknown key 'engine.max_runing_requests'" in result.stderr
-    assert "did you mean 'engine.max_running_requests'?" in result.stderr
+    assert f"{config}: unknown key '{section}.{wrong}'" in result.stderr
+    assert f"did you mean '{section}.{right}'?" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -24,8 +24,8 @@ def samples(result) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_prompts_from_arguments_are_completed_in_order(tiny_checkpoint):
-    result = rollout("generate", "-m", tiny_checkpoint, "-n", 2, "--max-new-tokens", 5, "ab", "cd")
+def test_prompts_from_arguments_are_completed_in_order(checkpoint):
+    result = rollout("generate", "-m", checkpoint, "-n", 2, "--max-new-tokens", 5, "ab", "cd")
     lines = samples(result)
     assert [(line["prompt"], line["sample"]) for line in lines] == [
         *(("ab", 0), ("ab", 1), ("cd", 0), ("cd", 1)),
@@ -35,7 +35,7 @@ def test_prompts_from_arguments_are_completed_in_order(tiny_checkpoint):
     assert "tokens/s" in result.stderr
 
 
-def test_a_file_brings_prompts_and_keeps_its_other_keys(tiny_checkpoint, tmp_path):
+def test_a_file_brings_prompts_and_keeps_its_other_keys(checkpoint, tmp_path):
     records = [
         {"prompt": "abc", "answer": "xyz", "sampling_params": {"max_new_tokens": 2}},
         {"input_ids": [5, 6, 7], "answer": 3},
@@ -43,7 +43,7 @@ def test_a_file_brings_prompts_and_keeps_its_other_keys(tiny_checkpoint, tmp_pat
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ("--set", "sampling.ignore_eos=true", "--max-new-tokens", 4, "--logprobs")
-    result = rollout("generate", "-m", tiny_checkpoint, "-i", source, "-o", target, *options)
+    result = rollout("generate", "-m", checkpoint, "-i", source, "-o", target, *options)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert [line["answer"] for line in lines] == ["xyz", 3]
@@ -51,26 +51,26 @@ def test_a_file_brings_prompts_and_keeps_its_other_keys(tiny_checkpoint, tmp_pat
     assert [len(line["meta_info"]["output_token_logprobs"]) for line in lines] == [2, 4]
 
 
-def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(tiny_checkpoint):
+def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(checkpoint):
     def once():
         options = ("--seed", 7, "--max-new-tokens", 8, "--format", "jsonl")
-        return samples(rollout("generate", "-m", tiny_checkpoint, *options, stdin="ab\n\ncd\n"))
+        return samples(rollout("generate", "-m", checkpoint, *options, stdin="ab\n\ncd\n"))
 
     first, second = once(), once()
     assert [line["prompt"] for line in first] == ["ab", "cd"]
     assert [line["output_ids"] for line in first] == [line["output_ids"] for line in second]
 
 
-def test_pretty_output_is_for_people(tiny_checkpoint):
-    result = rollout("generate", "-m", tiny_checkpoint, "--format", "pretty", "ab")
+def test_pretty_output_is_for_people(checkpoint):
+    result = rollout("generate", "-m", checkpoint, "--format", "pretty", "ab")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("── ab  [")
 
 
-def test_settings_come_from_a_file_and_options_win(tiny_checkpoint, tmp_path):
+def test_settings_come_from_a_file_and_options_win(checkpoint, tmp_path):
     config = tmp_path / "my.toml"
     config.write_text(
-        f'[engine]\nmodel_path = "{tiny_checkpoint}"\n'
+        f'[engine]\nmodel_path = "{checkpoint}"\n'
         "[sampling]\nmax_new_tokens = 9\nignore_eos = true\n"
     )
     (line,) = samples(rollout("generate", "--config", config, "ab"))
@@ -100,8 +100,8 @@ def test_printed_settings_are_a_file_that_reads_back(tmp_path):
         ("", ("no prompts",)),
     ],
 )
-def test_an_input_that_cannot_be_run_is_one_line_of_error(tiny_checkpoint, line, parts):
-    result = rollout("generate", "-m", tiny_checkpoint, "-i", "-", stdin=f"{line}\n")
+def test_an_input_that_cannot_be_run_is_one_line_of_error(checkpoint, line, parts):
+    result = rollout("generate", "-m", checkpoint, "-i", "-", stdin=f"{line}\n")
     assert result.returncode == 1
     assert all(part in result.stderr for part in parts), result.stderr
     assert "Traceback" not in result.stderr
@@ -114,8 +114,8 @@ def test_a_folder_without_a_model_is_one_line_of_error(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_info_tells_sizes_and_resolved_settings(tiny_checkpoint):
-    result = rollout("info", tiny_checkpoint, "--json", "--set", "engine.context_length=128")
+def test_info_tells_sizes_and_resolved_settings(checkpoint):
+    result = rollout("info", checkpoint, "--json", "--set", "engine.context_length=128")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["model"]["family"] == "qwen3"
@@ -135,6 +135,6 @@ def product(shape) -> int:
     return result
 
 
-def test_info_for_people_lists_tensors_when_asked(tiny_checkpoint):
-    assert "model.norm.weight" not in rollout("info", tiny_checkpoint).stdout
-    assert "model.norm.weight  [64]" in rollout("info", tiny_checkpoint, "--tensors").stdout
+def test_info_for_people_lists_tensors_when_asked(checkpoint):
+    assert "model.norm.weight" not in rollout("info", checkpoint).stdout
+    assert "model.norm.weight  [64]" in rollout("info", checkpoint, "--tensors").stdout

@@ -43,11 +43,11 @@ def example(readme: str) -> str:
     return code
 
 
-def test_the_example_runs_as_it_stands(readme, tmp_path, tiny_checkpoint):
+def test_the_example_runs_as_it_stands(readme, tmp_path, checkpoint):
     code = example(readme)
     assert code.count('"path/to/checkpoint"') == 1
     script = tmp_path / "trainer.py"
-    script.write_text(code.replace('"path/to/checkpoint"', repr(str(tiny_checkpoint))))
+    script.write_text(code.replace('"path/to/checkpoint"', repr(str(checkpoint))))
     result = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=200
     )

@@ -1,0 +1,34 @@
+"""The files in `configs/` are valid, and those that say they are the defaults are."""
+
+import pytest
+
+from rollout.cli.generate import GenerateSettings
+from rollout.settings import load_settings
+from trainers_integration.demo.config import DemoConfig
+
+SCHEMAS = {"demo": DemoConfig, "generate": GenerateSettings}
+
+
+def test_every_file_belongs_to_a_command(checkout):
+    names = {path.stem.partition("-")[0] for path in (checkout / "configs").glob("*.toml")}
+    assert names == set(SCHEMAS)
+
+
+def test_every_file_loads(checkout):
+    for path in sorted((checkout / "configs").glob("*.toml")):
+        command = path.stem.partition("-")[0]
+        # A model is the one thing that only the user can name.
+        model = ["engine.model_path=PATH"] if command == "generate" else []
+        load_settings(SCHEMAS[command], path, model)
+
+
+def test_the_demo_runs_with_what_its_file_says(checkout):
+    assert load_settings(DemoConfig, checkout / "configs" / "demo.toml") == DemoConfig()
+
+
+@pytest.mark.parametrize("key", ["grpo.steps", "mode", "seed", "eval.every"])
+def test_the_demo_file_shows_every_important_setting(checkout, key):
+    section, _, name = key.rpartition(".")
+    text = (checkout / "configs" / "demo.toml").read_text()
+    part = text.partition(f"[{section}]")[2] if section else text
+    assert f"\n{name} = " in part
