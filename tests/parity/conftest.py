@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rollout.layers.single_group import TensorParallelGroup
 from rollout.models.loader import LoadConfig, get_model_loader
 from rollout.models.model_config import ModelConfig
 from rollout.runner.model_runner import ModelRunner
@@ -72,6 +73,7 @@ class HandDriver:
         block_size: int = 4,
         num_blocks: int = 256,
         dtype: torch.dtype = torch.float32,
+        tp: TensorParallelGroup | None = None,
     ) -> None:
         self.runner = ModelRunner(
             ModelConfig.from_folder(folder),
@@ -79,6 +81,7 @@ class HandDriver:
             device="cpu",
             block_size=block_size,
             num_blocks=num_blocks,
+            tp=tp,
         )
         self.runner.kv_pool.memory.fill_(float("nan"))  # What was never written must never be read.
         get_model_loader(LoadConfig()).load(self.runner.model, folder)
