@@ -55,8 +55,7 @@ def demo(
     if print_config:
         typer.echo(as_toml(settings))
         return
-    from rich.console import Console
+    from .run import run_demo
+    from .screen import Screen
 
-    from .run import run
-
-    run(settings, Console())
+    run_demo(settings, Screen())
