@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from weight_sync.manifest import align
+from weight_sync.manifest import ALIGNMENT, align
 
 
 class ParameterArena:
@@ -31,13 +31,19 @@ class ParameterArena:
             offsets[id(parameter)] = start
             sizes[parameter.dtype] = start + align(parameter.nbytes)
         for dtype, size in sizes.items():
-            self.buffers[dtype] = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            self.buffers[dtype] = self._aligned(size)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 start = offsets[id(parameter)]
                 raw = self.buffers[parameter.dtype][start : start + parameter.nbytes]
                 view = raw.view(parameter.dtype).view(parameter.shape)
                 setattr(module, name, nn.Parameter(view, requires_grad=False))
+
+    def _aligned(self, num_bytes: int) -> torch.Tensor:
+        """Zeros that start on a 256-byte boundary; on a CPU torch promises only 64."""
+        spare = torch.zeros(num_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        start = -spare.data_ptr() % ALIGNMENT
+        return spare[start : start + num_bytes]
 
     @property
     def num_bytes(self) -> int:
