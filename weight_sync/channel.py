@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import ERRORS, DeadlineExceeded, EngineDiedError
+from .errors import ERRORS, DeadlineExceeded, EngineDiedError, TransportError
 from .messages import WeightReply
 from .rpc_client import RpcClient
 from .service import WeightService
@@ -25,8 +25,12 @@ class Channel(Protocol):
     def submit(self, message: Any, timeout_s: float) -> "Future[Any]":
         """Send without waiting; messages arrive in the order in which they were submitted."""
 
-    def lend(self, buffer: torch.Tensor) -> str | None:
-        """The key of a buffer that the engine can read in this process; None where it lives in another."""
+    @property
+    def is_local(self) -> bool:
+        """The engine lives in this process and can read its buffers."""
+
+    def lend(self, buffer: torch.Tensor) -> str:
+        """The key for a `LocalHandle` of a buffer of this process; only where `is_local`."""
 
     @property
     def dead(self) -> str | None:
@@ -84,7 +88,11 @@ class LocalChannel:
             self._service.handle(call)
         return call.future
 
-    def lend(self, buffer: torch.Tensor) -> str | None:
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def lend(self, buffer: torch.Tensor) -> str:
         return self._service.lend(buffer)
 
     @property
@@ -120,8 +128,14 @@ class RpcChannel:
     def submit(self, message: Any, timeout_s: float) -> "Future[Any]":
         return self._client.submit(message, timeout_s)
 
-    def lend(self, buffer: torch.Tensor) -> str | None:
-        return None
+    @property
+    def is_local(self) -> bool:
+        return False
+
+    def lend(self, buffer: torch.Tensor) -> str:
+        raise TransportError(
+            "the engine is in another process: it cannot read a buffer of this one"
+        )
 
     @property
     def dead(self) -> str | None:
