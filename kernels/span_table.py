@@ -189,16 +189,11 @@ class _RowPlan:
         tails = _Tails.compile(narrow)
         narrow, rows = narrow.where(whole > 0), whole[whole > 0]
         wide_rows = wide.num_bytes // fp.WIDE_ROW_BYTES
-        firsts = wide_rows.cumsum(0) - wide_rows
-        num_wide = int(wide_rows.sum())
-        jobs = [
-            (word, num, _WIDE, first)
-            for word, num, first in zip(
-                wide.words.tolist(), wide_rows.tolist(), firsts.tolist(), strict=True
-            )
-        ]
-        narrow_firsts, stretches, num_rows = _stretches(narrow.words, rows, num_wide)
-        jobs += stretches
+        firsts, wide_jobs, num_wide = _stretches(wide.words, wide_rows, width=_WIDE, first_sum=0)
+        narrow_firsts, jobs, num_rows = _stretches(
+            narrow.words, rows, width=_NARROW, first_sum=num_wide
+        )
+        jobs = wide_jobs + jobs
         keys = torch.zeros(num_rows, dtype=torch.int64)
         wide_index, wide_row = _expand(firsts, wide_rows, wide.starts // fp.WIDE_ROW_BYTES)
         if len(wide_row):
@@ -282,43 +277,60 @@ class _Tails:
 
 
 def _split_wide(columns: _Columns) -> tuple[_Columns, _Columns]:
-    """Wide rows of large runs; and the rest of those runs, before and after, with all the small ones, in order."""
+    """What is read in wide rows, and what in narrow ones: two sets of runs, each in the order of the buffer.
+
+    Wide: all of neighbours that are whole wide rows each and large together, and the middle of other large runs.
+    """
     ends = columns.starts + columns.num_bytes
     first = -(-columns.starts // fp.WIDE_ROW_BYTES) * fp.WIDE_ROW_BYTES
     last = ends // fp.WIDE_ROW_BYTES * fp.WIDE_ROW_BYTES
-    large = last - first >= WIDE_BYTES
+    wide = (last - first >= WIDE_BYTES) | _large_groups(columns)
 
     def cut(at: torch.Tensor, to: torch.Tensor, keep: torch.Tensor) -> _Columns:
         words = columns.words + (at - columns.starts) // fp.WORD_BYTES
         return _Columns(words, at, to - at, columns.outputs).where(keep & (to > at))
 
     rest = [
-        cut(columns.starts, ends, ~large),
-        cut(columns.starts, first, large),
-        cut(last, ends, large),
+        cut(columns.starts, ends, ~wide),
+        cut(columns.starts, first, wide),
+        cut(last, ends, wide),
     ]
     joined = _Columns(*(torch.cat([getattr(r, n) for r in rest]) for n in _Columns.__slots__))
-    return cut(first, last, large), joined.where(torch.argsort(joined.words, stable=True))
+    return cut(first, last, wide), joined.where(torch.argsort(joined.words, stable=True))
+
+
+def _large_groups(columns: _Columns) -> torch.Tensor:
+    """Which runs are whole wide rows, in a row of such neighbours of `WIDE_BYTES` together."""
+    if not len(columns):
+        return torch.zeros(0, dtype=torch.bool)
+    whole = (columns.starts % fp.WIDE_ROW_BYTES == 0) & (columns.num_bytes % fp.WIDE_ROW_BYTES == 0)
+    new = torch.ones(len(columns), dtype=torch.bool)
+    adjoins = columns.words[1:] == (columns.words + columns.num_bytes // fp.WORD_BYTES)[:-1]
+    new[1:] = ~(adjoins & whole[1:] & whole[:-1])
+    group = new.cumsum(0) - 1
+    size = torch.zeros(len(columns), dtype=torch.int64).index_add_(0, group, columns.num_bytes)
+    return whole & (size[group] >= WIDE_BYTES)
 
 
 def _stretches(
-    words: torch.Tensor, rows: torch.Tensor, first_row: int
+    words: torch.Tensor, rows: torch.Tensor, *, width: int, first_sum: int
 ) -> tuple[torch.Tensor, list[tuple[int, int, int, int]], int]:
-    """Neighbouring narrow runs as one product each: first row sum per run, the products, and the end of row sums."""
+    """Neighbouring runs as one product each: the first row sum of each run, the products, and the end of row sums."""
     if not len(words):
-        return words, [], first_row
-    gap = words[1:] - (words + rows * _NARROW)[:-1]
+        return words, [], first_sum
+    ends = words + rows * width
+    gap = words[1:] - ends[:-1]
     new = torch.ones(len(words), dtype=torch.bool)
-    new[1:] = (gap < 0) | (gap > _MAX_GAP_WORDS) | (gap % _NARROW != 0)
+    new[1:] = (gap < 0) | (gap > _MAX_GAP_WORDS) | (gap % width != 0)
     stretch = new.cumsum(0) - 1
     heads = words[new]
-    last_run = torch.cat([new[1:], torch.ones(1, dtype=torch.bool)])
-    num_rows = ((words + rows * _NARROW)[last_run] - heads) // _NARROW
-    row_ends = num_rows.cumsum(0) + first_row
-    firsts = (row_ends - num_rows)[stretch] + (words - heads[stretch]) // _NARROW
-    products = zip(heads.tolist(), num_rows.tolist(), (row_ends - num_rows).tolist(), strict=True)
-    jobs = [(head, num, _NARROW, first) for head, num, first in products]
-    return firsts, jobs, int(row_ends[-1])
+    num_rows = (ends[torch.cat([new[1:], new[:1]])] - heads) // width
+    last_sums = num_rows.cumsum(0) + first_sum
+    first_sums = last_sums - num_rows
+    firsts = first_sums[stretch] + (words - heads[stretch]) // width
+    products = zip(heads.tolist(), num_rows.tolist(), first_sums.tolist(), strict=True)
+    jobs = [(head, num, width, first) for head, num, first in products]
+    return firsts, jobs, int(last_sums[-1])
 
 
 def _expand(
