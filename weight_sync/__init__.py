@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     )
     from .fingerprints import combine, fingerprint, tensor_fingerprint
     from .manifest import Manifest, TensorMeta
+    from .mesh_update import update_weights
     from .plan import Plan, compile_plan
     from .publisher import WeightPublisher
     from .receiver import WeightReceiver
     from .report import SyncReport
+    from .transports.disk import read_checkpoint, write_checkpoint
     from .weight_map import Placement, WeightMap
 
 _MODULES = {
@@ -53,10 +55,12 @@ _MODULES = {
     ),
     "fingerprints": ("combine", "fingerprint", "tensor_fingerprint"),
     "manifest": ("Manifest", "TensorMeta"),
+    "mesh_update": ("update_weights",),
     "plan": ("Plan", "compile_plan"),
     "publisher": ("WeightPublisher",),
     "receiver": ("WeightReceiver",),
     "report": ("SyncReport",),
+    "transports.disk": ("read_checkpoint", "write_checkpoint"),
     "weight_map": ("Placement", "WeightMap"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -88,7 +92,10 @@ __all__ = [
     "combine",
     "compile_plan",
     "fingerprint",
+    "read_checkpoint",
     "tensor_fingerprint",
+    "update_weights",
+    "write_checkpoint",
 ]
 
 
