@@ -79,10 +79,8 @@ class SpanTable:
         self.num_outputs = num_outputs
         self.device = device
         columns = _columns(spans)
-        self._plan: _RowPlan | _TilePlan = (
-            _RowPlan.compile(columns)
-            if device.type == "cpu"
-            else _TilePlan.compile(columns, device)
+        self._plan: RowPlan | TilePlan = (
+            RowPlan.compile(columns) if device.type == "cpu" else TilePlan.compile(columns, device)
         )
 
     @torch.no_grad()
@@ -142,14 +140,16 @@ def _columns(spans: Iterable[Span]) -> _Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class _TilePlan:
+class TilePlan:
     """One launch of the CUDA kernel."""
 
     tiles: torch.Tensor
     outer: torch.Tensor
 
     @classmethod
-    def compile(cls, columns: _Columns, device: torch.device) -> _TilePlan:
+    def compile(cls, spans: Iterable[Span], device: torch.device) -> TilePlan:
+        """The plan of `spans`."""
+        columns = _columns(spans)
         tiles = fp.tile_table(
             first_words=columns.words,
             starts=columns.starts,
@@ -160,11 +160,12 @@ class _TilePlan:
         return cls(tiles=tiles.to(device), outer=fp.outer_keys(last_row + 1, device))
 
     def add(self, words: torch.Tensor, out: torch.Tensor) -> None:
+        """Add every output's sum to `out`."""
         fp.launch(words, self.tiles, self.outer, out)
 
 
 @dataclass(slots=True)
-class _RowPlan:
+class RowPlan:
     """Rows of a buffer on the CPU: matrix-vector products, row keys, and which rows make up which output."""
 
     jobs: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -183,7 +184,9 @@ class _RowPlan:
     """Words that the products read."""
 
     @classmethod
-    def compile(cls, columns: _Columns) -> _RowPlan:
+    def compile(cls, spans: Iterable[Span]) -> RowPlan:
+        """The plan of `spans`."""
+        columns = _columns(spans)
         wide, narrow = _split_wide(columns)
         whole = narrow.num_bytes // fp.ROW_BYTES
         tails = _Tails.compile(narrow)
@@ -212,6 +215,7 @@ class _RowPlan:
         )
 
     def add(self, words: torch.Tensor, out: torch.Tensor) -> None:
+        """Add every output's sum to `out`."""
         if self.tails is not None:
             self.tails.add(words, out)
         if not self.jobs:
