@@ -1,60 +1,37 @@
-"""`rollout demo`: the command-line face of the demo; found through the entry point of that name."""
+"""`rollout demo`: train a small model with GRPO while its rollouts come from an engine that it pushes weights into."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from rollout.cli.options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
+from rollout.cli.options import ConfigFile, Overrides, as_overrides, setting_option
 from rollout.settings import load_settings
 
-from .config import DemoConfig, Mode
+from .config import DemoConfig, GrpoConfig, Mode
 
-EPILOG = """[bold]Examples[/bold]
-
-  rollout demo
-
-  rollout demo --mode async --name second --seed 1
-
-  rollout demo --config configs/demo.toml --set grpo.learning_rate=3e-4
-
-  rollout demo --steps 20 --set control_steps=0 --set eval.every=10
-
-  rollout demo --print-config > my.toml
-
-[bold]What it writes[/bold]
-
-  The folder runs/NAME with report.html (open it in a browser), its pictures,
-  metrics.jsonl, summary.json and the trained checkpoint.
-"""
+ModeOption = Annotated[Mode | None, setting_option(DemoConfig, "mode")]
+Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="GRPO steps (grpo.steps)")]
+Seed = Annotated[int | None, setting_option(DemoConfig, "seed")]
+Name = Annotated[str | None, setting_option(DemoConfig, "name")]
 
 
 def demo(
-    mode: Annotated[Mode | None, setting_option(DemoConfig, "mode")] = None,
-    name: Annotated[str | None, setting_option(DemoConfig, "name")] = None,
-    seed: Annotated[int | None, setting_option(DemoConfig, "seed")] = None,
-    steps: Annotated[int | None, typer.Option(help="RL steps (grpo.steps).")] = None,
-    runs_dir: Annotated[Path | None, setting_option(DemoConfig, "runs_dir")] = None,
+    mode: ModeOption = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    name: Name = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the settings as TOML and exit.")
-    ] = False,
 ) -> None:
-    """Train a small model with GRPO while its weights flow into a running engine."""
-    options = {
-        "mode": mode,
-        "name": name,
-        "seed": seed,
-        "grpo.steps": steps,
-        "runs_dir": None if runs_dir is None else str(runs_dir),
-    }
+    """Train a small model to sort digits, and see its weights change under running requests.
+
+    The trainer runs in this process, the engine in another; after every step the trainer pushes its weights
+    into the engine through shared memory. Takes about two minutes on two cores; runs/NAME/report.html shows
+    what happened. Every setting is listed in configs/demo.toml.
+    """
+    options = {"mode": mode, "grpo.steps": steps, "seed": seed, "name": name}
     settings = load_settings(DemoConfig, config, [*(overrides or ()), *as_overrides(options)])
-    if print_config:
-        typer.echo(as_toml(settings))
-        return
+
     from .run import run_demo
     from .screen import Screen
 

@@ -1,0 +1,124 @@
+"""What the user sees while the demo runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..grpo.records import StepRecord
+
+#: Without a terminal there is no bar; a line every so many steps instead.
+STEPS_PER_LINE = 10
+
+
+class StepListener(Protocol):
+    """Told about each step of a phase."""
+
+    def __call__(self, record: StepRecord, heldout_pass_rate: float | None) -> None: ...
+
+
+class Screen:
+    """Start-up lines, one progress bar per phase, and the table at the end."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line about what is done."""
+        seconds = time.perf_counter() - self._started
+        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False)
+
+    @contextmanager
+    def phase(self, title: str, steps: int) -> Iterator[StepListener]:
+        """A progress bar of `steps`; call what it yields after each step."""
+        live, count = self.console.is_terminal, 0
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=18),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not live,
+        ) as progress:
+            task = progress.add_task(title, total=steps, numbers="")
+
+            def listen(record: StepRecord, heldout_pass_rate: float | None) -> None:
+                nonlocal count
+                count += 1
+                numbers = _numbers(record)
+                progress.update(task, advance=1, numbers=numbers)
+                if not live and (count % STEPS_PER_LINE == 0 or count == steps):
+                    held = (
+                        "" if heldout_pass_rate is None else f"  held-out {heldout_pass_rate:.2f}"
+                    )
+                    self.say(f"{title} {count:>4}/{steps}  {numbers}{held}")
+
+            yield listen
+
+    def finish(self, summary: Mapping[str, Any], folder: Path, pictures: list[Path]) -> None:
+        """The summary and where to look."""
+        table = Table(
+            show_header=False, title="result", title_justify="left", box=None, padding=(0, 2)
+        )
+        for label, value in summary_lines(summary):
+            table.add_row(f"[dim]{label}[/dim]", value)
+        self.console.print()
+        self.console.print(table)
+        self.console.print("\nlook at", style="bold")
+        for path in (
+            folder / "report.html",
+            *pictures,
+            folder / "summary.json",
+            folder / "metrics.jsonl",
+        ):
+            self.console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary in words, for the screen and for the report."""
+    control = "not run"
+    if summary["control_pass_rate_after"] is not None:
+        control = (
+            f"{summary['control_pass_rate_before']:.2f} → {summary['control_pass_rate_after']:.2f} "
+            f"in {summary['control_steps']} steps"
+        )
+    return [
+        (
+            "pass rate, held-out prompts",
+            f"{summary['pass_rate_before']:.2f} → {summary['pass_rate_after']:.2f} in {summary['steps']} steps",
+        ),
+        ("the same, weights never synced", control),
+        ("log-probability gap, largest", f"{summary['logprob_gap_max']:.1e}"),
+        ("weight syncs", f"{summary['num_syncs']}, now version {summary['version']}"),
+        ("one sync, p50 / p99", _ms(summary["sync_s_p50"], summary["sync_s_p99"])),
+        ("of that generation stood still", _ms(summary["pause_s_p50"], summary["pause_s_p99"])),
+        ("tokens per second, whole steps", f"{summary['tokens_per_s_p50']:,.0f}"),
+        (
+            "completions of several versions",
+            f"up to {summary['mixed_fraction_max']:.0%} of a batch",
+        ),
+        ("seconds, everything", f"{summary['seconds']:.0f}"),
+    ]
+
+
+def _ms(first: float, second: float) -> str:
+    return f"{first * 1e3:.1f} / {second * 1e3:.1f} ms"
+
+
+def _numbers(record: StepRecord) -> str:
+    text = (
+        f"reward {record.reward:.2f}  pass {record.pass_rate:.2f}  {record.tokens_per_s:,.0f} tok/s"
+    )
+    if record.syncs:
+        last = record.syncs[-1]
+        text += f"  sync {last.sync_s * 1e3:.1f} ms  pause {last.pause_s * 1e3:.1f} ms"
+    return text

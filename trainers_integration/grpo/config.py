@@ -1,0 +1,66 @@
+"""Settings of the GRPO loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """What one GRPO run does; a step is one batch of completions."""
+
+    steps: int = 150
+    """Batches to sample and learn from."""
+    prompts_per_step: int = 64
+    """Different prompts in a batch."""
+    samples_per_prompt: int = 8
+    """Completions of each prompt, at least 2: the group that advantages are computed in."""
+    max_new_tokens: int = 8
+    """Longest completion, tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are those of the tempered distribution on both sides."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: int = 5
+    """Steps over which the learning rate rises from zero."""
+    lr_final_fraction: float = 0.1
+    """Share of the peak that the learning rate falls to, linearly, by the last step; 1: it stays."""
+    minibatches: int = 2
+    """Optimiser steps per pass over a batch."""
+    epochs: int = 1
+    """Passes over a batch."""
+    clip_low: float = 0.2
+    """PPO clipping: the ratio's lower bound is 1 - clip_low."""
+    clip_high: float = 0.28
+    """PPO clipping: the ratio's upper bound is 1 + clip_high."""
+    importance_cap: float = 2.0
+    """Largest weight trainer/engine that a token gets; it corrects stale and numerically different sampling."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the policy that training starts from; 0: no reference policy is kept."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        lowest = {
+            "steps": 1,
+            "prompts_per_step": 1,
+            "samples_per_prompt": 2,
+            "max_new_tokens": 1,
+            "minibatches": 1,
+            "epochs": 1,
+            "lr_warmup_steps": 0,
+        }
+        positive = ("temperature", "learning_rate", "importance_cap", "max_grad_norm")
+        problems = [
+            f"{name}: got {getattr(self, name)}, expected at least {least}"
+            for name, least in lowest.items()
+            if getattr(self, name) < least
+        ] + [
+            f"{name}: got {getattr(self, name)}, expected more than 0"
+            for name in positive
+            if not getattr(self, name) > 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))

@@ -1,0 +1,155 @@
+"""The GRPO loop: how a trainer drives the engine. Start reading here.
+
+Trainer and engine are two processes. The trainer asks for completions (`engine.generate`), learns from them
+(`learner.learn`) and pushes its parameters into the engine (`publisher.publish`), which goes on with the next token.
+
+* Synchronous: generate, learn, publish, one after the other. Every token is sampled by the trainer's own policy.
+* Asynchronous: the engine samples batch k + 1 while the trainer learns from batch k and publishes after each optimiser
+  step, so that new weights arrive under running requests. A completion then has tokens of several versions. Each
+  token's log-probability is that of the version which sampled it, and `losses.py` corrects for the difference with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weight_sync import WeightPublisher
+
+from .advantages import group_advantages
+from .batch import make_batch
+from .environment import Environment, Problem
+from .learner import Learner
+from .records import StepRecord, SyncRecord, mean_staleness, mixed_fraction
+from .rollouts import Completion, sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sampled:
+    """One batch as it came from the engine."""
+
+    problems: Sequence[Problem]
+    groups: list[list[Completion]]
+    seconds: float
+
+
+class GrpoLoop:
+    """One training run against one engine. Both ways to run it yield a `StepRecord` after each step.
+
+    Without a `publisher` the engine keeps the weights that it has: the control of an experiment.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        publisher: WeightPublisher | None,
+        learner: Learner,
+        environment: Environment,
+        *,
+        token_times: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.publisher = publisher
+        self.learner = learner
+        self.environment = environment
+        self.token_times = token_times
+        self.config = learner.config
+        self.version = int(engine.get_weight_version())
+        self.num_steps = 0
+
+    def synchronous(self, steps: int) -> Iterator[StepRecord]:
+        """Generate, learn, publish, one after the other."""
+        for _ in range(steps):
+            started = time.perf_counter()
+            batch = self._generate(self._draw())
+            yield self._learn_and_publish(batch, started, after_each_update=False)
+
+    def asynchronous(self, steps: int) -> Iterator[StepRecord]:
+        """While the trainer learns from a batch, the engine samples the next and gets each update at once."""
+        with ThreadPoolExecutor(1, thread_name_prefix="generate") as background:
+            in_flight = background.submit(self._generate, self._draw())
+            for step in range(steps):
+                started = time.perf_counter()
+                batch = in_flight.result()
+                if step + 1 < steps:
+                    in_flight = background.submit(self._generate, self._draw())
+                yield self._learn_and_publish(batch, started, after_each_update=True)
+
+    def _draw(self) -> Sequence[Problem]:
+        return self.environment.draw(self.config.prompts_per_step)
+
+    def _generate(self, problems: Sequence[Problem]) -> _Sampled:
+        """A group of completions for every problem, from the engine."""
+        started = time.perf_counter()
+        groups = sample(
+            self.engine,
+            [problem.prompt_ids for problem in problems],
+            num_samples=self.config.samples_per_prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            token_times=self.token_times,
+        )
+        return _Sampled(problems=problems, groups=groups, seconds=time.perf_counter() - started)
+
+    def _learn_and_publish(
+        self, sampled: _Sampled, started: float, *, after_each_update: bool
+    ) -> StepRecord:
+        """Score the batch, update the policy, push it into the engine."""
+        scores = [
+            [self.environment.score(problem, completion) for completion in group]
+            for problem, group in zip(sampled.problems, sampled.groups, strict=True)
+        ]
+        rewards = torch.tensor([[score.reward for score in group] for group in scores])
+        advantages = group_advantages(rewards, normalize_std=self.config.normalize_std)
+        completions = [completion for group in sampled.groups for completion in group]
+        staleness = mean_staleness(completions, self.version)
+
+        syncs: list[SyncRecord] = []
+        learn_started = time.perf_counter()
+        stats = self.learner.learn(
+            make_batch(completions, advantages.flatten()),
+            after_update=(lambda: syncs.extend(self._publish())) if after_each_update else None,
+        )
+        learn_s = time.perf_counter() - learn_started - sum(sync.sync_s for sync in syncs)
+        if not after_each_update:
+            syncs.extend(self._publish())
+
+        self.num_steps += 1
+        return StepRecord(
+            step=self.num_steps,
+            reward=rewards.mean().item(),
+            pass_rate=sum(s.passed for group in scores for s in group) / len(completions),
+            num_tokens=sum(len(c.output_ids) for c in completions),
+            mixed_fraction=mixed_fraction(completions),
+            staleness=staleness,
+            generate_s=sampled.seconds,
+            learn_s=learn_s,
+            step_s=time.perf_counter() - started,
+            learn=stats,
+            syncs=tuple(syncs),
+            completions=tuple(completions),
+        )
+
+    def _publish(self) -> list[SyncRecord]:
+        """Push the policy into the engine; when this returns, it serves the new version, verified bit for bit."""
+        if self.publisher is None:
+            return []
+        started, clock = time.time(), time.perf_counter()
+        report = self.publisher.publish(
+            self.learner.model, version=self.version + 1, label=str(self.version + 1)
+        )
+        self.version = report.version
+        return [
+            SyncRecord(
+                version=report.version,
+                started_at=started,
+                committed_at=started + report.begin_to_committed_s,
+                sync_s=time.perf_counter() - clock,
+                pause_s=report.pause_s,
+            )
+        ]
