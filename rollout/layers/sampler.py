@@ -1,0 +1,191 @@
+"""From logits to tokens: what is drawn for each row, and with which log-probability.
+
+The rule of log-probabilities is in `logprobs`. A draw depends on the row's logits, the request's seed and the position
+in its output, and on nothing else: not on the batch, its order, or the rank. A row pays for what it asks for: greedy
+rows without log-probabilities take one maximum, plain rows one softmax, and only rows with filters or edited logits
+more.
+
+Shapes: R rows, V vocabulary, N rows of a group, B rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EngineStepError
+from ..scheduling.request import Request
+from .draw import draw, uniforms
+from .logit_edits import edit_logits, is_editable, is_edited
+from .logprobs import ProbabilityBlock, chunk_size, probability_blocks, token_logprobs
+from .sampling_filters import lower_bounds
+from .selection import argmax, chunk_sums
+
+
+class NonFiniteLogitsError(EngineStepError):
+    """Rows whose logits are no distribution; `rows` lists them, and the other rows can be sampled without them."""
+
+    def __init__(self, rows: Sequence[int], requests: Sequence[Request]) -> None:
+        self.rows = tuple(rows)
+        names = ", ".join(f"{row} ({requests[row].rid})" for row in self.rows[:8])
+        more = f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else ""
+        super().__init__(
+            f"logits of rows {names}{more}: got NaN, infinity, or nothing that may be drawn, "
+            "expected finite numbers; check the weights of this version"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOutput:
+    """One drawn token per row."""
+
+    token_ids: list[int]
+    """In row order."""
+    logprobs: Tensor | None
+    """(R,) float32 on the CPU, NaN in rows that did not ask and were not free; None: no row asked."""
+
+
+class Sampler:
+    """Draws tokens. Keeps nothing but what the last batch asked for as arrays, which the next step mostly reuses."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._asked: _Asked | None = None
+
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
+    ) -> SampleOutput:
+        """Draw one token for each of `requests` from float32 logits, which are not changed.
+
+        Row i of `logits` is that of `requests[i]`, or `rows[i]` is (samples of one prompt share a row). The outputs of
+        the requests hold the tokens drawn before this one. Raises `NonFiniteLogitsError`, whose `rows` are positions
+        in `requests`.
+        """
+        if rows is not None:
+            logits = logits.index_select(0, torch.tensor(list(rows), device=logits.device))
+        assert logits.shape[0] == len(requests)
+        asked = self._what_is_asked(requests, logits.device)
+        step = _Step(asked, _uniforms(requests, asked))
+        edited = [row for row in asked.editable if is_edited(requests[row])]
+        if edited:
+            _sample_edited(step, logits, requests, edited)
+        else:
+            step.run(logits, asked.all_rows, asked.wants_logprob)
+        bad = step.bad.nonzero().squeeze(1).tolist()
+        if bad:
+            raise NonFiniteLogitsError(bad, requests)
+        logprobs = step.logprobs.cpu() if asked.any_logprob else None
+        return SampleOutput(token_ids=step.tokens.tolist(), logprobs=logprobs)
+
+    def _what_is_asked(self, requests: Sequence[Request], device: torch.device) -> _Asked:
+        requests = list(requests)
+        if self._asked is None or requests != self._requests or self._asked.device != device:
+            self._asked = _Asked(requests, device)
+            self._requests = requests
+        return self._asked
+
+
+def _uniforms(requests: Sequence[Request], asked: _Asked) -> Tensor:
+    lengths = np.fromiter((len(r.token_ids) for r in requests), np.int64, len(requests))
+    numbers = uniforms(asked.seeds, lengths - asked.num_prompt_tokens)
+    return torch.from_numpy(numbers).to(asked.device)
+
+
+def _sample_edited(
+    step: _Step, logits: Tensor, requests: Sequence[Request], edited: list[int]
+) -> None:
+    """Edited rows draw from a changed copy of their logits; their log-probabilities are those of the raw ones."""
+    rows = torch.tensor(edited, device=logits.device)
+    plain = torch.ones(len(requests), dtype=torch.bool, device=logits.device)
+    plain[rows] = False
+    others = plain.nonzero().squeeze(1)
+    wants = step.asked.wants_logprob
+    if len(others):
+        step.run(logits.index_select(0, others), others, wants[others])
+    raw = logits.index_select(0, rows)
+    changed = raw.clone()
+    edit_logits(changed, [requests[row] for row in edited])
+    step.run(changed, rows, torch.zeros_like(wants[rows]))
+    where = wants[rows].nonzero().squeeze(1)
+    rows = rows[where]
+    temperature = step.asked.temperature[rows]
+    step.logprobs[rows] = token_logprobs(raw[where], temperature, step.tokens[rows])
+
+
+class _Asked:
+    """What a batch of requests asks for, as arrays over its rows."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        everything = [request.params for request in requests]
+        self.device = device
+        self.all_rows = torch.arange(len(requests), device=device)
+        self.seeds = np.array([request.seed for request in requests], np.uint64)
+        self.num_prompt_tokens = np.array([r.num_prompt_tokens for r in requests], np.int64)
+        self.temperature = torch.tensor([p.logprob_temperature for p in everything], device=device)
+        self.greedy = torch.tensor([p.is_greedy for p in everything], device=device)
+        self.wants_logprob = torch.tensor([r.return_logprob for r in requests], device=device)
+        self.any_logprob = bool(self.wants_logprob.any())
+        top_k = [p.top_k if p.top_k > 0 else 1 << 40 for p in everything]
+        self.top_k = torch.tensor(top_k, device=device)
+        self.top_p = torch.tensor([p.top_p for p in everything], device=device)
+        self.min_p = torch.tensor([p.min_p for p in everything], device=device)
+        filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in everything]
+        self.filtered = torch.tensor(filtered, device=device) & ~self.greedy
+        self.any_filtered = bool(self.filtered.any())
+        self.editable = [row for row, params in enumerate(everything) if is_editable(params)]
+        """Rows whose logits may have to be changed before a draw."""
+
+
+class _Step:
+    """Results of one call of `sample`, filled group by group; `rows` are always positions in the call's requests."""
+
+    def __init__(self, asked: _Asked, uniform: Tensor) -> None:
+        self.asked = asked
+        self._uniform = uniform
+        self.tokens = torch.zeros(len(uniform), dtype=torch.int64, device=asked.device)
+        self.logprobs = torch.full((len(uniform),), float("nan"), device=asked.device)
+        self.bad = torch.zeros(len(uniform), dtype=torch.bool, device=asked.device)
+
+    def run(self, logits: Tensor, rows: Tensor, wants_logprob: Tensor) -> None:
+        """Draw for `rows`, which are (N,), from (N, V) logits."""
+        greedy = self.asked.greedy[rows]
+        if greedy.any():
+            where = greedy.nonzero().squeeze(1)
+            self._take_most_likely(logits if greedy.all() else logits[where], rows[where])
+        needed = ~greedy | wants_logprob
+        some = None if needed.all() else needed.nonzero().squeeze(1)
+        rows = rows if some is None else rows[some]
+        want_logprobs = bool(wants_logprob.any())
+        for block in probability_blocks(logits, self.asked.temperature[rows], some):
+            self._draw_block(block, rows[block.rows], want_logprobs)
+
+    def _take_most_likely(self, logits: Tensor, rows: Tensor) -> None:
+        tokens = argmax(logits)
+        self.tokens[rows] = tokens
+        self.bad[rows] |= ~logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
+
+    def _draw_block(self, block: ProbabilityBlock, rows: Tensor, want_logprobs: bool) -> None:
+        asked = self.asked
+        greedy = asked.greedy[rows]
+        tokens = self.tokens[rows]
+        if not greedy.all():
+            drawn = draw(block.values, block.sums, self._uniform[rows])
+            tokens = torch.where(greedy, tokens, drawn)
+            if asked.any_filtered:
+                where = asked.filtered[rows].nonzero().squeeze(1)
+                tokens[where] = self._draw_filtered(block.values[where], rows[where])
+            self.tokens[rows] = tokens
+        if want_logprobs:
+            self.logprobs[rows] = block.logprobs(tokens.unsqueeze(1)).squeeze(1)
+        self.bad[rows] |= ~block.total.isfinite()
+
+    def _draw_filtered(self, values: Tensor, rows: Tensor) -> Tensor:
+        asked = self.asked
+        bounds = lower_bounds(values, asked.top_k[rows], asked.top_p[rows], asked.min_p[rows])
+        values = values.masked_fill(values < bounds.unsqueeze(1), 0.0)
+        sums = chunk_sums(values, chunk_size(values.shape[1]))
+        return draw(values, sums, self._uniform[rows])
