@@ -78,9 +78,8 @@ class SpanTable:
     def __init__(self, spans: Iterable[Span], *, num_outputs: int, device: torch.device) -> None:
         self.num_outputs = num_outputs
         self.device = device
-        columns = _columns(spans)
         self._plan: RowPlan | TilePlan = (
-            RowPlan.compile(columns) if device.type == "cpu" else TilePlan.compile(columns, device)
+            RowPlan.compile(spans) if device.type == "cpu" else TilePlan.compile(spans, device)
         )
 
     @torch.no_grad()
