@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from rollout.cli.options import ConfigFile, Overrides, as_overrides, setting_option
+import typer
+
+from rollout.cli.options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
 from rollout.settings import load_settings
 
 from .config import DemoConfig, GrpoConfig, Mode
+
+EPILOG = """[bold]Examples[/bold]
+
+  rollout demo
+
+  rollout demo --mode async --name second --seed 1
+
+  rollout demo --config configs/demo.toml --set grpo.learning_rate=3e-4
+
+  rollout demo --steps 20 --set control_steps=0
+
+  rollout demo --print-config > my.toml
+"""
 
 ModeOption = Annotated[Mode | None, setting_option(DemoConfig, "mode")]
 Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="GRPO steps (grpo.steps)")]
@@ -22,6 +37,9 @@ def demo(
     name: Name = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the settings as TOML and exit.")
+    ] = False,
 ) -> None:
     """Train a small model to sort digits, and see its weights change under running requests.
 
@@ -31,7 +49,9 @@ def demo(
     """
     options = {"mode": mode, "grpo.steps": steps, "seed": seed, "name": name}
     settings = load_settings(DemoConfig, config, [*(overrides or ()), *as_overrides(options)])
-
+    if print_config:
+        typer.echo(as_toml(settings))
+        return
     from .run import run_demo
     from .screen import Screen
 
