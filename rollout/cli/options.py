@@ -23,7 +23,7 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting, such as engine.device=cuda; repeatable."
+        "--set", metavar="KEY=VALUE", help="One setting, as section.key=value; repeatable."
     ),
 ]
 
