@@ -12,6 +12,7 @@ from torch import nn
 
 from weight_sync.weight_map import Placement
 
+from .linear import project
 from .shards import split_vocabulary
 from .single_group import TensorParallelGroup
 
@@ -35,12 +36,12 @@ class VocabParallelEmbedding(nn.Module):
         torch.index_select(self.weight, 0, local.masked_fill_(foreign, 0), out=out)
         return self.tp.all_reduce(out.masked_fill_(foreign[:, None], 0))
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """hidden (R, E) -> logits (R, V) in the parameters' dtype; `out` is (R, rows of this rank)."""
-        torch.mm(hidden, self.weight.t(), out=out)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (R, E) -> logits (R, V) in the parameters' dtype, the full vocabulary on every rank."""
+        logits = project(hidden, self.weight, None)
         if self.tp.size == 1:
-            return out
-        return self.tp.all_gather(out, dim=-1)[:, : self.vocab_size]
+            return logits
+        return self.tp.all_gather(logits, dim=-1)[:, : self.vocab_size]
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """The rows of `prefix.weight` that are real tokens, all columns; nothing where this rank has only padding."""

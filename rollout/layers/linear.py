@@ -5,10 +5,12 @@ T tokens, K input features, N output features of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from weight_sync.weight_map import Placement
 
@@ -16,13 +18,28 @@ from .shards import OutputRows, split_evenly
 from .single_group import TensorParallelGroup
 
 
-def project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """x (T, K) times weight (N, K) transposed, plus bias (N), into out (T, N), which is returned."""
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (T, K) times weight (N, K) transposed, plus bias (N): a new tensor (T, N).
+
+    In float32 on a CPU oneDNN is asked for the product where this torch has it: 480 GFLOP/s on two cores with AVX-512,
+    where `torch.nn.functional.linear`, which goes through MKL, reaches 215 (T=512, K=512, N=2752, one run).
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and (product := _onednn()) is not None:
+        return product(x, weight, bias, "none", [], "")
+    return linear(x, weight, bias)
+
+
+@cache
+def _onednn() -> Callable[..., torch.Tensor] | None:
+    """oneDNN's product, which torch does not export; None where it is missing, or does not do what it did."""
+    try:
+        product = torch.ops.mkldnn._linear_pointwise
+        x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.ones(4)
+        with torch.no_grad():
+            same = torch.allclose(product(x, weight, bias, "none", [], ""), linear(x, weight, bias))
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return product if same else None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -43,9 +60,9 @@ class ColumnParallelLinear(nn.Module):
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """x (T, K) -> out (T, N), this rank's outputs side by side."""
-        return project(x, self.weight, self.bias, out)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, K) -> (T, N), this rank's outputs side by side."""
+        return project(x, self.weight, self.bias)
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Weights of all outputs, then their biases: the order in which the parameters lie in memory."""
@@ -78,12 +95,12 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """x (T, K), this rank's inputs -> out (T, N), complete on every rank."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, K), this rank's inputs -> (T, N), complete on every rank."""
         if self.tp.size == 1:
-            return project(x, self.weight, self.bias, out)
-        out = self.tp.all_reduce(project(x, self.weight, None, out))
-        return out if self.bias is None else out.add_(self.bias)
+            return project(x, self.weight, self.bias)
+        total = self.tp.all_reduce(project(x, self.weight, None))
+        return total if self.bias is None else total.add_(self.bias)
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """A range of columns of the weight, and the whole bias on every rank."""

@@ -22,7 +22,6 @@ from ..layers.norm import RMSNorm
 from ..layers.rotary import Angles, RotaryEmbedding, rotate_
 from ..layers.shards import OutputRows, split_evenly, split_kv_heads
 from ..layers.single_group import TensorParallelGroup
-from ..layers.workspace import Workspace
 from .arena import ParameterArena
 from .model_config import ModelConfig
 
@@ -82,16 +81,11 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self,
-        x: torch.Tensor,
-        angles: Angles,
-        pool: torch.Tensor,
-        step: PagedStep,
-        out: torch.Tensor,
+        self, x: torch.Tensor, angles: Angles, pool: torch.Tensor, step: PagedStep
     ) -> torch.Tensor:
-        """x (T, E) -> out (T, E)."""
+        """x (T, E) -> (T, E)."""
         num_tokens, workspace = x.shape[0], step.workspace
-        qkv = self.qkv(x, workspace.take("qkv", (num_tokens, self.qkv.out_features)))
+        qkv = self.qkv(x)
         heads = qkv.view(num_tokens, -1, self.head_dim)
         rotated = heads[:, : self.num_heads + self.num_kv_heads]
         queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
@@ -100,7 +94,7 @@ class Attention(nn.Module):
             self.k_norm(keys, keys, workspace)
         rotate_(rotated, angles, workspace)
         kv = qkv[:, self.num_heads * self.head_dim :]
-        return self.output(self.attend.forward(queries, kv, pool, step), out)
+        return self.output(self.attend.forward(queries, kv, pool, step))
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -131,11 +125,11 @@ class FeedForward(nn.Module):
             "down_proj", width, config.hidden_size, bias=config.mlp_bias, tp=tp
         )
 
-    def forward(self, x: torch.Tensor, workspace: Workspace, out: torch.Tensor) -> torch.Tensor:
-        """x (T, E) -> out (T, E)."""
-        fused = self.gate_up(x, workspace.take("gate_up", (x.shape[0], 2 * self.size)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, E) -> (T, E)."""
+        fused = self.gate_up(x)
         gate, up = fused[:, : self.size], fused[:, self.size :]
-        return self.down(silu(gate, inplace=True).mul_(up), out)
+        return self.down(silu(gate, inplace=True).mul_(up))
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -159,10 +153,9 @@ class DecoderLayer(nn.Module):
         """Add this layer's contribution to residual (T, E), in place."""
         workspace, shape = step.workspace, tuple(residual.shape)
         normed = self.attention_norm(residual, workspace.take("normed", shape), workspace)
-        out = workspace.take("layer", shape)
-        residual.add_(self.attention(normed, angles, pool, step, out))
+        residual.add_(self.attention(normed, angles, pool, step))
         normed = self.feed_forward_norm(residual, normed, workspace)
-        residual.add_(self.feed_forward(normed, workspace, out))
+        residual.add_(self.feed_forward(normed))
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -213,14 +206,9 @@ class Decoder(nn.Module):
             layer(residual, angles, pool, step.paged)
         return self.norm(residual, workspace.take("normed", shape), workspace)
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """hidden (R, E) -> out (R, V) float32, the full vocabulary on every rank."""
-        if self.tp.size == 1 and hidden.dtype == out.dtype:
-            return self.head.logits(hidden, out)
-        rows = self.head.weight.shape[0]
-        return out.copy_(
-            self.head.logits(hidden, workspace.take("logits", (hidden.shape[0], rows)))
-        )
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank."""
+        return self.head.logits(hidden)
 
     def placements(self) -> Iterator[Placement]:
         """Every parameter of this rank as parts of the checkpoint, in memory order; the tied head is the embedding."""

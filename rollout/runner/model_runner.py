@@ -104,10 +104,10 @@ class ModelRunner:
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """hidden_rows (R, hidden) -> float32 logits (R, vocab): a fresh tensor, the caller's to overwrite."""
-        shape = (hidden_rows.shape[0], self.model_config.vocab_size)
-        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
-        with torch.inference_mode():
-            return self.model.logits(hidden_rows, logits, self._workspace)
+        with (
+            torch.no_grad()
+        ):  # Not inference mode: its tensors could not be written to outside of it.
+            return self.model.logits(hidden_rows).float()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks, (source, destination), in all layers."""
