@@ -119,6 +119,8 @@ class Update:
         """Copy tensors into the arena; dtype, strides and device may differ from the engine's."""
         if self.channel.dead is not None:
             raise EngineDiedError(self.channel.dead)
+        if not rows:
+            return
         start = time.perf_counter()
         views = self.packed.views
         with torch.no_grad():
@@ -127,6 +129,7 @@ class Update:
 
     def announce(self, rows: list[int], deadline: Deadline) -> None:
         """Fingerprint rows that are complete in the arena and tell the engine, without waiting for its answer."""
+        rows = sorted(rows)
         indices = np.array(rows, dtype=np.int64)
         everything = len(rows) == len(self.packed.views)
         values = self.packed.fingerprints.values(

@@ -1,0 +1,18 @@
+"""Faults of the sync use the toy engine of `tests/sync`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_SYNC = Path(__file__).parent.parent / "sync"
+sys.path.insert(0, str(_SYNC))
+_spec = importlib.util.spec_from_file_location("sync_fixtures", _SYNC / "conftest.py")
+assert _spec is not None and _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+
+child = _module.child
+engine = _module.engine
+make_engine = _module.make_engine

@@ -1,0 +1,49 @@
+"""Makes `sync_support` importable and closes what tests of the sync open."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sync_support import ToyEngine, collect, spawn
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., ToyEngine]]:
+    """Makes toy engines; none of them may ever have seen a mixture of two versions."""
+    made: list[ToyEngine] = []
+
+    def make(**options: Any) -> ToyEngine:
+        made.append(ToyEngine(**options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+        assert engine.host.mixtures == []
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., ToyEngine]) -> ToyEngine:
+    """One toy engine in this process."""
+    return make_engine()
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., Any]]:
+    """Starts scripts of this folder in processes of their own, and ends them with the test."""
+    started: list[Any] = []
+
+    def start(*arguments: str) -> Any:
+        started.append(spawn(*arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        collect(process)

@@ -1,0 +1,281 @@
+"""A toy engine for tests of the sync: a model with every kind of tensor, and a loop that would notice a mixture.
+
+The model is filled with one value per version, so that a step which reads two different values has seen a torn model.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weight_sync.channel import LocalChannel, RpcChannel
+from weight_sync.errors import ERRORS, DeadlineExceeded
+from weight_sync.messages import WeightReply, WeightRequest
+from weight_sync.receiver import WeightReceiver
+from weight_sync.rpc import RpcClient, RpcServer
+from weight_sync.service import WeightService
+from weight_sync.weight_map import Placement, WeightMap
+
+FOLDER = Path(__file__).parent
+ALIAS = "lm_head.weight"
+FUSED = "layers.0.qkv.weight"
+
+
+def toy_shapes() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Canonical names of the toy model: mixed dtypes, a scalar, an empty tensor, sizes that fill no word."""
+    return {
+        "embed.weight": ((24, 16), torch.bfloat16),
+        "layers.0.q.weight": ((16, 16), torch.bfloat16),
+        "layers.0.k.weight": ((8, 16), torch.bfloat16),
+        "layers.0.v.weight": ((8, 16), torch.bfloat16),
+        "layers.0.norm.weight": ((13,), torch.float32),
+        "layers.0.scale": ((), torch.float32),
+        "layers.0.nothing": ((0, 4), torch.bfloat16),
+        "layers.1.strided.weight": ((6, 10), torch.bfloat16),
+        "norm.weight": ((7,), torch.bfloat16),
+    }
+
+
+def weights(value: float, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """A trainer's tensors, every element `value`."""
+    return {
+        name: torch.full(shape, value, dtype=own if dtype is None else dtype)
+        for name, (shape, own) in toy_shapes().items()
+    }
+
+
+def toy_map() -> WeightMap:
+    """The engine's own memory for them: q, k, v in one parameter, one parameter strided, all zero."""
+    shapes = toy_shapes()
+    qkv = torch.zeros(32, 16, dtype=torch.bfloat16)
+    strided = torch.zeros(10, 6, dtype=torch.bfloat16)
+    parameters = {"qkv": qkv, "strided": strided}
+    placements = [
+        Placement.whole("layers.0.q.weight", qkv[:16]),
+        Placement.whole("layers.0.k.weight", qkv[16:24]),
+        Placement.whole("layers.0.v.weight", qkv[24:]),
+        Placement.whole("layers.1.strided.weight", strided.t()),
+    ]
+    placed = {placement.name for placement in placements}
+    for name, (shape, dtype) in shapes.items():
+        if name not in placed:
+            parameters[name] = torch.zeros(shape, dtype=dtype)
+            placements.append(Placement.whole(name, parameters[name]))
+    return WeightMap(
+        placements,
+        parameters,
+        aliases={ALIAS: "embed.weight"},
+        fused={FUSED: ["layers.0.q.weight", "layers.0.k.weight", "layers.0.v.weight"]},
+        ignored=lambda name: name.endswith(".inv_freq"),
+    )
+
+
+class ToyHost:
+    """An engine loop that steps all the time on a thread of its own, and writes down what it saw."""
+
+    def __init__(self, weight_map: WeightMap) -> None:
+        self.events: list[Any] = []
+        self.fail_in: str | None = None
+        """Name of the host's method that raises the next time."""
+        self.after_write: Callable[[], None] | None = None
+        """Called after the bytes of a commit were written, before they are compared."""
+        self.mixtures: list[list[float]] = []
+        self.blocked = threading.Event()
+        self.torn: str | None = None
+        self.looks = True
+        """Whether steps look for mixtures; off where a test sends different values on purpose."""
+        self._parameters = [p for p in weight_map.parameters.values() if p.numel()]
+        self._actions: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._loop, name="toy-loop", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                action = self._actions.get(timeout=0.002)
+            except queue.Empty:
+                self._step()
+                continue
+            if action is None:
+                return
+            while self.blocked.is_set():
+                time.sleep(0.001)
+            action()
+
+    def _step(self) -> None:
+        if self.looks and self.torn is None:
+            values = sorted({float(p.flatten()[i]) for p in self._parameters for i in (0, -1)})
+            if len(values) > 1:
+                self.mixtures.append(values)
+
+    def between_steps(self, action: Callable[[], Any], timeout_s: float) -> Any:
+        self._maybe_fail("between_steps")
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._actions.put(run)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            if future.cancel():
+                raise DeadlineExceeded(f"no step boundary within {timeout_s:.3f} s") from None
+            return future.result()
+
+    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
+        self._maybe_fail("weights_written")
+        self.torn = None
+        self.events.append(("written", version, label, kv_policy))
+
+    def hold_outputs(self) -> None:
+        self._maybe_fail("hold_outputs")
+        self.events.append("hold")
+
+    def release_outputs(self, ok: bool) -> None:
+        self.events.append(("release", ok))
+
+    def weights_torn(self, reason: str) -> None:
+        self.torn = reason
+        self.events.append("torn")
+
+    def close(self) -> None:
+        self._actions.put(None)
+        self._thread.join(5)
+
+    def _maybe_fail(self, where: str) -> None:
+        if self.fail_in == where:
+            self.fail_in = None
+            raise RuntimeError(f"{where} broke on purpose")
+
+
+class ToyEngine:
+    """Receiver, service, and a server where `serve`; what `WeightPublisher` takes as an engine."""
+
+    def __init__(
+        self, *, serve: bool = False, bind: str | None = None, keep_previous: bool = False
+    ) -> None:
+        self.weight_map = toy_map()
+        self.host = ToyHost(self.weight_map)
+        self.receiver = WeightReceiver(self.weight_map, self.host, keep_previous=keep_previous)
+        self.service = WeightService(self.receiver)
+        self.server = RpcServer(self.service.handle, WeightRequest, bind=bind) if serve else None
+        if self.server is not None:
+            self.server.start()
+
+    @property
+    def address(self) -> str:
+        assert self.server is not None
+        return self.server.address
+
+    def weight_channel(self) -> Any:
+        if self.server is None:
+            return LocalChannel(self.service)
+        client = RpcClient(self.address, WeightReply, errors=ERRORS)
+        return RpcChannel(client, owned=True)
+
+    @property
+    def addresses(self) -> list[int]:
+        return [p.data_ptr() for p in self.weight_map.parameters.values()]
+
+    def values(self) -> set[float]:
+        """All values that are resident; one per version that they are a mixture of."""
+        found: set[float] = set()
+        for parameter in self.weight_map.parameters.values():
+            found.update(parameter.flatten().float().tolist())
+        return found
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+        self.service.close()
+        self.host.close()
+
+
+def spawn(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """A script of this folder in a process of its own; speak with it through its standard streams."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    return subprocess.Popen(
+        [sys.executable, str(FOLDER / script), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    """The next line that it prints; fails when it has ended."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"the child ended early with code {process.wait(5)}"
+    return line.strip()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End it the hard way, and do not collect it at once: it is a zombie for a while, as in life."""
+    process.kill()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+        if stat.rsplit(")", 1)[1].split()[0] in "ZX":
+            return
+        time.sleep(0.001)
+    raise AssertionError("the child did not die")
+
+
+def collect(process: subprocess.Popen[str]) -> None:
+    """Wait for a child and close its streams."""
+    if process.poll() is None:
+        process.kill()
+    process.wait(10)
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    """Whether `condition` becomes true in time."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return condition()
+
+
+def num_descriptors() -> int:
+    """Open file descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def arenas_mapped() -> int:
+    """Memory files of arenas that this process has mapped."""
+    with open("/proc/self/maps") as lines:
+        return sum("memfd:weight-arena" in line for line in lines)
+
+
+def one_by_one(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """An iterator that reuses one buffer for all tensors of a dtype, as trainers' iterators do."""
+    buffers: dict[torch.dtype, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        buffer = buffers.setdefault(tensor.dtype, torch.empty(4096, dtype=tensor.dtype))
+        view = buffer[: tensor.numel()].view(tensor.shape)
+        view.copy_(tensor)
+        yield name, view
+        buffer.fill_(-99)

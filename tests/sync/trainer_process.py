@@ -1,0 +1,37 @@
+"""A trainer that stops in one phase of an update and waits there to be killed: address, phase."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sync_support import weights
+
+from weight_sync import WeightPublisher
+from weight_sync.messages import Commit
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    address, phase = sys.argv[1:]
+    publisher = WeightPublisher(address)
+    publisher.begin()
+    named = list(weights(2.0).items())
+    if phase == "stage":
+        publisher.send(named[:4])
+    if phase in ("vote", "commit"):
+        publisher.send(named)
+    if phase == "commit":
+        update = publisher._update
+        assert update is not None
+        commit = Commit(session_id=update.session_id, epoch=update.epoch, timeout_s=30.0)
+        update.channel.submit(commit, 30.0)
+        time.sleep(0.2)
+    print("ready")
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()
