@@ -1,22 +1,35 @@
 """`rollout generate` and `rollout info` on a real checkpoint, as a user calls them."""
 
+import io
 import json
-import os
-import subprocess
-import sys
+from dataclasses import dataclass
 
 import pytest
 
+from rollout.cli.app import run
 
-def rollout(*arguments, stdin: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "rollout.cli", *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
-    )
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def rollout(monkeypatch, capsys):
+    """The console command in this process, which has torch loaded already."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments, stdin: str = "") -> Result:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(ended.value.code, captured.out, captured.err)
+
+    return call
 
 
 def samples(result) -> list[dict]:
@@ -24,7 +37,7 @@ def samples(result) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_prompts_from_arguments_are_completed_in_order(checkpoint):
+def test_prompts_from_arguments_are_completed_in_order(rollout, checkpoint):
     result = rollout("generate", "-m", checkpoint, "-n", 2, "--max-new-tokens", 5, "ab", "cd")
     lines = samples(result)
     assert [(line["prompt"], line["sample"]) for line in lines] == [
@@ -35,7 +48,7 @@ def test_prompts_from_arguments_are_completed_in_order(checkpoint):
     assert "tokens/s" in result.stderr
 
 
-def test_a_file_brings_prompts_and_keeps_its_other_keys(checkpoint, tmp_path):
+def test_a_file_brings_prompts_and_keeps_its_other_keys(rollout, checkpoint, tmp_path):
     records = [
         {"prompt": "abc", "answer": "xyz", "sampling_params": {"max_new_tokens": 2}},
         {"input_ids": [5, 6, 7], "answer": 3},
@@ -51,7 +64,7 @@ def test_a_file_brings_prompts_and_keeps_its_other_keys(checkpoint, tmp_path):
     assert [len(line["meta_info"]["output_token_logprobs"]) for line in lines] == [2, 4]
 
 
-def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(checkpoint):
+def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(rollout, checkpoint):
     def once():
         options = ("--seed", 7, "--max-new-tokens", 8, "--format", "jsonl")
         return samples(rollout("generate", "-m", checkpoint, *options, stdin="ab\n\ncd\n"))
@@ -61,13 +74,13 @@ def test_standard_input_has_a_prompt_per_line_and_a_seed_reproduces(checkpoint):
     assert [line["output_ids"] for line in first] == [line["output_ids"] for line in second]
 
 
-def test_pretty_output_is_for_people(checkpoint):
+def test_pretty_output_is_for_people(rollout, checkpoint):
     result = rollout("generate", "-m", checkpoint, "--format", "pretty", "ab")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("── ab  [")
 
 
-def test_settings_come_from_a_file_and_options_win(checkpoint, tmp_path):
+def test_settings_come_from_a_file_and_options_win(rollout, checkpoint, tmp_path):
     config = tmp_path / "my.toml"
     config.write_text(
         f'[engine]\nmodel_path = "{checkpoint}"\n'
@@ -79,7 +92,7 @@ def test_settings_come_from_a_file_and_options_win(checkpoint, tmp_path):
     assert len(line["output_ids"]) == 3
 
 
-def test_printed_settings_are_a_file_that_reads_back(tmp_path):
+def test_printed_settings_are_a_file_that_reads_back(rollout, tmp_path):
     printed = rollout("generate", "--print-config", "--temperature", "0.5")
     config = tmp_path / "my.toml"
     config.write_text(printed.stdout)
@@ -100,21 +113,21 @@ def test_printed_settings_are_a_file_that_reads_back(tmp_path):
         ("", ("no prompts",)),
     ],
 )
-def test_an_input_that_cannot_be_run_is_one_line_of_error(checkpoint, line, parts):
+def test_an_input_that_cannot_be_run_is_one_line_of_error(rollout, checkpoint, line, parts):
     result = rollout("generate", "-m", checkpoint, "-i", "-", stdin=f"{line}\n")
     assert result.returncode == 1
     assert all(part in result.stderr for part in parts), result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_without_a_model_is_one_line_of_error(tmp_path):
+def test_a_folder_without_a_model_is_one_line_of_error(rollout, tmp_path):
     result = rollout("generate", "-m", tmp_path, "ab")
     assert result.returncode == 1
     assert str(tmp_path) in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_info_tells_sizes_and_resolved_settings(checkpoint):
+def test_info_tells_sizes_and_resolved_settings(rollout, checkpoint):
     result = rollout("info", checkpoint, "--json", "--set", "engine.context_length=128")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
@@ -135,6 +148,6 @@ def product(shape) -> int:
     return result
 
 
-def test_info_for_people_lists_tensors_when_asked(checkpoint):
+def test_info_for_people_lists_tensors_when_asked(rollout, checkpoint):
     assert "model.norm.weight" not in rollout("info", checkpoint).stdout
     assert "model.norm.weight  [64]" in rollout("info", checkpoint, "--tensors").stdout
