@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import msgspec
+
+from weight_sync.rpc import Call
 
 from ..config import ResolvedConfig
 from ..errors import InvalidRequestError
@@ -19,9 +20,6 @@ from ..scheduling.request import Request
 from .commands import Done, Generate, PromptSpec
 from .sample_state import GenerateGroup, InputLogprobs, SampleState
 from .tokenizer import StopStringWatcher, Tokenizer
-
-if TYPE_CHECKING:
-    from .core import Call
 
 
 class Admission:

@@ -48,8 +48,8 @@ def build_core(config: EngineConfig) -> EngineCore:
             chunked_prefill_size=config.chunked_prefill_size,
         ),
         KVCacheManager(
-            resolved.num_blocks,
-            resolved.block_size,
+            num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size,
             enable_prefix_cache=config.enable_prefix_cache,
         ),
     )

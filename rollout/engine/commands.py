@@ -22,7 +22,7 @@ TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_leng
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Base of every command and answer: immutable, tagged with its class name, unknown fields refused."""
 
 
@@ -47,7 +47,7 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Return the wall-clock time (seconds since the epoch) of each output token."""
 
 
-class Generate(Struct):
+class Generate(Message):
     """Run prompts; answered by a `SampleUpdate` per finished sample (or per step, streaming), then `Done`."""
 
     prompts: Annotated[list[PromptSpec], Meta(min_length=1, max_length=MAX_PROMPTS)]
@@ -56,7 +56,7 @@ class Generate(Struct):
     """Send every token as it comes."""
 
 
-class AbortRequests(Struct):
+class AbortRequests(Message):
     """End requests early; their partial results are delivered with finish reason "abort"."""
 
     rids: list[Ident] = []
@@ -65,7 +65,7 @@ class AbortRequests(Struct):
     """End every request, running or queued."""
 
 
-class PauseGeneration(Struct):
+class PauseGeneration(Message):
     """Stop generating until `ContinueGeneration` or until the lease ends."""
 
     mode: PauseMode = "abort"
@@ -74,15 +74,15 @@ class PauseGeneration(Struct):
     """Seconds after which the pause ends by itself."""
 
 
-class ContinueGeneration(Struct):
+class ContinueGeneration(Message):
     """End a pause; no error if there is none."""
 
 
-class FlushCache(Struct):
+class FlushCache(Message):
     """Drop every cached prefix; refused while requests are pending."""
 
 
-class GetWeights(Struct):
+class GetWeights(Message):
     """Read one parameter back by its Hugging Face name."""
 
     name: Annotated[str, Meta(max_length=512)]
@@ -91,11 +91,11 @@ class GetWeights(Struct):
     """Rows (entries of dimension 0) to return at most."""
 
 
-class GetStatus(Struct):
+class GetStatus(Message):
     """Ask for counts, versions and sizes; answered between two steps."""
 
 
-class Shutdown(Struct):
+class Shutdown(Message):
     """End the engine process; running requests end with finish reason "abort"."""
 
 
@@ -123,7 +123,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 TopLogprobs = list[tuple[float, int]]
 
 
-class SampleUpdate(Struct):
+class SampleUpdate(Message):
     """News of one sample: all of it when it finished, or what is new since the last update when streaming."""
 
     index: int
@@ -162,14 +162,14 @@ class SampleUpdate(Struct):
     """How often its KV was dropped and computed again."""
 
 
-class Done(Struct):
+class Done(Message):
     """A command was carried out."""
 
     count: int = 0
     """How many things it touched: samples delivered, requests ended, blocks dropped."""
 
 
-class WeightValues(Struct):
+class WeightValues(Message):
     """Answer to `GetWeights`: the leading rows as float32."""
 
     shape: list[int]
@@ -178,7 +178,7 @@ class WeightValues(Struct):
     """Little-endian float32, row-major."""
 
 
-class Status(Struct):
+class Status(Message):
     """Answer to `GetStatus`."""
 
     weight_version: str

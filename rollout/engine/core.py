@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from weight_sync.errors import DeadlineExceeded, TornWeightsError
 from weight_sync.receiver import WeightReceiver
+from weight_sync.rpc import Call
 from weight_sync.service import WeightService
 
 from ..config import ResolvedConfig
@@ -29,22 +30,9 @@ from ..scheduling.scheduler import Scheduler
 from . import commands as cmd
 from .admission import Admission
 from .postprocess import Postprocessor
-from .sample_state import SampleState
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Call(Protocol):
-    """A command on its way through the engine; `weight_sync.rpc` and the in-process executor make them."""
-
-    @property
-    def body(self) -> Any: ...
-    @property
-    def deadline(self) -> float: ...
-    def reply(self, body: Any) -> None: ...
-    def stream(self, body: Any) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
 
 
 class _Action:
@@ -142,7 +130,11 @@ class EngineCore:
         try:
             while not self._closed.is_set():
                 self._carry_out_commands()
-                if self._paused is None and not self._closed.is_set():
+                if (
+                    self._paused is None
+                    and self.receiver.torn is None
+                    and not self._closed.is_set()
+                ):
                     self.step()
         finally:
             self._close()
@@ -163,7 +155,7 @@ class EngineCore:
                 f"the step failed: {type(error).__name__}: {error}; other requests go on"
             )
             for item in batch.items:
-                self.post.fail(item.request, failure)
+                self.post.fail(item.request.outputs.group, failure)
         return True
 
     def _carry_out_commands(self) -> None:
@@ -202,8 +194,13 @@ class EngineCore:
             )
             self._paused = None
         for group in [group for group in self.post.groups if now >= group.deadline]:
-            for request in list(group.requests):
-                self.post.abort(request, "the deadline of the call has passed")
+            self.post.fail(
+                group,
+                DeadlineExceeded(
+                    f"generate: {group.num_samples - group.num_finished} of {group.num_samples} samples were not "
+                    "finished by the deadline; raise timeout_s, or stream to keep partial results"
+                ),
+            )
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
@@ -263,7 +260,8 @@ class EngineCore:
                 f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "
                 "or push weights with kv_policy='flush'"
             )
-        call.reply(cmd.Done(count=self.scheduler.kv.flush()))
+        self.scheduler.kv.flush()
+        call.reply(cmd.Done())
 
     def _get_weights(self, call: Call) -> None:
         tensor = self.runner.weight_map.read(call.body.name)
@@ -286,7 +284,7 @@ class EngineCore:
             paused=self._paused,
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
-            num_free_blocks=kv.num_free_blocks,
+            num_free_blocks=kv.num_available,
             num_blocks=self.config.num_blocks,
             resolved={**user, **resolved},
             pid=self.admission.pid,
@@ -299,7 +297,7 @@ class EngineCore:
     def _close(self) -> None:
         """End what is left; after this `submit` refuses."""
         self._closed.set()
-        self.post.held = False
+        self.post.release(True)
         for group in list(self.post.groups):
             for request in list(group.requests):
                 self.post.abort(request, "the engine was shut down")
@@ -320,28 +318,31 @@ class EngineCore:
         policy = kv_policy or self.config.user.kv_policy
         if policy in ("recompute", "flush"):
             self.scheduler.recompute_all()
-        self.scheduler.set_weight_version(version)
-        if policy == "flush":
-            self.scheduler.kv.flush()
+        # Prefixes of older versions are never found again, whatever the policy.
+        self.scheduler.kv.set_weight_version(version)
 
     def hold_outputs(self) -> None:
         """Keep tokens back until `release_outputs` (overlapped verification)."""
-        self.post.held = True
+        self.post.hold()
 
     def release_outputs(self, ok: bool) -> None:
-        """Hand out the tokens that were held, or drop them where the new version turned out wrong."""
-        self.between_steps(
-            lambda: self.post.release(ok), timeout_s=self.config.user.request_timeout_s
-        )
+        """Hand out the tokens that were held, or undo them where the new version turned out wrong."""
+        self._on_loop(lambda: self.post.release(ok))
 
     def weights_torn(self, reason: str) -> None:
         """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
-        for group in list(self.post.groups):
-            for request in list(group.requests):
-                self.post.abort(request, f"the weights are a mixture: {reason}")
 
+        def end_all() -> None:
+            self.post.release(False)
+            for group in list(self.post.groups):
+                for request in list(group.requests):
+                    self.post.abort(request, f"the weights are a mixture: {reason}")
 
-def state_of(request: Any) -> SampleState:
-    """The output side of a scheduler's request."""
-    state: SampleState = request.outputs
-    return state
+        self._on_loop(end_all)
+
+    def _on_loop(self, action: Callable[[], None]) -> None:
+        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
+        if threading.current_thread() is self._thread:
+            action()
+        else:
+            self._inbox.put(_Action(action))

@@ -95,10 +95,9 @@ class Engine(GenerationCalls, WeightCalls):
         )
         return answer.count
 
-    def flush_cache(self) -> int:
-        """Drop all cached prefixes; returns how many blocks. Raises `RolloutError` while requests are pending."""
-        answer: Done = self._call(FlushCache())
-        return answer.count
+    def flush_cache(self) -> None:
+        """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
+        self._call(FlushCache())
 
     async def async_pause_generation(
         self, mode: PauseMode = "abort", lease_s: float | None = None
@@ -114,9 +113,9 @@ class Engine(GenerationCalls, WeightCalls):
         """As `abort_request`, awaitable."""
         return await asyncio.to_thread(self.abort_request, rid, abort_all)
 
-    async def async_flush_cache(self) -> int:
+    async def async_flush_cache(self) -> None:
         """As `flush_cache`, awaitable."""
-        return await asyncio.to_thread(self.flush_cache)
+        await asyncio.to_thread(self.flush_cache)
 
     async def async_status(self) -> Status:
         """As `status`, awaitable."""
@@ -157,7 +156,7 @@ def engine_config(model_path: str | Path, options: dict[str, Any]) -> EngineConf
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"Engine: got an unknown option {name!r}; {hint}")
-    values = {key: value for key, value in options.items()}
+    values = dict(options)
     if "dtype" in values and not isinstance(values["dtype"], str):
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")
     for key in ("device", "tokenizer_path", "weight_version"):

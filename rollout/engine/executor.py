@@ -58,6 +58,7 @@ class InlineCall:
     deadline: float
     on_chunk: OnChunk | None
     future: Future[Any] = field(default_factory=Future)
+    peer: str = "inline"
 
     def reply(self, body: Any) -> None:
         with contextlib.suppress(InvalidStateError):  # The caller has cancelled.
@@ -84,7 +85,6 @@ class InlineExecutor:
         self._core = build_core(config)
         self._server: RpcServer | None = None
         self._lock = threading.Lock()
-        self._channel = LocalChannel(self._core.weights)
         self._thread = threading.Thread(target=self._core.run, name="rollout-engine", daemon=True)
         self._thread.start()
 
@@ -96,7 +96,7 @@ class InlineExecutor:
         return call.future
 
     def weight_channel(self) -> Channel:
-        return self._channel
+        return LocalChannel(self._core.weights)
 
     @property
     def address(self) -> str:

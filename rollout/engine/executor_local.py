@@ -56,7 +56,6 @@ class LocalExecutor:
             raise
         finally:
             os.close(read_end)
-        self._channel = RpcChannel(self._client)
 
     def submit(
         self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
@@ -64,7 +63,7 @@ class LocalExecutor:
         return self._client.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
 
     def weight_channel(self) -> Channel:
-        return self._channel
+        return RpcChannel(self._client)
 
     @property
     def address(self) -> str:

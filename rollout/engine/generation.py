@@ -209,13 +209,13 @@ class GenerationCalls(EngineClient):
         self, prepared: PreparedGenerate, limit: float
     ) -> AsyncIterator[Result]:
         updates: asyncio.Queue[SampleUpdate | None] = asyncio.Queue()
-        put = asyncio.get_running_loop().call_soon_threadsafe
-        future = self._executor.submit(
-            prepared.command,
-            timeout_s=limit,
-            on_chunk=lambda update: put(updates.put_nowait, update) and None,
-        )
-        future.add_done_callback(lambda _: put(updates.put_nowait, None) and None)
+        loop = asyncio.get_running_loop()
+
+        def put(update: SampleUpdate | None) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=put)
+        future.add_done_callback(lambda _: put(None))
         try:
             while (update := await updates.get()) is not None:
                 yield prepared.chunk(update)

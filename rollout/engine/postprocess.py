@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from weight_sync.errors import TornWeightsError
-
-from ..layers.logprobs import selected_logprobs, token_logprobs, top_logprobs
-from ..layers.sampler import Sampler
+from ..layers.logprobs import token_logprobs, top_logprobs
+from ..layers.sampler import NonFiniteLogitsError, Sampler
 from ..runner.model_runner import ModelRunner
 from ..scheduling.batch import SampleRow, ScheduledBatch
 from ..scheduling.request import Request
 from ..scheduling.scheduler import Scheduler
-from .commands import FinishReason, SampleUpdate
+from .commands import FinishReason, SampleUpdate, TopLogprobs
+from .output_hold import OutputHold
 from .sample_state import GenerateGroup, SampleState
 
 LOGITS_BYTES = 64 << 20
 """Prompt log-probabilities are computed in pieces of at most this many bytes of logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Extra log-probabilities of some rows of logits, by row."""
+
+    top: dict[int, TopLogprobs]
+    selected: dict[int, TopLogprobs]
 
 
 class Postprocessor:
@@ -33,9 +41,7 @@ class Postprocessor:
         self.groups: set[GenerateGroup] = set()
         self.version = ""
         """Label of the weights that compute the next step."""
-        self.held = False
-        """Keep news back until `release`: the version that made it is not verified yet."""
-        self._held_news: list[tuple[GenerateGroup, SampleUpdate | None]] = []
+        self._hold: OutputHold | None = None
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -57,15 +63,16 @@ class Postprocessor:
 
     def _note_inputs(self, logits: torch.Tensor, owners: Sequence[tuple[Request, int]]) -> None:
         targets = [request.token_ids[position + 1] for request, position in owners]
-        values = token_logprobs(logits, torch.tensor(targets, device=logits.device)).tolist()
+        values = token_logprobs(logits, 1.0, torch.tensor(targets)).tolist()
+        tables = self._tables(logits, [request for request, _ in owners], temperature=1.0)
         for row, ((request, position), value) in enumerate(zip(owners, values, strict=True)):
             inputs = request.outputs.inputs
             index = position + 1 - inputs.start
+            if index < 0:
+                continue
             inputs.values[index] = value
-            if request.top_logprobs_num:
-                inputs.top[index] = top_logprobs(logits[row], request.top_logprobs_num)
-            if request.token_ids_logprob:
-                inputs.selected[index] = selected_logprobs(logits[row], request.token_ids_logprob)
+            inputs.top[index] = tables.top.get(row)
+            inputs.selected[index] = tables.selected.get(row)
 
     def sample(
         self, batch: ScheduledBatch, hidden: torch.Tensor, rows: Sequence[SampleRow]
@@ -75,19 +82,33 @@ class Postprocessor:
         for item in batch.items:
             offset += item.length
             last_rows.append(offset - 1)
-        drawing = [row for row in rows if row.draws]
         for row in rows:
             if not row.draws:
                 self._finish(row.request, FinishReason(type="length", length=0))
+        drawing = [row for row in rows if row.draws]
         for first in range(0, len(drawing), self._max_rows):
             piece = drawing[first : first + self._max_rows]
-            picked = torch.tensor(
-                [last_rows[row.item_index] for row in piece], device=hidden.device
-            )
-            self._draw(self._runner.compute_logits(hidden[picked]), [row.request for row in piece])
+            # Samples of one prompt draw their first token from one row of logits.
+            items = list(dict.fromkeys(row.item_index for row in piece))
+            picked = torch.tensor([last_rows[item] for item in items], device=hidden.device)
+            logits = self._runner.compute_logits(hidden.index_select(0, picked))
+            requests = [row.request for row in piece]
+            if len(items) == len(piece):
+                self._draw(logits, requests, None)
+            else:
+                place = {item: i for i, item in enumerate(items)}
+                self._draw(logits, requests, [place[row.item_index] for row in piece])
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
-        drawn = self._sampler(logits, requests)
+    def _draw(
+        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
+    ) -> None:
+        try:
+            drawn = self._sampler.sample(logits, requests, shared)
+        except NonFiniteLogitsError as error:
+            self._draw_the_rest(logits, requests, shared, error)
+            return
+        logprobs = [] if drawn.logprobs is None else drawn.logprobs.tolist()
+        tables = self._output_tables(logits, requests, shared)
         now, version = time.time(), self.version
         append = self._scheduler.append_token
         for row, (request, token) in enumerate(zip(requests, drawn.token_ids, strict=True)):
@@ -95,11 +116,10 @@ class Postprocessor:
             state.note_token(request.num_output_tokens, version)
             append(request, token)
             if request.return_logprob:
-                state.logprobs.append(drawn.logprobs[row])
-                if request.top_logprobs_num:
-                    state.top.append(drawn.top_logprobs[row])
-                if request.token_ids_logprob:
-                    state.selected.append(drawn.selected_logprobs[row])
+                state.logprobs.append(logprobs[row])
+                if tables is not None:
+                    state.top.append(tables.top.get(row, []))
+                    state.selected.append(tables.selected.get(row, []))
             if state.spec.return_token_times:
                 state.token_times.append(now)
             reason = state.finish_reason(request)
@@ -107,6 +127,56 @@ class Postprocessor:
                 self._finish(request, reason)
             elif state.group.stream:
                 self._send(state.group, state.update(request, None, version))
+
+    def _draw_the_rest(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        shared: Sequence[int] | None,
+        error: NonFiniteLogitsError,
+    ) -> None:
+        """End the calls whose logits are no distribution, and draw for the others."""
+        shared = range(len(requests)) if shared is None else shared
+        for row in error.rows:
+            self.fail(requests[row].outputs.group, error)
+        good = [row for row, request in enumerate(requests) if not request.outputs.finished]
+        if good:
+            self._draw(logits, [requests[row] for row in good], [shared[row] for row in good])
+
+    def _output_tables(
+        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
+    ) -> _Tables | None:
+        if not any(request.top_logprobs_num or request.token_ids_logprob for request in requests):
+            return None
+        if shared is not None:
+            logits = logits.index_select(0, torch.tensor(list(shared), device=logits.device))
+        temperature = torch.tensor([request.params.logprob_temperature for request in requests])
+        return self._tables(logits, requests, temperature)
+
+    @staticmethod
+    def _tables(
+        logits: torch.Tensor, requests: Sequence[Request], temperature: float | torch.Tensor
+    ) -> _Tables:
+        """Most likely and selected tokens of the rows that asked for them, by row."""
+        top: dict[int, TopLogprobs] = {}
+        selected: dict[int, TopLogprobs] = {}
+        most = max(request.top_logprobs_num for request in requests)
+        if most:
+            values, ids = (part.tolist() for part in top_logprobs(logits, temperature, most))
+            for row, request in enumerate(requests):
+                num = request.top_logprobs_num
+                top[row] = list(zip(values[row][:num], ids[row][:num], strict=True))
+        for row, request in enumerate(requests):
+            wanted = request.token_ids_logprob
+            if wanted:
+                divisor = (
+                    temperature[row : row + 1]
+                    if isinstance(temperature, torch.Tensor)
+                    else temperature
+                )
+                found = token_logprobs(logits[row : row + 1], divisor, torch.tensor([wanted]))
+                selected[row] = list(zip(found[0].tolist(), wanted, strict=True))
+        return _Tables(top, selected)
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 
@@ -118,6 +188,7 @@ class Postprocessor:
         """End `request` with what it has; its caller sees finish reason "abort". Nothing happens if it has ended."""
         if not request.outputs.finished:
             self._scheduler.abort(request)
+            request.outputs.aborted = True
             self._end(request, FinishReason(type="abort", message=message))
 
     def _end(self, request: Request, reason: FinishReason) -> None:
@@ -130,9 +201,8 @@ class Postprocessor:
             self._send(group, None)
             self.groups.discard(group)
 
-    def fail(self, request: Request, error: Exception) -> None:
-        """End the whole call that `request` belongs to with `error`: its results cannot be trusted to be complete."""
-        group = request.outputs.group
+    def fail(self, group: GenerateGroup, error: Exception) -> None:
+        """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
         if group in self.groups:
             self.discard(group)
             group.channel.fail(error)
@@ -142,34 +212,35 @@ class Postprocessor:
         self.groups.discard(group)
         for other in group.requests:
             if not other.outputs.finished:
-                other.outputs.finished = True
+                other.outputs.finished = other.outputs.aborted = True
                 self._scheduler.abort(other)
 
     # ---- news --------------------------------------------------------------------------------------------------------
 
     def _send(self, group: GenerateGroup, update: SampleUpdate | None) -> None:
         """Hand out an update, or the final answer (None); in order, and not before the version is verified."""
-        if self.held:
-            self._held_news.append((group, update))
+        if self._hold is not None:
+            self._hold.news.append((group, update))
         elif update is None:
             group.finish(group.num_samples)
         else:
             group.channel.stream(update)
 
-    def release(self, ok: bool) -> None:
-        """Hand out what was held; with `ok` False the tokens are wrong: drop them and fail their calls."""
-        self.held = False
-        news, self._held_news = self._held_news, []
-        for group, update in news:
-            if ok:
-                self._send(group, update)
-            else:
-                self._reject(group)
+    def hold(self) -> None:
+        """Keep news back until `release`: the version that makes it is not verified yet."""
+        self._hold = OutputHold(self.groups)
 
-    def _reject(self, group: GenerateGroup) -> None:
-        self.discard(group)
-        group.channel.fail(
-            TornWeightsError(
-                "tokens of an update that failed its verification were dropped; push a complete update first"
-            )
-        )
+    def release(self, ok: bool) -> None:
+        """Hand out what was held; with `ok` False undo it: those tokens were never sampled, their requests go on."""
+        hold, self._hold = self._hold, None
+        if hold is None:
+            return
+        news = hold.news
+        if not ok:
+            self._scheduler.retract_all()
+            for request in hold.undo(self.groups):
+                self.groups.add(request.outputs.group)
+                self._scheduler.revive(request)
+            news = hold.kept_news()
+        for group, update in news:
+            self._send(group, update)

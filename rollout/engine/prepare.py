@@ -124,7 +124,7 @@ def _token_ids(
         got = "both" if prompt is not None else "neither"
         raise InvalidRequestError(f"got {got} of prompt and input_ids, expected exactly one")
     if prompt is not None:
-        is_list = not isinstance(prompt, str)
+        is_list = isinstance(prompt, (list, tuple))
         return encode_prompts(tokenizer, list(prompt) if is_list else [prompt]), is_list
     if hasattr(input_ids, "tolist"):
         input_ids = input_ids.tolist()

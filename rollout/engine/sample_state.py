@@ -72,6 +72,18 @@ class SampleState:
     spans: list[Span] = field(default_factory=list)
     num_sent: int = 0
     finished: bool = False
+    aborted: bool = False
+
+    def cut(self, num_output: int, num_sent: int) -> None:
+        """Forget everything about output tokens from number `num_output` on."""
+        for column in (self.logprobs, self.top, self.selected, self.token_times):
+            del column[num_output:]
+        self.spans = [
+            Span(span.version, span.start, min(span.end, num_output))
+            for span in self.spans
+            if span.start < num_output
+        ]
+        self.num_sent = num_sent
 
     def note_token(self, position: int, version: str) -> None:
         """Record that output token number `position` was sampled by `version`."""

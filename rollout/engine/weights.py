@@ -15,6 +15,7 @@ import torch
 from weight_sync.bucket import FlattenedTensorBucket
 from weight_sync.channel import Channel
 from weight_sync.errors import SessionError, WeightUpdateError
+from weight_sync.messages import KvPolicyName, VerifyMode
 from weight_sync.publisher import WeightPublisher
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
@@ -53,8 +54,8 @@ class WeightCalls(EngineClient):
         weight_version: str | int | None = None,
         strict: bool = False,
         flush_cache: bool = True,
-        kv_policy: str | None = None,
-        verify: str = "pause",
+        kv_policy: KvPolicyName | None = None,
+        verify: VerifyMode = "pause",
     ) -> None:
         """Open an explicit session: update calls stage, `end_weight_update` commits all of them or none.
 
@@ -82,7 +83,7 @@ class WeightCalls(EngineClient):
         flush_cache: bool = True,
         weight_version: str | int | None = None,
         *,
-        kv_policy: str | None = None,
+        kv_policy: KvPolicyName | None = None,
         strict: bool = False,
         **extras: Any,
     ) -> SyncReport:
@@ -115,7 +116,7 @@ class WeightCalls(EngineClient):
         flush_cache: bool = True,
         weight_version: str | int | None = None,
         *,
-        kv_policy: str | None = None,
+        kv_policy: KvPolicyName | None = None,
         **extras: Any,
     ) -> SyncReport:
         """Load a safetensors folder into the running engine; it must cover every parameter.
@@ -204,7 +205,7 @@ def _label(weight_version: str | int | None) -> str | None:
     return None if weight_version is None else str(weight_version)
 
 
-def _policy(flush_cache: bool, kv_policy: str | None) -> str | None:
+def _policy(flush_cache: bool, kv_policy: KvPolicyName | None) -> KvPolicyName | None:
     """An explicit policy wins; `flush_cache=True` means "flush", False leaves it to the engine's configuration."""
     return kv_policy if kv_policy is not None else ("flush" if flush_cache else None)
 

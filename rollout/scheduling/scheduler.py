@@ -84,7 +84,7 @@ class Scheduler:
     @property
     def requests(self) -> list[Request]:
         """All unfinished requests in order of arrival (a copy)."""
-        return list(self._requests.values())
+        return sorted(self._requests.values(), key=lambda request: request.arrival)
 
     def find(self, rid: str) -> Request | None:
         """The unfinished request of this id."""
@@ -120,6 +120,13 @@ class Scheduler:
         """Forget a request wherever it is; does nothing if it is forgotten already. Its output so far stays in it."""
         if request.status is not FINISHED:
             self._remove(request)
+
+    def revive(self, request: Request) -> None:
+        """Queue a finished request again, in its old place, because tokens that ended it were taken back."""
+        assert request.status is FINISHED and request.rid not in self._requests
+        request.status = WAITING
+        self._requests[request.rid] = request
+        self._queue.push(request)
 
     def _remove(self, request: Request) -> None:
         assert self._requests.get(request.rid) is request, f"{request!r} is not here"
