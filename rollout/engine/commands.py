@@ -47,7 +47,7 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Return the wall-clock time (seconds since the epoch) of each output token."""
 
 
-class Generate(Message):
+class Generate(Message, frozen=True, kw_only=True):
     """Run prompts; answered by a `SampleUpdate` per finished sample (or per step, streaming), then `Done`."""
 
     prompts: Annotated[list[PromptSpec], Meta(min_length=1, max_length=MAX_PROMPTS)]
@@ -56,7 +56,7 @@ class Generate(Message):
     """Send every token as it comes."""
 
 
-class AbortRequests(Message):
+class AbortRequests(Message, frozen=True, kw_only=True):
     """End requests early; their partial results are delivered with finish reason "abort"."""
 
     rids: list[Ident] = []
@@ -65,7 +65,7 @@ class AbortRequests(Message):
     """End every request, running or queued."""
 
 
-class PauseGeneration(Message):
+class PauseGeneration(Message, frozen=True, kw_only=True):
     """Stop generating until `ContinueGeneration` or until the lease ends."""
 
     mode: PauseMode = "abort"
@@ -74,15 +74,15 @@ class PauseGeneration(Message):
     """Seconds after which the pause ends by itself."""
 
 
-class ContinueGeneration(Message):
+class ContinueGeneration(Message, frozen=True, kw_only=True):
     """End a pause; no error if there is none."""
 
 
-class FlushCache(Message):
+class FlushCache(Message, frozen=True, kw_only=True):
     """Drop every cached prefix; refused while requests are pending."""
 
 
-class GetWeights(Message):
+class GetWeights(Message, frozen=True, kw_only=True):
     """Read one parameter back by its Hugging Face name."""
 
     name: Annotated[str, Meta(max_length=512)]
@@ -91,11 +91,11 @@ class GetWeights(Message):
     """Rows (entries of dimension 0) to return at most."""
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True, kw_only=True):
     """Ask for counts, versions and sizes; answered between two steps."""
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, kw_only=True):
     """End the engine process; running requests end with finish reason "abort"."""
 
 
@@ -123,7 +123,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 TopLogprobs = list[tuple[float, int]]
 
 
-class SampleUpdate(Message):
+class SampleUpdate(Message, frozen=True, kw_only=True):
     """News of one sample: all of it when it finished, or what is new since the last update when streaming."""
 
     index: int
@@ -162,14 +162,14 @@ class SampleUpdate(Message):
     """How often its KV was dropped and computed again."""
 
 
-class Done(Message):
+class Done(Message, frozen=True, kw_only=True):
     """A command was carried out."""
 
     count: int = 0
     """How many things it touched: samples delivered, requests ended, blocks dropped."""
 
 
-class WeightValues(Message):
+class WeightValues(Message, frozen=True, kw_only=True):
     """Answer to `GetWeights`: the leading rows as float32."""
 
     shape: list[int]
@@ -178,7 +178,7 @@ class WeightValues(Message):
     """Little-endian float32, row-major."""
 
 
-class Status(Message):
+class Status(Message, frozen=True, kw_only=True):
     """Answer to `GetStatus`."""
 
     weight_version: str
