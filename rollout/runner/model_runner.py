@@ -60,7 +60,7 @@ class ModelRunner:
         )
         self._workspace = Workspace(dtype, self.device)
         block_bytes = self.kv_bytes_per_block // model_config.num_layers
-        self._limits = GroupLimits(
+        self.limits = GroupLimits(
             max_blocks=max(1, _GATHER_BYTES // block_bytes),
             max_padding_blocks=max(1, _PADDING_BYTES // block_bytes),
             max_queries=_PADDED_QUERIES,
@@ -120,7 +120,7 @@ class ModelRunner:
 
     def _step(self, host: HostBatch) -> DecoderStep:
         plans = {
-            window: AttentionPlanner(host, window, self.block_size, self._limits).groups(
+            window: AttentionPlanner(host, window, self.block_size, self.limits).groups(
                 self.dtype, self.device
             )
             for window in dict.fromkeys(self.model_config.sliding_windows)

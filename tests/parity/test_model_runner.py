@@ -8,6 +8,9 @@ import random
 import pytest
 import torch
 
+from rollout.layers.linear import project
+from rollout.runner.forward_batch import GroupLimits
+
 TOLERANCE = 1e-4
 """Of a log-probability. Sums in another order differ by about 2e-6 here; a wrong option by more than 1e-2."""
 
@@ -83,6 +86,36 @@ def test_the_block_size_does_not_matter(
     for request in requests:
         expected = reference_logprobs(folder, request.token_ids)
         assert largest_gap(driver.logprobs(request), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_the_grouping_does_not_matter(limit, variant_folder, hand_driver, reference_logprobs):
+    driver = hand_driver(variant_folder)
+    driver.runner.limits = GroupLimits(
+        max_blocks=limit * 4, max_padding_blocks=limit, max_queries=limit * 8
+    )
+    requests = [driver.request(ids) for ids in random_tokens(10, 3, 4, 4, 9, 21, 30)]
+    driver.step([(request, request.num_tokens // 2) for request in requests])
+    while unfinished := [r for r in requests if r.num_computed < r.num_tokens]:
+        driver.step(
+            [(r, min(1 + i % 2, r.num_tokens - r.num_computed)) for i, r in enumerate(unfinished)]
+        )
+    for request in requests:
+        expected = reference_logprobs(variant_folder, request.token_ids)
+        assert largest_gap(driver.logprobs(request), expected) < TOLERANCE
+
+
+def test_a_torch_without_the_onednn_product_gives_the_same(
+    tiny_checkpoint, hand_driver, reference_logprobs, monkeypatch
+):
+    folder = tiny_checkpoint("llama", attention_bias=True)
+    assert project.__globals__["_onednn"]() is not None
+    monkeypatch.setitem(project.__globals__, "_onednn", lambda: None)
+    driver = hand_driver(folder)
+    [ids] = random_tokens(11, 20)
+    request = driver.request(ids)
+    driver.step([(request, 20)])
+    assert largest_gap(driver.logprobs(request), reference_logprobs(folder, ids)) < TOLERANCE
 
 
 def test_blocks_are_copied_before_the_step_that_needs_them(
