@@ -33,7 +33,7 @@ class GroupLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostBatch:
+class ForwardBatch:
     """One step's indices, on the host."""
 
     token_ids: Ints
@@ -58,7 +58,7 @@ class HostBatch:
     """(N): where each item's block table starts."""
 
     @classmethod
-    def of(cls, items: Sequence[ScheduledItem], block_size: int) -> HostBatch:
+    def of(cls, items: Sequence[ScheduledItem], block_size: int) -> ForwardBatch:
         """Sort the items and lay out their tokens."""
         starts = np.array([item.start for item in items], dtype=np.int64)
         lengths = np.array([item.length for item in items], dtype=np.int64)
@@ -114,7 +114,7 @@ class AttentionPlanner:
     """Groups the items of a step, for one sliding window or none."""
 
     def __init__(
-        self, batch: HostBatch, window: int | None, block_size: int, limits: GroupLimits
+        self, batch: ForwardBatch, window: int | None, block_size: int, limits: GroupLimits
     ) -> None:
         self.batch = batch
         self.window = window

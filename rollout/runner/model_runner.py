@@ -15,7 +15,7 @@ from ..models.build import build_model
 from ..models.decoder import Decoder, DecoderStep
 from ..models.model_config import ModelConfig
 from ..scheduling.batch import ScheduledBatch
-from .forward_batch import AttentionPlanner, GroupLimits, HostBatch, Ints
+from .forward_batch import AttentionPlanner, GroupLimits, ForwardBatch, Ints
 from .kv_pool import KVPool
 
 _GATHER_BYTES = 8 << 20
@@ -65,6 +65,7 @@ class ModelRunner:
             max_padding_blocks=max(1, _PADDING_BYTES // block_bytes),
             max_queries=_PADDED_QUERIES,
         )
+        """When sequences share a kernel call; a matter of speed alone, and may be changed between steps."""
 
     @property
     def weight_map(self) -> WeightMap:
@@ -97,7 +98,7 @@ class ModelRunner:
         )
         with torch.inference_mode():
             self.kv_pool.copy_blocks(batch.block_copies)
-            host = HostBatch.of(batch.items, self.block_size)
+            host = ForwardBatch.of(batch.items, self.block_size)
             self.kv_pool.clear_blocks(self._upload(host.partial_blocks))
             rows = self._upload(host.item_rows)
             return torch.index_select(self.model(self._step(host)), 0, rows, out=hidden)
@@ -118,7 +119,7 @@ class ModelRunner:
         """Recompute what is a function of the parameters; to be called after every change of them."""
         self.model.refresh_derived_state()
 
-    def _step(self, host: HostBatch) -> DecoderStep:
+    def _step(self, host: ForwardBatch) -> DecoderStep:
         plans = {
             window: AttentionPlanner(host, window, self.block_size, self.limits).groups(
                 self.dtype, self.device

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.runner.forward_batch import AttentionPlanner, GroupLimits, HostBatch
+from rollout.runner.forward_batch import AttentionPlanner, GroupLimits, ForwardBatch
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling.batch import ScheduledItem
 from rollout.scheduling.request import Request
@@ -61,7 +61,7 @@ def visible_slots(group, block_size):
 @given(CHUNKS, st.sampled_from([1, 2, 4]), st.sampled_from([None, 1, 3, 8]), LIMITS)
 def test_queries_see_their_own_past_within_the_window(chunks, block_size, window, limits):
     items = make_items(chunks, block_size)
-    batch = HostBatch.of(items, block_size)
+    batch = ForwardBatch.of(items, block_size)
     planner = AttentionPlanner(batch, window, block_size, limits)
     groups = planner.groups(torch.float32, torch.device("cpu"))
 
@@ -85,7 +85,7 @@ def test_queries_see_their_own_past_within_the_window(chunks, block_size, window
 def test_groups_keep_to_their_limits(chunks, limits):
     block_size = 2
     planner = AttentionPlanner(
-        HostBatch.of(make_items(chunks, block_size), block_size), None, block_size, limits
+        ForwardBatch.of(make_items(chunks, block_size), block_size), None, block_size, limits
     )
     for group in planner.groups(torch.float32, torch.device("cpu")):
         if group.batch > 1:
@@ -101,13 +101,13 @@ def test_blocks_that_a_step_begins_and_does_not_fill_are_cleared(chunks):
         for item in items
         if item.end % 4 and (item.end - 1) // 4 * 4 >= item.start
     }
-    assert set(HostBatch.of(items, 4).partial_blocks.tolist()) == expected
+    assert set(ForwardBatch.of(items, 4).partial_blocks.tolist()) == expected
 
 
 def test_many_short_prompts_are_one_group():
     items = make_items([(0, 8 + number % 5) for number in range(300)], 4)
     limits = GroupLimits(max_blocks=10_000, max_padding_blocks=1_000, max_queries=10_000)
-    batch = HostBatch.of(items, 4)
+    batch = ForwardBatch.of(items, 4)
     [group] = AttentionPlanner(batch, None, 4, limits).groups(torch.float32, torch.device("cpu"))
     assert (group.batch, group.query_len, group.mask) == (300, 12, None)
     assert np.array_equal(np.sort(batch.item_rows), np.arange(batch.token_ids.size))
