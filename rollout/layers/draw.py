@@ -32,7 +32,8 @@ def _mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def draw(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution: (B, V) weights >= 0, (B, C) their chunk sums, (B,) uniforms -> (B,).
+    """(B, V) weights >= 0, (B, C) their chunk sums, (B,) numbers in [0, 1) -> (B,) columns: the inverse of the
+    cumulative distribution, that is the first column whose cumulative weight exceeds `uniform` of the whole.
 
     Two levels, both summed in float64: first the chunk, then the column in it. A column of weight 0 is never drawn.
     Rows must have a positive, finite sum; what is returned for others is some column.

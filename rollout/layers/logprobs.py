@@ -33,6 +33,11 @@ def chunk_size(vocab_size: int) -> int:
     return 1 << max(6, min(9, round(vocab_size.bit_length() / 2)))
 
 
+def rows_per_block(num_columns: int) -> int:
+    """Rows whose float32 values fit the size of a block; at least one."""
+    return max(BLOCK_BYTES // (4 * num_columns), 1)
+
+
 class ProbabilityBlock:
     """Softmax of some neighbouring rows; valid until the next block is asked for."""
 
@@ -77,7 +82,7 @@ def probability_blocks(
     if num_rows == 0:
         return
     divisors = _divisors(temperature, num_rows, logits.device)
-    step = min(max(BLOCK_BYTES // (4 * num_columns), 1), num_rows)
+    step = min(rows_per_block(num_columns), num_rows)
     buffer = torch.empty(step, num_columns, dtype=torch.float32, device=logits.device)
     scratch = torch.empty_like(buffer)
     for first in range(0, num_rows, step):

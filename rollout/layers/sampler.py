@@ -21,7 +21,13 @@ from ..errors import EngineStepError
 from ..scheduling.request import Request
 from .draw import draw, uniforms
 from .logit_edits import edit_logits, is_editable, is_edited
-from .logprobs import ProbabilityBlock, chunk_size, probability_blocks, token_logprobs
+from .logprobs import (
+    ProbabilityBlock,
+    chunk_size,
+    probability_blocks,
+    rows_per_block,
+    token_logprobs,
+)
 from .sampling_filters import lower_bounds
 from .selection import argmax, chunk_sums
 
@@ -74,7 +80,7 @@ class Sampler:
         if edited:
             _sample_edited(step, logits, requests, edited)
         else:
-            step.run(logits, asked.all_rows, asked.wants_logprob)
+            step.run(logits, asked.all_rows, None, asked.wants_logprob)
         bad = step.bad.nonzero().squeeze(1).tolist()
         if bad:
             raise NonFiniteLogitsError(bad, requests)
@@ -100,20 +106,21 @@ def _sample_edited(
 ) -> None:
     """Edited rows draw from a changed copy of their logits; their log-probabilities are those of the raw ones."""
     rows = torch.tensor(edited, device=logits.device)
-    plain = torch.ones(len(requests), dtype=torch.bool, device=logits.device)
+    wants = step.asked.wants_logprob
+    plain = torch.ones_like(wants)
     plain[rows] = False
     others = plain.nonzero().squeeze(1)
-    wants = step.asked.wants_logprob
-    if len(others):
-        step.run(logits.index_select(0, others), others, wants[others])
-    raw = logits.index_select(0, rows)
-    changed = raw.clone()
-    edit_logits(changed, [requests[row] for row in edited])
-    step.run(changed, rows, torch.zeros_like(wants[rows]))
-    where = wants[rows].nonzero().squeeze(1)
-    rows = rows[where]
-    temperature = step.asked.temperature[rows]
-    step.logprobs[rows] = token_logprobs(raw[where], temperature, step.tokens[rows])
+    step.run(logits, others, others, wants[others])
+    size = rows_per_block(logits.shape[1])
+    for first in range(0, len(edited), size):
+        part = rows[first : first + size]
+        raw = logits.index_select(0, part)
+        changed = raw.clone()
+        edit_logits(changed, [requests[row] for row in edited[first : first + size]])
+        step.run(changed, part, None, torch.zeros_like(wants[part]))
+        if wants[part].any():
+            temperature = step.asked.temperature[part]
+            step.logprobs[part] = token_logprobs(raw, temperature, step.tokens[part])
 
 
 class _Asked:
@@ -131,7 +138,7 @@ class _Asked:
         self.any_logprob = bool(self.wants_logprob.any())
         top_k = [p.top_k if p.top_k > 0 else 1 << 40 for p in everything]
         self.top_k = torch.tensor(top_k, device=device)
-        self.top_p = torch.tensor([p.top_p for p in everything], device=device)
+        self.top_p = torch.tensor([p.top_p for p in everything], dtype=torch.float64, device=device)
         self.min_p = torch.tensor([p.min_p for p in everything], device=device)
         filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in everything]
         self.filtered = torch.tensor(filtered, device=device) & ~self.greedy
@@ -150,17 +157,17 @@ class _Step:
         self.logprobs = torch.full((len(uniform),), float("nan"), device=asked.device)
         self.bad = torch.zeros(len(uniform), dtype=torch.bool, device=asked.device)
 
-    def run(self, logits: Tensor, rows: Tensor, wants_logprob: Tensor) -> None:
-        """Draw for `rows`, which are (N,), from (N, V) logits."""
+    def run(self, logits: Tensor, rows: Tensor, at: Tensor | None, wants_logprob: Tensor) -> None:
+        """Draw for (N,) `rows`, whose logits are rows `at` of `logits`, or all of them in order."""
         greedy = self.asked.greedy[rows]
         if greedy.any():
-            where = greedy.nonzero().squeeze(1)
-            self._take_most_likely(logits if greedy.all() else logits[where], rows[where])
-        needed = ~greedy | wants_logprob
-        some = None if needed.all() else needed.nonzero().squeeze(1)
-        rows = rows if some is None else rows[some]
+            where = _some(greedy)
+            picked = _at(at, where)
+            self._take_most_likely(logits if picked is None else logits[picked], _of(rows, where))
+        where = _some(~greedy | wants_logprob)
+        rows, at = _of(rows, where), _at(at, where)
         want_logprobs = bool(wants_logprob.any())
-        for block in probability_blocks(logits, self.asked.temperature[rows], some):
+        for block in probability_blocks(logits, self.asked.temperature[rows], at):
             self._draw_block(block, rows[block.rows], want_logprobs)
 
     def _take_most_likely(self, logits: Tensor, rows: Tensor) -> None:
@@ -176,8 +183,9 @@ class _Step:
             drawn = draw(block.values, block.sums, self._uniform[rows])
             tokens = torch.where(greedy, tokens, drawn)
             if asked.any_filtered:
-                where = asked.filtered[rows].nonzero().squeeze(1)
-                tokens[where] = self._draw_filtered(block.values[where], rows[where])
+                where = _some(asked.filtered[rows])
+                drawn = self._draw_filtered(_of(block.values, where), _of(rows, where))
+                tokens = drawn if where is None else tokens.index_copy_(0, where, drawn)
             self.tokens[rows] = tokens
         if want_logprobs:
             self.logprobs[rows] = block.logprobs(tokens.unsqueeze(1)).squeeze(1)
@@ -189,3 +197,16 @@ class _Step:
         values = values.masked_fill(values < bounds.unsqueeze(1), 0.0)
         sums = chunk_sums(values, chunk_size(values.shape[1]))
         return draw(values, sums, self._uniform[rows])
+
+
+def _some(mask: Tensor) -> Tensor | None:
+    """Where `mask` holds; None: everywhere, so that nothing need be copied."""
+    return None if mask.all() else mask.nonzero().squeeze(1)
+
+
+def _of(values: Tensor, where: Tensor | None) -> Tensor:
+    return values if where is None else values.index_select(0, where)
+
+
+def _at(at: Tensor | None, where: Tensor | None) -> Tensor | None:
+    return where if at is None else _of(at, where)

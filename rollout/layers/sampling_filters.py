@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .selection import largest
+from .draw import draw
+from .logprobs import chunk_size
+from .selection import chunk_sums, largest
 
 _NUCLEUS_GUESS = 256
 """Tokens looked at first for top-p; a row whose nucleus is larger is sorted."""
@@ -22,18 +24,18 @@ _SORT_COLUMNS = 16384
 
 
 def lower_bounds(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """(B, V) probabilities, (B,) each of top_k (V or more: all), top_p (1: all), min_p (0: all) -> (B,) bounds."""
+    """(B, V) probabilities -> (B,) bounds; (B,) top_k (V or more: all), float64 top_p (1: all), min_p (0: all)."""
     bounds = min_p * probabilities.amax(-1)
     limited = top_k < probabilities.shape[1]
     if limited.any():
         rows = limited.nonzero().squeeze(1)
-        found = _bounds_of_k(probabilities[rows], top_k[rows], top_p[rows])
-        bounds[rows] = torch.maximum(bounds[rows], found)
+        some = probabilities if limited.all() else probabilities[rows]
+        bounds[rows] = torch.maximum(bounds[rows], _bounds_of_k(some, top_k[rows], top_p[rows]))
     nucleus = ~limited & (top_p < 1.0)
     if nucleus.any():
         rows = nucleus.nonzero().squeeze(1)
-        found = _bounds_of_p(probabilities[rows], top_p[rows])
-        bounds[rows] = torch.maximum(bounds[rows], found)
+        some = probabilities if nucleus.all() else probabilities[rows]
+        bounds[rows] = torch.maximum(bounds[rows], _bounds_of_p(some, top_p[rows]))
     return bounds
 
 
@@ -52,12 +54,15 @@ def _bounds_of_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
     head = _most_likely(probabilities, min(_NUCLEUS_GUESS, probabilities.shape[1]))
     num_kept = _num_in_nucleus(head, mass)
     bounds = head.gather(1, num_kept.unsqueeze(1) - 1).squeeze(1)
-    larger = (head.sum(-1, dtype=torch.float64) < mass) & (head.shape[1] < probabilities.shape[1])
-    if larger.any():
+    larger = head.sum(-1, dtype=torch.float64) < mass
+    if larger.any() and head.shape[1] < probabilities.shape[1]:
         rows = larger.nonzero().squeeze(1)
-        head = _sorted(probabilities[rows])
-        num_kept = _num_in_nucleus(head, mass[rows])
-        bounds[rows] = head.gather(1, num_kept.unsqueeze(1) - 1).squeeze(1)
+        some = probabilities if larger.all() else probabilities[rows]
+        # From the other end: the first that is kept is where the least likely exceed what may be left out.
+        ascending = _ascending(some)
+        sums = chunk_sums(ascending, chunk_size(ascending.shape[1]))
+        first = draw(ascending, sums, 1.0 - top_p[rows])
+        bounds[rows] = ascending.gather(1, first.unsqueeze(1)).squeeze(1)
     return bounds
 
 
@@ -71,12 +76,12 @@ def _most_likely(probabilities: Tensor, k: int) -> Tensor:
     """(B, V) -> (B, K >= k) largest probabilities, descending."""
     num_columns = probabilities.shape[1]
     if k > num_columns // 16 or (k > 64 and num_columns <= _SORT_COLUMNS):
-        return _sorted(probabilities)
+        return _ascending(probabilities).flip(-1)
     return largest(probabilities, k)[0]
 
 
-def _sorted(probabilities: Tensor) -> Tensor:
+def _ascending(probabilities: Tensor) -> Tensor:
     if probabilities.device.type != "cpu":
-        return probabilities.sort(-1, descending=True).values
+        return probabilities.sort(-1).values
     # numpy sorts float32 several times faster than torch, which carries the columns along.
-    return torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)[:, ::-1].copy())
+    return torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
