@@ -7,8 +7,8 @@ Sequences of similar lengths form a group. The group's blocks are gathered into 
 and values interleaved so that one gather and one write serve both, and a fused kernel attends over strided views of
 it. With one query per sequence the G query heads of a KV head are folded into the query axis, so grouped queries read
 each key once. Measured on two cores, 512 sequences of 124 tokens (B=512, H=8, K=4, D=64, 130 MB of float32 KV): 6.5 ms
-so; 7.3 ms with keys and values apart; 13.2 ms with batched products and a softmax. The gather alone takes 2.5 ms. Sparse
-products that need no gather are no faster: 2.1 ms for the values (`embedding_bag`), but 8.3 ms for the keys
+so; 7.3 ms with keys and values apart; 13.2 ms with batched products and a softmax. The gather alone takes 2.5 ms.
+Sparse products that need no gather are no faster: 2.1 ms for the values (`embedding_bag`), but 8.3 ms for the keys
 (`sampled_addmm`). Huge pages change nothing. In the step of a 25M-parameter model attention is 40 % and products 53 %.
 """
 

@@ -15,7 +15,7 @@ from ..models.build import build_model
 from ..models.decoder import Decoder, DecoderStep
 from ..models.model_config import ModelConfig
 from ..scheduling.batch import ScheduledBatch
-from .forward_batch import AttentionPlanner, GroupLimits, ForwardBatch, Ints
+from .forward_batch import AttentionPlanner, ForwardBatch, GroupLimits, Ints
 from .kv_pool import KVPool
 
 _GATHER_BYTES = 8 << 20

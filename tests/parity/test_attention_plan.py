@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.runner.forward_batch import AttentionPlanner, GroupLimits, ForwardBatch
+from rollout.runner.forward_batch import AttentionPlanner, ForwardBatch, GroupLimits
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling.batch import ScheduledItem
 from rollout.scheduling.request import Request
