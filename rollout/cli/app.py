@@ -27,7 +27,7 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout generate --model PATH "Once upon a time"
 
-  rollout bench sync
+  rollout bench machine
 
 [bold]Settings[/bold]
 
