@@ -105,8 +105,7 @@ def _divisors(temperature: Temperature, num_rows: int, device: torch.device) -> 
         if temperature == 1.0:
             return None
         return torch.full((num_rows, 1), float(temperature), device=device)
-    divisors = torch.as_tensor(temperature, dtype=torch.float32, device=device)
-    assert divisors.shape == (num_rows,), f"{tuple(divisors.shape)} temperatures, {num_rows} rows"
+    divisors = torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(num_rows)
     return None if bool((divisors == 1.0).all()) else divisors.unsqueeze(1)
 
 
