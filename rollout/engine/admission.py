@@ -32,6 +32,7 @@ class Admission:
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._num_prompts = 0
+        self._num_groups = 0
         self.pid = os.getpid()
 
     def open(self, call: Call) -> tuple[GenerateGroup, list[list[Request]]]:
@@ -42,7 +43,9 @@ class Admission:
         command: Generate = call.body
         for i, spec in enumerate(command.prompts):
             self._check(spec, f"prompt {i}" if len(command.prompts) > 1 else "the prompt")
+        self._num_groups += 1
         group = GenerateGroup(
+            number=self._num_groups,
             channel=call,
             finish=lambda count: call.reply(Done(count=count)),
             stream=command.stream,

@@ -8,11 +8,9 @@ commit atomic: no step ever sees it half done.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,33 +24,25 @@ from ..config import ResolvedConfig
 from ..errors import EngineClosedError, EngineStepError, RolloutError
 from ..layers.sampler import Sampler
 from ..runner.model_runner import ModelRunner
+from ..scheduling.batch import ScheduledBatch
 from ..scheduling.scheduler import Scheduler
 from . import commands as cmd
 from .admission import Admission
+from .inbox import Inbox
 from .postprocess import Postprocessor
+from .tick_messages import Boundary, EndPause, Expire, Item
+from .ticks import Action, Boundaries, Follower, Leader, NullCall
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Action:
-    """A function that another thread wants run between two steps."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run = run
-        self.future: Future[Any] = Future()
-
-    def __call__(self) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.run())
-        except BaseException as error:
-            self.future.set_exception(error)
-
-
 class EngineCore:
-    """Owns the scheduler, the runner and the receiver; everything but `submit` and `between_steps` is the loop's."""
+    """One rank's scheduler, runner and receiver; everything but `submit` and `between_steps` is the loop's.
+
+    With `follower` this is a rank other than 0: it takes its ticks from there, and answers nobody. With `leader` it
+    shares its own ticks with such ranks.
+    """
 
     def __init__(
         self,
@@ -62,12 +52,15 @@ class EngineCore:
         scheduler: Scheduler,
         sampler: Sampler,
         admission: Admission,
+        leader: Leader | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.config = config
         self.runner = runner
         self.scheduler = scheduler
         self.admission = admission
         self.post = Postprocessor(scheduler, runner, sampler)
+        self.post.version = config.weight_version
         self.receiver = WeightReceiver(
             runner.weight_map,
             self,
@@ -75,11 +68,15 @@ class EngineCore:
             label=config.weight_version,
         )
         self.weights = WeightService(self.receiver)
-        self.post.version = config.weight_version
-        self._inbox: queue.SimpleQueue[Call | _Action] = queue.SimpleQueue()
+        self._leader = leader or Leader(None)
+        self._follower = follower
+        self._inbox = Inbox()
+        self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
+        self._num_boundaries = 0
         self._thread: threading.Thread | None = None
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
+        self._torn: str | None = None
         self._closed = threading.Event()
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
@@ -95,32 +92,38 @@ class EngineCore:
     # ---- any thread ----------------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Put a command into the stream; returns at once. Weight messages go to the receiver's own thread."""
+        """Put a command into the order; returns at once. Weight messages go to the receiver's own thread."""
         if self._closed.is_set():
             call.fail(EngineClosedError("the engine was shut down; start a new one"))
         elif type(call.body) in self._handlers:
-            self._inbox.put(call)
+            self._inbox.put_call(call)
         else:
             self.weights.handle(call)
 
-    def between_steps(self, action: Callable[[], T], timeout_s: float) -> T:
+    def between_steps(
+        self, action: Callable[[], T], timeout_s: float, name: str | None = None
+    ) -> T:
         """Run `action` on the loop's thread at the next step boundary and return what it returns.
 
-        Raises `DeadlineExceeded` if the boundary does not come in time; then `action` never runs.
+        Raises `DeadlineExceeded` if the boundary does not come in time; then `action` never runs. `name`: where there
+        are several ranks, each arms its own action under the same name, and all run them at the same place in the
+        order; rank 0 must come last.
         """
         if threading.current_thread() is self._thread:
             return action()
-        item = _Action(action)
-        self._inbox.put(item)
-        try:
-            return item.future.result(timeout_s)
-        except TimeoutError:
-            if item.future.cancel():
-                raise DeadlineExceeded(
-                    f"no step boundary within {timeout_s:.3g} s: a step takes longer than that, or the engine hangs; "
-                    "nothing was written; raise the deadline"
-                ) from None
-            return item.future.result()  # It has begun: a write is never abandoned half-way.
+        armed = self._arm(action, name)
+        result: T = armed.wait(timeout_s)
+        return result
+
+    def _arm(self, action: Callable[[], Any], name: str | None = None) -> Action:
+        if name is None:
+            self._num_boundaries += 1
+            name = f"{threading.get_ident()}/{self._num_boundaries}"
+        armed = Action(action)
+        self._boundaries.arm(name, armed)
+        if self._follower is None:
+            self._inbox.put(Boundary(name=name))
+        return armed
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -129,12 +132,9 @@ class EngineCore:
         self._thread = threading.current_thread()
         try:
             while not self._closed.is_set():
-                self._carry_out_commands()
-                if (
-                    self._paused is None
-                    and self.receiver.torn is None
-                    and not self._closed.is_set()
-                ):
+                for item, call in self._next_tick():
+                    self._carry_out(item, call)
+                if self._may_step and not self._closed.is_set():
                     self.step()
         finally:
             self._close()
@@ -150,35 +150,70 @@ class EngineCore:
             self.post.input_logprobs(batch, hidden)
             self.post.sample(batch, hidden, rows)
         except Exception as error:
-            logger.exception("a step with %d requests failed", len(batch.items))
-            failure = EngineStepError(
-                f"the step failed: {type(error).__name__}: {error}; other requests go on"
-            )
-            for item in batch.items:
-                self.post.fail(item.request.outputs.group, failure)
+            self._fail_step(batch, error)
         return True
 
-    def _carry_out_commands(self) -> None:
-        """Everything that has arrived, in order; waits only when there is nothing to compute."""
-        self._check_clocks()
-        block = self._paused is not None or not self.scheduler.has_work
-        while True:
-            try:
-                item = self._inbox.get(block=block, timeout=self._patience() if block else None)
-            except queue.Empty:
-                return
-            block = False
-            if isinstance(item, _Action):
-                item()
-                continue
-            try:
-                self._handlers[type(item.body)](item)
-            except Exception as error:
-                if not isinstance(error, (ValueError, RolloutError, TornWeightsError)):
-                    logger.exception("%s failed", type(item.body).__name__)
-                item.fail(error)
-            if self._closed.is_set():
-                return
+    def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
+        """End the calls of a batch that could not be computed; the engine and all other calls go on."""
+        if self.runner.tp.size > 1:
+            raise error  # The ranks may have parted ways: only a new engine is sound.
+        logger.exception("a step with %d requests failed", len(batch.items))
+        failure = EngineStepError(
+            f"the step failed: {type(error).__name__}: {error}; other requests go on"
+        )
+        for item in batch.items:
+            self.post.fail(item.request.outputs.group, failure)
+
+    @property
+    def _may_step(self) -> bool:
+        return self._paused is None and self._torn is None and self.scheduler.has_work
+
+    def _next_tick(self) -> list[tuple[Item, Call]]:
+        """What comes before the next step; waits while there is nothing to compute."""
+        if self._follower is not None:
+            return self._follower.next()
+        items = self._due()
+        items += self._inbox.take(0.0 if items or self._may_step else self._patience())
+        if items or self._may_step:
+            self._leader.share(items)
+        return items
+
+    def _carry_out(self, item: Item, call: Call) -> None:
+        if isinstance(item, Boundary):
+            self._boundaries.run(item.name)
+        elif isinstance(item, Expire):
+            self._expire(item.numbers)
+        elif isinstance(item, EndPause):
+            logger.warning(
+                "the lease of the pause (mode %s) ended; generation continues", self._paused
+            )
+            self._paused = None
+        else:
+            self._command(call)
+
+    def _command(self, call: Call) -> None:
+        if self._closed.is_set():
+            call.fail(EngineClosedError("the engine was shut down before it came to this call"))
+            return
+        try:
+            self._handlers[type(call.body)](call)
+        except Exception as error:
+            if not isinstance(error, (ValueError, RolloutError, TornWeightsError)):
+                logger.exception("%s failed", type(call.body).__name__)
+            call.fail(error)
+
+    # ---- clocks, on rank 0 -----------------------------------------------------------------------------------------
+
+    def _due(self) -> list[tuple[Item, Call]]:
+        """What the clock asks for now."""
+        now = time.monotonic()
+        due: list[Item] = []
+        if self._paused is not None and now >= self._pause_ends:
+            due.append(EndPause())
+        late = [group.number for group in self.post.groups if now >= group.deadline]
+        if late:
+            due.append(Expire(numbers=sorted(late)))
+        return [(item, NullCall(item)) for item in due]
 
     def _patience(self) -> float:
         """Seconds that the loop may sleep before a lease or a deadline needs it."""
@@ -186,28 +221,23 @@ class EngineCore:
         ends += [group.deadline for group in self.post.groups]
         return max(0.0, min(ends) - time.monotonic()) if ends else 3600.0
 
-    def _check_clocks(self) -> None:
-        now = time.monotonic()
-        if self._paused is not None and now >= self._pause_ends:
-            logger.warning(
-                "the lease of the pause (mode %s) ended; generation continues", self._paused
-            )
-            self._paused = None
-        for group in [group for group in self.post.groups if now >= group.deadline]:
+    def _expire(self, numbers: Sequence[int]) -> None:
+        for group in [group for group in self.post.groups if group.number in numbers]:
+            missing = group.num_samples - group.num_finished
             self.post.fail(
                 group,
                 DeadlineExceeded(
-                    f"generate: {group.num_samples - group.num_finished} of {group.num_samples} samples were not "
-                    "finished by the deadline; raise timeout_s, or stream to keep partial results"
+                    f"generate: {missing} of {group.num_samples} samples were not finished by the deadline; "
+                    "raise timeout_s, or stream to keep partial results"
                 ),
             )
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def _generate(self, call: Call) -> None:
-        if self.receiver.torn is not None:
+        if self._torn is not None:
             raise TornWeightsError(
-                f"cannot generate: the weights are a mixture ({self.receiver.torn}); push a complete update first"
+                f"cannot generate: the weights are a mixture ({self._torn}); push a complete update first"
             )
         group, prompts = self.admission.open(call)
         try:
@@ -302,17 +332,17 @@ class EngineCore:
             for request in list(group.requests):
                 self.post.abort(request, "the engine was shut down")
         self.weights.close()
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            if isinstance(item, _Action):
-                item.future.cancel()
-            else:
-                item.fail(EngineClosedError("the engine was shut down before it came to this call"))
+        self._inbox.drain(
+            lambda call: call.fail(
+                EngineClosedError("the engine was shut down before it came to this call")
+            )
+        )
 
     # ---- what the receiver needs of its host (on the loop's thread, inside a commit) -------------------------------
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
+        self._torn = None
         self.runner.refresh_derived_state()
         self.post.version = label if label is not None else str(version)
         policy = kv_policy or self.config.user.kv_policy
@@ -333,6 +363,7 @@ class EngineCore:
         """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
 
         def end_all() -> None:
+            self._torn = reason
             self.post.release(False)
             for group in list(self.post.groups):
                 for request in list(group.requests):
@@ -345,4 +376,4 @@ class EngineCore:
         if threading.current_thread() is self._thread:
             action()
         else:
-            self._inbox.put(_Action(action))
+            self._arm(action)

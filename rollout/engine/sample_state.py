@@ -45,6 +45,7 @@ class InputLogprobs:
 class GenerateGroup:
     """One `Generate` command under way: it is done when all its samples are."""
 
+    number: int
     channel: ReplyChannel
     finish: Callable[[int], None]
     stream: bool

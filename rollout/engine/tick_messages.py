@@ -1,0 +1,42 @@
+"""What a tick holds; see `ticks`. Sent from rank 0 to the other ranks of the same engine only."""
+
+import msgspec
+
+from .commands import Command
+
+
+class TickMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that a tick may hold."""
+
+
+class Ordered(TickMessage, frozen=True, kw_only=True):
+    """A client's command."""
+
+    body: Command
+    """The command; rank 0 alone knows who asked."""
+
+
+class Boundary(TickMessage, frozen=True, kw_only=True):
+    """Run what every rank has armed under this name, such as the write of a weight update."""
+
+    name: str
+
+
+class Expire(TickMessage, frozen=True, kw_only=True):
+    """The deadlines of these calls of `generate` have passed."""
+
+    numbers: list[int]
+    """`GenerateGroup.number`: how many came before it."""
+
+
+class EndPause(TickMessage, frozen=True, kw_only=True):
+    """The lease of the pause has ended."""
+
+
+Item = Ordered | Boundary | Expire | EndPause
+
+
+class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every rank does before its next step, in this order."""
+
+    items: list[Item]

@@ -1,0 +1,137 @@
+"""The one order of things that all ranks of an engine follow.
+
+Rank 0 decides what happens before each step: which commands have arrived, whose deadline has passed, when a weight
+update is written. It puts that into a `Tick`, and every rank carries out the same ticks. All that they do in between is
+a function of them, so the ranks schedule the same batches and sample the same tokens without asking each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from weight_sync.errors import DeadlineExceeded
+from weight_sync.rpc import Call
+
+from .tick_messages import Item, Ordered, Tick
+
+T = TypeVar("T")
+
+
+class Fanout(Protocol):
+    """Rank 0's way to all other ranks; messages arrive in order."""
+
+    def send(self, payload: bytes) -> None: ...
+
+
+class Fanin(Protocol):
+    """Another rank's end of it."""
+
+    def receive(self) -> bytes:
+        """Wait for the next message."""
+        ...
+
+
+class NullCall:
+    """A command on a rank to which nobody listens: rank 0 answers."""
+
+    peer = "rank 0"
+    deadline = float("inf")
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def reply(self, body: Any) -> None: ...
+    def stream(self, body: Any) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
+class Action:
+    """A function that another thread wants run between two steps."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self.future: Future[Any] = Future()
+
+    def __call__(self) -> None:
+        """Run it, unless whoever asked has given up."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._run())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def wait(self, timeout_s: float) -> Any:
+        """Its result. `DeadlineExceeded` when it has not begun in time; then it never will."""
+        try:
+            return self.future.result(timeout_s)
+        except TimeoutError:
+            if self.future.cancel():
+                raise DeadlineExceeded(
+                    f"no step boundary within {timeout_s:.3g} s: a step takes longer than that, or the engine hangs; "
+                    "nothing was written; raise the deadline"
+                ) from None
+            return self.future.result()  # It has begun: a write is never abandoned half-way.
+
+
+class Boundaries:
+    """Actions that wait for their place in the order, by name; every rank arms its own under the same name."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._armed: dict[str, Action] = {}
+        self._changed = threading.Condition()
+
+    def arm(self, name: str, action: Action) -> None:
+        """Make `action` known; it runs when the loop comes to `Boundary(name)`."""
+        with self._changed:
+            self._armed[name] = action
+            self._changed.notify_all()
+
+    def run(self, name: str) -> None:
+        """Run the action of that name; a rank where it is not armed yet waits for it.
+
+        Raises `DeadlineExceeded` where it never comes: the ranks have lost each other.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: name in self._armed, self._patience_s):
+                raise DeadlineExceeded(
+                    f"boundary {name!r} came, but this rank has nothing to do there"
+                )
+            action = self._armed.pop(name)
+        action()
+
+
+class Leader:
+    """Shares rank 0's ticks with the other ranks; with no other rank it does nothing."""
+
+    def __init__(self, fanout: Fanout | None) -> None:
+        self._fanout = fanout
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def share(self, items: list[tuple[Item, Call]]) -> None:
+        """Tell all ranks what comes next; an empty tick is one more step."""
+        if self._fanout is not None:
+            self._fanout.send(self._encode(Tick(items=[item for item, _ in items])))
+
+
+class Follower:
+    """Receives the ticks of rank 0."""
+
+    def __init__(self, fanin: Fanin) -> None:
+        self._fanin = fanin
+        self._decode = msgspec.msgpack.Decoder(Tick).decode
+
+    def next(self) -> list[tuple[Item, Call]]:
+        """The next tick, with calls that answer nobody."""
+        tick = self._decode(self._fanin.receive())
+        return [(item, _null_call(item)) for item in tick.items]
+
+
+def _null_call(item: Item) -> Call:
+    return NullCall(item.body if isinstance(item, Ordered) else item)
