@@ -5,6 +5,7 @@ the two may touch the bytes is the protocol's business: the trainer until it has
 the session has ended.
 """
 
+import contextlib
 import mmap
 import warnings
 from typing import Protocol
@@ -58,11 +59,11 @@ class Mapping:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         if fileno == -1:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._map = mmap.mmap(-1, num_bytes + offset, flags=flags)
+            self._map: mmap.mmap | None = mmap.mmap(-1, num_bytes + offset, flags=flags)
         else:
             self._map = mmap.mmap(fileno, num_bytes + offset, access=access)
-        self._prepare(writable)
-        self._tensor: torch.Tensor | None = self._as_tensor(num_bytes, offset)
+        _prepare(self._map, writable)
+        self._tensor: torch.Tensor | None = _as_tensor(self._map, num_bytes, offset)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -72,35 +73,34 @@ class Mapping:
 
     def header(self, num_bytes: int) -> bytes:
         """The first bytes of the map."""
+        assert self._map is not None, "the mapping was closed"
         return self._map[:num_bytes]
 
     def write_header(self, header: bytes) -> None:
         """Set the first bytes of the map."""
+        assert self._map is not None, "the mapping was closed"
         self._map[: len(header)] = header
 
     def close(self) -> None:
         """Unmap now, or with the last tensor that still views it."""
+        # Not `mmap.close()`: torch keeps the object alive but does not export its buffer, so closing it would unmap
+        # memory under living tensors.
         self._tensor = None
-        try:
-            self._map.close()
-        except BufferError:
-            pass
+        self._map = None
 
-    def _prepare(self, writable: bool) -> None:
-        # Hints: without them the first update pays a page fault per 4 KiB, in the middle of its copies.
-        for advice in (
-            mmap.MADV_HUGEPAGE,
-            _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ,
-        ):
-            try:
-                self._map.madvise(advice)
-            except (OSError, ValueError):
-                pass
 
-    def _as_tensor(self, num_bytes: int, offset: int) -> torch.Tensor:
-        if num_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        with warnings.catch_warnings():
-            # A map for reading is not writable, and that is the point.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=offset)
+def _prepare(memory: mmap.mmap, writable: bool) -> None:
+    # Hints: without them the first update pays a page fault per 4 KiB, in the middle of its copies.
+    populate = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
+    for advice in (mmap.MADV_HUGEPAGE, populate):
+        with contextlib.suppress(OSError, ValueError):
+            memory.madvise(advice)
+
+
+def _as_tensor(memory: mmap.mmap, num_bytes: int, offset: int) -> torch.Tensor:
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # A map for reading is not writable, and that is the point.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=offset)

@@ -252,8 +252,15 @@ class WeightReceiver:
         except BaseException as error:
             if isinstance(error, TornWeightsError):
                 self._resident = None
-            self._end(error if isinstance(error, Exception) else WeightUpdateError(repr(error)))
-            raise
+            if isinstance(error, SyncError):
+                self._end(error)
+                raise
+            failure = WeightUpdateError(
+                f"the commit of version {session.version} failed with {type(error).__name__}: {error}; version "
+                f"{self.version} serves; look at the engine's log"
+            )
+            self._end(failure)
+            raise failure from error
         self._end(SessionError("the session has ended: it was committed; begin a new one"))
         return self._reply(session, write)
 
