@@ -208,7 +208,7 @@ def tile_table(
         outputs[segment],
         last_row[segment],
     )
-    return torch.stack(columns, dim=1).contiguous()
+    return torch.stack(columns, dim=1)
 
 
 def launch(

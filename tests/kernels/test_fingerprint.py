@@ -98,6 +98,12 @@ def test_the_exact_way_agrees_with_the_definition_at_any_byte(
     assert int(value) & MASK == fp.reference(data, start)
 
 
+@pytest.mark.parametrize("shift", [1, 4, 8])
+def test_the_exact_way_reads_words_only_where_memory_is_aligned(shift: int) -> None:
+    data = noise(64 + shift)[shift:]
+    assert int(fp.exact_sum(data, torch.tensor([64]), 64)) & MASK == fp.reference(data, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
 def test_the_exact_way_reads_elements_of_any_size(dtype: torch.dtype) -> None:
     data = noise(16 * dtype.itemsize * 3).view(dtype)
@@ -108,6 +114,32 @@ def test_the_exact_way_reads_elements_of_any_size(dtype: torch.dtype) -> None:
         for i, start in enumerate(runs)
     )
     assert int(fp.exact_sum(data, runs, run_bytes)) & MASK == expected & MASK
+
+
+@pytest.mark.parametrize("start", [0, 256, 8192 - 256, 8192, 4096])
+@pytest.mark.parametrize("size", [8192 * 3, 8192 * 3 + 256, 8192 * 4 - 5, 8192 * 2 + 999])
+def test_a_large_run_is_wide_rows_and_what_is_left_before_and_after(
+    start: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_table, "WIDE_BYTES", 8192)
+    buffer = noise(512 + 8192 * 5)
+    span = Span(offset=512, num_bytes=size, output=0, start=start)
+    assert table_values([span], buffer) == [fp.reference(buffer[512 : 512 + size], start)]
+
+
+def test_neighbours_of_whole_wide_rows_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(span_table, "WIDE_BYTES", 8192 * 4)
+    buffer = noise(8192 * 9)
+    sizes = [8192, 16384, 8192, 8192, 256, 8192, 8192 * 2 - 256]
+    spans, offset = [], 0
+    for output, size in enumerate(sizes):
+        spans.append(Span(offset=offset, num_bytes=size, output=output))
+        offset += size
+    plan = span_table.RowPlan.compile(spans)
+    # The first four at once in wide rows, the rest at once in narrow ones.
+    assert [(rows, width) for _, rows, width, _ in plan.jobs] == [(5, 1024), (96, 32)]
+    expected = [fp.reference(buffer[s.offset : s.offset + s.num_bytes]) for s in spans]
+    assert table_values(spans, buffer) == expected
 
 
 def test_many_runs_of_whole_rows_are_one_span() -> None:

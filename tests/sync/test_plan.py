@@ -172,6 +172,18 @@ def test_a_component_that_was_not_sent_is_not_overwritten_by_padding() -> None:
     check_written(plan, weight_map, stage)
 
 
+def test_memory_between_parameters_that_is_no_padding_is_not_overwritten() -> None:
+    # The same distance as in the arena, but not where an arena's padding would be.
+    memory = torch.full((1000,), 7, dtype=torch.uint8)
+    parameters = {"a": memory[8:108], "b": memory[264:364]}
+    weight_map = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    plan = compile_plan(manifest_of(weight_map), weight_map)
+    stage = noise(plan.manifest)
+    plan.replay(stage)
+    assert set(memory[108:264].tolist()) == {7}
+    check_written(plan, weight_map, stage)
+
+
 def test_aliases_and_fused_names_are_written_to_where_they_stand_for() -> None:
     weight_map, parameters = fused_model(5, (3, 1, 1))
     plan = compile_plan(manifest_of(weight_map, ["qkv.weight", "head", "1.bias"]), weight_map)
