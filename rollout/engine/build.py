@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..runner.model_runner import ModelRunner
 from ..scheduling.scheduler import Scheduler, SchedulerConfig
 from .admission import Admission
 from .core import EngineCore
+from .ranks import RankGroups, RankSpec, device_of
 from .tokenizer import Tokenizer, end_token_ids
 
 logger = logging.getLogger(__name__)
@@ -25,11 +27,19 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build_core(config: EngineConfig) -> EngineCore:
-    """An engine loop, ready to run; raises `ConfigError` or `CheckpointError` for what cannot be served."""
-    _check(config)
+def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore:
+    """The engine loop of one rank, ready to run; all ranks call it at about the same time.
+
+    Raises `ConfigError` or `CheckpointError` for what cannot be served.
+    """
+    check_config(config)
+    spec = spec or RankSpec()
     model_config = ModelConfig.from_folder(config.model_path)
-    resolved = resolve(config, model_config)
+    resolved = resolve(config, model_config, device_of(spec, config.device))
+    ranks = RankGroups.join(spec, resolved.device, config.start_timeout_s)
+    # Free memory differs between ranks; their block tables must not.
+    num_blocks = ranks.order.broadcast_object(resolved.num_blocks, int, src=0)
+    resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
@@ -39,6 +49,7 @@ def build_core(config: EngineConfig) -> EngineCore:
         device=resolved.device,
         block_size=resolved.block_size,
         num_blocks=resolved.num_blocks,
+        tp=ranks.tp,
     )
     loader = get_model_loader(LoadConfig(load_format=config.load_format, seed=config.seed))
     loader.load(runner.model, config.model_path)
@@ -61,14 +72,12 @@ def build_core(config: EngineConfig) -> EngineCore:
         scheduler=scheduler,
         sampler=Sampler(),
         admission=Admission(resolved, tokenizer, end_ids),
+        ranks=ranks,
     )
 
 
-def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedConfig:
     """Settle everything that `config` leaves open, from the model and from this machine."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = (config.dtype if config.dtype != "auto" else model.dtype or "float32").removeprefix(
         "torch."
     )
@@ -84,7 +93,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     block_bytes = KVPool.bytes_per_block(
         num_layers=model.num_layers,
         block_size=config.block_size,
-        num_kv_heads=model.num_kv_heads,
+        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
         head_dim=model.head_dim,
         dtype=DTYPES[dtype],
     )
@@ -121,7 +130,7 @@ def _num_blocks(config: EngineConfig, context: int, block_bytes: int, device: st
     return num
 
 
-def _check(config: EngineConfig) -> None:
+def check_config(config: EngineConfig) -> None:
     """Ranges that a type cannot express; one error for each field."""
     if not Path(config.model_path).is_dir():
         raise ConfigError(
@@ -136,10 +145,10 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
+    if config.tp_size > 1 and config.executor == "inline":
+        raise ConfigError(
+            f"tp_size: got {config.tp_size} with executor 'inline', expected 1; use executor='local' or 'ray'"
+        )
     fraction = config.mem_fraction_static
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(f"mem_fraction_static: got {fraction}, expected a number within (0, 1)")
-    if config.tp_size != 1:
-        raise ConfigError(
-            f"tp_size: got {config.tp_size}, expected 1; tensor parallelism is not supported yet"
-        )

@@ -1,8 +1,9 @@
 """Main of an engine process: `python -m rollout.engine.child FD`.
 
-Reads an `EngineConfig` as one line of JSON from standard input, loads the model, opens a socket, writes one line of
-JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor FD, and serves until it is told to shut
-down or standard input ends, which means that its owner is gone.
+Reads a `RankSpec` and an `EngineConfig`, a line of JSON each, from standard input, meets the other ranks, loads its
+part of the model, and writes one line of JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor
+FD. Then it serves until it is told to shut down or standard input ends, which means that its owner is gone. Only rank 0
+listens to clients; the address of another rank is empty.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from weight_sync.rpc import RpcServer
 
 from ..config import EngineConfig
 from .build import build_core
+from .ranks import RankSpec
 from .wire import REQUEST_TYPES
 
 
@@ -32,6 +34,7 @@ def main() -> int:
     )
     # Ctrl-C in a terminal reaches the whole process group; the owner decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSpec)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     servers: list[RpcServer] = []
     lifeline = threading.Thread(
@@ -39,19 +42,20 @@ def main() -> int:
     )
     lifeline.start()
     try:
-        core = build_core(config)
-        server = RpcServer(core.submit, REQUEST_TYPES, bind=config.listen)
-        servers.append(server)
-        server.start()
+        core = build_core(config, spec)
+        if spec.rank == 0:
+            servers.append(RpcServer(core.submit, REQUEST_TYPES, bind=config.listen))
+            servers[0].start()
     except Exception as error:
         _report(ready_fd, {"error": str(error), "code": type(error).__name__})
         logging.getLogger(__name__).debug("start failed", exc_info=True)
         return 1
-    _report(ready_fd, {"address": server.address})
+    _report(ready_fd, {"address": servers[0].address if servers else ""})
     try:
         core.run()
     finally:
-        server.close()
+        for server in servers:
+            server.close()
     return 0
 
 

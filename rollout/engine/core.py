@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 
 from weight_sync.errors import DeadlineExceeded, TornWeightsError
 from weight_sync.receiver import WeightReceiver
@@ -30,8 +31,9 @@ from . import commands as cmd
 from .admission import Admission
 from .inbox import Inbox
 from .postprocess import Postprocessor
-from .tick_messages import Boundary, EndPause, Expire, Item
-from .ticks import Action, Boundaries, Follower, Leader, NullCall
+from .ranks import HEARTBEAT_S, RankGroups, TickGroup
+from .tick_messages import Boundary, EndPause, Expire, Item, Tick
+from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,8 +42,7 @@ T = TypeVar("T")
 class EngineCore:
     """One rank's scheduler, runner and receiver; everything but `submit` and `between_steps` is the loop's.
 
-    With `follower` this is a rank other than 0: it takes its ticks from there, and answers nobody. With `leader` it
-    shares its own ticks with such ranks.
+    Rank 0 takes commands and shares its ticks with the other ranks; those take theirs from it and answer nobody.
     """
 
     def __init__(
@@ -52,8 +53,7 @@ class EngineCore:
         scheduler: Scheduler,
         sampler: Sampler,
         admission: Admission,
-        leader: Leader | None = None,
-        follower: Follower | None = None,
+        ranks: RankGroups,
     ) -> None:
         self.config = config
         self.runner = runner
@@ -68,8 +68,9 @@ class EngineCore:
             label=config.weight_version,
         )
         self.weights = WeightService(self.receiver)
-        self._leader = leader or Leader(None)
-        self._follower = follower
+        self._ranks = ranks
+        self._follows = ranks.spec.rank > 0
+        self._ticks: TickLink = TickGroup(ranks.order)
         self._inbox = Inbox()
         self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
         self._num_boundaries = 0
@@ -121,7 +122,7 @@ class EngineCore:
             name = f"{threading.get_ident()}/{self._num_boundaries}"
         armed = Action(action)
         self._boundaries.arm(name, armed)
-        if self._follower is None:
+        if not self._follows:
             self._inbox.put(Boundary(name=name))
         return armed
 
@@ -170,12 +171,11 @@ class EngineCore:
 
     def _next_tick(self) -> list[tuple[Item, Call]]:
         """What comes before the next step; waits while there is nothing to compute."""
-        if self._follower is not None:
-            return self._follower.next()
+        if self._follows:
+            return for_nobody(self._ticks.receive())
         items = self._due()
         items += self._inbox.take(0.0 if items or self._may_step else self._patience())
-        if items or self._may_step:
-            self._leader.share(items)
+        self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
 
     def _carry_out(self, item: Item, call: Call) -> None:
@@ -219,7 +219,8 @@ class EngineCore:
         """Seconds that the loop may sleep before a lease or a deadline needs it."""
         ends = [self._pause_ends] if self._paused is not None else []
         ends += [group.deadline for group in self.post.groups]
-        return max(0.0, min(ends) - time.monotonic()) if ends else 3600.0
+        longest = HEARTBEAT_S if self._ranks.spec.size > 1 else 3600.0
+        return min(max(0.0, min(ends) - time.monotonic()), longest) if ends else longest
 
     def _expire(self, numbers: Sequence[int]) -> None:
         for group in [group for group in self.post.groups if group.number in numbers]:
@@ -294,10 +295,24 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _get_weights(self, call: Call) -> None:
-        tensor = self.runner.weight_map.read(call.body.name)
+        tensor = self._read_weight(call.body.name)
         rows = tensor[: call.body.truncate_size] if tensor.dim() else tensor
         rows = rows.float().cpu().contiguous()
         call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
+
+    def _read_weight(self, name: str) -> torch.Tensor:
+        """A whole parameter in the trainer's shape, on every rank."""
+        located = self.runner.weight_map.locate(name)
+        tensor, group = located.read(), self._ranks.order
+        if group.size == 1:
+            return tensor
+        # Parts may be on several ranks (replicated heads): take each element from the last rank that holds it.
+        held = group.all_gather(located.mask().cpu()[None].to(torch.uint8), dim=0)
+        parts = group.all_gather(tensor.cpu()[None], dim=0)
+        result = torch.zeros_like(parts[0])
+        for part, mask in zip(parts, held, strict=True):
+            result = torch.where(mask.bool(), part, result)
+        return result
 
     def _status(self, call: Call) -> None:
         call.reply(self.status())
@@ -332,6 +347,7 @@ class EngineCore:
             for request in list(group.requests):
                 self.post.abort(request, "the engine was shut down")
         self.weights.close()
+        self._ranks.close()
         self._inbox.drain(
             lambda call: call.fail(
                 EngineClosedError("the engine was shut down before it came to this call")

@@ -12,28 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-import msgspec
-
 from weight_sync.errors import DeadlineExceeded
 from weight_sync.rpc import Call
 
 from .tick_messages import Item, Ordered, Tick
 
 T = TypeVar("T")
-
-
-class Fanout(Protocol):
-    """Rank 0's way to all other ranks; messages arrive in order."""
-
-    def send(self, payload: bytes) -> None: ...
-
-
-class Fanin(Protocol):
-    """Another rank's end of it."""
-
-    def receive(self) -> bytes:
-        """Wait for the next message."""
-        ...
 
 
 class NullCall:
@@ -45,9 +29,14 @@ class NullCall:
     def __init__(self, body: Any) -> None:
         self.body = body
 
-    def reply(self, body: Any) -> None: ...
-    def stream(self, body: Any) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
+    def reply(self, body: Any) -> None:
+        """Nobody hears it."""
+
+    def stream(self, body: Any) -> None:
+        """Nobody hears it."""
+
+    def fail(self, error: BaseException) -> None:
+        """Nobody hears it."""
 
 
 class Action:
@@ -107,31 +96,18 @@ class Boundaries:
         action()
 
 
-class Leader:
-    """Shares rank 0's ticks with the other ranks; with no other rank it does nothing."""
+class TickLink(Protocol):
+    """Rank 0's way to the other ranks; ticks arrive in order."""
 
-    def __init__(self, fanout: Fanout | None) -> None:
-        self._fanout = fanout
-        self._encode = msgspec.msgpack.Encoder().encode
+    def send(self, tick: Tick) -> None:
+        """Rank 0: tell all other ranks; with no other rank, nothing."""
 
-    def share(self, items: list[tuple[Item, Call]]) -> None:
-        """Tell all ranks what comes next; an empty tick is one more step."""
-        if self._fanout is not None:
-            self._fanout.send(self._encode(Tick(items=[item for item, _ in items])))
+    def receive(self) -> Tick:
+        """Another rank: wait for what rank 0 tells."""
 
 
-class Follower:
-    """Receives the ticks of rank 0."""
-
-    def __init__(self, fanin: Fanin) -> None:
-        self._fanin = fanin
-        self._decode = msgspec.msgpack.Decoder(Tick).decode
-
-    def next(self) -> list[tuple[Item, Call]]:
-        """The next tick, with calls that answer nobody."""
-        tick = self._decode(self._fanin.receive())
-        return [(item, _null_call(item)) for item in tick.items]
-
-
-def _null_call(item: Item) -> Call:
-    return NullCall(item.body if isinstance(item, Ordered) else item)
+def for_nobody(tick: Tick) -> list[tuple[Item, Call]]:
+    """The items of a received tick, with calls that answer nobody."""
+    return [
+        (item, NullCall(item.body if isinstance(item, Ordered) else item)) for item in tick.items
+    ]

@@ -1,0 +1,114 @@
+"""One child process that runs one rank: started with JSON, watched, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+
+import msgspec
+
+from weight_sync.errors import EngineDiedError
+
+from ..config import EngineConfig
+from ..errors import ERRORS
+from .ranks import RankSpec
+
+
+class RankProcess:
+    """A rank in a child process of this one."""
+
+    def __init__(self, config: EngineConfig, spec: RankSpec) -> None:
+        self._rank = spec.rank
+        read_end, write_end = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rollout.engine.child", str(write_end)],
+                stdin=subprocess.PIPE,
+                pass_fds=(write_end,),
+                env=_environment(config),
+            )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        self._ready_pipe = os.fdopen(read_end, "rb", buffering=0)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # It has died already; `await_ready` says so.
+            self._process.stdin.write(
+                msgspec.json.encode(spec) + b"\n" + msgspec.json.encode(config) + b"\n"
+            )
+            self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def await_ready(self, deadline: float) -> str:
+        """The address that the child reports once it serves; raises its error, should it fail to start.
+
+        `EngineDiedError` when it ends, or is not ready by `deadline` (monotonic).
+        """
+        data = b""
+        with self._ready_pipe as pipe, selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while not data.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise EngineDiedError(
+                        f"rank {self._rank} was not ready in time; raise start_timeout_s, or look at its messages above"
+                    )
+                chunk = pipe.read(1 << 16)
+                if not chunk:
+                    code = self._process.wait(timeout=10.0)
+                    raise EngineDiedError(
+                        f"rank {self._rank} ended while starting ({_exit_words(code)}); its messages are above"
+                    )
+                data += chunk
+        report = json.loads(data)
+        if "error" in report:
+            raise ERRORS.get(report["code"], RuntimeError)(report["error"])
+        address: str = report["address"]
+        return address
+
+    def why_dead(self) -> str | None:
+        """Why the child is gone, or None while it lives."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"rank {self._rank} of the engine (process {self._process.pid}) is gone: {_exit_words(code)}"
+
+    def kill(self) -> None:
+        """End it now; fine when it is gone."""
+        self._process.kill()
+
+    def let_go(self) -> None:
+        """Close its lifeline: it ends by itself unless it hangs."""
+        self._ready_pipe.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def stop(self, grace_s: float) -> None:
+        """Wait up to `grace_s` seconds for its end, then kill it."""
+        try:
+            self._process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _exit_words(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    environment = dict(os.environ)
+    if config.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(config.num_threads)
+    return environment

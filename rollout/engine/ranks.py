@@ -1,0 +1,110 @@
+"""How the ranks of one engine find each other, and the groups that they share.
+
+tp        collectives of the layers, on the model's device
+order     rank 0's ticks (`ticks`), on the CPU
+weights   agreement on a weight update, on the CPU
+
+They are separate because different threads use them. Every rank joins with the same `RankSpec` but for its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+import torch
+
+from ..distributed.group_coordinator import GroupCoordinator
+from ..distributed.stateless_process_group import StatelessProcessGroup
+from .tick_messages import Tick
+
+HEARTBEAT_S = 10.0
+"""Rank 0 sends a tick at least this often, so that the others can tell an idle engine from a dead one."""
+SILENCE_S = 120.0
+"""Silence after which a rank gives rank 0 up; a step, a load or a commit may take long."""
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rank's place among the ranks of an engine."""
+
+    rank: int = 0
+    """From 0; rank 0 talks to clients."""
+    size: int = 1
+    """Number of ranks."""
+    store_host: str = ""
+    """Host of the rendezvous; empty with one rank."""
+    store_port: int = 0
+    """Its port."""
+    device: str | None = None
+    """Device of this rank; None: as configured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroups:
+    """The groups of one rank."""
+
+    spec: RankSpec
+    tp: GroupCoordinator
+    order: GroupCoordinator
+    weights: GroupCoordinator
+
+    @classmethod
+    def join(cls, spec: RankSpec, device: str, timeout_s: float) -> Self:
+        """Meet the other ranks; returns when all have come, or raises `DeadlineExceeded`."""
+
+        def group(name: str, on: str) -> GroupCoordinator:
+            if spec.size == 1:
+                return GroupCoordinator.single(device=on, name=name)
+            meeting = StatelessProcessGroup.create(
+                spec.store_host,
+                spec.store_port,
+                spec.rank,
+                spec.size,
+                name=name,
+                timeout_s=timeout_s,
+                served=True,
+            )
+            with contextlib.closing(meeting):
+                return GroupCoordinator.create(meeting, device=on, timeout_s=SILENCE_S)
+
+        return cls(
+            spec=spec,
+            tp=group("tp", device),
+            order=group("order", "cpu"),
+            weights=group("weights", "cpu"),
+        )
+
+    def close(self) -> None:
+        """Leave all groups; what the other ranks wait for then fails."""
+        for group in (self.tp, self.order, self.weights):
+            group.destroy()
+
+
+@dataclass(frozen=True, slots=True)
+class TickGroup:
+    """Ticks over the group `order`."""
+
+    group: GroupCoordinator
+
+    def send(self, tick: Tick) -> None:
+        """Rank 0: tell all other ranks."""
+        if self.group.size > 1:
+            self.group.broadcast_object(tick, Tick, src=0)
+
+    def receive(self) -> Tick:
+        """Another rank: wait for what rank 0 tells."""
+        tick: Tick = self.group.broadcast_object(None, Tick, src=0, timeout_s=SILENCE_S)
+        return tick
+
+
+def device_of(spec: RankSpec, configured: str) -> str:
+    """The device of a rank: its own where it was given one, else one GPU a rank, or the CPU."""
+    if spec.device is not None:
+        return spec.device
+    if configured == "auto":
+        configured = "cuda" if torch.cuda.is_available() else "cpu"
+    if configured == "cuda":
+        return f"cuda:{spec.rank}"
+    return configured
