@@ -161,32 +161,28 @@ class Scheduler:
                     full.append(request)
             else:
                 prefills.append(request)
-        num_releases = self.kv.num_releases
-        if full:
-            self._make_room(full)
-            if self.kv.num_releases != num_releases:
-                items = [item for item in items if item.request.status is RUNNING]
-                prefills = [request for request in prefills if request.status is RUNNING]
+        if full and self._make_room(full):
+            items = [item for item in items if item.request.status is RUNNING]
+            prefills = [request for request in prefills if request.status is RUNNING]
         num_decodes = len(items)
         budget = self.config.chunked_prefill_size - num_decodes
         for request in prefills:
             budget -= self._add_chunk(items, request, budget)
-        # Whoever was just retracted would be back at once, and the next step would retract it again.
-        if self.kv.num_releases == num_releases:
-            budget = self._admit_waiting(items, prefills, budget)
+        budget = self._admit_waiting(items, prefills, budget)
         if not items:
             return None
         num_tokens = self.config.chunked_prefill_size - budget
         return ScheduledBatch(items, self.kv.take_copies(), num_tokens, num_decodes)
 
-    def _make_room(self, full: list[Request]) -> None:
-        """One more block for each of `full` that is not retracted on the way."""
-        kv = self.kv
+    def _make_room(self, full: list[Request]) -> bool:
+        """One more block for each of `full` that is not retracted on the way; whether somebody was."""
+        kv, before = self.kv, self.num_retractions
         while len(full) > kv.num_available:
             self._retract(max(self._running, key=lambda request: request.arrival))
             full = [request for request in full if request.status is RUNNING]
         for request in full:
             kv.extend(request)
+        return self.num_retractions != before
 
     def _add_chunk(self, items: list[ScheduledItem], request: Request, budget: int) -> int:
         """Append the next chunk of a prompt within `budget`; its length, which may be 0."""
@@ -244,7 +240,7 @@ class Scheduler:
     def _take_blocks(self, request: Request, promised: int) -> bool:
         """Blocks for all known tokens of a waiting request, if the running ones then still have one more block each."""
         kv, running = self.kv, self._running
-        if running and self._stalled == (request, kv.num_releases):
+        if self._stalled == (request, kv.num_releases):
             return False
         num_tokens = len(request.token_ids)
         hits = kv.match(request, request.reuse_limit)

@@ -67,6 +67,23 @@ def test_equal_blocks_after_different_prefixes_are_different() -> None:
     assert kv.match(CachedSequence([5, 5, 5, 5, 0]), 4) == []
 
 
+def test_two_that_compute_the_same_block_at_once_share_what_follows() -> None:
+    kv = make_kv()
+    twins = [CachedSequence(range(8)), CachedSequence(range(8))]
+    for twin in twins:
+        admit(kv, twin)
+    for length in (4, 4):
+        for twin in reversed(twins):
+            compute(kv, twin, length)
+    assert kv.match(CachedSequence([4, 5, 6, 7, 0]), 4) == []
+    first, second = twins[1].block_ids
+    kv.release(twins[0])
+    assert kv.match(CachedSequence(range(9)), 8) == [first, second]
+    kv.release(twins[1])
+    assert kv.match(CachedSequence(range(9)), 8) == [first, second]
+    kv.check_invariants([])
+
+
 def test_nothing_is_reused_beyond_the_limit() -> None:
     kv = make_kv()
     run(kv, list(range(12)))

@@ -100,6 +100,13 @@ def test_the_token_budget_limits_the_running_requests_too() -> None:
     assert scheduler.num_running == 3
 
 
+def test_the_token_budget_limits_samples_of_one_prompt_too() -> None:
+    scheduler = make_scheduler(running=50, budget=3)
+    make_requests(scheduler, 2, n=6)
+    for _ in range(3):
+        assert step(scheduler)[0].num_tokens <= 3
+
+
 def test_a_prompt_of_nothing_to_draw_gives_one_row_that_draws_nothing() -> None:
     scheduler = make_scheduler()
     (request,) = make_requests(scheduler, 4, max_new=0)
@@ -107,6 +114,18 @@ def test_a_prompt_of_nothing_to_draw_gives_one_row_that_draws_nothing() -> None:
     assert [(row.request, row.draws) for row in rows] == [(request, False)]
     scheduler.finish(request)
     assert not scheduler.has_work and scheduler.kv.num_held == 0
+
+
+def test_prompt_and_output_are_found_by_the_next_turn() -> None:
+    scheduler = make_scheduler()
+    (first,) = make_requests(scheduler, 6, max_new=12)
+    for _ in range(12):
+        step(scheduler)
+    scheduler.finish(first)
+    (turn,) = make_requests(scheduler, [*first.token_ids, 50, 51, 52])
+    batch, _ = step(scheduler)
+    # The last token of the output was drawn but never computed.
+    assert first.num_tokens == 18 and chunks(batch) == [(turn.rid, 16, 5)]
 
 
 # Samples of one prompt ------------------------------------------------------------------------------------------------
@@ -154,6 +173,16 @@ def test_samples_without_a_block_come_later_and_none_is_lost() -> None:
         if scheduler.has_work:
             step(scheduler)
     assert sorted(request.rid for request in done) == [request.rid for request in requests]
+
+
+@pytest.mark.parametrize("budget", [6, 64])
+def test_slots_are_kept_for_samples_that_will_be_forked(budget: int) -> None:
+    scheduler = make_scheduler(running=3, budget=budget)
+    group = make_requests(scheduler, 10, n=3)
+    (single,) = make_requests(scheduler, 2)
+    while not step(scheduler)[1]:
+        assert scheduler.running == group[:1]
+    assert scheduler.running == group and single.status is RequestStatus.WAITING
 
 
 def test_when_the_leader_is_aborted_the_next_sample_leads() -> None:
@@ -253,6 +282,25 @@ def test_nobody_is_admitted_whose_blocks_the_running_ones_need_next() -> None:
     scheduler.finish(first)
     step(scheduler)
     assert scheduler.running == [second]
+
+
+def test_a_request_that_did_not_fit_is_looked_at_again_only_after_a_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(blocks=6)
+    (first,) = make_requests(scheduler, 8, max_new=9)
+    make_requests(scheduler, 12, max_new=1)
+    looks = []
+    match = scheduler.kv.match
+    monkeypatch.setattr(
+        scheduler.kv, "match", lambda request, limit: looks.append(request) or match(request, limit)
+    )
+    for _ in range(5):
+        step(scheduler)
+    assert len(looks) == 2
+    scheduler.finish(first)
+    step(scheduler)
+    assert len(looks) == 3 and scheduler.num_running == 1
 
 
 def test_a_lone_request_can_use_the_whole_pool() -> None:
