@@ -82,6 +82,7 @@ class SpanTable:
             RowPlan.compile(spans) if device.type == "cpu" else TilePlan.compile(spans, device)
         )
 
+    @torch.inference_mode(False)  # it does not reach other threads, which then could not write
     @torch.no_grad()
     def sums(self, words: torch.Tensor) -> torch.Tensor:
         """The sum of each output over the buffer's 8-byte words (int64, 1-d); (N,) int64 on the same device."""
@@ -90,6 +91,7 @@ class SpanTable:
         return out
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def part_sum(part: torch.Tensor, run_starts: torch.Tensor, run_bytes: int) -> torch.Tensor:
     """The sum over `part`, any rectangular part of a tensor, whose runs start at `run_starts`; 0-d int64.

@@ -112,6 +112,7 @@ class Replay:
         self._some.move_to_end(key)
         return batch
 
+    @torch.inference_mode(False)
     def _compile(self, wanted: set[int] | None) -> _Batch:
         ranges = [r for r in self._ranges if wanted is None or r.index in wanted]
         joined = list(_joined(ranges, self._occupied))

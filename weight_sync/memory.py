@@ -21,8 +21,16 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     return first * size, (last + 1) * size
 
 
+@torch.inference_mode(False)
 def storage_view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The whole allocation of `tensor` as elements of `dtype`, as many as fit; shares its memory."""
     storage = tensor.untyped_storage()
     view = torch.empty(0, dtype=dtype, device=tensor.device)
     return view.set_(storage, 0, (storage.nbytes() // dtype.itemsize,))  # type: ignore[call-overload]
+
+
+@torch.inference_mode(False)
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that may be written from any thread and grad mode, however `tensor` was made."""
+    memory = storage_view(tensor, tensor.dtype)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

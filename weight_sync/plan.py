@@ -20,7 +20,7 @@ from .copies import Copy, Replay
 from .errors import ManifestMismatch
 from .fingerprints import ArenaFingerprints, Indices, SubsetSums, region_sum
 from .manifest import Manifest, dtype_name, mismatch
-from .memory import Storage, byte_range, storage_key, storage_view
+from .memory import Storage, byte_range, storage_key, storage_view, writable
 from .weight_map import Located, Placement, WeightMap
 
 
@@ -101,7 +101,7 @@ class Plan:
         self._replay = Replay(
             manifest,
             [
-                Copy(index=i, region=placement.region, destination=placement.destination.detach())
+                Copy(index=i, region=placement.region, destination=writable(placement.destination))
                 for i, here in enumerate(located)
                 for placement in here.placements
                 if placement.destination.numel()

@@ -323,6 +323,31 @@ def test_parameters_keep_their_addresses_and_their_gradients_flag() -> None:
     assert parameter.min() == 3
 
 
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_a_model_of_inference_tensors_is_updated_from_any_mode(
+    modes: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout_kernels.span_table._THREADED_WORDS", 1)
+    monkeypatch.setattr("rollout_kernels.span_table._JOB_WORDS", 1024)
+    with torch.inference_mode(modes[0]):
+        parameters = {"p": torch.zeros(40, 1000), "norm": torch.zeros(30_000)}
+        left, right = parameters["p"].split([300, 700], dim=1)
+        weight_map = WeightMap(
+            [
+                Placement.whole("left", left),
+                Placement.whole("right", right),
+                Placement.whole("norm", parameters["norm"]),
+            ],
+            parameters,
+        )
+        plan = compile_plan(manifest_of(weight_map), weight_map)
+    for seed, mode in enumerate((*modes, *modes)):
+        with torch.inference_mode(mode):
+            stage = noise(plan.manifest, seed)
+            plan.replay(stage)
+            check_written(plan, weight_map, stage)
+
+
 def test_everything_that_does_not_fit_is_one_error() -> None:
     weight_map, _ = fused_model(8, (4, 2, 2))
     metas = (

@@ -156,6 +156,12 @@ def test_all_problems_are_one_error() -> None:
         assert part in text
 
 
+def test_a_destination_that_reaches_beyond_its_parameter_is_an_error() -> None:
+    memory = torch.zeros(10)
+    text = problems([Placement.whole("w", memory[:6])], {"p": memory[:4]})
+    assert "w: got a destination outside of the parameters" in text
+
+
 def test_parts_of_one_tensor_agree_on_its_shape_and_dtype() -> None:
     a, b = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
     assert "w: got parts of torch.float32 [4] and of torch.float64 [4]" in problems(
