@@ -59,12 +59,15 @@ def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
     """The model's options and sizes, the engine's resolved configuration, and the shape of every tensor."""
     import torch
 
-    from ..engine.build import DTYPES, resolve
+    from ..engine.build import DTYPES, check_config, resolve
+    from ..engine.ranks import RankSpec, device_of
     from ..models.build import build_model
     from ..models.model_config import ModelConfig
 
+    check_config(settings.engine)
     model_config = ModelConfig.from_folder(settings.engine.model_path)
-    resolved = _fields(resolve(settings.engine, model_config))
+    device = device_of(RankSpec(), settings.engine.device)
+    resolved = _fields(resolve(settings.engine, model_config, device))
     user = _fields(resolved.pop("user"))
     # On the meta device there is a structure and no storage.
     model = build_model(model_config, DTYPES[resolved["dtype"]], torch.device("meta"))
