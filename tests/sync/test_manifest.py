@@ -100,6 +100,7 @@ def test_buckets_cut_the_tensors_into_runs_of_at_most_their_size(
     layout = manifest(*tensors, bucket_bytes=bucket_bytes)
     assert [i for bucket in layout.buckets for i in bucket] == list(range(len(tensors)))
     ends = [*layout.offsets, layout.arena_bytes]
+    assert all(layout.buckets)
     for bucket in layout.buckets:
         span = ends[bucket.stop] - ends[bucket.start]
         assert span <= bucket_bytes or len(bucket) == 1
