@@ -22,7 +22,7 @@ from .errors import DeadlineExceeded, EngineDiedError, SessionError
 from .fingerprints import NamedTensors
 from .messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from .report import SyncReport
-from .update import Update, UpdateOptions
+from .update import PackedRows, Update, UpdateOptions
 
 
 class WeightPublisher:
@@ -213,15 +213,19 @@ class WeightPublisher:
     ) -> SyncReport:
         listed = _listed(named_tensors)
         update = self._new_update(options, deadline)
-        if isinstance(listed, list):  # known as a whole: refused before there is a session
+        packed: list[PackedRows] | None = None
+        if isinstance(
+            listed, list
+        ):  # known as a whole: checked and packed before there is a session
             selection = update.selector.take(listed)
             update.selector.finish(strict=options.strict)
+            packed = update.pack(selection)
         self._open(update, deadline)
         try:
-            if isinstance(listed, list):
-                update.pack(selection, deadline)
-            else:
+            if packed is None:
                 self._stage(update, listed, deadline, strict=options.strict)
+            for rows in packed or ():
+                update.announce(rows, deadline)
         except BaseException as error:
             self._abandon(update, error)
             raise
@@ -258,7 +262,8 @@ class WeightPublisher:
         if isinstance(named_tensors, list):
             selection = selector.take(named_tensors)
             selector.finish(strict=strict)
-            update.pack(selection, deadline)
+            for packed in update.pack(selection):
+                update.announce(packed, deadline)
             return
         pending: list[int] = []
         num_bytes = 0
@@ -270,11 +275,11 @@ class WeightPublisher:
             pending += rows
             num_bytes += int(update.packed.num_bytes[rows].sum())
             if num_bytes >= self._bucket_bytes:
-                update.announce(pending, deadline)
+                update.announce(update.finish(pending), deadline)
                 pending, num_bytes = [], 0
         selector.finish(strict=strict)
         if pending:
-            update.announce(pending, deadline)
+            update.announce(update.finish(pending), deadline)
 
     def _commit(self, update: Update, deadline: Deadline) -> SyncReport:
         _refuse_failed(update)

@@ -46,6 +46,16 @@ class UpdateOptions:
     lease_s: float = 60.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Rows of the arena that are complete."""
+
+    indices: np.ndarray
+    """Positions in the manifest, ascending, int64."""
+    fingerprints: np.ndarray
+    """One per row, uint64."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Update:
     """An open session. Not thread safe; the publisher holds its lock."""
@@ -98,17 +108,19 @@ class Update:
         self.packed.manifest_known = True
         self.epoch, self.version = reply.epoch, reply.version
 
-    def pack(self, selection: Selection, deadline: Deadline) -> None:
-        """Copy the selected rows into the arena and announce them, bucket by bucket, without waiting for answers."""
+    def pack(self, selection: Selection) -> list[PackedRows]:
+        """Copy the selected rows into the arena, bucket by bucket; needs no session yet."""
         self.count(selection)
         sources = selection.sources
         if len(sources) == len(self.packed.views):
             buckets = [list(bucket) for bucket in self.packed.layout.manifest.buckets]
         else:
             buckets = self._split(sorted(sources))
+        packed = []
         for rows in buckets:
             self.copy(rows, [sources[i] for i in rows])
-            self.announce(rows, deadline)
+            packed.append(self.finish(rows))
+        return packed
 
     def count(self, selection: Selection) -> None:
         """Note what was given, for the report."""
@@ -127,22 +139,27 @@ class Update:
             torch._foreach_copy_([views[i] for i in rows], sources)
         self.pack_s += time.perf_counter() - start
 
-    def announce(self, rows: list[int], deadline: Deadline) -> None:
-        """Fingerprint rows that are complete in the arena and tell the engine, without waiting for its answer."""
-        rows = sorted(rows)
-        indices = np.array(rows, dtype=np.int64)
+    def finish(self, rows: list[int]) -> PackedRows:
+        """Fingerprint rows that are complete in the arena."""
+        start = time.perf_counter()
+        indices = np.array(sorted(rows), dtype=np.int64)
         everything = len(rows) == len(self.packed.views)
         values = self.packed.fingerprints.values(
             self.packed.buffer, None if everything else indices
         )
-        found = values.numpy().view(np.uint64)
-        self._check_expected(rows, found)
+        packed = PackedRows(indices=indices, fingerprints=values.numpy().view(np.uint64))
+        self._check_expected(packed)
         self.num_bytes += int(self.packed.num_bytes[indices].sum())
+        self.pack_s += time.perf_counter() - start
+        return packed
+
+    def announce(self, packed: PackedRows, deadline: Deadline) -> None:
+        """Tell the engine that rows are complete, without waiting for its answer."""
         bucket = Bucket(
             session_id=self.session_id,
             epoch=self.epoch,
-            indices=indices.astype("<u4").tobytes(),
-            fingerprints=found.astype("<u8").tobytes(),
+            indices=packed.indices.astype("<u4").tobytes(),
+            fingerprints=packed.fingerprints.astype("<u8").tobytes(),
         )
         self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
         self._raise_early()
@@ -203,7 +220,7 @@ class Update:
             if future.done():
                 future.result()
 
-    def _check_expected(self, rows: list[int], found: np.ndarray) -> None:
+    def _check_expected(self, packed: PackedRows) -> None:
         expected = self.options.expected_fingerprints
         if not expected:
             return
@@ -211,7 +228,7 @@ class Update:
         tensors = self.packed.layout.manifest.tensors
         wrong = [
             f"{tensors[i].name}: got {int(value):#018x}, expected {expected[tensors[i].name]:#018x}"
-            for i, value in zip(rows, found, strict=True)
+            for i, value in zip(packed.indices.tolist(), packed.fingerprints, strict=True)
             if tensors[i].name in expected
             and tensors[i].name not in cast
             and expected[tensors[i].name] != int(value)
