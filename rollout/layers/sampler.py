@@ -55,12 +55,15 @@ class SampleOutput:
     """(R,) float32 on the CPU, NaN in rows that did not ask and were not free; None: no row asked."""
 
 
+_KEPT_BATCHES = 16
+"""Batches whose parameters are kept as arrays: a step may be sampled in several pieces."""
+
+
 class Sampler:
-    """Draws tokens. Keeps nothing but what the last batch asked for as arrays, which the next step mostly reuses."""
+    """Draws tokens. Keeps nothing but what recent batches asked for as arrays, which the next step mostly reuses."""
 
     def __init__(self) -> None:
-        self._requests: list[Request] = []
-        self._asked: _Asked | None = None
+        self._kept: dict[Request, tuple[list[Request], _Asked]] = {}
 
     def sample(
         self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
@@ -73,7 +76,7 @@ class Sampler:
         """
         if rows is not None:
             logits = logits.index_select(0, torch.tensor(list(rows), device=logits.device))
-        assert logits.shape[0] == len(requests)
+        assert 0 < logits.shape[0] == len(requests)
         asked = self._what_is_asked(requests, logits.device)
         step = _Step(asked, _uniforms(requests, asked))
         edited = [row for row in asked.editable if is_edited(requests[row])]
@@ -89,10 +92,13 @@ class Sampler:
 
     def _what_is_asked(self, requests: Sequence[Request], device: torch.device) -> _Asked:
         requests = list(requests)
-        if self._asked is None or requests != self._requests or self._asked.device != device:
-            self._asked = _Asked(requests, device)
-            self._requests = requests
-        return self._asked
+        known, asked = self._kept.get(requests[0], (None, None))
+        if asked is None or known != requests or asked.device != device:
+            if len(self._kept) >= _KEPT_BATCHES:
+                self._kept.clear()
+            asked = _Asked(requests, device)
+            self._kept[requests[0]] = (requests, asked)
+        return asked
 
 
 def _uniforms(requests: Sequence[Request], asked: _Asked) -> Tensor:
