@@ -1,0 +1,1 @@
+"""Groups of ranks that hold one model together, without `torch.distributed`'s default group."""

@@ -1,0 +1,163 @@
+"""Blocking calls on a thread of their own, with deadlines that hold even when a call never returns."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from ..errors import DeadlineExceeded, TransportError
+
+T = TypeVar("T")
+
+GRACE_S = 0.25
+"""How long a call that minds its deadline itself may take to raise its own, better error."""
+
+
+class _Job:
+    """One call and what became of it."""
+
+    __slots__ = ("call", "end", "future", "timeout_s", "what")
+
+    def __init__(self, call: Callable[[], Any], timeout_s: float, what: str) -> None:
+        self.call = call
+        self.timeout_s = timeout_s
+        self.what = what
+        self.end = time.monotonic() + timeout_s
+        self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()
+
+    def resolve(self, result: Any = None, error: BaseException | None = None) -> None:
+        """The first answer counts; called with the lock of the thread held."""
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+class CallThread:
+    """Runs calls one after another, in the order in which they were submitted.
+
+    A call that outlives its deadline cannot be interrupted, only left behind: its future fails with
+    `DeadlineExceeded`, `on_overrun` may abort what the call waits for, every later call fails at once, and the thread
+    ends when the call returns. `on_end` is the last thing that the thread runs. A call may submit, but not wait.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_overrun: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_overrun = on_overrun
+        self._on_end = on_end
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._current: _Job | None = None
+        self._over: str | None = None
+        self._worker = threading.Thread(target=self._work, name=f"{name}-calls", daemon=True)
+        self._guard = threading.Thread(target=self._watch, name=f"{name}-deadlines", daemon=True)
+        self._worker.start()
+        self._guard.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for the running call any more; calls that poll should end when it turns true."""
+        return self._over is not None
+
+    def submit(self, call: Callable[[], T], *, timeout_s: float, what: str) -> Future[T]:
+        """Run `call` after those before it; `what` names it in errors."""
+        job = _Job(call, timeout_s, what)
+        with self._changed:
+            if self._over is not None:
+                job.resolve(error=_unanswered(job, self._over))
+            else:
+                self._jobs.append(job)
+                self._changed.notify_all()
+        return job.future
+
+    def run(self, call: Callable[[], T], *, timeout_s: float, what: str) -> T:
+        """`submit`, and wait for the result."""
+        return self.submit(call, timeout_s=timeout_s, what=what).result()
+
+    def close(self, *, wait_s: float = 1.0) -> bool:
+        """Fail what is queued or running and end the thread; whether it has ended within `wait_s`.
+
+        Never blocks for longer: a thread that is stuck in a call ends after it, whenever that is. Safe to repeat.
+        """
+        with self._changed:
+            self._end("it was closed")
+        self._guard.join()
+        self._worker.join(timeout=wait_s)
+        return not self._worker.is_alive()
+
+    def _pending(self) -> list[_Job]:
+        return [*([self._current] if self._current is not None else []), *self._jobs]
+
+    def _end(self, why: str) -> None:
+        """With the lock held: accept nothing more, and fail what waits."""
+        self._over = self._over or why
+        for job in self._pending():
+            job.resolve(error=_unanswered(job, self._over))
+        self._jobs.clear()
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._over is not None)
+                if self._over is not None:
+                    break
+                job = self._current = self._jobs.popleft()
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = job.call()
+            except (
+                BaseException
+            ) as caught:  # whatever it is, it belongs to whoever waits for the future
+                error = caught
+            with self._changed:
+                self._current = None
+                job.resolve(result, error)
+                self._changed.notify_all()
+            del job, result, error  # or they would keep buffers alive until the next call
+        if self._on_end is not None:
+            self._on_end()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while self._over is None:
+                late = min(self._pending(), key=lambda job: job.end, default=None)
+                wait_s = None if late is None else late.end + GRACE_S - time.monotonic()
+                if late is None or wait_s is None or wait_s > 0:
+                    self._changed.wait(wait_s)
+                    continue
+                late.resolve(error=_overran(late))
+                if late is self._current:
+                    self._end(f"the call before it ({late.what}) did not end by its deadline")
+                    break
+                self._jobs.remove(late)
+            else:
+                return
+        if self._on_overrun is not None:
+            self._on_overrun()
+
+
+def _overran(job: _Job) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{job.what}: got no result within {job.timeout_s:.1f} s, expected every member to take part in time; "
+        "look for one that is late, stopped or dead, or raise the timeout"
+    )
+
+
+def _unanswered(job: _Job, why: str) -> TransportError:
+    return TransportError(
+        f"{job.what}: got no result because {why}, expected an open group; make a new one"
+    )
