@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .agreement import RankAgreement, settle, whole_values
 from .errors import DeadlineExceeded, SyncError, TornWeightsError, WeightUpdateError
 from .host import WeightHost
 from .session import Phase, Session, as_uint64
@@ -69,6 +70,8 @@ class WeightCommit:
     """Holds what is resident before, or None: a failure after the first byte tears."""
     on_served: Callable[[Served], None]
     """Called inside the pause with what is resident now."""
+    agreement: RankAgreement
+    """All ranks commit, or none."""
     check_restored: Callable[[], None]
     """Raises unless the resident bytes are those from before, as far as that is known."""
 
@@ -86,7 +89,8 @@ class WeightCommit:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
         end = time.monotonic() + timeout_s
         try:
-            self.host.between_steps(self._write, timeout_s)
+            name = f"commit/{self.session.request.session_id}"
+            self.host.between_steps(self._write, timeout_s, name)
         except BaseException:
             with self._lock:
                 self._cancelled = not self._started
@@ -109,17 +113,29 @@ class WeightCommit:
             self._holding = True
         try:
             session.phase = Phase.WRITING
-            self._replay()
+            self._together(self._replay)
             if not overlapped:
                 self._compare()
-            # After torn weights, whatever was computed with them must go.
-            kv_policy = "flush" if self.served.torn is not None else session.request.kv_policy
-            self.host.weights_written(session.version, session.label, kv_policy)
+            self._together(self._tell_host)
             self.on_served(Served(version=session.version, label=session.label))
         except BaseException as error:
             self._undo(error)
         finally:
             self.pause_s += time.perf_counter() - start
+
+    def _together(self, step: Callable[[], None]) -> None:
+        """Do `step` on all ranks; when it fails on one, it has failed on all."""
+        failure: BaseException | None = None
+        try:
+            step()
+        except BaseException as error:
+            failure = error
+        settle(self.agreement, failure)
+
+    def _tell_host(self) -> None:
+        # After torn weights, whatever was computed with them must go.
+        kv_policy = "flush" if self.served.torn is not None else self.session.request.kv_policy
+        self.host.weights_written(self.session.version, self.session.label, kv_policy)
 
     def _replay(self) -> None:
         start = time.perf_counter()
@@ -133,6 +149,10 @@ class WeightCommit:
         session = self.session
         indices = session.indices
         found = as_uint64(session.plan.resident_fingerprints(indices))
+        regions = session.known.regions
+        found = whole_values(
+            self.agreement, found, regions if indices is None else regions[indices]
+        )
         declared = session.declared if indices is None else session.declared[indices]
         session.compare(found, indices, declared, "resident")
         self.verified_at = time.perf_counter()
@@ -178,7 +198,7 @@ class WeightCommit:
                 f"the commit of version {self.session.version} failed ({why}): {error}", error
             )
         try:
-            self.snapshot.restore()  # type: ignore[union-attr]
+            self._together(self.snapshot.restore)  # type: ignore[union-attr]
             self.check_restored()
             self.host.weights_written(self.served.version, self.served.label, "flush")
             self.on_served(self.served)

@@ -13,9 +13,12 @@ class WeightHost(Protocol):
     when that verification failed and no step boundary came to undo the update.
     """
 
-    def between_steps(self, action: Callable[[], T], timeout_s: float) -> T:
+    def between_steps(
+        self, action: Callable[[], T], timeout_s: float, name: str | None = None
+    ) -> T:
         """Run `action` on the engine loop's thread between two steps, block until it has run, and return its result or
-        raise its error. When no step boundary comes within `timeout_s`, raise `DeadlineExceeded`."""
+        raise its error. When no step boundary comes within `timeout_s`, raise `DeadlineExceeded`. Ranks that pass the
+        same `name` run their actions at the same boundary."""
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """The resident bytes are those of `version`: refresh derived state and apply the KV policy (None: the engine's

@@ -5,7 +5,7 @@
     OpenArena, CloseArena   ArenaOpened, Ack
     Begin                   BeginReply
     Bucket                  BucketReply
-    Commit, Abort           CommitReply, Ack
+    Vote, Commit, Abort     Ack, CommitReply, Ack
     GetFingerprint          FingerprintReply
 
 Any of them may be answered with `ErrorReply` instead. Per-tensor columns travel as packed little-endian arrays
@@ -214,6 +214,15 @@ class BucketReply(Message, frozen=True, kw_only=True):
     """Seconds that checking this bucket took."""
 
 
+class Vote(Message, frozen=True, kw_only=True):
+    """Can this rank commit? `Ack` says yes, and that it will not change its mind; rank 0 asks before it commits."""
+
+    session_id: SessionId
+    """As in `Begin`."""
+    epoch: int
+    """As in `BeginReply`."""
+
+
 class Commit(Message, frozen=True, kw_only=True):
     """Make what was staged the next version, whole, between two steps."""
 
@@ -292,7 +301,16 @@ class ErrorReply(Message, frozen=True, kw_only=True):
 
 
 WeightRequest = (
-    Hello | GetIgnored | OpenArena | CloseArena | Begin | Bucket | Commit | Abort | GetFingerprint
+    Hello
+    | GetIgnored
+    | OpenArena
+    | CloseArena
+    | Begin
+    | Bucket
+    | Vote
+    | Commit
+    | Abort
+    | GetFingerprint
 )
 WeightReply = (
     EngineInfo

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import ManifestMismatch
+from .fingerprints import name_key
 from .manifest import Manifest, WireManifest, mismatch
 from .plan import Plan, compile_plan
 from .weight_map import WeightMap
@@ -25,6 +26,8 @@ class KnownPlan:
     """Positions in the canonical manifest."""
     num_canonical: int
     """Tensors of the canonical manifest."""
+    regions: np.ndarray
+    """For each tensor of the manifest, which part of it this rank holds: uint64, equal for equal parts."""
 
     @property
     def manifest(self) -> Manifest:
@@ -101,4 +104,13 @@ class PlanCache:
             owners=table[:, 0],
             targets=table[:, 1],
             num_canonical=len(self._canonical.tensors),
+            regions=np.array(
+                [self._region_key(meta.name) for meta in manifest.tensors], dtype=np.uint64
+            ),
         )
+
+    def _region_key(self, name: str) -> int:
+        regions = sorted(
+            str(placement.region) for placement in self._weight_map.locate(name).placements
+        )
+        return name_key(";".join(regions)) if regions else 0

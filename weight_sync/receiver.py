@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .agreement import RankAgreement, SoloAgreement, whole_values
 from .arena import OpenedArena
 from .commit import Served, Snapshot, WeightCommit, uint32
 from .errors import (
@@ -74,12 +75,12 @@ class WeightReceiver:
         keep_previous: bool = False,
         version: int = 0,
         label: str | None = None,
-        tp_size: int = 1,
+        agreement: RankAgreement | None = None,
     ) -> None:
         self.engine_id = secrets.token_hex(8)
         self._weight_map = weight_map
         self._host = host
-        self._tp_size = tp_size
+        self._agreement = agreement or SoloAgreement()
         self._canonical = Manifest(tensors=weight_map.metas(), bucket_bytes=bucket_bytes)
         self._wire = self._canonical.to_wire()
         self._plans = PlanCache(self._canonical, weight_map)
@@ -127,7 +128,7 @@ class WeightReceiver:
             aliases=dict(self._weight_map.aliases),
             fused=dict(self._weight_map.fused),
             device=str(next(iter(self._weight_map.parameters.values()), torch.empty(0)).device),
-            tp_size=self._tp_size,
+            tp_size=self._agreement.size,
             transports=("local", "shared_memory"),
         )
 
@@ -173,6 +174,11 @@ class WeightReceiver:
         if self._session is not None:
             raise self._busy(self._session)
         version = self._next_version(request)
+        if request.verify == "overlapped" and self._agreement.size > 1:
+            raise WeightUpdateError(
+                f"verify: got 'overlapped' with {self._agreement.size} ranks, expected 'pause'; overlapped "
+                "verification needs an engine of one rank"
+            )
         if request.lease_s <= 0:
             raise ProtocolError(
                 f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
@@ -221,6 +227,8 @@ class WeightReceiver:
     def prepare(self, session_id: str, epoch: int) -> Session:
         """The vote: this rank can commit, or the session ends here. Changes nothing that serves."""
         session = self._require(session_id, epoch)
+        if session.phase is Phase.VOTED:
+            return session
         error: SyncError | None = None
         if session.request.strict or self.torn is not None:
             error = self._plans.not_covered(session.known, session.present)
@@ -243,6 +251,7 @@ class WeightReceiver:
             session=session,
             host=self._host,
             served=self._served,
+            agreement=self._agreement,
             snapshot=self._snapshot,
             on_served=self._set_served,
             check_restored=self._check_restored,
@@ -280,7 +289,7 @@ class WeightReceiver:
             why = why_dead(session.request.holder)
             if why is not None:
                 self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
-            elif session.lease_left_s <= 0:
+            elif session.lease_left_s <= 0 and session.phase is not Phase.VOTED:
                 self._end(
                     SessionError(
                         f"the session has ended: nothing came for its lease of {session.request.lease_s} s; "
@@ -355,7 +364,11 @@ class WeightReceiver:
         self._served = served
 
     def _read_resident(self) -> np.ndarray:
-        return as_uint64(self._plans.canonical.plan.resident_fingerprints())
+        """Fingerprints of the whole resident tensors; all ranks ask at the same time."""
+        known = self._plans.canonical
+        return whole_values(
+            self._agreement, as_uint64(known.plan.resident_fingerprints()), known.regions
+        )
 
     def _combined(self, values: np.ndarray) -> int:
         return int((self._name_keys * values).sum(dtype=np.uint64))  # modulo 2^64, as `combine`

@@ -27,6 +27,7 @@ from .messages import (
     Hello,
     LocalHandle,
     OpenArena,
+    Vote,
 )
 from .receiver import WeightReceiver
 from .rpc_wire import Call
@@ -59,6 +60,7 @@ class WeightService:
             CloseArena: self._close_arena,
             Begin: receiver.begin,
             Bucket: receiver.stage,
+            Vote: self._vote,
             Abort: self._abort,
             GetFingerprint: lambda _: receiver.fingerprint(),
         }
@@ -140,6 +142,10 @@ class WeightService:
 
     def _close_arena(self, message: CloseArena) -> Ack:
         self.receiver.close_arena(message.arena_id)
+        return Ack()
+
+    def _vote(self, message: Vote) -> Ack:
+        self.receiver.prepare(message.session_id, message.epoch)
         return Ack()
 
     def _abort(self, message: Abort) -> Ack:

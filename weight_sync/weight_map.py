@@ -60,6 +60,13 @@ class Located:
                 regions.part(result, placement.region).copy_(placement.destination)
         return result
 
+    def mask(self) -> torch.Tensor:
+        """Which elements of `read` are resident here: bool, of the whole tensor's shape."""
+        mask = torch.zeros(self.meta.shape, dtype=torch.bool)
+        for placement in self.placements:
+            regions.part(mask, placement.region).fill_(True)
+        return mask
+
 
 class WeightMap:
     """The table of a model on one rank; checked when it is built, and constant afterwards.

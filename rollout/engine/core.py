@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
+from weight_sync.channel import LocalChannel
 from weight_sync.errors import DeadlineExceeded, TornWeightsError
 from weight_sync.receiver import WeightReceiver
 from weight_sync.rpc import Call
@@ -31,7 +32,8 @@ from . import commands as cmd
 from .admission import Admission
 from .inbox import Inbox
 from .postprocess import Postprocessor
-from .ranks import HEARTBEAT_S, RankGroups, TickGroup
+from .rank_weights import connect_ranks
+from .ranks import HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .tick_messages import Boundary, EndPause, Expire, Item, Tick
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 
@@ -66,8 +68,10 @@ class EngineCore:
             self,
             keep_previous=config.user.keep_previous_weights,
             label=config.weight_version,
+            agreement=GroupAgreement(ranks.weights),
         )
-        self.weights = WeightService(self.receiver)
+        self._service = WeightService(self.receiver)
+        self.weights = connect_ranks(self._service, ranks)
         self._ranks = ranks
         self._follows = ranks.spec.rank > 0
         self._ticks: TickLink = TickGroup(ranks.order)
@@ -100,6 +104,10 @@ class EngineCore:
             self._inbox.put_call(call)
         else:
             self.weights.handle(call)
+
+    def local_channel(self) -> LocalChannel:
+        """How a publisher in this process reaches an engine of one rank."""
+        return LocalChannel(self._service)
 
     def between_steps(
         self, action: Callable[[], T], timeout_s: float, name: str | None = None

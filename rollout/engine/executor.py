@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from weight_sync.channel import Channel, LocalChannel
+from weight_sync.channel import Channel
 from weight_sync.errors import DeadlineExceeded
 from weight_sync.rpc import RpcServer
 
@@ -96,7 +96,7 @@ class InlineExecutor:
         return call.future
 
     def weight_channel(self) -> Channel:
-        return LocalChannel(self._core.weights)
+        return self._core.local_channel()
 
     @property
     def address(self) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import msgspec
+import numpy as np
 import torch
 
 from ..distributed.group_coordinator import GroupCoordinator
@@ -97,6 +98,33 @@ class TickGroup:
         """Another rank: wait for what rank 0 tells."""
         tick: Tick = self.group.broadcast_object(None, Tick, src=0, timeout_s=SILENCE_S)
         return tick
+
+
+class GroupAgreement:
+    """`weight_sync.agreement.RankAgreement` over the group `weights`."""
+
+    _TEXT_BYTES = 4096
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+        self.rank = group.rank
+        self.size = group.size
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Every rank's uint64 array of one shape, stacked in rank order, on every rank."""
+        tensor = torch.from_numpy(values.astype(np.uint64).view(np.int64))
+        gathered: np.ndarray = self._group.all_gather(tensor[None], dim=0).numpy().view(np.uint64)
+        return gathered
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, cut where it is very long."""
+        data = text.encode()[: self._TEXT_BYTES]
+        frame = torch.zeros(self._TEXT_BYTES, dtype=torch.uint8)
+        frame[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
+            : len(data)
+        ]
+        rows = self._group.all_gather(frame[None], dim=0)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def device_of(spec: RankSpec, configured: str) -> str:

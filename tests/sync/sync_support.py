@@ -118,7 +118,9 @@ class ToyHost:
             if len(values) > 1:
                 self.mixtures.append(values)
 
-    def between_steps(self, action: Callable[[], Any], timeout_s: float) -> Any:
+    def between_steps(
+        self, action: Callable[[], Any], timeout_s: float, name: str | None = None
+    ) -> Any:
         self._maybe_fail("between_steps")
         future: Future[Any] = Future()
 
