@@ -52,7 +52,11 @@ def demo(
     if print_config:
         typer.echo(as_toml(settings))
         return
-    from .run import run_demo
     from .screen import Screen
 
-    run_demo(settings, Screen())
+    screen = Screen()
+    screen.say("start     loading torch and transformers")
+
+    from .run import run_demo
+
+    run_demo(settings, screen)

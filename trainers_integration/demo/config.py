@@ -86,10 +86,10 @@ class DemoConfig:
     partial_credit: float = 0.5
     """Most reward of a wrong answer, for a right beginning; 0: exact match alone."""
     trainer_threads: int = 1
-    """CPU threads of the trainer."""
+    """CPU threads of the trainer; more than are free make it slower, for they wait for each other."""
     engine_threads: int = 1
     """CPU threads of the engine's process."""
-    max_running_requests: int = 256
+    max_running_requests: int = 512
     """Requests that the engine runs at once."""
     data: DataConfig = DataConfig()
     """Prompts."""

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from rollout import Engine
 from rollout.errors import RolloutError
@@ -34,6 +35,7 @@ from .tokenizer import build_tokenizer
 def run_demo(config: DemoConfig, screen: Screen) -> Row:
     """Everything; returns the summary, which is also in the run's folder."""
     started = time.perf_counter()
+    disable_progress_bar()
     torch.set_num_threads(config.trainer_threads)
     with closing(Recorder(config.folder)) as recorder:
         run = _Run(config, screen, recorder)
@@ -114,12 +116,12 @@ class _Run:
         self.screen.say(f"before    held-out prompts: sampled pass rate {before:.2f}")
         self.learner = Learner(self.model, config.grpo, seed=config.seed)
         self.loop = GrpoLoop(engine, publisher, self.learner, self._environment())
-        self.loop.token_times = config.mode == "async"
         records = (
             self.loop.synchronous(steps) if config.mode == "sync" else self.loop.asynchronous(steps)
         )
         tail = self._follow("train", f"GRPO, {config.mode}", records, steps, engine)
-        self.recorder.keep_timeline(tail)
+        if config.mode == "async":
+            self.recorder.keep_timeline(tail)
 
     def in_flight(self, engine: Engine, publisher: WeightPublisher) -> None:
         """A synchronous run goes on for a few steps asynchronously: weights change under running requests.
@@ -129,7 +131,6 @@ class _Run:
         steps = self.config.in_flight_steps
         if self.config.mode == "async" or steps == 0:
             return
-        self.loop.token_times = True
         records = self.loop.asynchronous(steps)
         tail = self._follow("in_flight", "publishing in flight", records, steps, engine)
         self.recorder.keep_timeline(tail)
@@ -191,17 +192,15 @@ class _Run:
 
     def _evaluate(self, engine: Engine, *, final: bool) -> float:
         """Share of sampled completions of held-out prompts that are right, by the weights that the engine serves."""
-        config = self.config
-        environment = self._environment()
-        groups = sample(
-            engine,
-            [problem.prompt_ids for problem in environment.heldout],
-            num_samples=config.eval.final_samples_per_prompt
-            if final
-            else config.eval.samples_per_prompt,
-            max_new_tokens=config.grpo.max_new_tokens,
-            temperature=config.grpo.temperature,
+        sampling, num_samples = (
+            self.config.grpo.sampling_params,
+            self.config.eval.samples_per_prompt,
         )
+        if final:
+            num_samples = self.config.eval.final_samples_per_prompt
+        environment = self._environment()
+        prompts = [problem.prompt_ids for problem in environment.heldout]
+        groups = sample(engine, prompts, sampling | {"n": num_samples})
         passed = [
             environment.score(problem, completion).passed
             for problem, group in zip(environment.heldout, groups, strict=True)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..grpo.records import StepRecord
+if TYPE_CHECKING:
+    from ..grpo.records import StepRecord
 
 #: Without a terminal there is no bar; a line every so many steps instead.
 STEPS_PER_LINE = 10

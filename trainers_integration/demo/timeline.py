@@ -2,72 +2,127 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .figures import INK, VERSIONS, WAITING, new_figure, set_title
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: More rows would be thinner than a few pixels.
-MAX_ROWS = 96
+Request = Mapping[str, Any]
+
+#: The overview: so many commits before and after the one in the middle, and no more rows than there are pixels.
+OVERVIEW_COMMITS, OVERVIEW_ROWS = 3, 160
+#: The close-up has room for the requests that met that commit.
+CLOSE_UP_ROWS = 64
 
 
 def draw_timeline(timeline: Mapping[str, Any], title: str) -> Figure:
-    """A sample of the recorded requests in the order in which they began to run; commits are vertical lines."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
+    """Requests in the order in which they began to run, around the commit that most of them lived through."""
+    figure, (above, below) = new_figure(8.6, rows=2)
+    requests = sorted(
+        timeline["requests"], key=lambda r: (r["token_times"][0], r["token_times"][-1])
+    )
+    commits = timeline["commits"]
+    index = busiest_commit(requests, commits)
+    time = commits[index]["time"]
+    first = commits[max(0, index - OVERVIEW_COMMITS)]["time"]
+    last = commits[min(len(commits) - 1, index + OVERVIEW_COMMITS)]["time"]
+    shown = _between(requests, first, last)
+    _draw_rows(above, evenly(shown, OVERVIEW_ROWS), commits, zero=time, scale=1.0, ticks=False)
+    above.set_xlim(first - time, last - time)
+    above.set_xlabel("seconds")
+    above.set_ylabel(f"{min(len(shown), OVERVIEW_ROWS)} of {len(shown):,} requests")
+    _add_legend(above, shown)
+    set_title(above, title)
 
-    figure, (ax,) = new_figure(5.6)
-    shown = choose(timeline["requests"], MAX_ROWS)
-    zero = min(request["arrived_at"] for request in shown)
-    end = max(request["token_times"][-1] for request in shown)
-    seen: set[int] = set()
-    for row, request in enumerate(shown):
-        times = request["token_times"]
-        ax.hlines(row, request["arrived_at"] - zero, times[0] - zero, color=WAITING, linewidth=1)
-        for version, start, stop in bars_of(request):
-            seen.add(version)
+    met = _between(requests, time, time)
+    reach = max(
+        (request["token_times"][-1] - request["arrived_at"] for request in met), default=0.02
+    )
+    shown = evenly(_between(requests, time - reach, time + reach), CLOSE_UP_ROWS)
+    _draw_rows(below, shown, commits, zero=time, scale=1e3, ticks=True)
+    below.set_xlim(-reach * 1e3, reach * 1e3)
+    below.set_xlabel(
+        f"milliseconds before and after the commit of version {commits[index]['version']}"
+    )
+    below.set_ylabel(f"{len(shown)} requests")
+    set_title(
+        below, "Close-up: requests that run go on with their next token under the new version"
+    )
+    return figure
+
+
+def _between(requests: Sequence[Request], start: float, end: float) -> list[Request]:
+    """Requests that were in the engine at some time from `start` to `end`."""
+    return [r for r in requests if r["arrived_at"] <= end and r["token_times"][-1] >= start]
+
+
+def _draw_rows(
+    ax: Axes,
+    requests: Sequence[Request],
+    commits: Sequence[Mapping[str, Any]],
+    *,
+    zero: float,
+    scale: float,
+    ticks: bool,
+) -> None:
+    """One row per request; x is (time - zero) * scale; `ticks` marks each token."""
+    last = max(request["token_times"][-1] for request in requests)
+    first = min(request["arrived_at"] for request in requests)
+    for commit in commits:
+        if first <= commit["time"] <= last:
+            ax.axvline(
+                (commit["time"] - zero) * scale,
+                color=INK,
+                linewidth=1,
+                linestyle=(0, (4, 2)),
+                zorder=3,
+            )
+    for row, request in enumerate(requests):
+        times = [(time - zero) * scale for time in request["token_times"]]
+        arrived = (request["arrived_at"] - zero) * scale
+        ax.barh(row, times[0] - arrived, left=arrived, height=0.3, color=WAITING, linewidth=0)
+        for version, start, stop in request["versions"]:
+            begin = times[start - 1] if start else times[0]
             ax.barh(
                 row,
-                stop - start,
-                left=start - zero,
-                height=0.9,
+                times[stop - 1] - begin,
+                left=begin,
+                height=0.86,
                 color=color_of(version),
                 linewidth=0,
             )
-        ax.plot(
-            [t - zero for t in times],
-            [row] * len(times),
-            "|",
-            color="white",
-            markersize=2.2,
-            markeredgewidth=0.6,
-        )
-    for commit in timeline["commits"]:
-        if zero <= commit["time"] <= end:
-            ax.axvline(commit["time"] - zero, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    ax.set_ylim(len(shown) - 0.3, -0.7)
-    ax.set_xlim(left=0)
+        if ticks:
+            ax.plot(
+                times, [row] * len(times), "|", color="white", markersize=4, markeredgewidth=0.8
+            )
+    ax.set_ylim(len(requests) - 0.3, -0.7)
+    ax.set_yticks([])
     ax.grid(False)
-    ax.set_xlabel("seconds")
-    ax.set_ylabel(f"{len(shown)} of {len(timeline['requests']):,} requests")
-    set_title(ax, title)
-    handles: list[Any] = [Patch(color=color_of(v), label=f"version {v}") for v in sorted(seen)]
+
+
+def _add_legend(ax: Axes, requests: Sequence[Request]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    versions = sorted({version for request in requests for version, _, _ in request["versions"]})
+    handles: list[Any] = [Patch(color=color_of(v), label=f"version {v}") for v in versions]
     handles += [
-        Line2D([], [], color=WAITING, label="waiting, prompt"),
-        Line2D([], [], color=INK, linestyle=(0, (4, 2)), label="commit"),
+        Patch(color=WAITING, label="waiting, prompt"),
+        Line2D([], [], color=INK, linestyle=(0, (4, 2)), label="commit of new weights"),
     ]
     ax.legend(
         handles=handles,
         frameon=False,
         fontsize=9,
-        ncols=6,
+        ncols=8,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.1),
+        bbox_to_anchor=(0.5, -0.16),
     )
-    return figure
 
 
 def color_of(version: int) -> str:
@@ -75,22 +130,14 @@ def color_of(version: int) -> str:
     return VERSIONS[version % len(VERSIONS)]
 
 
-def bars_of(request: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """(version, start, end) of the stretches of time in which each version sampled tokens of this request.
-
-    A token's stretch begins where the one before it ended; the first token has no length of its own, since what was
-    before it is waiting and the prompt.
-    """
-    times = request["token_times"]
-    return [
-        (version, times[start - 1] if start else times[0], times[stop - 1])
-        for version, start, stop in request["versions"]
-    ]
+def busiest_commit(requests: Sequence[Request], commits: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the commit under which most requests went on."""
+    met = Counter(version for r in requests for version, start, _ in r["versions"] if start > 0)
+    return max(range(len(commits)), key=lambda i: met[commits[i]["version"]])
 
 
-def choose(requests: Sequence[Mapping[str, Any]], rows: int) -> list[Mapping[str, Any]]:
-    """At most `rows` requests, evenly spread over the order in which they began to run."""
-    ordered = sorted(requests, key=lambda r: (r["token_times"][0], r["token_times"][-1]))
-    if len(ordered) <= rows:
-        return ordered
-    return [ordered[i * (len(ordered) - 1) // (rows - 1)] for i in range(rows)]
+def evenly(requests: Sequence[Request], rows: int) -> list[Request]:
+    """At most `rows` requests, evenly spread."""
+    if len(requests) <= rows:
+        return list(requests)
+    return [requests[i * (len(requests) - 1) // (rows - 1)] for i in range(rows)]

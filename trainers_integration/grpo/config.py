@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +11,7 @@ class GrpoConfig:
     """What one GRPO run does; a step is one batch of completions."""
 
     steps: int = 150
-    """Batches to sample and learn from."""
+    """Batches that are sampled and learned from."""
     prompts_per_step: int = 64
     """Different prompts in a batch."""
     samples_per_prompt: int = 8
@@ -19,6 +20,8 @@ class GrpoConfig:
     """Longest completion, tokens."""
     temperature: float = 1.0
     """Sampling temperature; log-probabilities are those of the tempered distribution on both sides."""
+    prompts_in_flight: int = 6
+    """Prompts that the asynchronous loop has in the engine at once; the later ones meet fresher weights."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     lr_warmup_steps: int = 5
@@ -42,10 +45,20 @@ class GrpoConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
 
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """As `engine.generate` takes them."""
+        return {
+            "n": self.samples_per_prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
+
     def __post_init__(self) -> None:
         lowest = {
             "steps": 1,
             "prompts_per_step": 1,
+            "prompts_in_flight": 1,
             "samples_per_prompt": 2,
             "max_new_tokens": 1,
             "minibatches": 1,

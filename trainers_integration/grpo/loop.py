@@ -11,6 +11,7 @@ Trainer and engine are two processes. The trainer asks for completions (`engine.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from .batch import make_batch
 from .environment import Environment, Problem
 from .learner import Learner
 from .records import StepRecord, SyncRecord, mean_staleness, mixed_fraction
-from .rollouts import Completion, sample
+from .rollouts import Completion, sample, sample_in_flight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +51,11 @@ class GrpoLoop:
         publisher: WeightPublisher | None,
         learner: Learner,
         environment: Environment,
-        *,
-        token_times: bool = False,
     ) -> None:
         self.engine = engine
         self.publisher = publisher
         self.learner = learner
         self.environment = environment
-        self.token_times = token_times
         self.config = learner.config
         self.version = int(engine.get_weight_version())
         self.num_steps = 0
@@ -72,12 +70,12 @@ class GrpoLoop:
     def asynchronous(self, steps: int) -> Iterator[StepRecord]:
         """While the trainer learns from a batch, the engine samples the next and gets each update at once."""
         with ThreadPoolExecutor(1, thread_name_prefix="generate") as background:
-            in_flight = background.submit(self._generate, self._draw())
+            in_flight = background.submit(self._generate_in_flight, self._draw())
             for step in range(steps):
                 started = time.perf_counter()
                 batch = in_flight.result()
                 if step + 1 < steps:
-                    in_flight = background.submit(self._generate, self._draw())
+                    in_flight = background.submit(self._generate_in_flight, self._draw())
                 yield self._learn_and_publish(batch, started, after_each_update=True)
 
     def _draw(self) -> Sequence[Problem]:
@@ -86,14 +84,19 @@ class GrpoLoop:
     def _generate(self, problems: Sequence[Problem]) -> _Sampled:
         """A group of completions for every problem, from the engine."""
         started = time.perf_counter()
-        groups = sample(
-            self.engine,
-            [problem.prompt_ids for problem in problems],
-            num_samples=self.config.samples_per_prompt,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            token_times=self.token_times,
+        prompts = [problem.prompt_ids for problem in problems]
+        groups = sample(self.engine, prompts, self.config.sampling_params)
+        return _Sampled(problems=problems, groups=groups, seconds=time.perf_counter() - started)
+
+    def _generate_in_flight(self, problems: Sequence[Problem]) -> _Sampled:
+        """The same, a few problems at a time; runs on the background thread."""
+        started = time.perf_counter()
+        prompts = [problem.prompt_ids for problem in problems]
+        limit = self.config.prompts_in_flight
+        call = sample_in_flight(
+            self.engine, prompts, self.config.sampling_params, prompts_in_flight=limit
         )
+        groups = asyncio.run(call)
         return _Sampled(problems=problems, groups=groups, seconds=time.perf_counter() - started)
 
     def _learn_and_publish(
@@ -139,17 +142,18 @@ class GrpoLoop:
         """Push the policy into the engine; when this returns, it serves the new version, verified bit for bit."""
         if self.publisher is None:
             return []
-        started, clock = time.time(), time.perf_counter()
-        report = self.publisher.publish(
-            self.learner.model, version=self.version + 1, label=str(self.version + 1)
-        )
+        started = time.time()
+        version = self.version + 1
+        report = self.publisher.publish(self.learner.model, version=version, label=str(version))
+        finished = time.time()
         self.version = report.version
+        verifying_s = report.begin_to_verified_s - report.begin_to_committed_s
         return [
             SyncRecord(
                 version=report.version,
                 started_at=started,
-                committed_at=started + report.begin_to_committed_s,
-                sync_s=time.perf_counter() - clock,
+                committed_at=finished - verifying_s,
+                sync_s=finished - started,
                 pause_s=report.pause_s,
             )
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Completion:
     latency_s: float
     """From the request's arrival in the engine to its last token."""
     token_times: tuple[float, ...]
-    """Unix time of each output token; empty unless asked for."""
+    """Unix time of each output token."""
 
 
 def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Completion:
@@ -56,32 +57,45 @@ def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Compl
         ),
         finish_reason=(meta.get("finish_reason") or {}).get("type", "abort"),
         latency_s=float(meta["e2e_latency"]),
-        token_times=tuple(meta.get("token_times") or ()),
+        token_times=tuple(meta["token_times"]),
     )
 
 
 def sample(
-    engine: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    token_times: bool = False,
+    engine: Any, prompts: Sequence[Sequence[int]], sampling_params: dict[str, Any]
 ) -> list[list[Completion]]:
-    """`num_samples` completions of every prompt, grouped by prompt."""
-    options = {"return_token_times": True} if token_times else {}
+    """`sampling_params["n"]` completions of every prompt, grouped by prompt; all run at once."""
+    num_samples = sampling_params["n"]
     results = engine.generate(
         input_ids=[list(ids) for ids in prompts],
-        sampling_params={
-            "n": num_samples,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-        },
+        sampling_params=sampling_params,
         return_logprob=True,
-        **options,
+        return_token_times=True,
     )
     return [
         [parse_completion(ids, r) for r in results[i * num_samples : (i + 1) * num_samples]]
         for i, ids in enumerate(prompts)
     ]
+
+
+async def sample_in_flight(
+    engine: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling_params: dict[str, Any],
+    *,
+    prompts_in_flight: int,
+) -> list[list[Completion]]:
+    """As `sample`, with a call per prompt, of which `prompts_in_flight` run at once."""
+    room = asyncio.Semaphore(prompts_in_flight)
+
+    async def one(ids: Sequence[int]) -> list[Completion]:
+        async with room:
+            results = await engine.async_generate(
+                input_ids=list(ids),
+                sampling_params=sampling_params,
+                return_logprob=True,
+                return_token_times=True,
+            )
+        return [parse_completion(ids, result) for result in results]
+
+    return await asyncio.gather(*(one(ids) for ids in prompts))
