@@ -29,6 +29,7 @@ Name = Annotated[str, Meta(max_length=MAX_NAME_LENGTH)]
 Label = Annotated[str, Meta(max_length=512)]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0)]
+Version = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0, le=7 * 86_400)]
 Indices = Annotated[bytes, Meta(max_length=4 * MAX_TENSORS)]
 Fingerprints = Annotated[bytes, Meta(max_length=8 * MAX_TENSORS)]
@@ -159,7 +160,7 @@ class Begin(Message, frozen=True, kw_only=True):
     """Random, chosen by the trainer."""
     holder: ProcessRef
     """The trainer; when it dies, the session ends."""
-    version: int | None
+    version: Version | None
     """Version to be; None: one above the current. Must be above the current."""
     base_version: int | None
     """Version that the trainer believes is served; None: do not check."""

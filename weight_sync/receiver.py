@@ -20,6 +20,7 @@ import torch
 
 from .agreement import RankAgreement, SoloAgreement, whole_values
 from .arena import OpenedArena
+from .arena_table import ArenaTable
 from .commit import Served, Snapshot, WeightCommit, uint32
 from .errors import (
     FingerprintMismatch,
@@ -54,8 +55,6 @@ from .weight_map import WeightMap
 
 logger = logging.getLogger(__name__)
 
-MAX_ARENAS = 16
-"""Arenas that are kept open at once."""
 _KEPT_ENDINGS = 32
 
 
@@ -89,8 +88,7 @@ class WeightReceiver:
         self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
         self._served = Served(version=version, label=str(version) if label is None else label)
         self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
-        self._arenas: dict[int, OpenedArena] = {}
-        self._num_arenas = 0
+        self._arenas = ArenaTable()
         self._epoch = 0
         self._session: Session | None = None
         self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
@@ -113,7 +111,7 @@ class WeightReceiver:
     @property
     def busy(self) -> bool:
         """A session or an arena is open, whose owner must be watched."""
-        return self._session is not None or bool(self._arenas)
+        return self._session is not None or len(self._arenas) > 0
 
     def info(self) -> EngineInfo:
         """What `Hello` is answered with."""
@@ -150,23 +148,13 @@ class WeightReceiver:
     def add_arena(self, arena: OpenedArena) -> int:
         """Keep an opened arena; returns its id."""
         self.sweep()
-        if len(self._arenas) >= MAX_ARENAS:
-            arena.close()
-            raise TransportError(
-                f"too many arenas: got {len(self._arenas)} open ones, expected at most {MAX_ARENAS}; "
-                "close publishers that are not used any more"
-            )
-        self._num_arenas += 1
-        self._arenas[self._num_arenas] = arena
-        return self._num_arenas
+        return self._arenas.add(arena)
 
     def close_arena(self, arena_id: int) -> None:
         """Drop an arena; an open session over it ends."""
         if self._session is not None and self._session.request.arena_id == arena_id:
             self._end(SessionError("the session's arena was closed; begin again"))
-        arena = self._arenas.pop(arena_id, None)
-        if arena is not None:
-            arena.close()
+        self._arenas.close(arena_id)
 
     def begin(self, request: Begin) -> BeginReply:
         """Open the session, or say why not; nothing is held afterwards in that case."""
@@ -184,11 +172,6 @@ class WeightReceiver:
                 f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
             )
         arena = self._arenas.get(request.arena_id)
-        if arena is None:
-            raise TransportError(
-                f"no such arena: got id {request.arena_id}, expected one of {sorted(self._arenas)}; "
-                "open it first"
-            )
         known = self._plans.find(request.manifest_digest, request.manifest)
         if known is None:
             return BeginReply(epoch=0, version=version, need_manifest=True)
@@ -214,12 +197,17 @@ class WeightReceiver:
         session = self._require(bucket.session_id, bucket.epoch)
         start = time.perf_counter()
         try:
+            if session.phase is not Phase.STAGING:
+                raise SessionError(
+                    "a bucket after the vote: expected Commit or Abort; send everything before the commit"
+                )
             session.stage_bucket(
                 column(bucket.indices, "<u4"), column(bucket.fingerprints, "<u8").astype(np.uint64)
             )
         except Exception as error:
             self._end(error)
             raise
+        session.renew()  # the next bucket may have waited for this one to be checked
         return BucketReply(
             num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
         )
@@ -296,14 +284,13 @@ class WeightReceiver:
                         "begin a new one, with a longer lease_s if the trainer needs it"
                     )
                 )
-        for arena_id, arena in list(self._arenas.items()):
-            if why_dead(arena.owner) is not None:
-                self.close_arena(arena_id)
+        for arena_id in self._arenas.orphans():
+            self.close_arena(arena_id)
 
     def close(self) -> None:
         """End the session and give back every arena."""
         self._end(SessionError("the session has ended: the engine was shut down"))
-        for arena_id in list(self._arenas):
+        for arena_id in self._arenas.ids():
             self.close_arena(arena_id)
 
     def _require(self, session_id: str, epoch: int) -> Session:

@@ -21,6 +21,7 @@ from .rpc_wire import (
     HEARTBEAT_TIMEOUT_MS,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
+    UNREADABLE,
     ReplyHeader,
     RequestHeader,
     WakeUp,
@@ -230,7 +231,7 @@ class RpcClient:
             try:
                 header = self._header_decoder.decode(frames[0])
                 body = frames[1]
-            except (msgspec.MsgspecError, IndexError) as error:
+            except (IndexError, *UNREADABLE) as error:
                 logger.warning("dropped a reply without a readable header: %s", error)
                 continue
             self._deliver(header, body)
@@ -248,19 +249,25 @@ class RpcClient:
                 pending.resolve(error=raised(self._error_decoder.decode(frame), self._errors))
                 return
             body = self._reply_decoder.decode(frame)
-            if final:
-                pending.resolve(body)
-            elif pending.on_chunk is not None:
+        except UNREADABLE as error:
+            unreadable = ProtocolError(
+                f"the reply to {pending.what} cannot be understood: {error}; expected a message "
+                f"of protocol {PROTOCOL_VERSION}; check that both sides run the same release"
+            )
+            self._fail(header.id, pending, unreadable)
+            return
+        if final:
+            pending.resolve(body)
+        elif pending.on_chunk is not None:
+            try:
                 pending.on_chunk(body)
-        except Exception as error:  # a bad reply, or a callback that raised, fails this one call
-            if isinstance(error, msgspec.MsgspecError):
-                error = ProtocolError(
-                    f"the reply to {pending.what} cannot be understood: {error}; expected a message "
-                    f"of protocol {PROTOCOL_VERSION}; check that both sides run the same release"
-                )
-            with self._lock:
-                self._pending.pop(header.id, None)
-            pending.resolve(error=error)
+            except Exception as error:  # a callback that raises fails this one call
+                self._fail(header.id, pending, error)
+
+    def _fail(self, call_id: int, pending: _Pending, error: Exception) -> None:
+        with self._lock:
+            self._pending.pop(call_id, None)
+        pending.resolve(error=error)
 
     def _watch_connection(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from .rpc_wire import (
     HEARTBEAT_TIMEOUT_MS,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
+    UNREADABLE,
     Call,
     ReplyHeader,
     RequestHeader,
@@ -99,7 +100,7 @@ class RpcServer:
         self._encode = msgspec.msgpack.encode
         self._outbox: deque[tuple[bytes, bytes, bytes]] = deque()
         self._closing = False
-        self._folder = tempfile.mkdtemp(prefix="rollout-") if bind is None else None
+        self._folder = _private_folder() if bind is None else None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._wake = WakeUp()
@@ -187,7 +188,7 @@ class RpcServer:
     def _dispatch(self, frames: list[bytes]) -> None:
         try:
             header = self._header_decoder.decode(frames[1])
-        except (IndexError, msgspec.MsgspecError, RecursionError) as error:
+        except (IndexError, *UNREADABLE) as error:
             logger.debug("dropped %d frames without a readable header: %s", len(frames), error)
             return
         call = ServerCall(self, frames[0], header)
@@ -197,7 +198,7 @@ class RpcServer:
         except ProtocolError as error:
             call.fail(error)
             return
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             call.fail(
                 ProtocolError(
                     f"the message cannot be understood: {error}; expected one of the messages of "
@@ -232,3 +233,9 @@ class RpcServer:
         self._wake.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> str:
+    """A new folder that only this user can enter; a socket's whole path may have 107 characters."""
+    folder = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="rollout-", dir=folder if len(folder) < 80 else "/tmp")

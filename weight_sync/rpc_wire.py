@@ -17,6 +17,9 @@ from .messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, ErrorReply, Seconds
 MAX_ERROR_CHARS = 1 << 18
 """Longer error texts are cut: an error must always be deliverable."""
 
+UNREADABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
+"""What decoding may raise; text that is no UTF-8 is a `ValueError` of Python's own."""
+
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 """A machine that vanished without closing its connection is noticed after this long; ZeroMQ's own thread answers, so a
@@ -79,7 +82,7 @@ def error_reply(error: BaseException) -> ErrorReply:
     text = str(error) or type(error).__name__
     if len(text) > MAX_ERROR_CHARS:
         text = text[:MAX_ERROR_CHARS] + " ... (cut)"
-    if isinstance(error, msgspec.MsgspecError):
+    if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
         return ErrorReply(code=ProtocolError.__name__, message=text)
     return ErrorReply(code=type(error).__name__, message=text)
 
@@ -150,6 +153,7 @@ __all__ = [
     "HEARTBEAT_TIMEOUT_MS",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL_VERSION",
+    "UNREADABLE",
     "Call",
     "ReplyHeader",
     "RequestHeader",

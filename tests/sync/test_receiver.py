@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,7 @@ from weight_sync.messages import (
     LocalHandle,
     OpenArena,
     SharedMemoryHandle,
+    Vote,
     WeightRequest,
 )
 from weight_sync.process import current_process
@@ -229,6 +231,49 @@ def test_a_bucket_is_checked_and_a_bad_one_ends_the_session(trainer: Trainer) ->
     trainer.bucket(epoch, [3], values[[3]], "twice")
     with pytest.raises(ManifestMismatch, match="sent more than once"):
         trainer.bucket(epoch, [2, 3], values[[2, 3]], "twice")
+
+
+def test_a_bucket_after_the_vote_is_refused(engine: ToyEngine, trainer: Trainer) -> None:
+    values = trainer.fill(1.0)
+    trainer.begin(strict=False)
+    trainer.bucket(1, [0], values[[0]])
+    trainer.channel.call(Vote(session_id="a", epoch=1), 5.0)
+    with pytest.raises(SessionError, match="a bucket after the vote"):
+        trainer.bucket(1, [1], values[[1]])
+    with pytest.raises(SessionError, match="a bucket after the vote"):
+        trainer.commit(1)
+    assert engine.values() == {0.0}
+
+
+def test_the_engine_steps_on_while_a_bucket_is_checked(
+    engine: ToyEngine, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = trainer.fill(1.0)
+    plan = engine.receiver._plans.canonical.plan
+    checking, go_on = threading.Event(), threading.Event()
+    original = plan.staged_fingerprints
+
+    def slow(*arguments: Any) -> Any:
+        checking.set()
+        assert go_on.wait(5)
+        return original(*arguments)
+
+    monkeypatch.setattr(plan, "staged_fingerprints", slow)
+    trainer.begin()
+    future = trainer.channel.submit(
+        Bucket(
+            session_id="a",
+            epoch=1,
+            indices=np.arange(9, dtype="<u4").tobytes(),
+            fingerprints=values.tobytes(),
+        ),
+        5.0,
+    )
+    assert checking.wait(5)
+    assert engine.host.between_steps(lambda: "a step boundary", 1.0) == "a step boundary"
+    assert not future.done()
+    go_on.set()
+    assert future.result(5).num_staged == 9
 
 
 def test_arenas_are_opened_once_counted_and_checked(engine: ToyEngine, trainer: Trainer) -> None:

@@ -109,10 +109,12 @@ def test_a_missed_deadline_raises_in_time_and_the_late_reply_reaches_nobody(
 ) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"Echo was not answered within 0.050 s"):
-        client.call(Echo(text="late", delay_s=0.15), 0.05)
-    assert time.monotonic() - start < 0.14
-    replies = {client.call(Echo(text=str(i), delay_s=0.01), 5.0).text for i in range(20)}
-    assert replies == {str(i) for i in range(20)}
+        client.call(Echo(text="late", delay_s=0.8), 0.05)
+    assert time.monotonic() - start < 0.7
+    i = 0
+    while time.monotonic() - start < 1.0:
+        i += 1
+        assert client.call(Echo(text=str(i), delay_s=0.01), 5.0).text == str(i)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), None])

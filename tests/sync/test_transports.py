@@ -80,7 +80,7 @@ def far_engine() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     collect(process)
 
 
-@pytest.fixture(params=["local", "shared_memory", "served", "other_process", "disk"])
+@pytest.fixture(params=["local", "shared_memory", "served", "tcp", "other_process", "disk"])
 def make_link(
     request: pytest.FixtureRequest,
     make_engine: Callable[..., ToyEngine],
@@ -91,8 +91,10 @@ def make_link(
     if kind == "other_process":
         target, state = request.getfixturevalue("far_engine")
     else:
-        engine = make_engine(serve=kind == "served")
-        target = engine.address if kind == "served" else engine
+        served = kind in ("served", "tcp")
+        bind = "tcp://127.0.0.1:0" if kind == "tcp" else None
+        engine = make_engine(serve=served, bind=bind)
+        target = engine.address if served else engine
 
         def state() -> dict[str, Any]:
             return state_of(engine)
