@@ -53,4 +53,14 @@ ERRORS: dict[str, type[Exception]] = {
     },
 }
 
-__all__ = ["ERRORS", "TornWeightsError", *(n for n, c in ERRORS.items() if c.__module__ == __name__)]
+__all__ = [
+    "ERRORS",
+    "CheckpointError",
+    "ConfigError",
+    "EngineClosedError",
+    "EngineStepError",
+    "InvalidRequestError",
+    "MemoryReleasedError",
+    "RolloutError",
+    "TornWeightsError",
+]
