@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Request = Mapping[str, Any]
 
 #: The overview: so many commits before and after the one in the middle, and no more rows than there are pixels.
-OVERVIEW_COMMITS, OVERVIEW_ROWS = 3, 160
+OVERVIEW_COMMITS, OVERVIEW_ROWS = 2, 160
 #: The close-up has room for the requests that met that commit.
 CLOSE_UP_ROWS = 64
 
@@ -31,11 +31,12 @@ def draw_timeline(timeline: Mapping[str, Any], title: str) -> Figure:
     time = commits[index]["time"]
     first = commits[max(0, index - OVERVIEW_COMMITS)]["time"]
     last = commits[min(len(commits) - 1, index + OVERVIEW_COMMITS)]["time"]
-    shown = _between(requests, first, last)
-    _draw_rows(above, evenly(shown, OVERVIEW_ROWS), commits, zero=time, scale=1.0, ticks=False)
+    overview = _between(requests, first, last)
+    shown = evenly(overview, OVERVIEW_ROWS)
+    _draw_rows(above, shown, commits, zero=time, scale=1.0, ticks=False)
     above.set_xlim(first - time, last - time)
     above.set_xlabel("seconds")
-    above.set_ylabel(f"{min(len(shown), OVERVIEW_ROWS)} of {len(shown):,} requests")
+    above.set_ylabel(f"{len(shown)} of {len(overview):,} requests")
     _add_legend(above, shown)
     set_title(above, title)
 
@@ -119,7 +120,7 @@ def _add_legend(ax: Axes, requests: Sequence[Request]) -> None:
         handles=handles,
         frameon=False,
         fontsize=9,
-        ncols=8,
+        ncols=5,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
     )

@@ -1,0 +1,39 @@
+"""A demo small enough for tests: two layers, a few digits, a few steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rollout.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_demo(tmp_path):
+    """`small_demo("key=value", ...)`: settings of a demo that takes seconds and writes below the test's folder."""
+    from trainers_integration.demo.config import DemoConfig
+
+    small = [
+        f'runs_dir="{tmp_path}"',
+        "name=run",
+        "control_steps=2",
+        "in_flight_steps=3",
+        "data={num_digits=3, num_train=64, num_heldout=16}",
+        "model={hidden_size=32, num_layers=2}",
+        "warm_start={max_steps=20, batch_size=32}",
+        "eval={every=2, final_samples_per_prompt=2}",
+        "grpo={steps=3, prompts_per_step=8, samples_per_prompt=4, max_new_tokens=5}",
+    ]
+
+    def make(*overrides: str) -> DemoConfig:
+        return load_settings(DemoConfig, None, [*small, *overrides])
+
+    return make
