@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-
 from rollout.cli.options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
 from rollout.settings import load_settings
 
@@ -29,9 +28,6 @@ ModeOption = Annotated[Mode | None, setting_option(DemoConfig, "mode")]
 Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="GRPO steps (grpo.steps)")]
 Seed = Annotated[int | None, setting_option(DemoConfig, "seed")]
 Name = Annotated[str | None, setting_option(DemoConfig, "name")]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the settings as TOML and exit.")
-]
 
 
 def demo(
@@ -54,8 +50,6 @@ def demo(
     options = {"mode": mode, "grpo.steps": steps, "seed": seed, "name": name}
     settings = load_settings(DemoConfig, config, [*(overrides or ()), *as_overrides(options)])
     if print_config:
-        typer.echo(as_toml(settings))
-        return    if print_config:
         typer.echo(as_toml(settings))
         return
 
