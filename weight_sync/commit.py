@@ -66,6 +66,8 @@ class WeightCommit:
     """The engine."""
     served: Served
     """What is resident before."""
+    torn_after: str | None
+    """What is still not whole after this commit, where it repairs torn weights in part; else None."""
     snapshot: Snapshot | None
     """Holds what is resident before, or None: a failure after the first byte tears."""
     on_served: Callable[[Served], None]
@@ -107,6 +109,9 @@ class WeightCommit:
             self._started = True
         start = time.perf_counter()
         session = self.session
+        unwritable = self.host.unwritable()
+        if unwritable is not None:  # on all ranks or on none
+            raise WeightUpdateError(f"the parameters cannot be written: {unwritable}")
         overlapped = session.request.verify == "overlapped"
         if overlapped:
             self.host.hold_outputs()
@@ -117,7 +122,11 @@ class WeightCommit:
             if not overlapped:
                 self._compare()
             self._together(self._tell_host)
-            self.on_served(Served(version=session.version, label=session.label))
+            self.on_served(
+                Served(version=session.version, label=session.label, torn=self.torn_after)
+            )
+            if self.torn_after is not None:
+                self.host.weights_torn(self.torn_after)
         except BaseException as error:
             self._undo(error)
         finally:

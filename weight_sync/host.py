@@ -20,6 +20,9 @@ class WeightHost(Protocol):
         raise its error. When no step boundary comes within `timeout_s`, raise `DeadlineExceeded`. Ranks that pass the
         same `name` run their actions at the same boundary."""
 
+    def unwritable(self) -> str | None:
+        """Why parameters cannot be written at present (their memory was given back), or None. Any thread may ask."""
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """The resident bytes are those of `version`: refresh derived state and apply the KV policy (None: the engine's
         default). After a roll-back it comes with the previous version and "flush": nothing that was computed with the

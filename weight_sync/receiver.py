@@ -50,6 +50,7 @@ from .messages import (
 )
 from .plan_cache import PlanCache
 from .process import current_process, why_dead
+from .repair import Repair
 from .session import Phase, Session, as_uint64, column
 from .weight_map import WeightMap
 
@@ -88,6 +89,7 @@ class WeightReceiver:
         self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
         self._served = Served(version=version, label=str(version) if label is None else label)
         self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
+        self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
         self._epoch = 0
         self._session: Session | None = None
@@ -218,12 +220,11 @@ class WeightReceiver:
         if session.phase is Phase.VOTED:
             return session
         error: SyncError | None = None
-        if session.request.strict or self.torn is not None:
+        if session.request.strict:
             error = self._plans.not_covered(session.known, session.present)
-        if error is not None and self.torn is not None:
-            error = TornWeightsError(
-                f"the engine is torn ({self.torn}) and needs all of it: {error}"
-            )
+        unwritable = self._host.unwritable()
+        if unwritable is not None:
+            error = WeightUpdateError(f"the parameters cannot be written: {unwritable}")
         if error is not None:
             self._end(error)
             raise error
@@ -235,10 +236,15 @@ class WeightReceiver:
     def commit(self, request: Commit) -> CommitReply:
         """Vote and write. Whatever the outcome, the session is over afterwards."""
         session = self.prepare(request.session_id, request.epoch)
+        repair = self._repair
+        if repair is not None:
+            covered = session.known.covered(session.present)
+            repair = repair.after(covered, session.request.label)
         write = WeightCommit(
             session=session,
             host=self._host,
             served=self._served,
+            torn_after=None if repair is None else str(repair),
             agreement=self._agreement,
             snapshot=self._snapshot,
             on_served=self._set_served,
@@ -248,7 +254,7 @@ class WeightReceiver:
             write.run(request.timeout_s)
         except BaseException as error:
             if isinstance(error, TornWeightsError):
-                self._resident = None
+                self._lost(str(error))
             if isinstance(error, SyncError):
                 self._end(error)
                 raise
@@ -258,8 +264,24 @@ class WeightReceiver:
             )
             self._end(failure)
             raise failure from error
+        self._repair = repair
         self._end(SessionError("the session has ended: it was committed; begin a new one"))
         return self._reply(session, write)
+
+    def lose_weights(self, reason: str) -> None:
+        """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.
+
+        Called on the engine loop's thread, between two steps.
+        """
+        reason = f"{reason}; push a complete update"
+        self._lost(reason)
+        served = self._served
+        self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))
+        self._host.weights_torn(reason)
+
+    def _lost(self, reason: str) -> None:
+        self._resident = None
+        self._repair = Repair(reason.partition("\n")[0], len(self._canonical.tensors))
 
     def abort(self, session_id: str, epoch: int, reason: str) -> None:
         """Forget the session if it is the open one; it may have ended already."""

@@ -20,6 +20,8 @@ Text = Annotated[str, Meta(max_length=1 << 16)]
 Ident = Annotated[str, Meta(max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=MAX_TOKENS)]
 PauseMode = Literal["abort", "retract", "in_place"]
+MemoryTag = Literal["weights", "kv_cache"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -89,6 +91,20 @@ class GetWeights(Message, frozen=True, kw_only=True):
     """Trainer-side name; aliases and fused names work too."""
     truncate_size: Annotated[int, Meta(ge=0)] = 100
     """Rows (entries of dimension 0) to return at most."""
+
+
+class ReleaseMemory(Message, frozen=True, kw_only=True):
+    """Give memory back to the system; requests wait until it is resumed."""
+
+    tags: list[MemoryTag]
+    """What to release."""
+
+
+class ResumeMemory(Message, frozen=True, kw_only=True):
+    """Make released memory usable again."""
+
+    tags: list[MemoryTag]
+    """What to resume."""
 
 
 class GetStatus(Message, frozen=True, kw_only=True):
@@ -169,6 +185,15 @@ class Done(Message, frozen=True, kw_only=True):
     """How many things it touched: samples delivered, requests ended, blocks dropped."""
 
 
+class MemoryChanged(Message, frozen=True, kw_only=True):
+    """Answer to `ReleaseMemory` and `ResumeMemory`; a tag that was in that state already counts nothing."""
+
+    tags: list[MemoryTag]
+    """What changed its state."""
+    num_bytes: int
+    """Bytes that were given back or taken, all ranks together."""
+
+
 class WeightValues(Message, frozen=True, kw_only=True):
     """Answer to `GetWeights`: the leading rows as float32."""
 
@@ -189,6 +214,8 @@ class Status(Message, frozen=True, kw_only=True):
     """Why the weights are a mixture; None: they are whole."""
     paused: str | None
     """Mode of the pause; None: not paused."""
+    released: list[MemoryTag]
+    """Memory that is given back at present."""
     num_running: int
     """Requests that hold KV blocks."""
     num_waiting: int
@@ -210,7 +237,9 @@ Command = (
     | ContinueGeneration
     | FlushCache
     | GetWeights
+    | ReleaseMemory
+    | ResumeMemory
     | GetStatus
     | Shutdown
 )
-Answer = SampleUpdate | Done | WeightValues | Status
+Answer = SampleUpdate | Done | MemoryChanged | WeightValues | Status

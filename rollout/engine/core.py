@@ -31,11 +31,13 @@ from ..scheduling.scheduler import Scheduler
 from . import commands as cmd
 from .admission import Admission
 from .inbox import Inbox
+from .memory import MemoryOccupation
 from .postprocess import Postprocessor
 from .rank_weights import connect_ranks
 from .ranks import HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .tick_messages import Boundary, EndPause, Expire, Item, Tick
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
+from .weight_host import EngineWeightHost, read_weight
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,9 +65,18 @@ class EngineCore:
         self.admission = admission
         self.post = Postprocessor(scheduler, runner, sampler)
         self.post.version = config.weight_version
+        self.memory = MemoryOccupation(runner)
+        self.host = EngineWeightHost(
+            self,
+            runner=runner,
+            scheduler=scheduler,
+            post=self.post,
+            memory=self.memory,
+            kv_policy=config.user.kv_policy,
+        )
         self.receiver = WeightReceiver(
             runner.weight_map,
-            self,
+            self.host,
             keep_previous=config.user.keep_previous_weights,
             label=config.weight_version,
             agreement=GroupAgreement(ranks.weights),
@@ -81,7 +92,6 @@ class EngineCore:
         self._thread: threading.Thread | None = None
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
-        self._torn: str | None = None
         self._closed = threading.Event()
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
@@ -90,6 +100,8 @@ class EngineCore:
             cmd.ContinueGeneration: self._continue,
             cmd.FlushCache: self._flush,
             cmd.GetWeights: self._get_weights,
+            cmd.ReleaseMemory: self._release_memory,
+            cmd.ResumeMemory: self._resume_memory,
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
         }
@@ -123,6 +135,13 @@ class EngineCore:
         armed = self._arm(action, name)
         result: T = armed.wait(timeout_s)
         return result
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
+        if threading.current_thread() is self._thread:
+            action()
+        else:
+            self._arm(action)
 
     def _arm(self, action: Callable[[], Any], name: str | None = None) -> Action:
         if name is None:
@@ -175,7 +194,8 @@ class EngineCore:
 
     @property
     def _may_step(self) -> bool:
-        return self._paused is None and self._torn is None and self.scheduler.has_work
+        usable = self.host.torn is None and not self.memory.released
+        return usable and self._paused is None and self.scheduler.has_work
 
     def _next_tick(self) -> list[tuple[Item, Call]]:
         """What comes before the next step; waits while there is nothing to compute."""
@@ -244,10 +264,7 @@ class EngineCore:
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def _generate(self, call: Call) -> None:
-        if self._torn is not None:
-            raise TornWeightsError(
-                f"cannot generate: the weights are a mixture ({self._torn}); push a complete update first"
-            )
+        self.host.check_whole()
         group, prompts = self.admission.open(call)
         try:
             for requests in prompts:
@@ -274,13 +291,9 @@ class EngineCore:
         body: cmd.PauseGeneration = call.body
         num = 0
         if body.mode == "abort":
-            pending = [request for group in self.post.groups for request in group.requests]
-            num = len(pending)
-            for request in pending:
-                self.post.abort(
-                    request,
-                    "generation was paused (mode abort); resubmit prompt plus partial output",
-                )
+            num = self.post.abort_all(
+                "generation was paused (mode abort); resubmit prompt plus partial output"
+            )
         elif body.mode == "retract":
             num = self.scheduler.num_running
             self.scheduler.retract_all()
@@ -303,24 +316,27 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _get_weights(self, call: Call) -> None:
-        tensor = self._read_weight(call.body.name)
+        tensor = read_weight(self.runner, call.body.name, self._ranks.order)
         rows = tensor[: call.body.truncate_size] if tensor.dim() else tensor
         rows = rows.float().cpu().contiguous()
         call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
 
-    def _read_weight(self, name: str) -> torch.Tensor:
-        """A whole parameter in the trainer's shape, on every rank."""
-        located = self.runner.weight_map.locate(name)
-        tensor, group = located.read(), self._ranks.order
-        if group.size == 1:
-            return tensor
-        # Parts may be on several ranks (replicated heads): take each element from the last rank that holds it.
-        held = group.all_gather(located.mask().cpu()[None].to(torch.uint8), dim=0)
-        parts = group.all_gather(tensor.cpu()[None], dim=0)
-        result = torch.zeros_like(parts[0])
-        for part, mask in zip(parts, held, strict=True):
-            result = torch.where(mask.bool(), part, result)
-        return result
+    def _release_memory(self, call: Call) -> None:
+        tags = call.body.tags
+        if "kv_cache" in tags:
+            self.scheduler.retract_all()
+            self.scheduler.kv.flush()
+        changed, num_bytes = self.memory.release(tags)
+        if "weights" in changed:
+            self.receiver.lose_weights("their memory was released")
+        self._memory_changed(call, changed, num_bytes)
+
+    def _resume_memory(self, call: Call) -> None:
+        self._memory_changed(call, *self.memory.resume(call.body.tags))
+
+    def _memory_changed(self, call: Call, changed: list[cmd.MemoryTag], num_bytes: int) -> None:
+        total = self._ranks.order.all_reduce(torch.tensor([num_bytes]))
+        call.reply(cmd.MemoryChanged(tags=changed, num_bytes=int(total)))
 
     def _status(self, call: Call) -> None:
         call.reply(self.status())
@@ -335,6 +351,7 @@ class EngineCore:
             version=self.receiver.version,
             torn=self.receiver.torn,
             paused=self._paused,
+            released=sorted(self.memory.released),
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_free_blocks=kv.num_available,
@@ -351,9 +368,7 @@ class EngineCore:
         """End what is left; after this `submit` refuses."""
         self._closed.set()
         self.post.release(True)
-        for group in list(self.post.groups):
-            for request in list(group.requests):
-                self.post.abort(request, "the engine was shut down")
+        self.post.abort_all("the engine was shut down")
         self.weights.close()
         self._ranks.close()
         self._inbox.drain(
@@ -361,43 +376,3 @@ class EngineCore:
                 EngineClosedError("the engine was shut down before it came to this call")
             )
         )
-
-    # ---- what the receiver needs of its host (on the loop's thread, inside a commit) -------------------------------
-
-    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
-        """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
-        self._torn = None
-        self.runner.refresh_derived_state()
-        self.post.version = label if label is not None else str(version)
-        policy = kv_policy or self.config.user.kv_policy
-        if policy in ("recompute", "flush"):
-            self.scheduler.recompute_all()
-        # Prefixes of older versions are never found again, whatever the policy.
-        self.scheduler.kv.set_weight_version(version)
-
-    def hold_outputs(self) -> None:
-        """Keep tokens back until `release_outputs` (overlapped verification)."""
-        self.post.hold()
-
-    def release_outputs(self, ok: bool) -> None:
-        """Hand out the tokens that were held, or undo them where the new version turned out wrong."""
-        self._on_loop(lambda: self.post.release(ok))
-
-    def weights_torn(self, reason: str) -> None:
-        """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
-
-        def end_all() -> None:
-            self._torn = reason
-            self.post.release(False)
-            for group in list(self.post.groups):
-                for request in list(group.requests):
-                    self.post.abort(request, f"the weights are a mixture: {reason}")
-
-        self._on_loop(end_all)
-
-    def _on_loop(self, action: Callable[[], None]) -> None:
-        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
-        if threading.current_thread() is self._thread:
-            action()
-        else:
-            self._arm(action)

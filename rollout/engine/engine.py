@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import difflib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,13 +15,18 @@ import msgspec
 from ..config import EngineConfig
 from ..errors import ConfigError, InvalidRequestError
 from .commands import (
+    MEMORY_TAGS,
     AbortRequests,
     ContinueGeneration,
     Done,
     FlushCache,
     GetStatus,
+    MemoryChanged,
+    MemoryTag,
     PauseGeneration,
     PauseMode,
+    ReleaseMemory,
+    ResumeMemory,
     Status,
 )
 from .executor import make_executor
@@ -99,6 +105,34 @@ class Engine(GenerationCalls, WeightCalls):
         """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
         self._call(FlushCache())
 
+    def release_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> MemoryChanged:
+        """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay.
+
+        Requests that run are queued again and wait; none is lost. Released weights are gone: after
+        `resume_memory_occupation` the engine generates only when a complete update has committed (the label of its
+        parts must be the same). Releasing what is released changes nothing. Returns the tags that changed and their
+        bytes, all ranks together.
+        """
+        answer: MemoryChanged = self._call(ReleaseMemory(tags=memory_tags(tags)))
+        return answer
+
+    def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> MemoryChanged:
+        """Make released memory usable again; resuming what is there changes nothing."""
+        answer: MemoryChanged = self._call(ResumeMemory(tags=memory_tags(tags)))
+        return answer
+
+    async def async_release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None
+    ) -> MemoryChanged:
+        """As `release_memory_occupation`, awaitable."""
+        return await asyncio.to_thread(self.release_memory_occupation, tags)
+
+    async def async_resume_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None
+    ) -> MemoryChanged:
+        """As `resume_memory_occupation`, awaitable."""
+        return await asyncio.to_thread(self.resume_memory_occupation, tags)
+
     async def async_pause_generation(
         self, mode: PauseMode = "abort", lease_s: float | None = None
     ) -> int:
@@ -146,6 +180,17 @@ class Engine(GenerationCalls, WeightCalls):
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else self.config.executor
         return f"Engine({self.config.model_path!r}, {state})"
+
+
+def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
+    """The tags that a caller means; `InvalidRequestError` for unknown ones."""
+    chosen: list[Any] = list(
+        MEMORY_TAGS if tags is None else [tags] if isinstance(tags, str) else tags
+    )
+    unknown = [tag for tag in chosen if tag not in MEMORY_TAGS]
+    if unknown:
+        raise InvalidRequestError(f"tags: got {unknown}, expected some of {', '.join(MEMORY_TAGS)}")
+    return chosen
 
 
 def engine_config(model_path: str | Path, options: dict[str, Any]) -> EngineConfig:

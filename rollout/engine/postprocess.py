@@ -201,6 +201,18 @@ class Postprocessor:
             self._send(group, None)
             self.groups.discard(group)
 
+    def abort_all(self, message: str) -> int:
+        """End every request with what it has; returns how many there were."""
+        pending = [
+            request
+            for group in self.groups
+            for request in group.requests
+            if not request.outputs.finished
+        ]
+        for request in pending:
+            self.abort(request, message)
+        return len(pending)
+
     def fail(self, group: GenerateGroup, error: Exception) -> None:
         """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
         if group in self.groups:

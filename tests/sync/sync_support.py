@@ -140,6 +140,9 @@ class ToyHost:
                 raise DeadlineExceeded(f"no step boundary within {timeout_s:.3f} s") from None
             return future.result()
 
+    def unwritable(self) -> str | None:
+        return None
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         self._maybe_fail("weights_written")
         self.torn = None

@@ -1,0 +1,78 @@
+"""Gives memory back to the system and takes it again, without moving an address.
+
+A tensor's virtual addresses stay reserved, so that views, and later captured CUDA graphs, remain valid; only the pages
+behind them go. On a CPU that is `madvise(MADV_DONTNEED)` on the tensor's whole pages; on CUDA, memory that is mapped by
+hand can do the same later, behind the same two methods. What was in it is lost: it reads as zeros afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from ..errors import RolloutError
+
+_MADV_DONTNEED = 4
+
+
+class MemoryRegion(Protocol):
+    """Some memory that can be without pages for a while."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `release` gives back."""
+
+    def release(self) -> None:
+        """Give the pages back; the content is lost. The memory must not be used until `resume`."""
+
+    def resume(self) -> None:
+        """Make the memory usable again; it holds zeros, or anything."""
+
+
+class CpuRegion:
+    """The whole pages of CPU tensors; the system provides new ones when they are next written."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        spans = [_whole_pages(tensor) for tensor in tensors]
+        self._spans = [(start, size) for start, size in spans if size > 0]
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `release` gives back."""
+        return sum(size for _, size in self._spans)
+
+    def release(self) -> None:
+        """Give the pages back; the content is lost."""
+        for start, size in self._spans:
+            if self._libc.madvise(start, size, _MADV_DONTNEED):
+                code = ctypes.get_errno()
+                raise RolloutError(
+                    f"madvise of {size} bytes failed with errno {code}; memory stays occupied"
+                )
+
+    def resume(self) -> None:
+        """Nothing to do: pages come back when they are written."""
+
+
+def region_of(tensors: Iterable[torch.Tensor]) -> MemoryRegion:
+    """The region of tensors of one device; `RolloutError` where its memory cannot be given back yet."""
+    tensors = list(tensors)
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds - {"cpu"}:
+        raise RolloutError(
+            f"cannot release memory on {', '.join(sorted(kinds))}: only CPU memory can be given back in this version"
+        )
+    return CpuRegion(tensors)
+
+
+def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    return start, max(0, end - start)

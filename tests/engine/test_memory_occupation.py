@@ -1,0 +1,120 @@
+"""Giving memory back to a colocated trainer, and taking it again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rollout import Engine
+from rollout.errors import InvalidRequestError
+from weight_sync.errors import TornWeightsError, WeightUpdateError
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+PROMPT = [5, 9, 2, 44]
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    # Large enough for its pages to show in the size of the process: 12 MB of weights.
+    return tiny_checkpoint("qwen3", vocab_size=20_000, head_dim=32)
+
+
+@pytest.fixture
+def trainer(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that has pages."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_released_memory_goes_back_to_the_system_and_addresses_stay(
+    folder: Path, trainer: Any
+) -> None:
+    with Engine(folder, kv_cache_bytes=64 << 20) as engine:
+        core = engine._executor._core  # type: ignore[attr-defined]
+        core.runner.kv_pool.memory.fill_(1.0)
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        addresses = [p.data_ptr() for p in core.runner.model.parameters()]
+        before = resident_bytes()
+        released = engine.release_memory_occupation()
+        assert set(released.tags) == {"weights", "kv_cache"} and released.num_bytes > 60 << 20
+        assert before - resident_bytes() > 0.9 * released.num_bytes
+        assert engine.release_memory_occupation().tags == []
+        engine.resume_memory_occupation()
+        assert engine.resume_memory_occupation().num_bytes == 0
+        with pytest.raises(TornWeightsError, match="released"):
+            engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+        engine.update_weights_from_tensor(trainer)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
+        assert [p.data_ptr() for p in core.runner.model.parameters()] == addresses
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_colocated_sequence_of_trainers_works(folder: Path, trainer: Any, tp_size: int) -> None:
+    """Release, train, resume weights, update bucket by bucket without a session, resume the KV cache, continue."""
+    with Engine(
+        folder, executor="local", tp_size=tp_size, num_threads=1, kv_cache_bytes=4 << 20
+    ) as engine:
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        engine.release_memory_occupation()
+        with pytest.raises(WeightUpdateError, match="resume_memory_occupation"):
+            engine.update_weights_from_tensor(trainer)
+        engine.resume_memory_occupation(["weights"])
+        tensors = list(trainer.named_parameters())
+        parts = [tensors[first : first + 7] for first in range(0, len(tensors), 7)]
+        for part in parts[:-1]:
+            engine.update_weights_from_tensor(part, flush_cache=False, weight_version="17")
+            assert engine.status().torn is not None
+        engine.update_weights_from_tensor(parts[0], weight_version="18")
+        engine.update_weights_from_tensor(parts[-1], weight_version="17")
+        assert engine.status().torn is not None, "parts of two versions do not make one"
+        for part in parts:
+            engine.update_weights_from_tensor(part, flush_cache=False, weight_version="19")
+        assert engine.status().torn is None
+        engine.resume_memory_occupation(["kv_cache"])
+        result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+        assert result["output_ids"] == expected and result["meta_info"]["weight_version"] == "19"
+
+
+def test_requests_wait_for_the_kv_cache_and_none_is_lost(folder: Path) -> None:
+    params = {"temperature": 0.0, "max_new_tokens": 200, "ignore_eos": True}
+    with Engine(folder, kv_cache_bytes=4 << 20) as engine:
+        expected = engine.generate(input_ids=PROMPT, sampling_params=params)["output_ids"]
+        results: list[Any] = []
+        started = threading.Event()
+
+        def run() -> None:
+            for chunk in engine.generate(input_ids=PROMPT, sampling_params=params, stream=True):
+                started.set()
+            results.append(chunk)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert started.wait(30)
+        engine.release_memory_occupation(["kv_cache"])
+        assert engine.status().released == ["kv_cache"]
+        time.sleep(0.1)
+        assert thread.is_alive()
+        engine.resume_memory_occupation(["kv_cache"])
+        thread.join(60)
+        assert results[0]["output_ids"] == expected
+        assert results[0]["meta_info"]["num_retractions"] == 1
+
+
+def test_an_unknown_tag_is_refused(folder: Path) -> None:
+    with (
+        Engine(folder, kv_cache_bytes=1 << 20) as engine,
+        pytest.raises(InvalidRequestError, match="kv_cache"),
+    ):
+        engine.release_memory_occupation(["cuda_graphs"])  # type: ignore[list-item]
