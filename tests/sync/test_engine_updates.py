@@ -291,14 +291,14 @@ def test_overlapped_verification_that_fails_is_undone(folder: Path, trainer: Any
             sampling_params={"temperature": 0.0, "max_new_tokens": 300, "ignore_eos": True},
         )
         core = engine._executor._core  # type: ignore[attr-defined]
-        written = core.weights_written
+        written = core.host.weights_written
 
         def corrupt(version: int, label: str | None, policy: str | None) -> None:
             written(version, label, policy)
             if version == 1:
                 next(core.runner.model.parameters()).data[0, 0] += 1.0
 
-        core.weights_written = corrupt
+        core.host.weights_written = corrupt
         train(trainer, 14)
 
         def publish() -> None:
