@@ -1,7 +1,7 @@
 """How weights that are not whole become whole again: by one complete update, or by several that cover everything.
 
 Trainers that send a model bucket by bucket, each a transaction of its own, repair an engine too, as long as all of them
-carry the same label; another label starts over, because parts of two versions do not make one.
+carry the same label; another label, or none, starts over, because parts of two versions do not make one.
 """
 
 import numpy as np
@@ -20,9 +20,10 @@ class Repair:
         """What is left to repair when the tensors `covered` (mask) are written under `label`; None: all is whole."""
         left = Repair(self.reason, len(covered))
         left._label = label
-        left._written = covered | self._written if label == self._label else covered.copy()
+        goes_on = label is not None and label == self._label
+        left._written = covered | self._written if goes_on else covered.copy()
         return None if left._written.all() else left
 
     def __str__(self) -> str:
         num = int(self._written.sum())
-        return f"{self.reason}; {num} of {len(self._written)} tensors were pushed since"
+        return f"{self.reason}; {num} of {len(self._written)} tensors were pushed since, under one label"
