@@ -17,12 +17,9 @@ import threading
 
 import msgspec
 
-from weight_sync.rpc import RpcServer
-
 from ..config import EngineConfig
-from .build import build_core
+from .rank_server import RankServer, failure_report
 from .ranks import RankSpec
-from .wire import REQUEST_TYPES
 
 
 def main() -> int:
@@ -36,26 +33,18 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSpec)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    servers: list[RpcServer] = []
+    servers: list[RankServer] = []
     lifeline = threading.Thread(
         target=_end_with_owner, args=(servers,), name="rollout-lifeline", daemon=True
     )
     lifeline.start()
     try:
-        core = build_core(config, spec)
-        if spec.rank == 0:
-            servers.append(RpcServer(core.submit, REQUEST_TYPES, bind=config.listen))
-            servers[0].start()
+        servers.append(RankServer(config, spec))
     except Exception as error:
-        _report(ready_fd, {"error": str(error), "code": type(error).__name__})
-        logging.getLogger(__name__).debug("start failed", exc_info=True)
+        _report(ready_fd, failure_report(error))
         return 1
-    _report(ready_fd, {"address": servers[0].address if servers else ""})
-    try:
-        core.run()
-    finally:
-        for server in servers:
-            server.close()
+    _report(ready_fd, {"address": servers[0].address})
+    servers[0].run()
     return 0
 
 
@@ -64,12 +53,12 @@ def _report(fd: int, message: dict[str, str]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
 
-def _end_with_owner(servers: list[RpcServer]) -> None:
+def _end_with_owner(servers: list[RankServer]) -> None:
     """Block until standard input ends, then leave at once: nobody is there to read a last word."""
     while sys.stdin.buffer.read(4096):
         pass
     for server in servers:
-        server.close()  # Removes its socket file.
+        server.close_socket()
     os._exit(0)
 
 

@@ -15,7 +15,7 @@ import msgspec
 from weight_sync.errors import EngineDiedError
 
 from ..config import EngineConfig
-from ..errors import ERRORS
+from .rank_server import reported_address
 from .ranks import RankSpec
 
 
@@ -70,11 +70,7 @@ class RankProcess:
                         f"rank {self._rank} ended while starting ({_exit_words(code)}); its messages are above"
                     )
                 data += chunk
-        report = json.loads(data)
-        if "error" in report:
-            raise ERRORS.get(report["code"], RuntimeError)(report["error"])
-        address: str = report["address"]
-        return address
+        return reported_address(json.loads(data))
 
     def why_dead(self) -> str | None:
         """Why the child is gone, or None while it lives."""
