@@ -51,11 +51,17 @@ def write_dataset(path: Path, examples: Iterable[Example]) -> None:
 
 def read_dataset(path: Path) -> list[Example]:
     """The examples of a file; a line that is not one is a `ConfigError` with its number."""
-    examples = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                examples.append(_parse_line(path, number, line))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the data set {path}: {error.strerror or error}; name a JSONL file, or leave data.path out"
+        ) from None
+    examples = [
+        _parse_line(path, number, line)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     for split in SPLITS:
         if not any(e.split == split for e in examples):
             raise ConfigError(

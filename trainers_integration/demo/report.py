@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rollout.errors import ConfigError
 
 from . import figures
 from .recorder import TIMELINE_FILE, Row, read_rows
@@ -57,6 +60,14 @@ CAPTIONS = {
         "Wall time of each update, and how long generation stood still for it.",
     ),
 }
+
+
+def check_can_draw() -> None:
+    """Raise `ConfigError` when matplotlib is missing; called before a run rather than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "the report cannot be drawn: matplotlib is not installed; pip install 'rollout-sync[demo]'"
+        )
 
 
 def write_report(

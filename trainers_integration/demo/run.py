@@ -27,7 +27,7 @@ from .data import make_dataset, read_dataset, write_dataset
 from .environment import SortingEnvironment
 from .model import build_model, save_checkpoint, warm_start
 from .recorder import SUMMARY_FILE, Recorder, Row, summarize
-from .report import write_report
+from .report import check_can_draw, write_report
 from .screen import Screen
 from .tokenizer import build_tokenizer
 
@@ -35,6 +35,7 @@ from .tokenizer import build_tokenizer
 def run_demo(config: DemoConfig, screen: Screen) -> Row:
     """Everything; returns the summary, which is also in the run's folder."""
     started = time.perf_counter()
+    check_can_draw()
     disable_progress_bar()
     torch.set_num_threads(config.trainer_threads)
     with closing(Recorder(config.folder)) as recorder:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from rollout.errors import ConfigError
+
 #: Ends a prompt: what follows is the answer.
 SEPARATOR = "="
 
@@ -22,7 +24,7 @@ def make_answer(digits: Sequence[int]) -> str:
 def draw_pairs(count: int, *, num_digits: int, rng: random.Random) -> list[tuple[str, str]]:
     """`count` different (prompt, answer) pairs, drawn uniformly."""
     if count > 10**num_digits:
-        raise ValueError(
+        raise ConfigError(
             f"cannot draw {count} different prompts of {num_digits} digits: expected at most {10**num_digits}; "
             "ask for fewer prompts or for more digits"
         )

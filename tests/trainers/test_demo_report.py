@@ -1,0 +1,142 @@
+"""The report is drawn from the recorded files alone and needs nothing else."""
+
+import json
+import re
+
+import pytest
+
+from trainers_integration.demo.recorder import (
+    METRICS_FILE,
+    TIMELINE_FILE,
+    percentile,
+    read_rows,
+    summarize,
+)
+from trainers_integration.demo.report import write_report
+from trainers_integration.demo.timeline import busiest_commit, evenly
+
+
+def row(phase, step, pass_rate, *, gap=1e-6, versions=(), heldout=None):
+    return {
+        "phase": phase,
+        "step": step,
+        "reward": pass_rate + 0.1,
+        "pass_rate": pass_rate,
+        "tokens_per_s": 1000.0,
+        "mixed_fraction": 0.0 if phase == "train" else 0.25,
+        "logprob_gap_max": gap,
+        "logprob_gap_mean": gap / 10,
+        "syncs": [
+            {
+                "version": v,
+                "started_at": v,
+                "committed_at": v,
+                "sync_s": v * 1e-3,
+                "pause_s": v * 1e-4,
+            }
+            for v in versions
+        ],
+        "heldout_pass_rate": heldout,
+    }
+
+
+def rows():
+    return [
+        {"phase": "control", "step": 0, "heldout_pass_rate": 0.3},
+        row("control", 1, 0.31, gap=2.0),
+        row("control", 2, 0.29, gap=3.0, heldout=0.28),
+        {"phase": "train", "step": 0, "heldout_pass_rate": 0.31},
+        *(row("train", i, 0.3 + 0.1 * i, versions=[i]) for i in (1, 2, 3)),
+        row("train", 4, 0.7, gap=2e-6, versions=[4], heldout=0.82),
+        row("in_flight", 5, 0.8, gap=0.5, versions=[5, 6]),
+    ]
+
+
+def timeline():
+    return {
+        "requests": [
+            {
+                "arrived_at": 100.0 + i / 100,
+                "token_times": [100.02 + i / 100 + t / 50 for t in range(3)],
+                "versions": [[4, 0, 3]] if i < 5 else [[4, 0, 1], [5, 1, 3]],
+            }
+            for i in range(8)
+        ],
+        "commits": [
+            {"version": 5, "time": 100.09, "pause_s": 1e-3},
+            {"version": 6, "time": 100.4, "pause_s": 1e-3},
+        ],
+    }
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in rows()))
+    (tmp_path / TIMELINE_FILE).write_text(json.dumps(timeline()))
+    return tmp_path
+
+
+def summary(mode="sync"):
+    return summarize(rows()) | {"mode": mode, "seed": 0, "seconds": 1.0}
+
+
+def test_the_summary_is_about_the_run_and_not_about_its_control_or_what_came_after():
+    numbers = summary()
+    assert numbers["pass_rate_before"] == 0.31
+    assert numbers["pass_rate_after"] == 0.82
+    assert numbers["control_pass_rate_before"] == 0.3
+    assert numbers["control_pass_rate_after"] == 0.28
+    assert numbers["logprob_gap_max"] == 2e-6
+    assert (numbers["num_syncs"], numbers["version"], numbers["steps"]) == (4, 4, 4)
+    assert numbers["pause_s_p99"] == 4e-4
+    assert numbers["mixed_fraction_max"] == 0.25
+
+
+def test_a_run_without_a_control_has_a_summary():
+    numbers = summarize([r for r in rows() if r["phase"] != "control"])
+    assert numbers["control_pass_rate_after"] is None
+    assert numbers["control_steps"] == 0
+
+
+def test_the_report_needs_nothing_from_elsewhere(recorded):
+    pictures = write_report(recorded, summary(), settings={"a<b": 1})
+    page = (recorded / "report.html").read_text()
+    assert {path.name for path in pictures} == {
+        "learning.png",
+        "logprob_gap.png",
+        "timeline.png",
+        "sync.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert page.count('src="data:image/png;base64,') == len(pictures)
+    assert not re.search(r"https?://|<script|<link|url\(", page)
+    assert "0.31 → 0.82" in page
+    assert "a&lt;b" in page
+
+
+def test_a_run_without_a_timeline_has_a_report(recorded):
+    (recorded / TIMELINE_FILE).unlink()
+    names = [path.name for path in write_report(recorded, summary("async"), settings={})]
+    assert "timeline.png" not in names
+
+
+def test_rows_are_read_as_they_were_written(recorded):
+    assert read_rows(recorded) == rows()
+
+
+def test_the_close_up_shows_the_commit_that_most_requests_met():
+    data = timeline()
+    assert busiest_commit(data["requests"], data["commits"]) == 0
+    assert busiest_commit(data["requests"], data["commits"][::-1]) == 1
+
+
+def test_rows_are_spread_evenly_from_first_to_last():
+    assert evenly(list(range(100)), 4) == [0, 33, 66, 99]
+    assert evenly([1, 2], 4) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"), [([], 0.5, 0.0), ([3, 1, 2], 0.5, 2), (range(101), 0.99, 99)]
+)
+def test_a_percentile_is_a_value_that_occurs(values, share, expected):
+    assert percentile(values, share) == expected
