@@ -155,9 +155,11 @@ class StatelessProcessGroup:
         if self._server is not None:
             store, self.address = self._server.store, host
         else:
-            store, self.address = connect_store(
+            store, lifeline = connect_store(
                 host, port, world_size=self.world_size, end=end, abandoned=self._is_abandoned
             )
+            lifeline.close()
+            self.address = lifeline.address
         self.store = under(store, f"{self.name}/group")
         if count(self.store, f"arrived/{self.rank}") > 1:
             raise TransportError(

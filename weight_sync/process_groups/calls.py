@@ -14,7 +14,8 @@ from ..errors import DeadlineExceeded, TransportError
 T = TypeVar("T")
 
 GRACE_S = 0.25
-"""How long a call that minds its deadline itself may take to raise its own, better error."""
+"""How long a call that minds its deadline or its peers itself may take to raise its own, better error."""
+_WATCH_S = 0.1
 
 
 class _Job:
@@ -45,16 +46,19 @@ class CallThread:
 
     A call that outlives its deadline cannot be interrupted, only left behind: its future fails with
     `DeadlineExceeded`, `on_overrun` may abort what the call waits for, every later call fails at once, and the thread
-    ends when the call returns. `on_end` is the last thing that the thread runs. A call may submit, but not wait.
+    ends when the call returns. The same, with `TransportError`, when `watch` says while a call runs why it will never
+    return. `on_end` is the last thing that the thread runs. A call may submit, but not wait.
     """
 
     def __init__(
         self,
         name: str,
         *,
+        watch: Callable[[], str | None] | None = None,
         on_overrun: Callable[[], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> None:
+        self._watch = watch
         self._on_overrun = on_overrun
         self._on_end = on_end
         self._changed = threading.Condition()
@@ -62,7 +66,9 @@ class CallThread:
         self._current: _Job | None = None
         self._over: str | None = None
         self._worker = threading.Thread(target=self._work, name=f"{name}-calls", daemon=True)
-        self._guard = threading.Thread(target=self._watch, name=f"{name}-deadlines", daemon=True)
+        self._guard = threading.Thread(
+            target=self._guard_calls, name=f"{name}-deadlines", daemon=True
+        )
         self._worker.start()
         self._guard.start()
 
@@ -131,23 +137,35 @@ class CallThread:
         if self._on_end is not None:
             self._on_end()
 
-    def _watch(self) -> None:
+    def _guard_calls(self) -> None:
+        lost_since: float | None = None
         with self._changed:
             while self._over is None:
+                now = time.monotonic()
                 late = min(self._pending(), key=lambda job: job.end, default=None)
-                wait_s = None if late is None else late.end + GRACE_S - time.monotonic()
-                if late is None or wait_s is None or wait_s > 0:
-                    self._changed.wait(wait_s)
-                    continue
-                late.resolve(error=_overran(late))
-                if late is self._current:
+                if late is not None and late.end + GRACE_S <= now:
+                    late.resolve(error=_overran(late))
+                    if late is not self._current:
+                        self._jobs.remove(late)
+                        continue
                     self._end(f"the call before it ({late.what}) did not end by its deadline")
                     break
-                self._jobs.remove(late)
+                reason = self._watch() if self._watch is not None and self._current else None
+                lost_since = None if reason is None else lost_since or now
+                if reason is not None and lost_since is not None and lost_since + GRACE_S <= now:
+                    self._end(reason)
+                    break
+                self._changed.wait(self._nap_s(late, now))
             else:
                 return
         if self._on_overrun is not None:
             self._on_overrun()
+
+    def _nap_s(self, next_late: _Job | None, now: float) -> float | None:
+        if next_late is None:
+            return None
+        until_late_s = next_late.end + GRACE_S - now
+        return until_late_s if self._watch is None else min(until_late_s, _WATCH_S)
 
 
 def _overran(job: _Job) -> DeadlineExceeded:

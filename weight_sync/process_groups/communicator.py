@@ -5,6 +5,7 @@ Bytes are what travels: except in `all_reduce`, tensors are handed over as uint8
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -20,21 +21,66 @@ from torch.distributed.distributed_c10d import (
     GatherOptions,
 )
 
-from ..errors import DeadlineExceeded, TransportError
+from ..errors import DeadlineExceeded, SyncError, TransportError
 from .rendezvous import first_line, left
 
 _NCCL_POLL_S = 0.0002
+_SHORTEST_S = 0.001
+"""torch takes a timeout of zero for none."""
 
 
 class Posted:
-    """An operation that was started and not yet waited for."""
+    """An operation that was started and not yet waited for.
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish = finish
+    Its work keeps the group's connections open. It is let go of as soon as its end is known, because an error that is
+    kept somewhere keeps everything that was on the stack.
+    """
+
+    def __init__(self, communicator: Communicator, what: str, work: Any, end: float) -> None:
+        self._communicator = communicator
+        self._what = what
+        self._work: Any = work
+        self._end = end
 
     def wait(self) -> None:
         """Until the buffer is whole (receiver) or free again (sender), seen from the host."""
-        self._finish()
+        try:
+            if self._communicator.kind == "gloo":
+                self._work.wait(left(self._end))
+            else:
+                self._wait_for_nccl()
+        except RuntimeError as error:
+            if isinstance(error, SyncError):
+                raise
+            raise self._communicator._error(self._what, error) from error
+        finally:
+            self._let_go()
+
+    def wait_on_stream(self) -> None:
+        """Until operations that follow on the same device see the result; over gloo the same as `wait`."""
+        if self._communicator.kind == "gloo":
+            self.wait()
+            return
+        try:
+            self._work.wait()  # orders streams; with a timeout it would wait on the host
+        except RuntimeError as error:
+            raise self._communicator._error(self._what, error) from error
+        finally:
+            self._let_go()
+
+    def _wait_for_nccl(self) -> None:
+        while not self._work.is_completed():
+            if time.monotonic() >= self._end:
+                self._communicator.abort()
+                raise DeadlineExceeded(self._communicator._late(self._what))
+            time.sleep(_NCCL_POLL_S)
+        if not self._work.is_success():
+            reason = "the communicator failed or was aborted"
+            raise TransportError(self._communicator._lost(self._what, reason))
+
+    def _let_go(self) -> None:
+        self._work = None
+        self._communicator._held.num_under_way -= 1
 
 
 class _Held:
@@ -47,10 +93,14 @@ class _Held:
         self.backend = backend
         self.num_under_way = 0
 
+    def drop(self) -> None:
+        """Let go; blocks while something is under way, because the backend's destructor does."""
+        self.backend = None
+
     def drop_if_idle(self) -> None:
-        """The backend's destructor waits for what is under way, so a busy one is left to the end of the process."""
+        """A busy one is left to the end of the process."""
         if self.num_under_way == 0:
-            self.backend = None
+            self.drop()
 
 
 class Communicator:
@@ -82,13 +132,13 @@ class Communicator:
 
         Members must post in the same order; several may be under way.
         """
-        end = time.monotonic() + timeout_s
-        options = BroadcastOptions()
+        options = self._options(BroadcastOptions(), timeout_s)
         options.rootRank = root
-        options.timeout = left(end)
-        what = f"a broadcast of {tensor.nbytes} bytes"
-        work = self._started(what, lambda backend: backend.broadcast([as_bytes(tensor)], options))
-        return Posted(lambda: self._finished(what, work, end))
+        return self._start(
+            f"a broadcast of {tensor.nbytes} bytes",
+            lambda backend: backend.broadcast([as_bytes(tensor)], options),
+            timeout_s,
+        )
 
     def broadcast(
         self, tensor: torch.Tensor, *, root: int = 0, timeout_s: float | None = None
@@ -163,57 +213,38 @@ class Communicator:
                 pass  # it was aborted before
 
     def close(self) -> None:
-        """Close the connections, so that peers fail at once; waits for operations that are under way."""
+        """Close the connections, so that peers fail; at once, or when what is under way has ended. Never blocks."""
         self.abort()
-        self._held.backend = None
+        if self._held.num_under_way == 0:
+            self._held.drop()
+        else:  # the backend's destructor waits
+            threading.Thread(
+                target=self._held.drop, name=f"{self.name}-closing", daemon=True
+            ).start()
 
     def _options(self, options: Any, timeout_s: float | None) -> Any:
-        options.timeout = timedelta(seconds=self.timeout_s if timeout_s is None else timeout_s)
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        options.timeout = timedelta(seconds=max(limit_s, _SHORTEST_S))
         return options
 
     def _run(self, what: str, start: Callable[[Any], Any], timeout_s: float | None) -> None:
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
-        work = self._started(what, start)
-        try:
-            if self.kind == "nccl":
-                work.wait()  # orders streams; with a timeout it would wait on the host
-            else:
-                work.wait(timedelta(seconds=limit_s))
-        except RuntimeError as error:
-            raise self._error(what, error) from error
-        finally:
-            self._held.num_under_way -= 1
+        self._start(what, start, timeout_s).wait_on_stream()
 
-    def _started(self, what: str, start: Callable[[Any], Any]) -> Any:
-        if self._held.backend is None:
+    def _start(self, what: str, start: Callable[[Any], Any], timeout_s: float | None) -> Posted:
+        backend = self._held.backend
+        if backend is None:
             raise TransportError(
                 f"group {self.name!r}: got {what} after it was closed, expected an open group; make a new one"
             )
+        end = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         self._held.num_under_way += 1
         try:
-            return start(self._held.backend)
+            return Posted(self, what, start(backend), end)
         except RuntimeError as error:
             self._held.num_under_way -= 1
-            raise self._error(what, error) from error
-
-    def _finished(self, what: str, work: Any, end: float) -> None:
-        try:
-            if self.kind == "gloo":
-                work.wait(left(end))
-                return
-            while not work.is_completed():
-                if time.monotonic() >= end:
-                    self.abort()
-                    raise DeadlineExceeded(self._late(what))
-                time.sleep(_NCCL_POLL_S)
-            if not work.is_success():
-                raise TransportError(self._lost(what, "the communicator failed or was aborted"))
-        except RuntimeError as error:
-            if isinstance(error, (TransportError, DeadlineExceeded)):
-                raise
             raise self._error(what, error) from error
         finally:
-            self._held.num_under_way -= 1
+            del backend  # see `Posted`
 
     def _error(self, what: str, error: RuntimeError) -> TransportError | DeadlineExceeded:
         text = first_line(error)

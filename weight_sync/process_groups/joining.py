@@ -12,7 +12,7 @@ from ..errors import SyncError
 from .backends import open_gloo, open_nccl
 from .communicator import Communicator
 from .meeting import Meeting, Offer, attend, convene, find_offer, find_plain, report_failure
-from .rendezvous import StoreServer, connect_store, first_line, left, poll, under
+from .rendezvous import Lifeline, StoreServer, connect_store, first_line, left, poll, under
 
 _OFFER_GRACE_S = 1.0
 """How long a trainer of ours may take from serving its store to making its offer."""
@@ -43,6 +43,8 @@ class Seat:
     """Its connection to the store."""
     address: str
     """Where the others reach this machine."""
+    lifeline: Lifeline | None
+    """Shows when the trainer is gone; None in the trainer."""
     meeting: Meeting | None
     """Where the members connect; None while a plain trainer has not shown it (NCCL: until its first broadcast)."""
 
@@ -57,14 +59,14 @@ def sit_as_trainer(
 ) -> Seat:
     """Wait for all engine ranks at the store that this process serves."""
     meeting = convene(server.store, member.name, offer, end=end, abandoned=abandoned)
-    return Seat(store=server.store, address=server.host, meeting=meeting)
+    return Seat(store=server.store, address=server.host, lifeline=None, meeting=meeting)
 
 
 def sit_as_engine(
     member: Member, host: str, port: int, *, end: float, abandoned: Callable[[], bool]
 ) -> Seat:
     """Find the trainer's store, and in it the trainer's way of making the group; wait for the others if it is ours."""
-    store, address = connect_store(
+    store, lifeline = connect_store(
         host, port, world_size=member.world_size, end=end, abandoned=abandoned
     )
     patience = end
@@ -75,7 +77,7 @@ def sit_as_engine(
     )
     if meeting is not None and meeting.offer is not None:
         attend(store, member.name, member.rank, end=end, abandoned=abandoned)
-    return Seat(store=store, address=address, meeting=meeting)
+    return Seat(store=store, address=lifeline.address, lifeline=lifeline, meeting=meeting)
 
 
 def find_meeting(

@@ -61,6 +61,37 @@ class StoreServer:
         self._store = None
 
 
+class Lifeline:
+    """A silent connection to the process that serves a store, which ends when that process or its store does.
+
+    The store's own connection cannot be watched: asking it blocks when the process was stopped.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setblocking(False)
+        self._connection = connection
+        self.address: str = connection.getsockname()[0]
+        """Where this machine is on the way there."""
+        self.peer = "{}:{}".format(*connection.getpeername()[:2])
+        """Where the store is."""
+
+    def lost(self) -> str | None:
+        """Why the other end is known to be gone, or None; does not block."""
+        try:
+            if self._connection.recv(1, socket.MSG_PEEK):
+                return None
+        except BlockingIOError:
+            return None
+        except OSError:
+            pass
+        return f"the rendezvous at {self.peer} is gone, and with it the member that served it"
+
+    def close(self) -> None:
+        """Safe to repeat."""
+        self._connection.close()
+
+
 def poll(
     ask: Callable[[], T | None],
     *,
@@ -91,14 +122,13 @@ def connect_store(
     world_size: int,
     end: float,
     abandoned: Callable[[], bool] = lambda: False,
-) -> tuple[TCPStore, str]:
-    """Connect to the store at `host:port`, which may start later; it, and this machine's address on the way there."""
+) -> tuple[TCPStore, Lifeline]:
+    """Connect to the store at `host:port`, which may start later."""
 
-    def knock() -> str | None:
+    def knock() -> Lifeline | None:
         try:
             timeout_s = min(max(end - time.monotonic(), 0.01), 1.0)
-            with socket.create_connection((host, port), timeout=timeout_s) as connection:
-                return str(connection.getsockname()[0])
+            return Lifeline(socket.create_connection((host, port), timeout=timeout_s))
         except socket.gaierror as error:
             raise TransportError(
                 f"cannot find the rendezvous host {host!r}: got {error}, expected an address or a resolvable name; "
@@ -107,7 +137,7 @@ def connect_store(
         except OSError:
             return None
 
-    address = poll(
+    lifeline = poll(
         knock,
         end=end,
         abandoned=abandoned,
@@ -127,8 +157,9 @@ def connect_store(
             wait_for_workers=True,
         )
     except RuntimeError as error:
+        lifeline.close()
         raise store_error(f"cannot join the rendezvous at {host}:{port}", error) from error
-    return store, address
+    return store, lifeline
 
 
 @contextmanager

@@ -28,14 +28,18 @@ def send_parts(
     On return the parts may be written again. While `prepare` works on one part, those before it travel.
     """
     window: deque[Posted] = deque()
-    for i, part in enumerate(parts):
-        if len(window) >= depth:
+    try:
+        for i, part in enumerate(parts):
+            if len(window) >= depth:
+                window.popleft().wait()
+            if prepare is not None:
+                prepare(i)
+            left_s = end - time.monotonic()
+            window.append(communicator.post_broadcast(part, root=0, timeout_s=left_s))
+        while window:
             window.popleft().wait()
-        if prepare is not None:
-            prepare(i)
-        window.append(communicator.post_broadcast(part, root=0, timeout_s=end - time.monotonic()))
-    while window:
-        window.popleft().wait()
+    finally:
+        window.clear()  # what is under way holds connections open
 
 
 def receive_parts(
@@ -54,7 +58,7 @@ def receive_parts(
     here. With `scratch_behind`, lengths are checked where they can be, one part at a time (see `landing`).
     """
     receiver = _Receiver(communicator, end, scratch_behind, on_part)
-    with receiver.callbacks:
+    with receiver:
         for i, part in enumerate(parts):
             receiver.make_way(part, depth)
             receiver.post(i, part)
@@ -71,7 +75,7 @@ class _Receiver:
         scratch_behind: bool,
         on_part: Callable[[int], None] | None,
     ) -> None:
-        self.callbacks = ThreadPoolExecutor(1, thread_name_prefix="received-parts")
+        self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="received-parts")
         self._communicator = communicator
         self._end = end
         self._on_part = on_part
@@ -82,6 +86,13 @@ class _Receiver:
         )
         self._window: deque[tuple[int, torch.Tensor, Posted, Landing | None]] = deque()
         self._called: deque[tuple[torch.Tensor, Future[None]]] = deque()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        self._window.clear()  # what is under way holds connections open
+        self._callbacks.shutdown(wait=True, cancel_futures=True)
 
     def make_way(self, part: torch.Tensor, depth: int) -> None:
         """Wait until `part` may be posted: few enough are under way, and nobody uses its memory."""
@@ -115,7 +126,7 @@ class _Receiver:
         if landing is not None:
             landing.check(f"group {self._communicator.name!r}, part {i}")
         if self._on_part is not None:
-            self._called.append((part, self.callbacks.submit(self._on_part, i)))
+            self._called.append((part, self._callbacks.submit(self._on_part, i)))
 
     def _await_first_callback(self) -> None:
         _, called = self._called.popleft()

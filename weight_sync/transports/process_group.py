@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Self, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from ..errors import TransportError
 from ..manifest import TensorMeta
@@ -36,7 +37,6 @@ from ..process_groups.streams import receive_parts, send_parts
 T = TypeVar("T")
 
 BACKENDS = ("gloo", "nccl")
-_CLOSING_S = 3600.0
 
 
 class UpdateGroup:
@@ -52,7 +52,7 @@ class UpdateGroup:
     """Where the rendezvous is; the trainer tells it to the engines."""
 
     def __init__(self, member: Member, device: torch.device) -> None:
-        _check(member)
+        _check(member, device)
         self.name = member.name
         """What members and errors call the group."""
         self.rank = member.rank
@@ -71,7 +71,10 @@ class UpdateGroup:
         self._stream: torch.cuda.Stream | None = None
         self._broken: str | None = None
         self._thread = CallThread(
-            f"update-group-{self.name}", on_overrun=self._abort, on_end=self._release
+            f"update-group-{self.name}",
+            watch=self._lost,
+            on_overrun=self._abort,
+            on_end=self._release,
         )
 
     @classmethod
@@ -92,7 +95,7 @@ class UpdateGroup:
         `host` is an address of this machine that every engine can reach; `master_port` is the port to tell them.
         """
         member = Member(name=group_name, rank=0, world_size=world_size, backend=backend)
-        _check(member)
+        _check(member, torch.device(device))
         server = StoreServer(host, port, timeout_s=timeout_s)
         offer = Offer(
             protocol=PROTOCOL_VERSION,
@@ -130,13 +133,17 @@ class UpdateGroup:
                 "an engine cannot join as rank 0: got rank 0, expected 1 or more (the trainer is rank 0); check "
                 "rank_offset"
             )
+        if not str(master_port).isdecimal() or not 0 < int(master_port) < 1 << 16:
+            raise TransportError(
+                f"cannot join group {group_name!r}: got port {master_port!r}, expected a number from 1 to 65535; pass "
+                "the port of the trainer's rendezvous"
+            )
+        port = int(master_port)
         member = Member(name=group_name, rank=rank, world_size=world_size, backend=backend)
         group = cls(member, torch.device(device))
-        group.master_port = int(master_port)
+        group.master_port = port
         group.joined = group._submit(
-            "joining",
-            timeout_s,
-            lambda end: group._sit_as_engine(master_address, int(master_port), end),
+            "joining", timeout_s, lambda end: group._sit_as_engine(master_address, port, end)
         )
         return group
 
@@ -235,7 +242,7 @@ class UpdateGroup:
 
         return self._submit(f"a receive of {len(parts)} tensors", timeout_s, receive)
 
-    def destroy(self, *, wait_s: float = 2.0) -> None:
+    def destroy(self, *, wait_s: float = 1.0) -> None:
         """Leave the group: what is under way fails at once, and peers that wait for this member fail too.
 
         Blocks at most `wait_s`. Connections that an operation still uses are closed when it ends, by its deadline at
@@ -317,8 +324,12 @@ class UpdateGroup:
     def _break(self, error: BaseException) -> None:
         """On the group's thread: peers learn of the failure from their closed connections."""
         self._broken = self._broken or f"{type(error).__name__}: {error}"
-        # Behind this call, whose caller need not wait for it: closing waits for what is under way.
-        self._thread.submit(self._release, timeout_s=_CLOSING_S, what=f"{self._member}: closing")
+        self._release()
+
+    def _lost(self) -> str | None:
+        """Why the trainer is known to be gone. gloo does not always tell members that wait for a message from it."""
+        seat = self._seat
+        return seat.lifeline.lost() if seat is not None and seat.lifeline is not None else None
 
     def _abort(self) -> None:
         """From any thread: free the group's thread where the backend can."""
@@ -332,14 +343,26 @@ class UpdateGroup:
             self._communicator.close()
         if self._server is not None:
             self._server.close()
+        if self._seat is not None and self._seat.lifeline is not None:
+            self._seat.lifeline.close()
         self._communicator = self._seat = self._server = None
 
 
-def _check(member: Member) -> None:
+def _check(member: Member, device: torch.device) -> None:
     if member.backend not in BACKENDS:
         raise TransportError(
             f"cannot make an update group: got backend {member.backend!r}, expected one of {', '.join(BACKENDS)}; use "
             "gloo on a CPU and nccl on CUDA"
+        )
+    if member.backend == "nccl" and device.type != "cuda":
+        raise TransportError(
+            f"cannot make an update group: got backend 'nccl' and device {str(device)!r}, expected a CUDA device; "
+            "use gloo for buffers on the CPU"
+        )
+    if member.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise TransportError(
+            "cannot make an update group: got backend 'nccl' on a machine without a GPU that this torch build can use, "
+            "expected 'gloo'; use gloo, or install a CUDA build of torch"
         )
     if not member.name or not 0 <= member.rank < member.world_size:
         raise TransportError(

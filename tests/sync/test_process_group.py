@@ -1,0 +1,294 @@
+"""Update groups between real processes: what arrives, in which order, and how often."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_group_peer import content
+from process_group_support import (
+    NAME,
+    Peer,
+    PeerPool,
+    free_port,
+    join,
+    num_descriptors,
+    num_threads,
+)
+
+from weight_sync.errors import ManifestMismatch, TransportError
+from weight_sync.manifest import TensorMeta
+from weight_sync.process_groups.landing import landing_buffer
+from weight_sync.transports.process_group import UpdateGroup
+
+MIB = 1 << 20
+TENSORS: list[tuple[str, list[int], int]] = [
+    ("bfloat16", [3, 5], 1),
+    ("float32", [0, 4], 2),
+    ("int64", [], 3),
+    ("float32", [700, 300], 4),
+    ("bfloat16", [1], 5),
+]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
+METAS = [
+    TensorMeta(name=f"t{i}", shape=tuple(shape), dtype=DTYPES[dtype])
+    for i, (dtype, shape, _) in enumerate(TENSORS)
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[PeerPool]:
+    pool = PeerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def peers(pool: PeerPool) -> Iterator[Callable[[int], list[Peer]]]:
+    yield pool.take
+    pool.tidy()
+
+
+def assert_arrived(tensors: list[torch.Tensor]) -> None:
+    for tensor, meta, (_, _, seed) in zip(tensors, METAS, TENSORS, strict=True):
+        assert (tensor.dtype, tuple(tensor.shape)) == (meta.dtype, meta.shape)
+        sent = content(meta.num_bytes, seed)
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), sent)
+
+
+@pytest.mark.parametrize("how", ["helper", "constructor", "default group"])
+def test_a_plain_trainer_reaches_the_engine_however_it_makes_its_group(peers, how):
+    [trainer] = peers(1)
+    for _ in range(2):  # the same name again after both have left
+        port = free_port()
+        trainer.start("plain_connect", how=how, port=port, world_size=2, name=NAME)
+        with join(port) as group:
+            group.joined.result()
+            trainer.finish()
+            assert not group.peer_is_ours
+            trainer.start("plain_broadcast", tensors=TENSORS)
+            assert_arrived(group.receive_tensors(METAS, timeout_s=10).result())
+            trainer.finish()
+            into = [torch.zeros(meta.shape, dtype=meta.dtype) for meta in METAS]
+            trainer.start("plain_broadcast", tensors=TENSORS)
+            group.receive_tensors(METAS, into=into, timeout_s=10).result()
+            assert_arrived(into)
+            trainer.finish()
+        trainer.do("plain_destroy")
+
+
+def test_a_plain_trainer_reaches_several_engine_ranks_with_a_flattened_bucket(peers):
+    trainer, other = peers(2)
+    port = free_port()
+    trainer.start("plain_connect", how="helper", port=port, world_size=3, name=NAME)
+    other.start("join", master_port=port, rank=2, world_size=3, group_name=NAME, timeout_s=20)
+    with join(str(port), world_size=3) as group:
+        group.joined.result()
+        trainer.finish()
+        other.finish()
+        other.start("receive", num_bytes=MIB, seed=7)
+        trainer.start("plain_broadcast", tensors=[("int64", [MIB // 8], 7)])
+        buffer = torch.zeros(MIB, dtype=torch.uint8)
+        group.receive_into(buffer, timeout_s=10).result()
+        assert torch.equal(buffer, content(MIB, 7))
+        trainer.finish()
+        assert other.finish() is True
+    other.do("destroy")
+    trainer.do("plain_destroy")
+
+
+def test_one_update_after_another_arrives_whole_at_every_engine_rank(peers):
+    trainer, other = peers(2)
+    port = trainer.do("serve", world_size=3, group_name=NAME)
+    other.do("join", master_port=port, rank=2, world_size=3, group_name=NAME)
+    with join(port, world_size=3) as group:
+        for member in (trainer, other):
+            assert member.do("joined") is True
+        group.joined.result()
+        assert group.peer_is_ours
+        for update in range(10):
+            num_bytes = 3 * MIB + 1000 * update + update % 2
+            seen: list[int] = []
+            buffer = torch.zeros(num_bytes, dtype=torch.uint8)
+            spans = [(start, min(start + MIB, num_bytes)) for start in range(0, num_bytes, MIB)]
+            trainer.start("broadcast", num_bytes=num_bytes, seed=update, spans=spans)
+            other.start("receive", num_bytes=num_bytes, seed=update, spans=spans)
+            group.receive_into(buffer, spans, timeout_s=10, on_bucket=seen.append).result()
+            assert torch.equal(buffer, content(num_bytes, update))
+            assert seen == list(range(len(spans)))
+            trainer.finish()
+            assert other.finish() is True
+    for member in (trainer, other):
+        member.do("destroy")
+
+
+def test_two_buffers_take_turns_and_none_is_filled_while_it_is_read(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        sent = content(8 * MIB, 3)
+        stage = torch.zeros(2 * MIB, dtype=torch.uint8)
+        spans = [((i % 2) * MIB, (i % 2 + 1) * MIB) for i in range(8)]
+        seen: list[torch.Tensor] = []
+
+        def read_slowly(i: int) -> None:
+            first = stage[slice(*spans[i])].clone()
+            time.sleep(0.02)
+            assert torch.equal(first, stage[slice(*spans[i])])
+            seen.append(first)
+
+        trainer.start(
+            "broadcast",
+            num_bytes=8 * MIB,
+            seed=3,
+            spans=[(i * MIB, (i + 1) * MIB) for i in range(8)],
+        )
+        group.receive_into(stage, spans, timeout_s=10, on_bucket=read_slowly).result()
+        assert torch.equal(torch.cat(seen), sent)
+        trainer.finish()
+
+
+def test_a_bucket_is_worked_on_while_the_next_one_arrives(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        buffer = torch.zeros(4 * MIB, dtype=torch.uint8)
+        spans = [(i * MIB, (i + 1) * MIB) for i in range(4)]
+        all_here = threading.Event()
+
+        def watch(i: int) -> None:
+            if i == 0:  # the last bucket comes although this one is still worked on
+                end = time.monotonic() + 5
+                while not buffer[-8:].any() and time.monotonic() < end:
+                    time.sleep(0.001)
+                if buffer[-8:].any():
+                    all_here.set()
+
+        trainer.start("broadcast", num_bytes=4 * MIB, seed=9, spans=spans)
+        group.receive_into(buffer, spans, timeout_s=10, on_bucket=watch).result()
+        assert all_here.is_set()
+        trainer.finish()
+
+
+def test_the_trainer_packs_a_bucket_just_before_it_is_sent(peers):
+    [engine] = peers(1)
+    with UpdateGroup.serve(world_size=2, group_name=NAME, timeout_s=20) as group:
+        engine.do("join", master_port=group.master_port, rank=1, world_size=2, group_name=NAME)
+        group.joined.result()
+        ready, buffer = content(MIB, 5), torch.zeros(MIB, dtype=torch.uint8)
+        spans = [(0, 1000), (1000, MIB // 2), (MIB // 2, MIB)]
+        packed: list[int] = []
+
+        def pack(i: int) -> None:
+            buffer[slice(*spans[i])] = ready[slice(*spans[i])]
+            packed.append(i)
+
+        engine.start("receive", num_bytes=MIB, seed=5, spans=spans)
+        group.broadcast(buffer, spans, timeout_s=10, prepare=pack).result()
+        assert engine.finish() is True
+        assert packed == [0, 1, 2]
+        engine.do("destroy")
+
+
+def test_ten_groups_one_after_another_leave_nothing_behind(peers):
+    [trainer] = peers(1)
+
+    def one_life() -> None:
+        port = trainer.do("serve", world_size=2, group_name=NAME)
+        with join(port) as group:
+            buffer = torch.zeros(MIB, dtype=torch.uint8)
+            trainer.start("broadcast", num_bytes=MIB, seed=1)
+            group.receive_into(buffer, timeout_s=10).result()
+            trainer.finish()
+        trainer.do("destroy")
+
+    def footprint() -> list[int]:
+        return [num_descriptors(), num_threads(), *trainer.do("footprint")]
+
+    one_life()
+    before = footprint()
+    for _ in range(10):
+        one_life()
+    end = time.monotonic() + 2  # a store's thread ends a moment after its last connection
+    while (after := footprint()) > before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def test_groups_live_beside_a_default_group_and_do_not_touch_it(peers):
+    trainer, other = peers(2)
+    default_port = free_port()
+    for rank, member in enumerate((trainer, other)):
+        member.start("default_group", port=default_port, world_size=2, rank=rank)
+    for member in (trainer, other):
+        member.finish()
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    other.do("join", master_port=port, rank=1, world_size=2, group_name=NAME)
+    for member in (trainer, other):
+        member.do("joined")
+    other.start("receive", num_bytes=1000, seed=2)
+    trainer.do("broadcast", num_bytes=1000, seed=2)
+    assert other.finish() is True
+    for member in (trainer, other):
+        member.start("default_sum")
+    assert [member.finish() for member in (trainer, other)] == [3, 3]
+    for member in (trainer, other):
+        member.do("destroy")
+        member.do("default_destroy")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "mpi"}, "gloo, nccl"),
+        ({"rank": 0}, "the trainer is rank 0"),
+        ({"rank": 2}, "below the world size"),
+        ({"group_name": ""}, "expected a name"),
+        ({"master_port": "http"}, "expected a number"),
+    ],
+)
+def test_what_cannot_be_a_member_is_refused_at_once(options: dict[str, Any], words: str):
+    valid = {"rank": 1, "world_size": 2, "group_name": NAME, "master_port": 1}
+    before = num_threads()
+    with pytest.raises(TransportError, match=words):
+        UpdateGroup.join(master_address="127.0.0.1", **{**valid, **options})
+    assert num_threads() == before
+
+
+def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():
+    with UpdateGroup.serve(world_size=1, group_name=NAME) as group:
+        group.joined.result()
+        with pytest.raises(TransportError, match="expected contiguous bytes"):
+            group.broadcast(torch.zeros(4), timeout_s=1)
+        with pytest.raises(TransportError, match="bytes 2 to 9"):
+            group.broadcast(torch.zeros(8, dtype=torch.uint8), [(2, 9)], timeout_s=1)
+        with pytest.raises(ManifestMismatch, match="t0"):
+            group.receive_tensors(METAS[:1], into=[torch.zeros(3, 5)], timeout_s=1)
+        group.broadcast(
+            torch.zeros(8, dtype=torch.uint8), timeout_s=1
+        ).result()  # nobody to send to
+
+
+def test_a_landing_buffer_costs_only_what_is_written():
+    def resident_bytes() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * 4096
+
+    before = resident_bytes()
+    buffer = landing_buffer(16 * MIB)
+    assert buffer.untyped_storage().nbytes() >= 80 * MIB
+    assert resident_bytes() - before < 24 * MIB
+
+
+def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TransportError, match="expected 'gloo'"):
+        UpdateGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cuda")
+    with pytest.raises(TransportError, match="expected a CUDA device"):
+        UpdateGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cpu")

@@ -1,0 +1,297 @@
+"""Members of an update group that are late, stopped, killed or lying: everyone else gets a typed error in time."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import pytest
+import torch
+from process_group_peer import content
+from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, join, num_threads
+
+from weight_sync.errors import DeadlineExceeded, TransportError
+from weight_sync.manifest import TensorMeta
+from weight_sync.process_groups.calls import GRACE_S, CallThread
+from weight_sync.process_groups.rendezvous import StoreServer
+from weight_sync.transports.process_group import UpdateGroup
+
+MIB = 1 << 20
+SLACK_S = 1.5
+"""What a busy machine may add to a deadline."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[PeerPool]:
+    pool = PeerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def peers(pool: PeerPool) -> Iterator[Callable[[int], list[Peer]]]:
+    yield pool.take
+    pool.tidy()
+
+
+def error_of(future: Future[object], *, within_s: float) -> Exception:
+    """What `future` raises, and by when."""
+    started = time.monotonic()
+    error = future.exception(timeout=within_s + SLACK_S + 5)
+    assert time.monotonic() - started < within_s + SLACK_S
+    assert isinstance(error, (DeadlineExceeded, TransportError))
+    return error
+
+
+def update_works(trainer: Peer, seed: int) -> bool:
+    """A new group under the same name, and one update through it."""
+    port = trainer.do("serve", world_size=2, group_name=NAME, timeout_s=20)
+    with join(port) as group:
+        buffer = torch.zeros(MIB, dtype=torch.uint8)
+        trainer.start("broadcast", num_bytes=MIB, seed=seed)
+        group.receive_into(buffer, timeout_s=10).result()
+        trainer.finish()
+    trainer.do("destroy")
+    return torch.equal(buffer, content(MIB, seed))
+
+
+def test_a_trainer_killed_in_the_middle_of_a_broadcast_is_an_error_at_once_and_can_be_replaced(
+    peers,
+):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        buffer = torch.zeros(64 * MIB, dtype=torch.uint8)
+        spans = [(i * MIB, (i + 1) * MIB) for i in range(64)]
+        first_is_here, go_on = threading.Event(), threading.Event()
+
+        def hold(i: int) -> None:
+            first_is_here.set()
+            go_on.wait(10)
+
+        # Nobody takes more parts than may be under way while the first one is held, so the broadcast is not over.
+        turns = [(0, MIB)] * 64
+        trainer.start("broadcast", num_bytes=64 * MIB, seed=1, spans=spans, timeout_s=30)
+        received = group.receive_into(buffer, turns, timeout_s=30, on_bucket=hold)
+        assert first_is_here.wait(10)
+        trainer.signal(signal.SIGKILL)
+        go_on.set()
+        assert "expected every member to live" in str(error_of(received, within_s=1))
+        assert group.broken is not None
+        later = error_of(group.receive_into(buffer, timeout_s=30), within_s=0.1)
+        assert "destroy it and make a new one" in str(later)
+    [successor] = peers(1)
+    assert update_works(successor, seed=2)
+
+
+def test_an_engine_rank_killed_in_the_middle_of_a_broadcast_ends_it_for_everyone(peers):
+    trainer, victim = peers(2)
+    port = trainer.do("serve", world_size=3, group_name=NAME)
+    victim.do("join", master_port=port, rank=2, world_size=3, group_name=NAME)
+    with join(port, world_size=3) as group:
+        group.joined.result()
+        for member in (trainer, victim):
+            member.do("joined")
+        buffer = torch.zeros(256 * MIB, dtype=torch.uint8)
+        trainer.start("broadcast", num_bytes=256 * MIB, seed=1, timeout_s=20)
+        # The victim never receives: the broadcast cannot end, and only its death can end it before the deadline.
+        received = group.receive_into(buffer, timeout_s=20)
+        time.sleep(0.5)
+        assert not received.done()
+        victim.signal(signal.SIGKILL)
+        with pytest.raises(PeerError, match="TransportError") as caught:
+            trainer.finish()
+        assert caught.value.seconds < 10
+        error_of(received, within_s=2)
+    trainer.do("destroy")
+    assert update_works(trainer, seed=3)
+
+
+def test_a_member_that_never_comes_is_named_to_the_trainer_and_the_others_do_not_hang(peers):
+    trainer, other = peers(2)
+    port = trainer.do("serve", world_size=4, group_name=NAME, timeout_s=1.5)
+    other.do("join", master_port=port, rank=3, world_size=4, group_name=NAME, timeout_s=2)
+    with join(port, world_size=4, timeout_s=2) as group:
+        with pytest.raises(PeerError, match=r"DeadlineExceeded.*ranks \[2\]") as caught:
+            trainer.do("joined")
+        assert caught.value.seconds < 1.5 + SLACK_S
+        error_of(group.joined, within_s=2)
+        with pytest.raises(PeerError, match=r"TransportError|DeadlineExceeded"):
+            other.do("joined")
+    for member in (trainer, other):
+        member.do("destroy")
+    assert update_works(trainer, seed=4)
+
+
+def test_a_member_that_comes_late_but_in_time_is_waited_for(peers):
+    [trainer] = peers(1)
+    port = free_port()
+    with join(port) as group:
+        time.sleep(0.3)
+        assert not group.joined.done()
+        trainer.do("serve", world_size=2, group_name=NAME, port=port)
+        group.joined.result(timeout=10)
+    trainer.do("destroy")
+
+
+def test_without_a_trainer_an_engine_gives_up_at_its_deadline():
+    before = num_threads()
+    with join(free_port(), timeout_s=0.5) as group:
+        error = error_of(group.joined, within_s=0.5)
+        assert isinstance(error, DeadlineExceeded) and "expected rank 0 to serve it" in str(error)
+        assert "broke" in str(error_of(group.receive_tensors([], timeout_s=5), within_s=0.1))
+    assert num_threads() <= before
+
+
+def test_a_rendezvous_without_the_group_is_given_up_at_the_deadline():
+    server = StoreServer()
+    with join(server.port, timeout_s=0.5) as group:
+        assert "same group name" in str(error_of(group.joined, within_s=0.5))
+    server.close()
+
+
+def test_leaving_while_joining_or_receiving_ends_the_wait(peers):
+    joining = join(free_port(), timeout_s=60)
+    time.sleep(0.05)
+    started = time.monotonic()
+    joining.destroy()
+    assert "closed" in str(error_of(joining.joined, within_s=0.1))
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    group = join(port)
+    group.joined.result()
+    received = group.receive_into(torch.zeros(8, dtype=torch.uint8), timeout_s=2)
+    time.sleep(0.05)
+    group.destroy(wait_s=0.2)
+    error_of(received, within_s=0.1)
+    assert time.monotonic() - started < 5
+    trainer.do("destroy")
+
+
+def test_a_stopped_trainer_costs_no_more_than_the_deadline_in_any_phase(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        group.joined.result()
+        trainer.signal(signal.SIGSTOP)
+        try:
+            receiving = group.receive_into(torch.zeros(8, dtype=torch.uint8), timeout_s=0.5)
+            joining = join(port, timeout_s=0.5)
+            assert isinstance(error_of(receiving, within_s=0.5), DeadlineExceeded)
+            assert isinstance(error_of(joining.joined, within_s=0.5), DeadlineExceeded)
+            started = time.monotonic()
+            joining.destroy(wait_s=0.2)
+            assert time.monotonic() - started < 0.2 + SLACK_S
+        finally:
+            trainer.signal(signal.SIGCONT)
+    trainer.do("destroy")
+    assert update_works(trainer, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [([64, 64], "more bytes"), ([16, 8], "fewer bytes"), ([33, 32], "more bytes")],
+)
+def test_a_plain_trainer_that_announced_another_shape_is_an_error_and_no_crash(peers, sent, words):
+    [trainer] = peers(1)
+    port = free_port()
+    trainer.start("plain_connect", how="helper", port=port, world_size=2, name=NAME)
+    metas = [TensorMeta(name=name, shape=(32, 32), dtype=torch.float32) for name in ("a", "b", "c")]
+    with join(port) as group:
+        group.joined.result()
+        trainer.finish()
+        trainer.start(
+            "plain_broadcast",
+            tensors=[("float32", [32, 32], 1), ("float32", sent, 2)],
+        )
+        message = str(error_of(group.receive_tensors(metas, timeout_s=10), within_s=2))
+        assert words in message and "expected 4096" in message and "part 1" in message
+        trainer.finish()
+    trainer.do("plain_destroy")
+    assert update_works(trainer, seed=6)
+
+
+def test_trainer_and_engine_that_were_told_different_things_both_hear_of_it(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=3, group_name=NAME, timeout_s=5)
+    with join(port, world_size=2) as group:
+        assert "tell both the same" in str(error_of(group.joined, within_s=2))
+        with pytest.raises(PeerError, match="rank 1 failed") as caught:
+            trainer.do("joined")
+        assert caught.value.seconds < 3
+    trainer.do("destroy")
+
+
+def test_a_port_that_strangers_knock_at_still_makes_the_group(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    for noise in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", bytes(range(256)) * 16):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(noise)
+    with join(port) as group:
+        group.joined.result()
+    trainer.do("destroy")
+
+
+def test_a_port_in_use_is_refused_at_once():
+    server = StoreServer()
+    with pytest.raises(TransportError, match="pass port 0"):
+        UpdateGroup.serve(world_size=2, group_name=NAME, port=server.port)
+    server.close()
+
+
+def test_what_the_work_on_a_bucket_raises_is_raised_and_ends_the_group(peers):
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+
+        def fail(i: int) -> None:
+            raise LookupError("no such tensor")
+
+        trainer.start("broadcast", num_bytes=64 * MIB, seed=1, spans=[(0, MIB), (MIB, 64 * MIB)])
+        buffer = torch.zeros(64 * MIB, dtype=torch.uint8)
+        received = group.receive_into(
+            buffer, [(0, MIB), (MIB, 64 * MIB)], timeout_s=10, on_bucket=fail
+        )
+        with pytest.raises(LookupError, match="no such tensor"):
+            received.result()
+        assert group.broken is not None
+        try:
+            trainer.finish()  # it may have sent all before it could notice
+        except PeerError as error:
+            assert error.kind == "TransportError"
+    trainer.do("destroy")
+
+
+def test_a_call_that_never_returns_fails_by_its_deadline_and_is_left_behind():
+    aborted, stuck, ended = threading.Event(), threading.Event(), threading.Event()
+    calls = CallThread("test", on_overrun=aborted.set, on_end=ended.set)
+    overrun = calls.submit(lambda: stuck.wait(30), timeout_s=0.1, what="a stuck call")
+    queued = calls.submit(lambda: 1, timeout_s=30, what="a call behind it")
+    assert isinstance(error_of(overrun, within_s=0.1 + GRACE_S), DeadlineExceeded)
+    assert "a stuck call" in str(error_of(queued, within_s=0.1))
+    assert aborted.wait(1) and not ended.is_set()
+    assert "a stuck call" in str(
+        error_of(calls.submit(lambda: 1, timeout_s=1, what="later"), within_s=0.1)
+    )
+    assert calls.close(wait_s=0.05) is False
+    stuck.set()
+    assert calls.close(wait_s=2) is True and ended.is_set()
+
+
+def test_calls_run_in_order_and_errors_belong_to_their_own_call():
+    calls = CallThread("test")
+    order: list[int] = []
+    futures = [
+        calls.submit(lambda i=i: order.append(i) or 1 // (i - 1), timeout_s=5, what="x")
+        for i in range(3)
+    ]
+    assert isinstance(futures[1].exception(timeout=5), ZeroDivisionError)
+    assert [futures[0].result(5), futures[2].result(5)] == [-1, 1] and order == [0, 1, 2]
+    assert calls.close() is True
+    with pytest.raises(TransportError, match="closed"):
+        calls.run(lambda: 1, timeout_s=1, what="too late")
