@@ -67,6 +67,16 @@ class EngineConfig:
     """Seconds that a child process may take until it is ready."""
     request_timeout_s: float = 600.0
     """Deadline of a call to the engine that names none."""
+    ray_num_cpus: float = 1.0
+    """CPUs that Ray sets aside for each rank of executor "ray"."""
+    ray_num_gpus: float | None = None
+    """GPUs for each rank, or the share of one that a colocated trainer leaves; None: 1 on CUDA, 0 on a CPU."""
+    ray_node_id: str | None = None
+    """Node that must hold the ranks; None: any with room for all of them."""
+    ray_placement_group: str | None = None
+    """Name of a placement group of the caller's, such as the trainer's; None: one of the engine's own."""
+    ray_first_bundle: int = 0
+    """Bundle of that group for rank 0; the other ranks take the ones that follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

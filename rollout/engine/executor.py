@@ -1,4 +1,4 @@
-"""Where the engine loop runs: a thread of this process ("inline") or a child process ("local").
+"""Where the engine loop runs: a thread of this process ("inline"), child processes ("local"), or Ray actors ("ray").
 
 An executor takes commands and gives futures. It decides where the loop runs and never what it does, so everything
 above it is the same for all of them.
@@ -138,8 +138,6 @@ def make_executor(config: EngineConfig) -> Executor:
         from .executor_local import LocalExecutor
 
         return LocalExecutor(config)
-    from ..errors import ConfigError
+    from .executor_ray import RayExecutor
 
-    raise ConfigError(
-        f"executor: got {config.executor!r}, expected 'inline' or 'local'; Ray is not supported yet"
-    )
+    return RayExecutor(config)

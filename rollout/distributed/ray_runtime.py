@@ -1,0 +1,303 @@
+"""All that this package knows of Ray: where processes are placed, and calls to them with deadlines.
+
+The only module that imports Ray, and only when it is used. What an actor *does* is an ordinary class of another module;
+here it is started on a node, called, watched, and ended. Ray carries small messages alone (text, numbers, bytes of
+JSON): tokens and weights go over our own sockets and memory files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from weight_sync.errors import DeadlineExceeded, EngineDiedError
+from weight_sync.process import host_id
+
+from ..errors import ConfigError, RolloutError
+
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process is, as it sees itself."""
+
+    node_id: str
+    """Ray's name of the node."""
+    ip: str
+    """Address by which other nodes reach it."""
+    machine: str
+    """Equal for processes that can share memory files; empty where the system does not tell."""
+    gpu_ids: tuple[str, ...]
+    """GPUs that Ray gave it, by the machine's numbers."""
+    pid: int
+    """Its process id there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A living node of the cluster."""
+
+    node_id: str
+    """Ray's name of it."""
+    resources: Mapping[str, float]
+    """All that it has, in use or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """What processes that belong together need."""
+
+    num_processes: int
+    """How many; all on one node."""
+    num_cpus: float
+    """CPUs of each."""
+    num_gpus: float
+    """GPUs of each; may be a fraction."""
+    node_id: str | None = None
+    """The node they must be on; None: any."""
+    group_name: str | None = None
+    """A placement group of the caller's to live in; None: one of their own."""
+    first_bundle: int = 0
+    """Its bundle for the first process; the others follow."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one process, without those it does not need."""
+        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
+    @property
+    def total(self) -> dict[str, float]:
+        """Resources of all of them."""
+        return {name: amount * self.num_processes for name, amount in self.bundle.items()}
+
+
+def ray_module() -> Any:
+    """The module `ray`, or an error that says how to get it."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"Ray is not installed ({error}); expected ray >= 2.51 for executor='ray', RolloutActor and Ray pools; "
+            "pip install 'rollout-sync[ray]'"
+        ) from None
+    return ray
+
+
+def connected_ray() -> Any:
+    """The module `ray` in a process that belongs to a cluster; starts or joins one where it does not.
+
+    A caller who wants another cluster than the default one calls `ray.init` first.
+    """
+    ray = ray_module()
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init()
+    return ray
+
+
+def this_place() -> Place:
+    """Of a process that Ray started."""
+    ray = ray_module()
+    context = ray.get_runtime_context()
+    return Place(
+        node_id=context.get_node_id(),
+        ip=ray.util.get_node_ip_address(),
+        machine=host_id(),
+        gpu_ids=tuple(context.get_accelerator_ids().get("GPU", ())),
+        pid=os.getpid(),
+    )
+
+
+def living_nodes() -> list[Node]:
+    """The cluster's nodes, in the order of their names."""
+    nodes = [
+        Node(node_id=node["NodeID"], resources=node["Resources"])
+        for node in connected_ray().nodes()
+        if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: node.node_id)
+
+
+def on_one_machine() -> bool:
+    """Whether all nodes have one address, so that loopback reaches every process."""
+    addresses = {node["NodeManagerAddress"] for node in connected_ray().nodes() if node["Alive"]}
+    return len(addresses) <= 1
+
+
+class Placement:
+    """Reserved room on one node; give it back with `release`."""
+
+    def __init__(self, wanted: Reservation, timeout_s: float) -> None:
+        """Reserve, or raise `ConfigError` saying what is missing when there is no room within `timeout_s`."""
+        self.wanted = wanted
+        self._ray = connected_ray()
+        self._owned = wanted.group_name is None
+        if wanted.group_name is not None:
+            self._group = self._callers_group(wanted.group_name)
+            return
+        selector = {NODE_LABEL: wanted.node_id} if wanted.node_id is not None else None
+        bundles = [wanted.bundle or {"CPU": 0.001} for _ in range(wanted.num_processes)]
+        self._group = self._ray.util.placement_group(
+            bundles,
+            strategy="STRICT_PACK",
+            bundle_label_selector=[selector] * len(bundles) if selector else None,
+        )
+        if not self._group.wait(timeout_s):
+            self.release()
+            raise ConfigError(
+                f"no room for {wanted.num_processes} processes with {wanted.bundle} each on one node within "
+                f"{timeout_s:.3g} s; the nodes have {_sizes()}, free in the whole cluster are {_free(self._ray)}; "
+                "start Ray with more, ask for less (ray_num_cpus, ray_num_gpus), or end what holds it"
+            )
+
+    def start(
+        self, cls: type, index: int, *args: Any, env: Mapping[str, str] | None = None
+    ) -> Actor:
+        """Make `cls(*args)` an actor in the room of process number `index`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group,
+            placement_group_bundle_index=self.wanted.first_bundle + index,
+        )
+        remote = self._ray.remote(cls).options(
+            num_cpus=self.wanted.num_cpus,
+            num_gpus=self.wanted.num_gpus,
+            scheduling_strategy=strategy,
+            max_restarts=0,
+            max_concurrency=4,
+            runtime_env={"env_vars": dict(env)} if env else None,
+        )
+        return Actor(self._ray, remote.remote(*args))
+
+    def release(self) -> None:
+        """Give the room back, and end what is still in it; a caller's group is left alone. Safe to repeat."""
+        if self._owned and self._ray.is_initialized():
+            self._owned = False
+            self._ray.util.remove_placement_group(self._group)
+
+    def _callers_group(self, name: str) -> Any:
+        wanted = self.wanted
+        try:
+            group = self._ray.util.get_placement_group(name)
+        except ValueError:
+            raise ConfigError(
+                f"ray_placement_group: got {name!r}, expected the name of a placement group in namespace "
+                f"{self._ray.get_runtime_context().namespace!r}; give yours a name when you make it"
+            ) from None
+        bundles = group.bundle_specs
+        chosen = bundles[wanted.first_bundle : wanted.first_bundle + wanted.num_processes]
+        fits = all(
+            bundle.get(name, 0.0) >= amount
+            for bundle in chosen
+            for name, amount in wanted.bundle.items()
+        )
+        if len(chosen) < wanted.num_processes or not fits:
+            raise ConfigError(
+                f"ray_placement_group {name!r}: got bundles {bundles}, expected {wanted.num_processes} with at least "
+                f"{wanted.bundle}, from number {wanted.first_bundle} on; make it larger, or set ray_first_bundle"
+            )
+        return group
+
+
+class Actor:
+    """A process that Ray started for us. Any thread may call."""
+
+    def __init__(self, ray: Any, handle: Any) -> None:
+        self._ray = ray
+        self._handle = handle
+
+    def submit(self, method: str, *args: Any) -> Call:
+        """Call a method and return at once."""
+        return Call(self._ray, getattr(self._handle, method).remote(*args), method)
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call a method and wait for its result."""
+        return self.submit(method, *args).result(timeout_s)
+
+    def kill(self) -> None:
+        """End the process now; fine when it is gone."""
+        if self._ray.is_initialized():
+            self._ray.kill(self._handle)
+
+
+class Call:
+    """A call of an actor's method that is under way."""
+
+    def __init__(self, ray: Any, reference: Any, what: str) -> None:
+        self._ray = ray
+        self._reference = reference
+        self._what = what
+
+    def result(self, timeout_s: float) -> Any:
+        """What it returned or raised; `DeadlineExceeded` when it takes longer, `EngineDiedError` when it died."""
+        try:
+            return self._ray.get(self._reference, timeout=timeout_s)
+        except self._ray.exceptions.GetTimeoutError:
+            raise DeadlineExceeded(
+                f"{self._what}: the actor did not answer within {timeout_s:.3g} s; it waits for resources, starts "
+                "slowly, or hangs; raise the timeout, or look at `ray status` and the actor's log"
+            ) from None
+        except self._ray.exceptions.RayError as error:
+            raise translated(error) from error
+
+    @property
+    def future(self) -> Future[Any]:
+        """Done when the call has ended, however it did; its errors are Ray's own."""
+        future: Future[Any] = self._reference.future()
+        return future
+
+
+def translated(error: BaseException) -> Exception:
+    """One of our errors for one of Ray's: `EngineDiedError` for a dead actor, else what the method raised."""
+    exceptions = ray_module().exceptions
+    if isinstance(error, exceptions.RayActorError):
+        return EngineDiedError(f"the actor is dead: {_first_words(error)}")
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return cause
+    return RolloutError(f"Ray failed: {type(error).__name__}: {_first_words(error)}")
+
+
+def spread_over(
+    nodes: Sequence[Node], used: Sequence[str], wanted: Mapping[str, float]
+) -> list[str]:
+    """Node ids that are large enough for `wanted`, those that hold the fewest of `used` first.
+
+    `used` has a node id for each engine that is placed already. A function of its arguments alone.
+    """
+    fitting = [
+        node
+        for node in nodes
+        if all(node.resources.get(name, 0.0) >= amount for name, amount in wanted.items())
+    ]
+    return [node.node_id for node in sorted(fitting, key=lambda node: used.count(node.node_id))]
+
+
+def has_gpus() -> bool:
+    """Whether any node of the cluster offers GPUs."""
+    return any(node.resources.get("GPU", 0.0) > 0 for node in living_nodes())
+
+
+def _first_words(error: BaseException) -> str:
+    """Ray's messages are pages long; the line that says why is the last long one or the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("The actor is dead because")]
+    return (told or lines or [type(error).__name__])[0][:400]
+
+
+def _sizes() -> str:
+    return "; ".join(
+        str({name: node.resources.get(name, 0.0) for name in ("CPU", "GPU")})
+        for node in living_nodes()
+    )
+
+
+def _free(ray: Any) -> dict[str, float]:
+    free = ray.available_resources()
+    return {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
