@@ -2,32 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rollout.cli.options import ConfigFile, Overrides, as_toml
+from rollout.settings import load_settings
+
+from .settings import QUICK, BenchSettings
+
+if TYPE_CHECKING:
+    from .results import BenchResult
+    from .screen import Screen
+
 EPILOG = """[bold]Examples[/bold]
 
-  rollout bench machine
+  rollout bench sync
 
-  rollout bench machine --gigabytes 0.5 --out machine.json
+  rollout bench pause --set pause.batch_size=16
+
+  rollout bench generate --quick --out /tmp/generate.json
+
+  rollout bench machine --gigabytes 0.5
+
+  rollout bench print-config > bench.toml
+
+[bold]Results[/bold]
+
+  JSON in benchmarks/results/NAME-DEVICE.json, or where --out says, and a
+  picture next to it: settings, device, commit, percentiles, and what the
+  machine allows beside what was measured. --quick writes only where --out says.
 """
 
 app = typer.Typer(
-    help="Measure the engine, next to what the machine allows.",
+    help="Measure the engine, next to what the machine allows and to the usual way.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 
 #: Where a benchmark writes its result file; every benchmark takes this option.
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the result as JSON here.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Write the result as JSON here, and a picture beside it.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Tiny sizes, a few seconds: shows that it works.")
+]
 
 
 @app.callback()
 def bench() -> None:
-    """A callback keeps this a group while it has few sub-commands."""
+    """A callback keeps this a group."""
+
+
+@app.command("sync")
+def sync(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What a weight update of an engine in another process costs.
+
+    A Qwen3-0.6B-shaped model in bfloat16, and 20,000 small tensors; next to plain copies of the same bytes and to
+    the usual way (concatenate, copy out), all in turns.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .sync import run_sync
+
+        return run_sync(settings.sync, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
+@app.command("pause")
+def pause(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """How much longer a streaming client waits for a token because of a weight update."""
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .pause import run_pause
+
+        return run_pause(settings.pause, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
+@app.command("generate")
+def generate(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """Output tokens per second next to transformers' generate, and where the engine's time goes."""
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .generate import run_generate
+
+        return run_generate(settings.generate, screen)
+
+    _benchmark(run, quick, out, config, overrides)
 
 
 @app.command("machine")
@@ -44,3 +121,30 @@ def machine(
     show(result)
     if out is not None:
         write_result(out, result)
+
+
+@app.command("print-config")
+def print_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print the settings of all benchmarks as TOML, for --config."""
+    typer.echo(as_toml(load_settings(BenchSettings, config, overrides or ())))
+
+
+def _benchmark(
+    run: Callable[[BenchSettings, Screen], BenchResult],
+    quick: bool,
+    out: Path | None,
+    config: Path | None,
+    overrides: list[str] | None,
+) -> None:
+    """Settings, the run, the tables, the files."""
+    settings = load_settings(BenchSettings, config, [*(QUICK if quick else ()), *(overrides or ())])
+    from .results import default_path, show, write_result
+    from .screen import Screen
+
+    screen = Screen()
+    result = run(settings, screen)
+    show(result, screen)
+    path = out if out is not None else None if quick else default_path(result)
+    if path is not None:
+        for written in write_result(path, result):
+            screen.say(f"written: {written}")

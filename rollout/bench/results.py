@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .screen import Screen
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +55,18 @@ class BenchResult:
     """Processor or GPU."""
     commit: str = field(default_factory=lambda: commit_id())
     """Commit of the code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    software: dict[str, str] = field(default_factory=lambda: software())
+    """Versions of what it ran on."""
+    load: tuple[float, ...] = field(default_factory=os.getloadavg)
+    """Load averages of the machine at the end (1, 5 and 15 minutes): above 1 per CPU, others were measured too."""
+    tables: tuple[Table, ...] = ()
+    """What the screen shows besides: title, columns, rows."""
+    has_picture: bool = False
+    """`figures.figure_of` knows how to draw it."""
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Percentiles of a series: `num, min, p50, p90, p99, max, mean`."""
+    """Percentiles of a series: `num, min, p10, p50, p90, p99, max, mean`."""
     ordered = sorted(values)
     if not ordered:
         raise ValueError("cannot summarise a series: got no values, expected at least one")
@@ -63,6 +78,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {
         "num": len(ordered),
         "min": ordered[0],
+        "p10": at(0.10),
         "p50": statistics.median(ordered),
         "p90": at(0.90),
         "p99": at(0.99),
@@ -71,23 +87,46 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def write_result(path: Path, result: BenchResult) -> None:
-    """Write `result` as JSON; folders are made."""
+def default_path(result: BenchResult) -> Path:
+    """`benchmarks/results/NAME-DEVICE.json` in the current folder."""
+    device = re.sub(r"[^a-z0-9]+", "-", result.device.lower()).strip("-")
+    return Path("benchmarks") / "results" / f"{result.benchmark}-{device}.json"
+
+
+def write_result(path: Path, result: BenchResult) -> list[Path]:
+    """Write `result` as JSON, and a picture beside it where there is one; folders are made. Returns the files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    content = _rounded(dataclasses.asdict(result))
+    del content["tables"], content["has_picture"]
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not result.has_picture:
+        return [path]
+    from .figures import figure_of
+
+    picture = path.with_suffix(".png")
+    figure_of(content).savefig(picture)
+    return [path, picture]
 
 
-def show(result: BenchResult) -> None:
-    """Print the headline as a table."""
-    from rich.console import Console
-    from rich.table import Table
+def show(result: BenchResult, screen: Screen | None = None) -> None:
+    """Print the tables: details first, the headline last."""
+    screen = screen or Screen()
+    for title, columns, rows in result.tables:
+        screen.table(title, columns, rows)
+    screen.table(
+        f"{result.benchmark} on {result.device}",
+        ("what", "measured", "floor or usual way", "ratio"),
+        [(row.what, row.measured, row.floor, row.ratio) for row in result.headline],
+    )
 
-    table = Table("what", title=f"{result.benchmark} on {result.device}", title_justify="left")
-    for column in ("measured", "floor or usual way", "ratio"):
-        table.add_column(column, justify="right")
-    for row in result.headline:
-        table.add_row(row.what, row.measured, row.floor, row.ratio)
-    Console().print(table)
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six significant digits, so that files can be read."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def device_name() -> str:
@@ -101,6 +140,15 @@ def device_name() -> str:
     except OSError:
         pass
     return f"{name}, {len(os.sched_getaffinity(0))} CPUs"
+
+
+def software() -> dict[str, str]:
+    """Versions that decide how fast it is."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "pyzmq", "msgspec"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit_id() -> str:

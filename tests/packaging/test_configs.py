@@ -1,11 +1,12 @@
 """The files in `configs/` are valid, and those that say they are the defaults are."""
 
+from rollout.bench.settings import BenchSettings
 from rollout.cli.generate import GenerateSettings
 from rollout.cli.options import as_toml
 from rollout.settings import load_settings
 from trainers_integration.demo.config import DemoConfig
 
-SCHEMAS = {"demo": DemoConfig, "generate": GenerateSettings}
+SCHEMAS = {"bench": BenchSettings, "demo": DemoConfig, "generate": GenerateSettings}
 
 
 def test_every_file_belongs_to_a_command(checkout):
@@ -23,6 +24,10 @@ def test_every_file_loads(checkout):
 
 def test_the_demo_runs_with_what_its_file_says(checkout):
     assert load_settings(DemoConfig, checkout / "configs" / "demo.toml") == DemoConfig()
+
+
+def test_the_file_of_the_benchmarks_says_their_defaults(checkout):
+    assert load_settings(BenchSettings, checkout / "configs" / "bench.toml") == BenchSettings()
 
 
 def test_the_demo_file_is_what_print_config_prints(checkout):

@@ -1,0 +1,140 @@
+"""Settings of `rollout bench`: the schema of `configs/bench.toml`, of `--config` and of `--set`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A Qwen3-shaped model with tied embeddings; its weights are made, not read."""
+
+    vocab_size: int = 151_936
+    """Rows of the embedding."""
+    hidden_size: int = 1024
+    """Width."""
+    intermediate_size: int = 3072
+    """Width of the feed-forward layers."""
+    num_layers: int = 28
+    """Layers."""
+    num_heads: int = 16
+    """Query heads."""
+    num_kv_heads: int = 8
+    """Key and value heads."""
+    head_dim: int = 128
+    """Size of a head."""
+
+
+SMALL = ModelShape(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_layers=7,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+)
+"""25 million parameters."""
+TINY = ModelShape(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+)
+"""For `--quick`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncBench:
+    """`rollout bench sync`."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    """The model; the default is Qwen3-0.6B's shape, 310 tensors."""
+    dtype: str = "bfloat16"
+    """Of trainer and engine."""
+    num_small: int = 20_000
+    """Tensors of the other model, which is nothing but small tensors."""
+    small_size: int = 64
+    """Rows and columns of each."""
+    repetitions: int = 15
+    """Measured rounds; each does everything that is compared once."""
+    warmup: int = 3
+    """Rounds before them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PauseBench:
+    """`rollout bench pause`."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    """The model; the default is Qwen3-0.6B's shape."""
+    dtype: str = "bfloat16"
+    """Of trainer and engine."""
+    batch_size: int = 8
+    """Requests that stream at once."""
+    prompt_tokens: int = 64
+    """Length of each prompt."""
+    syncs: int = 15
+    """Weight updates during the stream."""
+    quiet_s: float = 2.0
+    """Seconds of undisturbed streaming between two updates, which the gaps are compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateBench:
+    """`rollout bench generate`."""
+
+    model: ModelShape = field(default_factory=lambda: SMALL)
+    """The model; the default has 25 million parameters."""
+    dtype: str = "float32"
+    """Of both."""
+    prompts: int = 64
+    """Different prompts."""
+    samples: int = 8
+    """Samples of each."""
+    min_prompt_tokens: int = 32
+    """Shortest prompt."""
+    max_prompt_tokens: int = 128
+    """Longest prompt; lengths are uniform between the two."""
+    mean_new_tokens: float = 96.0
+    """Mean of the geometric distribution of output lengths, before it is cut."""
+    max_new_tokens: int = 512
+    """Longest output."""
+    temperature: float = 1.0
+    """Of both; 0 is greedy."""
+    max_running_requests: int = 512
+    """Requests that the engine runs at once."""
+    peer_batch_sizes: tuple[int, ...] = (32, 64, 128)
+    """Batches that transformers gets, one of each size; the best one counts."""
+    seed: int = 0
+    """Of weights, prompts and lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """One section per sub-command."""
+
+    sync: SyncBench = field(default_factory=SyncBench)
+    """What an update costs."""
+    pause: PauseBench = field(default_factory=PauseBench)
+    """What a client sees of it."""
+    generate: GenerateBench = field(default_factory=GenerateBench)
+    """Tokens per second."""
+
+
+QUICK = (
+    *(
+        f"{section}.model.{key}={getattr(TINY, key)}"
+        for section in ("sync", "pause", "generate")
+        for key in ModelShape.__dataclass_fields__
+    ),
+    *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
+    *("pause.batch_size=2", "pause.syncs=2", "pause.quiet_s=0.2"),
+    *("generate.prompts=4", "generate.samples=2", "generate.min_prompt_tokens=4"),
+    *("generate.max_prompt_tokens=12", "generate.mean_new_tokens=6.0"),
+    *("generate.max_new_tokens=16", "generate.peer_batch_sizes=[4, 8]"),
+)
+"""Overrides of `--quick`: everything small, to see that it works and what it writes."""

@@ -1,0 +1,94 @@
+"""Models that are made in place: a folder with nothing but a configuration, and the tensors of a trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from .settings import ModelShape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def model_folder(shape: ModelShape, dtype: str, context_length: int) -> Iterator[Path]:
+    """A temporary folder that an engine reads with `load_format="dummy"`."""
+    with TemporaryDirectory(prefix="rollout-bench-") as folder:
+        path = Path(folder)
+        (path / "config.json").write_text(json.dumps(hf_config(shape, dtype, context_length)))
+        yield path
+
+
+def hf_config(shape: ModelShape, dtype: str, context_length: int) -> dict[str, Any]:
+    """The `config.json` of a Qwen3 model."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": context_length,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "torch_dtype": dtype,
+        "eos_token_id": shape.vocab_size - 1,
+        "pad_token_id": shape.vocab_size - 1,
+    }
+
+
+def trainer_tensors(shape: ModelShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a trainer of such a model holds: each tensor in memory of its own, in checkpoint order."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)
+    }
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}.self_attn.q_norm.weight": (shape.head_dim,),
+            f"{prefix}.self_attn.k_norm.weight": (shape.head_dim,),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, size in shapes.items():
+        if name.endswith("norm.weight"):
+            tensors[name] = torch.ones(size, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=generator)
+    return tensors
+
+
+def move_a_little(tensors: dict[str, torch.Tensor]) -> None:
+    """Stands for an optimiser step: every tensor changes, in place, at next to no cost."""
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.view(-1)[:1].neg_()
+
+
+def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,94 @@
+"""Benchmarks at their smallest: they run, and their files say what was measured, where, and next to what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.bench.figures import figure_of
+from rollout.bench.generate import run_generate
+from rollout.bench.pause import Arrivals, run_pause
+from rollout.bench.results import BenchResult, write_result
+from rollout.bench.screen import Screen
+from rollout.bench.settings import QUICK, BenchSettings, GenerateBench
+from rollout.bench.sync import run_sync
+from rollout.bench.workload import make_jobs, representative
+from rollout.settings import load_settings
+
+RUNS = {
+    "sync": lambda settings: run_sync(settings.sync, Screen()),
+    "pause": lambda settings: run_pause(settings.pause, Screen()),
+    "generate": lambda settings: run_generate(settings.generate, Screen()),
+}
+
+
+@pytest.fixture(scope="module")
+def settings() -> BenchSettings:
+    return load_settings(BenchSettings, None, QUICK)
+
+
+def written(result: BenchResult, folder: Path) -> dict[str, Any]:
+    path, picture = write_result(folder / "result.json", result)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert content["benchmark"] == result.benchmark
+    assert content["config"]["settings"] and content["software"]["torch"]
+    assert all(row["measured"] and row["floor"] and row["ratio"] for row in content["headline"])
+    figure_of(content)
+    return content
+
+
+def test_an_update_is_measured_in_plain_copies_of_the_same_bytes(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
+    numbers = written(RUNS["sync"](settings), tmp_path)["numbers"]
+    large, small = numbers["large"], numbers["small"]
+    assert large["num_tensors"] == 2 * 11 + 2
+    assert small["num_tensors"] == settings.sync.num_small
+    for series in ("pack", "begin_to_committed", "begin_to_verified", "usual", "pause"):
+        assert large["seconds"][series]["num"] == settings.sync.repetitions
+        assert 0 < large["seconds"][series]["min"] <= large["seconds"][series]["p90"]
+        assert large["plain_copies"][series]["p50"] > 0
+    assert large["plain_copies"]["plain_copy"] == pytest.approx(
+        {"num": 2, **dict.fromkeys(("min", "p10", "p50", "p90", "p99", "max", "mean"), 1.0)}
+    )
+
+
+def test_the_pause_is_what_a_client_waits_longer(settings: BenchSettings, tmp_path: Path) -> None:
+    numbers = written(RUNS["pause"](settings), tmp_path)["numbers"]
+    assert numbers["excess_s"]["num"] == settings.pause.syncs
+    copy, step = numbers["plain_copy_s"]["p50"], numbers["decode_step_s"]["p50"]
+    assert numbers["limit_s"] == pytest.approx(step + 1.5 * copy, rel=1e-4)
+    assert len(numbers["series"]["updates"]) == settings.pause.syncs
+
+
+def test_gaps_are_those_between_tokens_that_touch_the_window() -> None:
+    arrivals = Arrivals([[0.0, 1.0, 4.0, 5.0], [0.5, 2.5]])
+    assert arrivals.worst(1.5, 2.0) == 3.0
+    assert sorted(length for _, length in arrivals.gaps(1.5, 2.0)) == [2.0, 3.0]
+    assert arrivals.worst(4.5, 9.0) == 1.0
+
+
+def test_tokens_per_second_come_with_a_profile_that_adds_up(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
+    numbers = written(RUNS["generate"](settings), tmp_path)["numbers"]
+    assert set(numbers["transformers"]) == {"4", "8"}
+    best = numbers["transformers"][str(numbers["transformers_best_batch"])]
+    assert best["tokens_per_s"] == max(p["tokens_per_s"] for p in numbers["transformers"].values())
+    profile = numbers["profile"]
+    assert profile["not_in_any_phase_s"] < 0.1 * profile["seconds"]
+    assert sum(phase["share"] for phase in profile["phases"].values()) == pytest.approx(1, abs=0.1)
+    jobs = make_jobs(settings.generate)
+    assert numbers["output_tokens"] == sum(job.num_new for job in jobs)
+
+
+def test_output_lengths_have_the_mean_that_was_asked_for() -> None:
+    jobs = make_jobs(GenerateBench(prompts=200, samples=100, mean_new_tokens=50.0))
+    lengths = [job.num_new for job in jobs]
+    assert min(lengths) == 1 and sum(lengths) / len(lengths) == pytest.approx(50, rel=0.03)
+    part = [job.num_new for job in representative(jobs, 50)]
+    assert sum(part) / len(part) == pytest.approx(50, rel=0.05)
