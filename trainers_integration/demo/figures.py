@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .recorder import Row
+from .recorder import Row, percentile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,21 +139,40 @@ def logprob_gap(rows: Sequence[Row]) -> Figure:
 
 
 def sync_times(rows: Sequence[Row]) -> Figure:
-    """Duration of each weight update and of the pause in it."""
-    figure, (ax,) = new_figure(3.2)
-    train, flight = _phase(rows, "train"), _phase(rows, "in_flight")
-    syncs = [(row["step"], sync) for row in [*train, *flight] for sync in row["syncs"]]
+    """Duration of each weight update and of the pause in it, with medians."""
+    figure, (ax,) = new_figure(3.4)
+    flight = _phase(rows, "in_flight")
+    syncs = [
+        (row["step"], sync) for row in [*_phase(rows, "train"), *flight] for sync in row["syncs"]
+    ]
     x = [step for step, _ in syncs]
     for name, color, label in (
         ("sync_s", RUN, "sync: pack, stage, commit, verify"),
-        ("pause_s", IN_FLIGHT, "pause: generation stands still"),
+        ("pause_s", IN_FLIGHT, "of that, generation stood still"),
     ):
-        ax.plot(x, [s[name] * 1e3 for _, s in syncs], "o", markersize=3, color=color, label=label)
+        values = [sync[name] * 1e3 for _, sync in syncs]
+        median = percentile(values, 0.5)
+        ax.axhline(median, color=color, linewidth=1, alpha=0.5)
+        ax.plot(
+            x, values, "o", markersize=3, color=color, label=f"{label} (median {median:.1f} ms)"
+        )
     if flight:
-        ax.axvspan(len(train) + 0.5, x[-1] + 0.5, color=IN_FLIGHT, alpha=0.1, linewidth=0)
-    ax.set_ylim(bottom=0)
+        ax.axvspan(flight[0]["step"] - 0.5, x[-1] + 0.5, color=IN_FLIGHT, alpha=0.12, linewidth=0)
+        ax.annotate(
+            "under running\nrequests",
+            (flight[0]["step"] - 0.5, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+            color=IN_FLIGHT,
+        )
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("step")
     ax.set_ylabel("milliseconds")
     set_title(ax, "Weight sync")
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     return figure

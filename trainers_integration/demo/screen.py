@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..grpo.records import StepRecord
@@ -35,34 +37,33 @@ class Screen:
     def say(self, text: str) -> None:
         """One line about what is done."""
         seconds = time.perf_counter() - self._started
-        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, title: str, steps: int) -> Iterator[StepListener]:
-        """A progress bar of `steps`; call what it yields after each step."""
-        live, count = self.console.is_terminal, 0
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=18),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-            disable=not live,
-        ) as progress:
-            task = progress.add_task(title, total=steps, numbers="")
+        """A progress bar of `steps` with the last numbers below; call what it yields after each step."""
+        progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        task = progress.add_task(title, total=steps)
+        below = Text(style="dim")
+        live = self.console.is_terminal
+        count = 0
 
-            def listen(record: StepRecord, heldout_pass_rate: float | None) -> None:
-                nonlocal count
-                count += 1
-                numbers = _numbers(record)
-                progress.update(task, advance=1, numbers=numbers)
-                if not live and (count % STEPS_PER_LINE == 0 or count == steps):
-                    held = (
-                        "" if heldout_pass_rate is None else f"  held-out {heldout_pass_rate:.2f}"
-                    )
-                    self.say(f"{title} {count:>4}/{steps}  {numbers}{held}")
+        def listen(record: StepRecord, heldout_pass_rate: float | None) -> None:
+            nonlocal count
+            count += 1
+            numbers = _numbers(record)
+            below.plain = numbers
+            progress.advance(task)
+            if not live and (count % STEPS_PER_LINE == 0 or count == steps):
+                held = "" if heldout_pass_rate is None else f"  held-out {heldout_pass_rate:.2f}"
+                self.say(f"{title} {count:>4}/{steps}  {numbers}{held}")
 
+        if not live:
+            yield listen
+            return
+        with Live(Group(progress, below), console=self.console, refresh_per_second=8):
             yield listen
 
     def finish(self, summary: Mapping[str, Any], folder: Path, pictures: list[Path]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .figures import INK, VERSIONS, WAITING, new_figure, set_title
+from .recorder import percentile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +42,8 @@ def draw_timeline(timeline: Mapping[str, Any], title: str) -> Figure:
     set_title(above, title)
 
     met = _between(requests, time, time)
-    reach = max(
-        (request["token_times"][-1] - request["arrived_at"] for request in met), default=0.02
-    )
+    # Wide enough to see such requests begin and end.
+    reach = 1.5 * percentile([r["token_times"][-1] - r["arrived_at"] for r in met], 0.5) or 0.02
     shown = evenly(_between(requests, time - reach, time + reach), CLOSE_UP_ROWS)
     _draw_rows(below, shown, commits, zero=time, scale=1e3, ticks=True)
     below.set_xlim(-reach * 1e3, reach * 1e3)
