@@ -55,7 +55,8 @@ def _report(fd: int, message: dict[str, str]) -> None:
 
 def _end_with_owner(servers: list[RankServer]) -> None:
     """Block until standard input ends, then leave at once: nobody is there to read a last word."""
-    while sys.stdin.buffer.read(4096):
+    # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
+    while os.read(0, 4096):
         pass
     for server in servers:
         server.close_socket()
