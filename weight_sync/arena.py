@@ -8,6 +8,8 @@ the session has ended.
 import contextlib
 import mmap
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
@@ -16,6 +18,10 @@ from .messages import ArenaHandle, ProcessRef
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
+
+
+Range = tuple[int, int]
+"""(start, stop) in bytes of an arena."""
 
 
 class Arena(Protocol):
@@ -28,6 +34,13 @@ class Arena(Protocol):
     @property
     def handle(self) -> ArenaHandle:
         """What the engine needs to find them."""
+
+    @property
+    def broken(self) -> str | None:
+        """Why it cannot carry anything any more, or None."""
+
+    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+        """Carry these ranges to the engine, which has been told to expect them; None where it sees them anyway."""
 
     def close(self) -> None:
         """Give the memory back, here; the engine's mapping lives until it closes too. Safe to repeat."""
@@ -44,8 +57,24 @@ class OpenedArena(Protocol):
     def owner(self) -> ProcessRef:
         """The trainer; when it dies, the arena is of no use."""
 
+    def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
+        """Wait until these ranges hold what the trainer has sent; nothing to do where memory is shared."""
+
     def close(self) -> None:
         """Give the mapping back. Safe to repeat."""
+
+
+class SharedBytes:
+    """Part of both ends where trainer and engine look at the same memory: nothing has to be carried."""
+
+    broken: str | None = None
+
+    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+        """The engine sees the bytes."""
+        return None
+
+    def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
+        """The bytes are there."""
 
 
 class Mapping:

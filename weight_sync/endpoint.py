@@ -1,5 +1,6 @@
 """A trainer's standing with one engine: the connection, what the engine said of itself, and the arena it has opened."""
 
+import secrets
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,13 +18,16 @@ from .messages import (
     GetIgnored,
     Hello,
     IgnoredReply,
+    JoinGroup,
     OpenArena,
 )
 from .selection import Layout, Selector
+from .transports.group_arena import GroupArena
 from .transports.local import LocalArena
+from .transports.process_group import UpdateGroup
 from .transports.shared_memory import SharedMemoryArena
 
-TransportChoice = Literal["auto", "local", "shared_memory"]
+TransportChoice = Literal["auto", "local", "shared_memory", "process_group"]
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -59,11 +63,17 @@ class EngineEndpoint:
     """Connects when it is first used, and anew when the engine behind it has died. Not thread safe."""
 
     def __init__(
-        self, target: str | HasWeightChannel, *, bucket_bytes: int, transport: TransportChoice
+        self,
+        target: str | HasWeightChannel,
+        *,
+        bucket_bytes: int,
+        transport: TransportChoice,
+        group_host: str = "127.0.0.1",
     ) -> None:
         self._target = target
         self._bucket_bytes = bucket_bytes
         self._transport = transport
+        self._group_host = group_host
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
         self._packed: PackedArena | None = None
@@ -95,8 +105,14 @@ class EngineEndpoint:
         """The arena with the engine's layout, opened over there."""
         channel = self.channel()
         info = self._info if self._info is not None else self.hello(deadline)
+        if self._packed is not None and self._packed.arena.broken is not None:
+            self.drop_arena()
         if self._packed is None:
-            self._packed = self._make(channel, Layout(info, self._bucket_bytes), deadline)
+            layout = Layout(info, self._bucket_bytes)
+            if self._transport == "process_group":
+                self._packed = self._make_group(channel, info, layout, deadline)
+            else:
+                self._packed = self._make(channel, layout, deadline)
         return self._packed
 
     def selector(self, packed: PackedArena, deadline: Deadline, *, cast: bool) -> Selector:
@@ -153,6 +169,40 @@ class EngineEndpoint:
             raise
         transport = "local" if local else "shared_memory"
         return PackedArena(arena, opened.arena_id, layout, transport)
+
+    def _make_group(
+        self, channel: Channel, info: EngineInfo, layout: Layout, deadline: Deadline
+    ) -> PackedArena:
+        """Serve a group, have all engine ranks join it, and a stage on each of them."""
+        on_gpu = info.device.startswith("cuda")
+        group = UpdateGroup.serve(
+            world_size=1 + info.tp_size,
+            group_name=f"publisher-{secrets.token_hex(6)}",
+            host=self._group_host,
+            backend="nccl" if on_gpu else "gloo",
+            device="cuda" if on_gpu else "cpu",
+            timeout_s=deadline.left_s("join the group"),
+        )
+        try:
+            join = JoinGroup(
+                group_name=group.name,
+                master_address=self._group_host,
+                master_port=group.master_port,
+                rank_offset=1,
+                world_size=group.world_size,
+                backend="nccl" if on_gpu else "gloo",
+                timeout_s=deadline.left_s("join the group"),
+            )
+            channel.call(join, deadline.left_s("join the group"))
+            group.joined.result(deadline.left_s("join the group"))
+            arena = GroupArena(layout.manifest.arena_bytes, group)
+            opened: ArenaOpened = channel.call(
+                OpenArena(handle=arena.handle), deadline.left_s("open the stage")
+            )
+        except BaseException:
+            group.destroy()
+            raise
+        return PackedArena(arena, opened.arena_id, layout, "process_group")
 
     def _ask_ignored(self, names: list[str], deadline: Deadline) -> frozenset[str]:
         new = tuple(name for name in names if name not in self._ignored and len(name) <= 512)

@@ -2,9 +2,10 @@
 
     trainer -> engine       engine -> trainer
     Hello, GetIgnored       EngineInfo, IgnoredReply
+    JoinGroup, LeaveGroup   Ack, Ack
     OpenArena, CloseArena   ArenaOpened, Ack
     Begin                   BeginReply
-    Bucket                  BucketReply
+    Bucket, Receive         BucketReply, BucketReply
     Vote, Commit, Abort     Ack, CommitReply, Ack
     GetFingerprint          FingerprintReply
 
@@ -78,7 +79,20 @@ class LocalHandle(
     """Bytes of the arena."""
 
 
-ArenaHandle = SharedMemoryHandle | LocalHandle
+class GroupHandle(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="process_group"
+):
+    """A stage on every engine rank that an update group fills; the ranks have joined it before."""
+
+    owner: ProcessRef
+    """Who asked for it; the stage goes when it dies."""
+    group_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    """As in `JoinGroup`."""
+    num_bytes: Count
+    """Bytes of the stage."""
+
+
+ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -215,6 +229,58 @@ class BucketReply(Message, frozen=True, kw_only=True):
     """Seconds that checking this bucket took."""
 
 
+class JoinGroup(Message, frozen=True, kw_only=True):
+    """Join the trainer's update group; `Ack` when all its members have come. Replaces an older group of that name."""
+
+    group_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    """Unique on the engine."""
+    master_address: Annotated[str, Meta(max_length=256)]
+    """Host of the trainer's rendezvous."""
+    master_port: Annotated[int, Meta(ge=1, le=65535)]
+    """Its port."""
+    rank_offset: Annotated[int, Meta(ge=1)]
+    """Rank of the engine's first rank in the group; the trainer is 0."""
+    world_size: Annotated[int, Meta(ge=2)]
+    """Members: the trainer and every rank of every engine."""
+    backend: Literal["gloo", "nccl"]
+    """How the bytes go."""
+    timeout_s: Seconds
+    """Give up when not all members have come by then."""
+
+
+class LeaveGroup(Message, frozen=True, kw_only=True):
+    """Leave an update group."""
+
+    group_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    """As in `JoinGroup`."""
+
+
+class Receive(Message, frozen=True, kw_only=True):
+    """Receive what a plain trainer broadcasts now, and stage it; answered by `BucketReply`.
+
+    There is nothing to compare the bytes with but the other ranks' copies: the trainer sends no fingerprints.
+    """
+
+    session_id: SessionId
+    """As in `Begin`; the session's arena is a `GroupHandle`."""
+    epoch: int
+    """As in `BeginReply`."""
+    group_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    """The group."""
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_TENSORS)]
+    """Names in the order of the broadcasts."""
+    dtypes: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=MAX_TENSORS)]
+    """One dtype per name, with or without `torch.`; another than the engine's is cast."""
+    shapes: Annotated[
+        tuple[Annotated[tuple[Count, ...], Meta(max_length=16)], ...], Meta(max_length=MAX_TENSORS)
+    ]
+    """One shape per name."""
+    layout: Literal["tensors", "bucket", "packed_bucket"]
+    """One broadcast per tensor; one of a `FlattenedTensorBucket`; one of a bucket without padding."""
+    timeout_s: Seconds
+    """Give up when not all bytes have come by then."""
+
+
 class Vote(Message, frozen=True, kw_only=True):
     """Can this rank commit? `Ack` says yes, and that it will not change its mind; rank 0 asks before it commits."""
 
@@ -308,6 +374,9 @@ WeightRequest = (
     | CloseArena
     | Begin
     | Bucket
+    | JoinGroup
+    | LeaveGroup
+    | Receive
     | Vote
     | Commit
     | Abort

@@ -33,7 +33,9 @@ class WeightPublisher:
     at the same address, the next call connects to the new one.
 
     `timeout_s` limits every call as a whole. `bucket_bytes` is how much is packed before the engine may start checking
-    it. `transport`: "auto" takes local memory for an engine of this process, else shared memory.
+    it. `transport`: "auto" takes local memory for an engine of this process, else shared memory; "process_group" makes
+    a gloo or NCCL group with all ranks of the engine, wherever they are, meeting at `group_host`, an address of this
+    machine that they can reach.
     """
 
     def __init__(
@@ -43,12 +45,16 @@ class WeightPublisher:
         timeout_s: float = 60.0,
         bucket_bytes: int = 512 << 20,
         transport: TransportChoice = "auto",
+        group_host: str = "127.0.0.1",
     ) -> None:
         _check_choice("transport", transport, get_args(TransportChoice))
         self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._endpoint = EngineEndpoint(
-            engine_or_address, bucket_bytes=bucket_bytes, transport=transport
+            engine_or_address,
+            bucket_bytes=bucket_bytes,
+            transport=transport,
+            group_host=group_host,
         )
         self._bucket_bytes = bucket_bytes
         self._update: Update | None = None

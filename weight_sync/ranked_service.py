@@ -24,7 +24,10 @@ from .messages import (
     GetFingerprint,
     GetIgnored,
     Hello,
+    JoinGroup,
+    LeaveGroup,
     OpenArena,
+    Receive,
     Vote,
 )
 from .rpc_wire import Call
@@ -57,6 +60,9 @@ class RankedService:
             CloseArena: self._close_arena,
             Begin: self._begin,
             Bucket: self._in_session,
+            Receive: self._in_session,
+            JoinGroup: self._tell_each,
+            LeaveGroup: self._tell_each,
             Vote: self._in_session,
             Abort: self._in_session,
             Commit: self._commit,
@@ -116,6 +122,9 @@ class RankedService:
 
     def _ask_rank_0(self, message: Any, end: float) -> Any:
         return self._ranks[0].call(message, _left(end))
+
+    def _tell_each(self, message: Any, end: float) -> Any:
+        return self._tell_all([message] * len(self._ranks), end)[0]
 
     def _open_arena(self, message: OpenArena, end: float) -> Any:
         replies = self._tell_all([message] * len(self._ranks), end)

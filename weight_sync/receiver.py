@@ -47,11 +47,14 @@ from .messages import (
     EngineInfo,
     FingerprintReply,
     IgnoredReply,
+    Receive,
 )
 from .plan_cache import PlanCache
 from .process import current_process, why_dead
+from .received import receive, stage_received
 from .repair import Repair
 from .session import Phase, Session, as_uint64, column
+from .transports.process_group import UpdateGroup
 from .weight_map import WeightMap
 
 logger = logging.getLogger(__name__)
@@ -111,6 +114,16 @@ class WeightReceiver:
         return self._served.torn
 
     @property
+    def rank(self) -> int:
+        """This rank of the engine."""
+        return self._agreement.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self._weight_map.parameters.values()), torch.empty(0)).device
+
+    @property
     def busy(self) -> bool:
         """A session or an arena is open, whose owner must be watched."""
         return self._session is not None or len(self._arenas) > 0
@@ -127,9 +140,9 @@ class WeightReceiver:
             manifest=self._wire,
             aliases=dict(self._weight_map.aliases),
             fused=dict(self._weight_map.fused),
-            device=str(next(iter(self._weight_map.parameters.values()), torch.empty(0)).device),
+            device=str(self.device),
             tp_size=self._agreement.size,
-            transports=("local", "shared_memory"),
+            transports=("local", "shared_memory", "process_group"),
         )
 
     def ignored(self, names: tuple[str, ...]) -> IgnoredReply:
@@ -190,6 +203,7 @@ class WeightReceiver:
             version=version,
             label=str(version) if request.label is None else request.label,
             known=known,
+            arena=arena,
             stage=arena.buffer[:needed],
         )
         return BeginReply(epoch=self._epoch, version=version, need_manifest=False)
@@ -210,6 +224,33 @@ class WeightReceiver:
             self._end(error)
             raise
         session.renew()  # the next bucket may have waited for this one to be checked
+        return BucketReply(
+            num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
+        )
+
+    def receive(self, message: Receive, group: UpdateGroup) -> BucketReply:
+        """Receive what a plain trainer broadcasts, and stage it; a failure ends the session.
+
+        All ranks receive the same; they compare what they got, since the trainer sent no fingerprints.
+        """
+        session = self._require(message.session_id, message.epoch)
+        start = time.perf_counter()
+        try:
+            if session.manifest.digest != self._canonical.digest:
+                raise ProtocolError(
+                    "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
+                )
+            tensors = receive(group, message, min(message.timeout_s, session.request.lease_s))
+            rows = stage_received(session, self.info(), tensors)
+            values = self._agreement.gather(session.stage_trusted(rows))
+            if (values != values[0]).any():
+                raise FingerprintMismatch(
+                    "the ranks received different bytes over the group; make a new group and send again"
+                )
+        except Exception as error:
+            self._end(error)
+            raise
+        session.renew()
         return BucketReply(
             num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
         )

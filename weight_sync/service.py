@@ -6,6 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,13 +26,18 @@ from .messages import (
     Commit,
     GetFingerprint,
     GetIgnored,
+    GroupHandle,
     Hello,
+    JoinGroup,
+    LeaveGroup,
     LocalHandle,
     OpenArena,
+    Receive,
     Vote,
 )
 from .receiver import WeightReceiver
 from .rpc_wire import Call
+from .transports.group_arena import GroupTable, OpenedGroupArena
 from .transports.local import OpenedLocalArena
 from .transports.shared_memory import OpenedSharedMemoryArena
 
@@ -49,6 +56,7 @@ class WeightService:
 
     def __init__(self, receiver: WeightReceiver, *, name: str = "weights") -> None:
         self.receiver = receiver
+        self._groups = GroupTable(receiver.rank, receiver.device)
         self._lent: dict[str, torch.Tensor] = {}
         self._queue: deque[Call] = deque()
         self._wanted = threading.Condition()
@@ -61,6 +69,9 @@ class WeightService:
             Begin: receiver.begin,
             Bucket: receiver.stage,
             Vote: self._vote,
+            JoinGroup: self._join,
+            LeaveGroup: self._leave,
+            Receive: lambda m: receiver.receive(m, self._groups.get(m.group_name)),
             Abort: self._abort,
             GetFingerprint: lambda _: receiver.fingerprint(),
         }
@@ -105,13 +116,18 @@ class WeightService:
             else:
                 self._serve(call)
         self.receiver.close()
+        self._groups.close()
         self._lent.clear()
         while self._queue:
             self._queue.popleft().fail(_shut_down())
 
     def _serve(self, call: Call) -> None:
         try:
-            call.reply(self._carry_out(call))
+            answer = self._carry_out(call)
+            if isinstance(answer, Future):
+                answer.add_done_callback(partial(_answer_later, call))
+            else:
+                call.reply(answer)
         except (SyncError, ValueError) as error:  # a refusal
             call.fail(error)
         except Exception as error:  # whatever it was, the service goes on and the caller is told
@@ -144,6 +160,33 @@ class WeightService:
         self.receiver.close_arena(message.arena_id)
         return Ack()
 
+    def _join(self, message: JoinGroup) -> "Future[Ack]":
+        """Joining waits for other processes: the answer comes later, and other calls go on meanwhile."""
+        joined = self._groups.join(
+            group_name=message.group_name,
+            master_address=message.master_address,
+            master_port=message.master_port,
+            rank_offset=message.rank_offset,
+            world_size=message.world_size,
+            backend=message.backend,
+            timeout_s=message.timeout_s,
+        )
+        answer: Future[Ack] = Future()
+
+        def done(future: "Future[None]") -> None:
+            error = future.exception()
+            if error is None:
+                answer.set_result(Ack())
+            else:
+                answer.set_exception(error)
+
+        joined.add_done_callback(done)
+        return answer
+
+    def _leave(self, message: LeaveGroup) -> Ack:
+        self._groups.leave(message.group_name)
+        return Ack()
+
     def _vote(self, message: Vote) -> Ack:
         self.receiver.prepare(message.session_id, message.epoch)
         return Ack()
@@ -153,6 +196,8 @@ class WeightService:
         return Ack()
 
     def _open(self, handle: ArenaHandle) -> OpenedArena:
+        if isinstance(handle, GroupHandle):
+            return OpenedGroupArena(self._groups.get(handle.group_name), handle)
         if not isinstance(handle, LocalHandle):
             return OpenedSharedMemoryArena(handle)
         buffer = self._lent.pop(handle.key, None)
@@ -162,6 +207,14 @@ class WeightService:
                 "the key of a buffer of this process; use transport='shared_memory' between processes"
             )
         return OpenedLocalArena(buffer)
+
+
+def _answer_later(call: Call, future: "Future[Any]") -> None:
+    error = future.exception()
+    if error is None:
+        call.reply(future.result())
+    else:
+        call.fail(error)
 
 
 def _shut_down() -> EngineDiedError:

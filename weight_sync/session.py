@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .arena import OpenedArena
 from .errors import FingerprintMismatch, ProtocolError
 from .manifest import Manifest, mismatch
 from .messages import Begin
 from .plan import Plan
 from .plan_cache import KnownPlan
+from .spans import spans_of
 
 MAX_NAMED = 20
 """Tensors that an error about fingerprints names one by one."""
@@ -44,6 +46,8 @@ class Session:
     """Label to be."""
     known: KnownPlan
     """What may come, where it lies in the arena, and how it is written into the parameters."""
+    arena: OpenedArena
+    """Where the trainer's bytes are."""
     stage: torch.Tensor
     """The arena's bytes, uint8, `manifest.arena_bytes` long."""
     phase: Phase = Phase.STAGING
@@ -101,14 +105,23 @@ class Session:
 
     def stage_bucket(self, indices: np.ndarray, declared: np.ndarray) -> None:
         """Check one bucket against what the trainer declared and count it as complete."""
-        start = time.perf_counter()
         self._check_indices(indices, declared)
+        self.arena.fill(spans_of(self.manifest, indices), self.lease_left_s)
+        start = time.perf_counter()
         if len(indices):
             values = self.plan.staged_fingerprints(self.stage, self._wanted(indices))
             self.compare(as_uint64(values), indices, declared, "staged")
             self.present[indices] = True
             self.declared[indices] = declared
         self.stage_s += time.perf_counter() - start
+
+    def stage_trusted(self, indices: np.ndarray) -> np.ndarray:
+        """Count tensors as complete that nobody declared: what is staged is what was meant. Their fingerprints."""
+        values = as_uint64(self.plan.staged_fingerprints(self.stage, self._wanted(indices)))
+        self._check_indices(indices, values)
+        self.present[indices] = True
+        self.declared[indices] = values
+        return values
 
     def compare(
         self, found: np.ndarray, indices: np.ndarray | None, declared: np.ndarray, where: str

@@ -27,6 +27,7 @@ from .messages import (
 from .process import current_process
 from .report import SyncReport
 from .selection import Selection, Selector
+from .spans import spans_of
 
 _ABORT_TIMEOUT_S = 10.0
 
@@ -81,13 +82,12 @@ class Update:
     pack_s: float = 0.0
     casts: list[tuple[str, str, str]] = field(default_factory=list)
     _buckets: list[tuple[Bucket, "Future[Any]"]] = field(default_factory=list)
+    _sent: list["Future[None]"] = field(default_factory=list)
 
     def begin(self, deadline: Deadline) -> None:
         """Open the session; sends the manifest where the engine has not seen it."""
         options, manifest = self.options, self.packed.layout.manifest
-        for wire in (
-            (None, manifest.to_wire()) if self.packed.manifest_known else (manifest.to_wire(),)
-        ):
+        for with_manifest in (False, True) if self.packed.manifest_known else (True,):
             request = Begin(
                 session_id=self.session_id,
                 holder=current_process(),
@@ -95,7 +95,7 @@ class Update:
                 base_version=options.base_version,
                 label=options.label,
                 manifest_digest=manifest.digest,
-                manifest=wire,
+                manifest=manifest.to_wire() if with_manifest else None,
                 arena_id=self.packed.arena_id,
                 strict=options.strict,
                 kv_policy=options.kv_policy,
@@ -161,14 +161,22 @@ class Update:
             indices=packed.indices.astype("<u4").tobytes(),
             fingerprints=packed.fingerprints.astype("<u8").tobytes(),
         )
+        # The engine must know what comes before it comes.
         self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
+        sent = self.packed.arena.send(
+            spans_of(self.packed.layout.manifest, packed.indices), deadline.left_s("send")
+        )
+        if sent is not None:
+            self._sent.append(sent)
         self._raise_early()
 
     def settle(self, deadline: Deadline) -> None:
-        """Wait until the engine has checked every bucket; raises what it found."""
+        """Wait until the engine has checked every bucket; raises what it found, else why it could not be sent."""
         while self._buckets:
             bucket, future = self._buckets.pop(0)
             wait(future, bucket, deadline.left_s("stage"))
+        while self._sent:
+            self._sent.pop(0).result(deadline.left_s("send"))
 
     def commit(self, deadline: Deadline) -> SyncReport:
         """Make it the served version. The answer means that the bytes are verified and the arena is free again."""

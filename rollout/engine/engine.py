@@ -31,13 +31,13 @@ from .commands import (
 )
 from .executor import make_executor
 from .generation import GenerationCalls
+from .group_weights import GroupWeightCalls
 from .tokenizer import Tokenizer
-from .weights import WeightCalls
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(GenerationCalls, WeightCalls):
+class Engine(GenerationCalls, GroupWeightCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     `Engine(model_path, **options)` takes the fields of `rollout.config.EngineConfig`; `executor="inline"` runs the loop
@@ -164,10 +164,11 @@ class Engine(GenerationCalls, WeightCalls):
         executor, self._maybe_executor = self._maybe_executor, None
         if executor is None:
             return
-        publisher = self.__dict__.pop("_publisher", None)
+        clients = [self.__dict__.pop(name, None) for name in ("_group_updates", "_publisher")]
         try:
-            if publisher is not None:
-                publisher.close()
+            for client in clients:
+                if client is not None:
+                    client.close()
         finally:
             executor.close()
 

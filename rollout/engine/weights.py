@@ -15,10 +15,12 @@ import torch
 from weight_sync.bucket import FlattenedTensorBucket
 from weight_sync.channel import Channel
 from weight_sync.errors import SessionError, WeightUpdateError
+from weight_sync.group_updates import GroupUpdates
 from weight_sync.messages import KvPolicyName, VerifyMode
 from weight_sync.publisher import WeightPublisher
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
+from weight_sync.update import UpdateOptions
 
 from .client import EngineClient
 from .commands import GetStatus, GetWeights, Status, WeightValues
@@ -40,9 +42,15 @@ HARMLESS = {
 class WeightCalls(EngineClient):
     """The part of `Engine` that takes new weights."""
 
+    _options = UpdateOptions()
+
     @cached_property
     def _publisher(self) -> WeightPublisher:
         return WeightPublisher(self, timeout_s=self.config.request_timeout_s)
+
+    @cached_property
+    def _group_updates(self) -> GroupUpdates:
+        return GroupUpdates(self, timeout_s=self.config.request_timeout_s)
 
     def weight_channel(self) -> Channel:
         """How a `WeightPublisher` in this process reaches the engine."""
@@ -61,19 +69,31 @@ class WeightCalls(EngineClient):
 
         With `strict` every parameter must be covered. Raises `SessionBusy` while another session is open.
         """
-        self._publisher.begin(
-            label=_label(weight_version),
+        if self._group_updates.in_session:
+            raise SessionError("an explicit session over a group is open: end or abort it first")
+        self._options = UpdateOptions(
+            label=label_of(weight_version),
             strict=strict,
-            kv_policy=_policy(flush_cache, kv_policy),
+            kv_policy=policy_of(flush_cache, kv_policy),
+            verify=verify,
+            lease_s=self.config.request_timeout_s,
+        )
+        self._publisher.begin(
+            label=self._options.label,
+            strict=strict,
+            kv_policy=self._options.kv_policy,
             verify=verify,
         )
 
     def end_weight_update(self) -> SyncReport:
         """Commit the open session between two steps; raises a `WeightUpdateError` and changes nothing on failure."""
+        if self._group_updates.in_session:
+            return self._group_updates.commit()
         return self._publisher.commit()
 
     def abort_weight_update(self) -> None:
         """Forget the open session and all that was staged; no error if there is none."""
+        self._group_updates.abort("the caller aborted the update")
         self._publisher.abort("the caller aborted the update")
 
     def update_weights_from_tensor(
@@ -98,15 +118,17 @@ class WeightCalls(EngineClient):
         Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, and
         other subclasses of `WeightUpdateError`; the old version then goes on serving.
         """
-        _check_extras("update_weights_from_tensor", extras)
+        check_extras("update_weights_from_tensor", extras)
+        if self._group_updates.in_session:
+            raise SessionError("the open session is filled by a group: end or abort it first")
         tensors = _named_tensors(named_tensors, load_format)
         if self._publisher.in_session:
             return self._publisher.send(tensors)
         return self._publisher.publish(
             tensors,
-            label=_label(weight_version),
+            label=label_of(weight_version),
             strict=strict,
-            kv_policy=_policy(flush_cache, kv_policy),
+            kv_policy=policy_of(flush_cache, kv_policy),
         )
 
     def update_weights_from_disk(
@@ -124,20 +146,20 @@ class WeightCalls(EngineClient):
         A folder written by `weight_sync.write_checkpoint` is checked against its own fingerprints. On failure the old
         weights and the old path stay.
         """
-        _check_extras("update_weights_from_disk", extras)
+        check_extras("update_weights_from_disk", extras)
         if load_format not in (None, "auto", "safetensors"):
             raise WeightUpdateError(
                 f"load_format: got {load_format!r}, expected None, 'auto' or 'safetensors'"
             )
-        if self._publisher.in_session:
+        if self._publisher.in_session or self._group_updates.in_session:
             raise SessionError(
                 "an explicit session is open: end or abort it before an update from disk"
             )
         checkpoint = read_checkpoint(model_path)
         report = self._publisher.publish(
             checkpoint.tensors,
-            label=_label(weight_version) or checkpoint.label,
-            kv_policy=_policy(flush_cache, kv_policy),
+            label=label_of(weight_version) or checkpoint.label,
+            kv_policy=policy_of(flush_cache, kv_policy),
             expected_fingerprints=checkpoint.fingerprints,
         )
         self.model_path = str(model_path)
@@ -201,11 +223,11 @@ class WeightCalls(EngineClient):
         return await asyncio.to_thread(self.get_weight_version)
 
 
-def _label(weight_version: str | int | None) -> str | None:
+def label_of(weight_version: str | int | None) -> str | None:
     return None if weight_version is None else str(weight_version)
 
 
-def _policy(flush_cache: bool, kv_policy: KvPolicyName | None) -> KvPolicyName | None:
+def policy_of(flush_cache: bool, kv_policy: KvPolicyName | None) -> KvPolicyName | None:
     """An explicit policy wins; `flush_cache=True` means "flush", False leaves it to the engine's configuration."""
     return kv_policy if kv_policy is not None else ("flush" if flush_cache else None)
 
@@ -232,7 +254,7 @@ def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
     return tensors
 
 
-def _check_extras(call: str, extras: Mapping[str, Any]) -> None:
+def check_extras(call: str, extras: Mapping[str, Any]) -> None:
     for name, value in extras.items():
         if name not in HARMLESS:
             near = difflib.get_close_matches(

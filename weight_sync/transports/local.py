@@ -4,12 +4,12 @@ import mmap
 
 import torch
 
-from ..arena import Mapping
+from ..arena import Mapping, SharedBytes
 from ..messages import LocalHandle, ProcessRef
 from ..process import current_process
 
 
-class LocalArena:
+class LocalArena(SharedBytes):
     """The trainer's end; `lend` gives the buffer to the service and returns the key under which it is known there."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -29,7 +29,7 @@ class LocalArena:
         self._mapping.close()
 
 
-class OpenedLocalArena:
+class OpenedLocalArena(SharedBytes):
     """The engine's end: the same tensor."""
 
     def __init__(self, buffer: torch.Tensor) -> None:

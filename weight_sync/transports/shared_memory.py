@@ -13,7 +13,7 @@ import struct
 
 import torch
 
-from ..arena import Mapping
+from ..arena import Mapping, SharedBytes
 from ..errors import TransportError
 from ..messages import ProcessRef, SharedMemoryHandle
 from ..process import current_process, host_id, why_dead
@@ -26,7 +26,7 @@ _NAME = "weight-arena"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SharedMemoryArena:
+class SharedMemoryArena(SharedBytes):
     """The trainer's end."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -62,7 +62,7 @@ class SharedMemoryArena:
             self._mapping.close()
 
 
-class OpenedSharedMemoryArena:
+class OpenedSharedMemoryArena(SharedBytes):
     """The engine's end: a read-only mapping of what `handle` names; `TransportError` when it is not an arena."""
 
     def __init__(self, handle: SharedMemoryHandle) -> None:

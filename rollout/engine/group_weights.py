@@ -1,0 +1,121 @@
+"""The calls of `Engine` for weights that come over a process group, under the names that the field knows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from weight_sync.errors import WeightUpdateError
+from weight_sync.group_updates import Backend, GroupLayout
+from weight_sync.messages import KvPolicyName
+from weight_sync.report import SyncReport
+from weight_sync.transports.process_group import BACKENDS
+from weight_sync.update import UpdateOptions
+
+from .weights import WeightCalls, check_extras, label_of, policy_of
+
+GROUP_LAYOUTS: dict[str | None, GroupLayout] = {
+    None: "tensors",
+    "auto": "tensors",
+    "flattened_bucket": "bucket",
+    "packed_bucket": "packed_bucket",
+}
+
+
+class GroupWeightCalls(WeightCalls):
+    """The part of `Engine` that takes new weights from a `torch.distributed` trainer."""
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int | str,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = "weight_update_group",
+        backend: str = "nccl",
+    ) -> None:
+        """Join a trainer's group: the trainer is rank 0, this engine's ranks are `rank_offset` + tp_rank.
+
+        The trainer makes its side at the same time, as `torch.distributed` trainers do. Returns when all `world_size`
+        members have come. Generation goes on meanwhile. A group of the same name is replaced. Raises
+        `DeadlineExceeded` or `TransportError`.
+        """
+        if backend not in BACKENDS:
+            raise WeightUpdateError(
+                f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}; use gloo on a CPU"
+            )
+        self._group_updates.join(
+            group_name=group_name,
+            master_address=master_address,
+            master_port=int(master_port),
+            rank_offset=rank_offset,
+            world_size=world_size,
+            backend=cast(Backend, backend),
+        )
+
+    def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
+        """Leave a group; raises `TransportError` when there is none of that name."""
+        self._group_updates.leave(group_name)
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str | torch.dtype],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = "weight_update_group",
+        flush_cache: bool = True,
+        weight_version: str | int | None = None,
+        load_format: str | None = None,
+        *,
+        kv_policy: KvPolicyName | None = None,
+        **extras: Any,
+    ) -> SyncReport:
+        """Receive tensors that the trainer broadcasts now, one after the other, and make them the next version.
+
+        Call it, without waiting, before the trainer broadcasts. In an explicit session it stages. load_format:
+        "flattened_bucket" expects one broadcast of a `weight_sync.FlattenedTensorBucket`, "packed_bucket" one of a
+        bucket without padding between its tensors. Whatever is wrong with names or shapes is raised after the bytes
+        have come, so that the group stays in step; then nothing is written.
+        """
+        check_extras("update_weights_from_distributed", extras)
+        if load_format not in GROUP_LAYOUTS:
+            raise WeightUpdateError(
+                f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'packed_bucket'"
+            )
+        updates = self._group_updates
+        explicit = updates.in_session or self._publisher.in_session
+        if not explicit:
+            options = UpdateOptions(
+                label=label_of(weight_version),
+                strict=False,
+                kv_policy=policy_of(flush_cache, kv_policy),
+                lease_s=self.config.request_timeout_s,
+            )
+            updates.begin(group_name, options)
+        elif not updates.in_session:
+            # The session was begun before it was known how the tensors come.
+            self._publisher.abort("the session is filled by a group instead")
+            updates.begin(group_name, self._options)
+        report = updates.receive(
+            names,
+            [str(dtype).removeprefix("torch.") for dtype in dtypes],
+            shapes,
+            group_name,
+            GROUP_LAYOUTS[load_format],
+        )
+        return report if explicit else updates.commit()
+
+    async def async_init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
+        """As `init_weights_update_group`, awaitable."""
+        await asyncio.to_thread(self.init_weights_update_group, *args, **kwargs)
+
+    async def async_destroy_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
+        """As `destroy_weights_update_group`, awaitable."""
+        await asyncio.to_thread(self.destroy_weights_update_group, *args, **kwargs)
+
+    async def async_update_weights_from_distributed(self, *args: Any, **kwargs: Any) -> SyncReport:
+        """As `update_weights_from_distributed`, awaitable."""
+        return await asyncio.to_thread(self.update_weights_from_distributed, *args, **kwargs)

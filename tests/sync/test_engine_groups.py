@@ -1,0 +1,211 @@
+"""Weights over a process group, through `Engine`: the publisher's way, and the way of a plain trainer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import weight_sync
+from rollout import Engine
+from weight_sync.errors import (
+    DeadlineExceeded,
+    ManifestMismatch,
+    SessionError,
+    TransportError,
+    WeightUpdateError,
+)
+from weight_sync.publisher import WeightPublisher
+from weight_sync.transports.process_group import UpdateGroup
+
+NAME = "updates"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module", params=["inline", "two ranks"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    two = {"executor": "local", "tp_size": 2, "num_threads": 1} if request.param != "inline" else {}
+    with Engine(folder, kv_cache_bytes=1 << 20, request_timeout_s=20.0, **two) as engine:
+        yield engine
+
+
+@pytest.fixture
+def trainer(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+class PlainTrainer:
+    """Rank 0 of a group, broadcasting tensors one by one as `torch.distributed` trainers do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pool = ThreadPoolExecutor(1)
+        self.connect()
+
+    def connect(self) -> None:
+        world = 1 + self.engine.config.tp_size
+        self.group = UpdateGroup.serve(world_size=world, group_name=NAME, timeout_s=20)
+        self.engine.init_weights_update_group(
+            "127.0.0.1", str(self.group.master_port), 1, world, NAME, "gloo"
+        )
+        self.group.joined.result(20)
+
+    def update(
+        self, named: list[tuple[str, torch.Tensor]], **options: Any
+    ) -> weight_sync.SyncReport:
+        """Tell the engine, broadcast, and wait for its answer."""
+        answer = self.pool.submit(
+            self.engine.update_weights_from_distributed,
+            [name for name, _ in named],
+            [str(tensor.dtype) for _, tensor in named],
+            [list(tensor.shape) for _, tensor in named],
+            NAME,
+            **options,
+        )
+        if options.get("load_format") == "flattened_bucket":
+            parts = [weight_sync.FlattenedTensorBucket(named_tensors=named).get_flattened_tensor()]
+        else:
+            parts = [tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in named]
+        for part in parts:
+            self.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+        return answer.result(30)
+
+    def close(self) -> None:
+        self.group.destroy()
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def plain(engine: Engine) -> Iterator[PlainTrainer]:
+    plain = PlainTrainer(engine)
+    yield plain
+    plain.close()
+    engine.destroy_weights_update_group(NAME)
+
+
+def test_a_publisher_pushes_over_a_group_of_its_own(engine: Engine, trainer: Any) -> None:
+    with WeightPublisher(engine, transport="process_group", bucket_bytes=100_000) as publisher:
+        for _ in range(3):
+            with torch.no_grad():
+                trainer.model.norm.weight.mul_(1.01)
+            report = publisher.publish(trainer)
+            assert report.transport == "process_group" and report.complete
+            assert (
+                engine.weights_fingerprint()
+                == weight_sync.fingerprint(trainer)
+                == report.fingerprint
+            )
+        part = publisher.publish({"model.norm.weight": trainer.model.norm.weight * 2}, strict=False)
+        assert part.updated == 1
+
+
+def test_a_publisher_makes_a_new_group_after_a_failure(engine: Engine, trainer: Any) -> None:
+    with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
+        publisher.publish(trainer)
+        publisher._endpoint._packed.arena._group.destroy()  # type: ignore[union-attr]
+        publisher.publish(trainer)
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+
+
+def test_a_plain_trainer_updates_tensor_by_tensor(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    report = plain.update(list(trainer.named_parameters()), weight_version=41)
+    assert report.complete and engine.get_weight_version() == "41"
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+
+
+def test_a_flattened_bucket_of_another_dtype_is_cast(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    half = [(name, tensor.detach().bfloat16()) for name, tensor in trainer.named_parameters()]
+    report = plain.update(half, load_format="flattened_bucket")
+    assert {(source, target) for _, source, target in report.casts} == {("bfloat16", "float32")}
+    rounded = {name: tensor.float() for name, tensor in half}
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(rounded)
+
+
+def test_a_session_over_a_group_commits_as_one(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    before = engine.weights_fingerprint()
+    tensors = list(trainer.named_parameters())
+    engine.begin_weight_update(strict=True, weight_version="whole")
+    for first in range(0, len(tensors), 6):
+        plain.update(tensors[first : first + 6])
+        assert engine.weights_fingerprint() == before
+    assert engine.end_weight_update().complete
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+    engine.begin_weight_update()
+    plain.update([(name, tensor * 3) for name, tensor in tensors[:2]])
+    with pytest.raises(SessionError):
+        engine.update_weights_from_tensor(tensors[:1])
+    engine.abort_weight_update()
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+
+
+def test_what_is_refused_is_received_first_so_the_group_stays_in_step(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    before = engine.weights_fingerprint()
+    norm = trainer.model.norm.weight.detach()
+    with pytest.raises(ManifestMismatch) as error:
+        plain.update([("model.nrm.weight", norm), ("model.norm.weight", torch.ones(63))])
+    assert "model.nrm.weight" in str(error.value) and "63" in str(error.value)
+    assert engine.weights_fingerprint() == before
+    assert plain.update([("model.norm.weight", norm)]).updated == 1
+
+
+def test_a_trainer_that_stops_in_the_middle_costs_a_deadline_and_no_version(
+    engine: Engine, trainer: Any
+) -> None:
+    before = engine.weights_fingerprint()
+    plain = PlainTrainer(engine)
+    names = ["model.norm.weight", "lm_head.weight"]
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            engine.update_weights_from_distributed(
+                names, ["float32"] * 2, [[64], list(trainer.lm_head.weight.shape)], NAME
+            )
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    plain.group.broadcast(torch.zeros(256, dtype=torch.uint8), [(0, 256)], timeout_s=5).result()
+    plain.close()
+    thread.join(40)
+    assert isinstance(failed[0], (DeadlineExceeded, TransportError))
+    assert engine.weights_fingerprint() == before
+    again = PlainTrainer(engine)  # the same name, any number of times
+    again.update(list(trainer.named_parameters()))
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+    again.close()
+
+
+def test_groups_and_formats_that_do_not_exist_are_refused_in_words(engine: Engine) -> None:
+    with pytest.raises(TransportError, match="init_weights_update_group"):
+        engine.update_weights_from_distributed([], [], [], "nobody")
+    with pytest.raises(WeightUpdateError, match="load_format"):
+        engine.update_weights_from_distributed([], [], [], NAME, load_format="pickle")
+    with pytest.raises(WeightUpdateError, match="backend"):
+        engine.init_weights_update_group("127.0.0.1", 1, 1, 2, NAME, "mpi")
+    with pytest.raises(TransportError):
+        engine.destroy_weights_update_group("nobody")

@@ -1,0 +1,82 @@
+"""Tensors that a plain `torch.distributed` trainer broadcasts: received whole, then checked, then staged.
+
+Such a trainer says names, dtypes and shapes and then broadcasts, whatever the engine thinks of them. So everything is
+received first, also what is refused afterwards: the group stays in step, and the trainer does not wait for ever.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+from .errors import ManifestMismatch
+from .manifest import TensorMeta, align, parse_dtype
+from .messages import EngineInfo, Receive
+from .process_groups.landing import landing_buffer
+from .selection import Layout, Selector
+from .session import Session
+from .transports.process_group import UpdateGroup
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+def receive(group: UpdateGroup, message: Receive, timeout_s: float) -> list[NamedTensor]:
+    """What the trainer broadcasts for `message`, in new memory."""
+    if not len(message.names) == len(message.dtypes) == len(message.shapes):
+        raise ManifestMismatch(
+            f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
+            "as many of each"
+        )
+    metas = [
+        TensorMeta(name=name, shape=tuple(shape), dtype=parse_dtype(dtype))
+        for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
+    ]
+    if message.layout == "tensors":
+        tensors = group.receive_tensors(metas, timeout_s=timeout_s).result()
+        return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
+    return _receive_bucket(group, metas, timeout_s, aligned=message.layout == "bucket")
+
+
+def _receive_bucket(
+    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, *, aligned: bool
+) -> list[NamedTensor]:
+    metadata, end = [], 0
+    for meta in metas:
+        start, end = end, end + meta.num_bytes
+        metadata.append(
+            FlattenedTensorMetadata(
+                name=meta.name,
+                shape=torch.Size(meta.shape),
+                dtype=meta.dtype,
+                start_idx=start,
+                end_idx=end,
+                numel=meta.num_bytes,
+            )
+        )
+        end = align(end) if aligned else end
+    buffer = landing_buffer(end)
+    if end:
+        group.receive_into(buffer, [(0, end)], timeout_s=timeout_s, scratch_behind=True).result()
+    return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
+
+
+def stage_received(
+    session: Session, info: EngineInfo, tensors: Sequence[NamedTensor]
+) -> np.ndarray:
+    """Copy received tensors into the session's stage, cast to the engine's dtypes; the manifest rows that they fill.
+
+    `ManifestMismatch` lists every unknown, misshapen or doubled one; then nothing is staged.
+    """
+    layout = Layout(info, session.manifest.bucket_bytes)
+    views = session.manifest.views(session.stage)
+    selector = Selector(
+        layout, cast=True, packed=views.__getitem__, ignored=lambda names: frozenset()
+    )
+    selection = selector.take(tensors)
+    selector.finish(strict=False)
+    rows = sorted(selection.sources)
+    if rows:
+        with torch.no_grad():
+            torch._foreach_copy_([views[i] for i in rows], [selection.sources[i] for i in rows])
+    return np.array(rows, dtype=np.int64)
