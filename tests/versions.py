@@ -73,6 +73,21 @@ def output_logprobs(result: Mapping[str, Any]) -> list[float]:
     return [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
 
 
+def pool_bytes(folder: Path, *, num_blocks: int, block_size: int, tp_size: int = 1) -> int:
+    """`kv_cache_bytes` of an engine that shall have `num_blocks` blocks."""
+    from rollout.models.model_config import ModelConfig
+    from rollout.runner.kv_pool import KVPool
+
+    model = ModelConfig.from_folder(folder)
+    return num_blocks * KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=block_size,
+        num_kv_heads=max(1, model.num_kv_heads // tp_size),
+        head_dim=model.head_dim,
+        dtype=torch.float32,
+    )
+
+
 def references() -> Callable[[Path], Reference]:
     """`references()(folder)`: the reference of a checkpoint, read once."""
     made: dict[Path, Reference] = {}

@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from versions import TOLERANCE, Reference, output_logprobs, references, version_weights
+from versions import TOLERANCE, Reference, output_logprobs, pool_bytes, references, version_weights
 
 import weight_sync
 from rollout import Engine
-from rollout.models.model_config import ModelConfig
-from rollout.runner.kv_pool import KVPool
 from weight_sync import WeightPublisher
 
 BLOCK_SIZE = 4
-NUM_BLOCKS = 40
 SHARED = [17, 40, 3, 99, 5, 5, 200, 31, 8]
 PROMPTS = [[7], [5, 9, 2], [*SHARED, 60, 61], [*SHARED, 90], list(range(20, 61)), [11] * 23]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 14, "ignore_eos": True}
@@ -33,19 +30,11 @@ def reference() -> Callable[[Path], Reference]:
 
 
 def small_engine(folder: Path, **options: Any) -> Engine:
-    model = ModelConfig.from_folder(folder)
-    block_bytes = KVPool.bytes_per_block(
-        num_layers=model.num_layers,
-        block_size=BLOCK_SIZE,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=torch.float32,
-    )
     return Engine(
         folder,
         skip_tokenizer_init=True,
         block_size=BLOCK_SIZE,
-        kv_cache_bytes=NUM_BLOCKS * block_bytes,
+        kv_cache_bytes=pool_bytes(folder, num_blocks=40, block_size=BLOCK_SIZE),
         chunked_prefill_size=16,
         **options,
     )

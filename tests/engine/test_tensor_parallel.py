@@ -1,0 +1,144 @@
+"""One engine of two ranks against one of one rank: the same tokens, whatever the sampling, and the same manners."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from versions import TOLERANCE, output_logprobs
+
+from rollout import Engine
+from rollout.errors import InvalidRequestError
+
+PROMPTS = [[5, 9, 2], [7] * 40, [11, 12, 13, 14, 15, 16, 17], list(range(20, 53))]
+LONG = {"temperature": 0.0, "max_new_tokens": 200, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("qwen3", head_dim=32, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[Engine]:
+    with Engine(folder, kv_cache_bytes=4 << 20) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[Engine]:
+    with Engine(
+        folder, executor="local", tp_size=2, kv_cache_bytes=2 << 20, num_threads=1
+    ) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0, "sampling_seed": 3, "n": 3},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "sampling_seed": 4, "n": 2},
+        {"temperature": 1.2, "min_p": 0.02, "repetition_penalty": 1.3, "sampling_seed": 5},
+        {"temperature": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.5},
+    ],
+    ids=["plain", "filtered", "penalties", "engine-seed"],
+)
+def test_seeds_draw_the_same_tokens_with_one_rank_and_with_two(
+    one: Engine, two: Engine, params: dict[str, Any]
+) -> None:
+    params = {"max_new_tokens": 20, "ignore_eos": True, **params}
+    results = [
+        engine.generate(
+            input_ids=PROMPTS,
+            sampling_params=params,
+            return_logprob=True,
+            top_logprobs_num=2,
+            rid=[f"{i}" for i in range(len(PROMPTS))],
+        )
+        for engine in (one, two)
+    ]
+    for alone, together in zip(*results, strict=True):
+        assert alone["output_ids"] == together["output_ids"]
+        assert output_logprobs(together) == pytest.approx(output_logprobs(alone), abs=TOLERANCE)
+        for a, b in zip(
+            *(r["meta_info"]["output_top_logprobs"] for r in (alone, together)), strict=True
+        ):
+            assert [token for _, token, _ in a] == [token for _, token, _ in b]
+
+
+def test_stop_strings_and_scores_are_the_same_with_two_ranks(one: Engine, two: Engine) -> None:
+    text = one.generate("the cat", {**LONG, "max_new_tokens": 20})["text"]
+    params = {**LONG, "max_new_tokens": 20, "stop": text[3:6]}
+    cut = [engine.generate("the cat", params) for engine in (one, two)]
+    assert cut[0]["text"] == cut[1]["text"] == text[: text.index(text[3:6])]
+    rows = [engine.score([5, 6, 7], [[8], [9, 10]], [3, 77]) for engine in (one, two)]
+    for alone, together in zip(*rows, strict=True):
+        assert together == pytest.approx(alone, rel=1e-3)
+
+
+def test_a_refused_request_leaves_both_ranks_in_step(one: Engine, two: Engine) -> None:
+    for bad in ([], [999_999], [1] * 5_000):
+        with pytest.raises(InvalidRequestError):
+            two.generate(input_ids=bad, sampling_params=LONG)
+    params = {**LONG, "max_new_tokens": 10}
+    expected = one.generate(input_ids=PROMPTS[1], sampling_params=params)["output_ids"]
+    assert two.generate(input_ids=PROMPTS[1], sampling_params=params)["output_ids"] == expected
+
+
+def start_long(engine: Engine, rid: str) -> tuple[threading.Thread, list[dict[str, Any]]]:
+    """A long streaming request on a thread of its own; returns when its first token has come."""
+    started, chunks = threading.Event(), []
+
+    def run() -> None:
+        for chunk in engine.generate(
+            input_ids=PROMPTS[0], sampling_params=LONG, stream=True, rid=rid
+        ):
+            chunks.append(chunk)
+            started.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(30)
+    return thread, chunks
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_pauses_and_aborts_reach_both_ranks(one: Engine, two: Engine, mode: Any) -> None:
+    expected = one.generate(input_ids=PROMPTS[0], sampling_params=LONG)["output_ids"]
+    thread, chunks = start_long(two, mode)
+    assert two.pause_generation(mode) == (0 if mode == "in_place" else 1)
+    if mode != "abort":
+        assert thread.is_alive()
+    two.continue_generation()
+    thread.join(60)
+    output = chunks[-1]["output_ids"]
+    assert output == expected[: len(output)]
+    assert (len(output) < 200) == (mode == "abort")
+    thread, chunks = start_long(two, f"again-{mode}")
+    assert two.abort_request(f"again-{mode}") == 1
+    thread.join(60)
+    assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+    two.flush_cache()
+    status = two.status()
+    assert (status.num_running, status.num_waiting) == (0, 0)
+
+
+def test_a_pause_of_two_ranks_ends_with_its_lease(one: Engine, two: Engine) -> None:
+    two.pause_generation("in_place", lease_s=0.2)
+    params = {**LONG, "max_new_tokens": 10}
+    expected = one.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"]
+    assert two.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"] == expected
+    assert two.status().paused is None
+
+
+def test_a_request_whose_deadline_passes_leaves_both_ranks_in_step(
+    one: Engine, two: Engine
+) -> None:
+    with pytest.raises(TimeoutError):
+        two.generate(input_ids=PROMPTS[:2] * 8, sampling_params=LONG, timeout_s=0.15)
+    params = {**LONG, "max_new_tokens": 10}
+    expected = one.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"]
+    assert two.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"] == expected
