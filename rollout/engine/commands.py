@@ -91,6 +91,8 @@ class GetWeights(Message, frozen=True, kw_only=True):
     """Trainer-side name; aliases and fused names work too."""
     truncate_size: Annotated[int, Meta(ge=0)] = 100
     """Rows (entries of dimension 0) to return at most."""
+    first_row: Annotated[int, Meta(ge=0)] = 0
+    """The row to begin with."""
 
 
 class ReleaseMemory(Message, frozen=True, kw_only=True):
@@ -176,6 +178,8 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """Seconds from arrival in the engine process until this update."""
     num_retractions: int = 0
     """How often its KV was dropped and computed again."""
+    num_reruns: int = 0
+    """How often it began anew because its replica died (pools); what came before a new beginning is void."""
 
 
 class Done(Message, frozen=True, kw_only=True):

@@ -317,7 +317,8 @@ class EngineCore:
 
     def _get_weights(self, call: Call) -> None:
         tensor = read_weight(self.runner, call.body.name, self._ranks.order)
-        rows = tensor[: call.body.truncate_size] if tensor.dim() else tensor
+        first, size = call.body.first_row, call.body.truncate_size
+        rows = tensor[first : first + size] if tensor.dim() else tensor
         rows = rows.float().cpu().contiguous()
         call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
 

@@ -46,7 +46,7 @@ class GenerationCalls(EngineClient):
 
         A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
         `cached_tokens`, `finish_reason`, `weight_version`, `weight_versions`, `e2e_latency` (s), `num_retractions`,
-        with `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position
+        `num_reruns`, with `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position
         `logprob_start_len`; -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or
         `token_ids_logprob` their tables, with `return_token_times` the wall-clock time of each token.
 

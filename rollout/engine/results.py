@@ -27,6 +27,9 @@ class ResultBuilder:
         self._params = params
         self._tokenizer = tokenizer
         self._with_text = return_text_in_logprobs and tokenizer is not None
+        self._clear()
+
+    def _clear(self) -> None:
         self._output_ids: list[int] = []
         self._output_logprobs: list[float] = []
         self._output_top: list[TopLogprobs] = []
@@ -41,7 +44,9 @@ class ResultBuilder:
         return self._last is not None and self._last.finish_reason is not None
 
     def add(self, update: SampleUpdate) -> None:
-        """Append what `update` brings; updates of a sample arrive in order."""
+        """Append what `update` brings; updates of a sample arrive in order. A rerun starts over."""
+        if self._last is not None and update.num_reruns > self._last.num_reruns:
+            self._clear()
         self._first = self._first or update
         self._last = update
         self._output_ids += update.output_ids
@@ -63,6 +68,7 @@ class ResultBuilder:
             "weight_version": last.weight_version,
             "e2e_latency": last.e2e_latency,
             "num_retractions": last.num_retractions,
+            "num_reruns": last.num_reruns,
         }
         if last.finish_reason is not None:
             meta["weight_versions"] = [
