@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from weight_sync.channel import LocalChannel
-from weight_sync.errors import DeadlineExceeded, TornWeightsError
+from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
 from weight_sync.receiver import WeightReceiver
 from weight_sync.rpc import Call
 from weight_sync.service import WeightService
@@ -35,7 +35,7 @@ from .memory import MemoryOccupation
 from .postprocess import Postprocessor
 from .rank_weights import connect_ranks
 from .ranks import HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
-from .tick_messages import Boundary, EndPause, Expire, Item, Tick
+from .tick_messages import Boundary, Disarm, EndPause, Expire, Item, Tick
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 from .weight_host import EngineWeightHost, read_weight
 
@@ -133,7 +133,8 @@ class EngineCore:
         if threading.current_thread() is self._thread:
             return action()
         armed = self._arm(action, name)
-        result: T = armed.wait(timeout_s)
+        # Other ranks run it, or give it up, when rank 0 does.
+        result: T = armed.wait(None if self._follows else timeout_s)
         return result
 
     def soon(self, action: Callable[[], None]) -> None:
@@ -164,8 +165,19 @@ class EngineCore:
                     self._carry_out(item, call)
                 if self._may_step and not self._closed.is_set():
                     self.step()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
         finally:
             self._close()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """The loop cannot go on: nobody must take what they have for a result."""
+        died = EngineDiedError(
+            f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
+        )
+        for group in list(self.post.groups):
+            self.post.fail(group, died)
 
     def step(self) -> bool:
         """Compute one batch and hand out its tokens; False if there was nothing to do."""
@@ -203,12 +215,21 @@ class EngineCore:
             return for_nobody(self._ticks.receive())
         items = self._due()
         items += self._inbox.take(0.0 if items or self._may_step else self._patience())
+        items = [(self._settled(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
+
+    def _settled(self, item: Item) -> Item:
+        """Whether a boundary is still wanted is decided once, by rank 0, for all ranks."""
+        if isinstance(item, Boundary) and not self._boundaries.claim(item.name):
+            return Disarm(name=item.name)
+        return item
 
     def _carry_out(self, item: Item, call: Call) -> None:
         if isinstance(item, Boundary):
             self._boundaries.run(item.name)
+        elif isinstance(item, Disarm):
+            self._boundaries.disarm(item.name)
         elif isinstance(item, Expire):
             self._expire(item.numbers)
         elif isinstance(item, EndPause):

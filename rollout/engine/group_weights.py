@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -12,7 +12,6 @@ from weight_sync.errors import WeightUpdateError
 from weight_sync.group_updates import Backend, GroupLayout
 from weight_sync.messages import KvPolicyName
 from weight_sync.report import SyncReport
-from weight_sync.transports.process_group import BACKENDS
 from weight_sync.update import UpdateOptions
 
 from .weights import WeightCalls, check_extras, label_of, policy_of
@@ -43,9 +42,9 @@ class GroupWeightCalls(WeightCalls):
         members have come. Generation goes on meanwhile. A group of the same name is replaced. Raises
         `DeadlineExceeded` or `TransportError`.
         """
-        if backend not in BACKENDS:
+        if backend not in get_args(Backend):
             raise WeightUpdateError(
-                f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}; use gloo on a CPU"
+                f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}; use gloo on a CPU"
             )
         self._group_updates.join(
             group_name=group_name,

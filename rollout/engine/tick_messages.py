@@ -22,6 +22,12 @@ class Boundary(TickMessage, frozen=True, kw_only=True):
     name: str
 
 
+class Disarm(TickMessage, frozen=True, kw_only=True):
+    """Rank 0 waited too long for this boundary and has given it up: no rank runs what it armed."""
+
+    name: str
+
+
 class Expire(TickMessage, frozen=True, kw_only=True):
     """The deadlines of these calls of `generate` have passed."""
 
@@ -33,7 +39,7 @@ class EndPause(TickMessage, frozen=True, kw_only=True):
     """The lease of the pause has ended."""
 
 
-Item = Ordered | Boundary | Expire | EndPause
+Item = Ordered | Boundary | Disarm | Expire | EndPause
 
 
 class Tick(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol, TypeVar
 
 from weight_sync.errors import DeadlineExceeded
@@ -44,28 +44,40 @@ class Action:
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self._run = run
+        self._claimed = False
         self.future: Future[Any] = Future()
+
+    def claim(self) -> bool:
+        """From now on it will run for certain; False: whoever asked has given up, and it never will."""
+        if not self._claimed:
+            self._claimed = self.future.set_running_or_notify_cancel()
+        return self._claimed
 
     def __call__(self) -> None:
         """Run it, unless whoever asked has given up."""
-        if not self.future.set_running_or_notify_cancel():
+        if not self.claim():
             return
         try:
             self.future.set_result(self._run())
         except BaseException as error:
             self.future.set_exception(error)
 
-    def wait(self, timeout_s: float) -> Any:
-        """Its result. `DeadlineExceeded` when it has not begun in time; then it never will."""
+    def wait(self, timeout_s: float | None) -> Any:
+        """Its result. `DeadlineExceeded` when it has not begun in time; then it never will. None: wait for ever."""
         try:
             return self.future.result(timeout_s)
+        except CancelledError:
+            raise _too_late("rank 0 has given up waiting for it") from None
         except TimeoutError:
             if self.future.cancel():
-                raise DeadlineExceeded(
-                    f"no step boundary within {timeout_s:.3g} s: a step takes longer than that, or the engine hangs; "
-                    "nothing was written; raise the deadline"
-                ) from None
+                raise _too_late(f"it did not come within {timeout_s:.3g} s") from None
             return self.future.result()  # It has begun: a write is never abandoned half-way.
+
+
+def _too_late(why: str) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"no step boundary: {why}; a step takes longer, or the engine hangs; nothing was written; raise the deadline"
+    )
 
 
 class Boundaries:
@@ -81,6 +93,18 @@ class Boundaries:
         with self._changed:
             self._armed[name] = action
             self._changed.notify_all()
+
+    def claim(self, name: str) -> bool:
+        """On rank 0, before other ranks hear of the boundary: whether its action is still wanted."""
+        with self._changed:
+            return self._armed[name].claim()
+
+    def disarm(self, name: str) -> None:
+        """Rank 0 has given the action of that name up; so does this rank."""
+        with self._changed:
+            action = self._armed.pop(name, None)
+        if action is not None:
+            action.future.cancel()
 
     def run(self, name: str) -> None:
         """Run the action of that name; a rank where it is not armed yet waits for it.

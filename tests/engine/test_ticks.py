@@ -1,0 +1,70 @@
+"""Boundaries: what other threads want done between two steps, on all ranks or on none."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from rollout.engine.ticks import Action, Boundaries
+from weight_sync.errors import DeadlineExceeded
+
+
+def test_an_action_runs_when_its_boundary_comes_and_gives_its_result() -> None:
+    boundaries, action = Boundaries(patience_s=5.0), Action(lambda: 7)
+    boundaries.arm("write", action)
+    boundaries.run("write")
+    assert action.wait(1.0) == 7
+
+
+def test_an_error_of_an_action_reaches_who_asked_and_not_the_loop() -> None:
+    def fail() -> None:
+        raise ValueError("broken")
+
+    boundaries, action = Boundaries(patience_s=5.0), Action(fail)
+    boundaries.arm("write", action)
+    boundaries.run("write")
+    with pytest.raises(ValueError, match="broken"):
+        action.wait(1.0)
+
+
+def test_an_action_that_was_given_up_never_runs_on_any_rank() -> None:
+    ran: list[int] = []
+    ranks = [Boundaries(patience_s=5.0) for _ in range(2)]
+    actions = [Action(lambda rank=rank: ran.append(rank)) for rank in range(2)]
+    for boundaries, action in zip(ranks, actions, strict=True):
+        boundaries.arm("write", action)
+    with pytest.raises(DeadlineExceeded):
+        actions[0].wait(0.01)
+    assert not ranks[0].claim("write")
+    for boundaries in ranks:
+        boundaries.disarm("write")
+    with pytest.raises(DeadlineExceeded, match="rank 0"):
+        actions[1].wait(None)
+    assert ran == []
+
+
+def test_a_claimed_action_runs_even_if_its_deadline_passes() -> None:
+    release = threading.Event()
+    boundaries, action = Boundaries(patience_s=5.0), Action(lambda: release.wait(5.0))
+    boundaries.arm("write", action)
+    assert boundaries.claim("write")
+    loop = threading.Thread(target=lambda: boundaries.run("write"))
+    loop.start()
+    timer = threading.Timer(0.1, release.set)
+    timer.start()
+    assert action.wait(0.01) is True
+    loop.join()
+
+
+def test_a_rank_waits_at_a_boundary_until_it_has_armed_its_part() -> None:
+    boundaries, action = Boundaries(patience_s=5.0), Action(lambda: "done")
+    timer = threading.Timer(0.05, lambda: boundaries.arm("write", action))
+    timer.start()
+    boundaries.run("write")
+    assert action.wait(1.0) == "done"
+
+
+def test_a_rank_that_never_arms_has_lost_the_others() -> None:
+    with pytest.raises(DeadlineExceeded, match="nothing to do"):
+        Boundaries(patience_s=0.01).run("write")
