@@ -40,18 +40,15 @@ def draw(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     """
     num_columns, size = weights.shape[1], chunk_size(weights.shape[1])
     running = sums.cumsum(-1, dtype=torch.float64)
-    total = running[:, -1:]
-    # Rounding must not take the target to the total, behind which there is nothing.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform.to(total.device).unsqueeze(1) * total, below)
+    # A float64 below 1 times the total is below the total, also after rounding: some chunk is always found.
+    target = uniform.to(running.device).unsqueeze(1) * running[:, -1:]
     chunk = torch.searchsorted(running, target, right=True).clamp_(max=sums.shape[1] - 1)
     before = torch.where(chunk > 0, running.gather(1, (chunk - 1).clamp_(min=0)), 0.0)
-    columns = chunk_columns(chunk, size).squeeze(1)
-    beyond = columns >= num_columns
-    inside = weights.gather(1, columns.clamp_(max=num_columns - 1)).double()
-    inside.masked_fill_(beyond, 0.0)
-    cumulative = inside.cumsum(-1)
+    # A shorter last chunk is filled up with its last column; only rounding reaches these, and they mean that column.
+    columns = chunk_columns(chunk, size).squeeze(1).clamp_(max=num_columns - 1)
+    cumulative = weights.gather(1, columns).cumsum(-1, dtype=torch.float64)
     # A chunk's sum in float32 may exceed the one in float64 here: then it is the chunk's last possible column.
-    below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(total))
+    whole = cumulative[:, -1:]
+    below = torch.nextafter(whole, torch.zeros_like(whole))
     offset = torch.searchsorted(cumulative, torch.minimum(target - before, below), right=True)
     return columns.gather(1, offset.clamp_(max=size - 1)).squeeze(1)

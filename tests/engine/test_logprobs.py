@@ -46,6 +46,16 @@ def test_very_unlikely_tokens_have_exact_logprobs() -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_large_vocabulary_costs_no_precision() -> None:
+    logits = make_logits(4, 150_000)
+    targets = torch.randint(0, 150_000, (4, 50), generator=torch.Generator().manual_seed(1))
+    got = rule.token_logprobs(logits, 1.0, targets)
+    # A plain float32 sum over the row is off by several times as much.
+    torch.testing.assert_close(
+        got.double(), exact(logits, 1.0).gather(1, targets), atol=2.5e-6, rtol=0.0
+    )
+
+
 def test_logits_of_half_precision_are_taken_in_float32() -> None:
     logits = make_logits(3, 500).bfloat16()
     targets = torch.tensor([0, 1, 499])
@@ -117,6 +127,14 @@ def test_selection_over_chunks_is_exact_even_with_ties(
     sums[:, :vocab] = values
     assert torch.equal(chunk_sums(values, size), sums.view(num_rows, -1, size).sum(-1))
     assert torch.equal(chunk_maxima(values, size), sums.view(num_rows, -1, size).amax(-1))
+
+
+def test_the_last_column_of_a_short_chunk_is_found_once() -> None:
+    values = torch.rand(2, 64 * 40 + 3, generator=torch.Generator().manual_seed(0))
+    values[:, -1] = 2.0
+    found, columns = largest(values, 5)
+    assert columns[:, 0].tolist() == [64 * 40 + 2] * 2
+    assert torch.equal(found, values.topk(5).values)
 
 
 @pytest.mark.parametrize("vocab", [10, 300, 5000])
