@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,8 @@ def num_descriptors() -> int:
 def num_threads() -> int:
     """Threads of this process, Python's and others'."""
     return len(os.listdir("/proc/self/task"))
+
+
+def group_threads() -> list[str]:
+    """Names of the threads of this process that belong to update groups."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("update-group-")]

@@ -12,11 +12,12 @@ from concurrent.futures import Future
 import pytest
 import torch
 from process_group_peer import content
-from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, join, num_threads
+from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, group_threads, join
 
 from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.manifest import TensorMeta
 from weight_sync.process_groups.calls import GRACE_S, CallThread
+from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.transports.process_group import UpdateGroup
 
@@ -139,12 +140,11 @@ def test_a_member_that_comes_late_but_in_time_is_waited_for(peers):
 
 
 def test_without_a_trainer_an_engine_gives_up_at_its_deadline():
-    before = num_threads()
     with join(free_port(), timeout_s=0.5) as group:
         error = error_of(group.joined, within_s=0.5)
         assert isinstance(error, DeadlineExceeded) and "expected rank 0 to serve it" in str(error)
         assert "broke" in str(error_of(group.receive_tensors([], timeout_s=5), within_s=0.1))
-    assert num_threads() <= before
+    assert group_threads() == []
 
 
 def test_a_rendezvous_without_the_group_is_given_up_at_the_deadline():
@@ -295,3 +295,73 @@ def test_calls_run_in_order_and_errors_belong_to_their_own_call():
     assert calls.close() is True
     with pytest.raises(TransportError, match="closed"):
         calls.run(lambda: 1, timeout_s=1, what="too late")
+
+
+class FakeNccl:
+    """A backend whose operations never end until it is aborted; like NCCL's, it has no timeouts."""
+
+    def __init__(self) -> None:
+        self.aborted = threading.Event()
+        self.connecting = threading.Event()
+
+    def broadcast(self, tensors: list[torch.Tensor], options: object) -> FakeNccl:
+        return self
+
+    def allreduce(self, tensors: list[torch.Tensor], options: object) -> FakeNccl:
+        self.connecting.set()
+        assert self.aborted.wait(20)
+        raise RuntimeError("NCCL communicator was aborted")
+
+    def is_completed(self) -> bool:
+        return self.aborted.is_set()
+
+    def is_success(self) -> bool:
+        return not self.aborted.is_set()
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+def nccl_like(backend: FakeNccl) -> Communicator:
+    return Communicator(backend, kind="nccl", rank=0, size=2, name="fake", timeout_s=30)
+
+
+def test_a_backend_without_timeouts_is_aborted_at_the_deadline():
+    backend = FakeNccl()
+    started = time.monotonic()
+    posted = nccl_like(backend).post_broadcast(torch.zeros(8), root=0, timeout_s=0.2)
+    with pytest.raises(DeadlineExceeded, match="rank 0 of 2"):
+        posted.wait()
+    assert backend.aborted.is_set() and time.monotonic() - started < 0.2 + SLACK_S
+
+
+def test_an_abort_from_outside_ends_the_wait_for_a_backend_without_timeouts():
+    backend = FakeNccl()
+    communicator = nccl_like(backend)
+    posted = communicator.post_broadcast(torch.zeros(8), root=0, timeout_s=30)
+    threading.Timer(0.1, communicator.abort).start()
+    with pytest.raises(TransportError, match="aborted"):
+        posted.wait()
+
+
+def test_a_backend_that_is_stuck_while_it_connects_is_aborted_at_the_deadline():
+    backend = FakeNccl()
+    communicator = nccl_like(backend)
+    calls = CallThread("test", on_overrun=communicator.abort)
+    stuck = calls.submit(lambda: communicator.all_reduce(torch.ones(1)), timeout_s=0.1, what="it")
+    assert isinstance(error_of(stuck, within_s=0.1 + GRACE_S), DeadlineExceeded)
+    assert backend.connecting.is_set() and backend.aborted.wait(2)
+    assert calls.close(wait_s=2) is True
+
+
+def test_a_call_whose_peer_is_known_to_be_gone_fails_long_before_its_deadline():
+    gone, stuck = threading.Event(), threading.Event()
+    calls = CallThread("test", watch=lambda: "the peer is gone" if gone.is_set() else None)
+    waiting = calls.submit(lambda: stuck.wait(30), timeout_s=30, what="a wait")
+    time.sleep(0.3)
+    assert not waiting.done()
+    gone.set()
+    error = error_of(waiting, within_s=1)
+    assert isinstance(error, TransportError) and "the peer is gone" in str(error)
+    stuck.set()
+    assert calls.close(wait_s=2) is True

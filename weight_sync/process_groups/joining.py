@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch.distributed import Store
 
-from ..errors import SyncError
+from ..errors import SyncError, TransportError
 from .backends import open_gloo, open_nccl
 from .communicator import Communicator
 from .meeting import Meeting, Offer, attend, convene, find_offer, find_plain, report_failure
 from .rendezvous import Lifeline, StoreServer, connect_store, first_line, left, poll, under
 
+BACKENDS = ("gloo", "nccl")
 _OFFER_GRACE_S = 1.0
 """How long a trainer of ours may take from serving its store to making its offer."""
 
@@ -49,6 +52,31 @@ class Seat:
     """Where the members connect; None while a plain trainer has not shown it (NCCL: until its first broadcast)."""
 
 
+def check_member(member: Member, device: torch.device) -> None:
+    """`TransportError` for what cannot be a member of any group."""
+    if member.backend not in BACKENDS:
+        raise TransportError(
+            f"cannot make an update group: got backend {member.backend!r}, expected one of {', '.join(BACKENDS)}; use "
+            "gloo on a CPU and nccl on CUDA"
+        )
+    if member.backend == "nccl" and device.type != "cuda":
+        raise TransportError(
+            f"cannot make an update group: got backend 'nccl' and device {str(device)!r}, expected a CUDA device; "
+            "use gloo for buffers on the CPU"
+        )
+    if member.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise TransportError(
+            "cannot make an update group: got backend 'nccl' on a machine without a GPU that this torch build can use, "
+            "expected 'gloo'; use gloo, or install a CUDA build of torch"
+        )
+    if not member.name or not 0 <= member.rank < member.world_size:
+        raise TransportError(
+            f"cannot make an update group: got name {member.name!r}, rank {member.rank} and world size "
+            f"{member.world_size}, expected a name and a rank below the world size; count the trainer and each rank of "
+            "every engine"
+        )
+
+
 def sit_as_trainer(
     member: Member,
     server: StoreServer,
@@ -69,26 +97,31 @@ def sit_as_engine(
     store, lifeline = connect_store(
         host, port, world_size=member.world_size, end=end, abandoned=abandoned
     )
-    patience = end
-    if member.backend == "nccl":
-        patience = min(end, time.monotonic() + _OFFER_GRACE_S)
-    meeting = find_meeting(
-        member, store, end=patience, abandoned=abandoned, required=patience == end
-    )
-    if meeting is not None and meeting.offer is not None:
-        attend(store, member.name, member.rank, end=end, abandoned=abandoned)
+    try:
+        if member.backend == "nccl":
+            # A plain trainer shows nothing before its first broadcast.
+            patience = min(end, time.monotonic() + _OFFER_GRACE_S)
+            meeting = meet(member, store, end=end, patience=patience, abandoned=abandoned)
+        else:
+            meeting = meet(member, store, end=end, abandoned=abandoned)
+    except BaseException:
+        lifeline.close()
+        raise
     return Seat(store=store, address=lifeline.address, lifeline=lifeline, meeting=meeting)
 
 
-def find_meeting(
+def meet(
     member: Member,
     store: Store,
     *,
     end: float,
     abandoned: Callable[[], bool],
-    required: bool = True,
+    patience: float | None = None,
 ) -> Meeting | None:
-    """How the trainer makes the group. Not shown by `end`: `DeadlineExceeded`, or None if it is not `required`."""
+    """How the trainer makes the group; all members have come if it is ours.
+
+    When it has shown nothing by `end`, `DeadlineExceeded`; when it has shown nothing by `patience`, None.
+    """
 
     def find() -> Meeting | bool | None:
         try:
@@ -97,7 +130,7 @@ def find_meeting(
             report_failure(store, member.name, member.rank, first_line(error))
             raise
         found = offered or find_plain(store, member.name, member.backend)
-        return found or (None if required or time.monotonic() < end else False)
+        return found or (False if patience is not None and time.monotonic() >= patience else None)
 
     meeting = poll(
         find,
@@ -108,7 +141,11 @@ def find_meeting(
             "one; check that it uses the same group name and backend"
         ),
     )
-    return meeting if isinstance(meeting, Meeting) else None
+    if not isinstance(meeting, Meeting):
+        return None
+    if meeting.offer is not None:
+        attend(store, member.name, member.rank, end=end, abandoned=abandoned)
+    return meeting
 
 
 def connect(member: Member, seat: Seat, meeting: Meeting, *, end: float) -> Communicator:

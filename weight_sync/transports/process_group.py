@@ -9,23 +9,24 @@ member does. After such an error the group is of no more use, and says so to its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import contextmanager
 from typing import Self, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from ..errors import TransportError
 from ..manifest import TensorMeta
 from ..process_groups.calls import CallThread
 from ..process_groups.communicator import Communicator, as_bytes
 from ..process_groups.joining import (
+    BACKENDS,
     Member,
     Seat,
+    check_member,
     connect,
-    find_meeting,
+    meet,
     sit_as_engine,
     sit_as_trainer,
 )
@@ -36,7 +37,7 @@ from ..process_groups.streams import receive_parts, send_parts
 
 T = TypeVar("T")
 
-BACKENDS = ("gloo", "nccl")
+__all__ = ["BACKENDS", "UpdateGroup"]
 
 
 class UpdateGroup:
@@ -52,7 +53,7 @@ class UpdateGroup:
     """Where the rendezvous is; the trainer tells it to the engines."""
 
     def __init__(self, member: Member, device: torch.device) -> None:
-        _check(member, device)
+        check_member(member, device)
         self.name = member.name
         """What members and errors call the group."""
         self.rank = member.rank
@@ -95,7 +96,7 @@ class UpdateGroup:
         `host` is an address of this machine that every engine can reach; `master_port` is the port to tell them.
         """
         member = Member(name=group_name, rank=0, world_size=world_size, backend=backend)
-        _check(member, torch.device(device))
+        check_member(member, torch.device(device))
         server = StoreServer(host, port, timeout_s=timeout_s)
         offer = Offer(
             protocol=PROTOCOL_VERSION,
@@ -167,7 +168,8 @@ class UpdateGroup:
     ) -> Future[None]:
         """Trainer: send the `spans` of a uint8 `buffer` (None: all of it, in parts of 64 MiB).
 
-        `prepare(i)` runs on the group's thread before span i is sent, while earlier ones travel: pack it there.
+        `prepare(i)` runs on the group's thread before span i is sent, while earlier ones travel: pack it there (on CUDA
+        it runs on the group's stream).
         """
         parts = cut(buffer, spans)
         return self._submit(
@@ -264,6 +266,9 @@ class UpdateGroup:
 
     def _submit(self, what: str, timeout_s: float, call: Callable[[float], T]) -> Future[T]:
         end = time.monotonic() + timeout_s
+        cuda = self.device.type == "cuda"
+        # What the caller has put on its stream so far comes first.
+        before = torch.cuda.current_stream(self.device).record_event() if cuda else None
 
         def guarded() -> T:
             if self._broken is not None:
@@ -272,7 +277,7 @@ class UpdateGroup:
                     "new one"
                 )
             try:
-                with self._on_device():
+                with self._on_device(before):
                     return call(end)
             except BaseException as error:
                 self._break(error)
@@ -295,7 +300,7 @@ class UpdateGroup:
         """The communicator, made when it is first needed."""
         if self._communicator is None:
             assert self._seat is not None, "joining comes first, and a failed one breaks the group"
-            meeting = self._seat.meeting or find_meeting(
+            meeting = self._seat.meeting or meet(
                 self._member, self._seat.store, end=end, abandoned=self._is_abandoned
             )
             assert meeting is not None
@@ -312,14 +317,17 @@ class UpdateGroup:
     def _is_abandoned(self) -> bool:
         return self._thread.over
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Operations run on a stream of the group's own, beside the engine's."""
-        stack = ExitStack()
-        if self.device.type == "cuda":
-            stack.enter_context(torch.cuda.device(self.device))
+    @contextmanager
+    def _on_device(self, before: torch.cuda.Event | None) -> Iterator[None]:
+        """On CUDA, operations run on a stream of the group's own, beside the engine's."""
+        if before is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
             self._stream = self._stream or torch.cuda.Stream()
-            stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
+            self._stream.wait_event(before)
+            with torch.cuda.stream(self._stream):
+                yield
 
     def _break(self, error: BaseException) -> None:
         """On the group's thread: peers learn of the failure from their closed connections."""
@@ -346,27 +354,3 @@ class UpdateGroup:
         if self._seat is not None and self._seat.lifeline is not None:
             self._seat.lifeline.close()
         self._communicator = self._seat = self._server = None
-
-
-def _check(member: Member, device: torch.device) -> None:
-    if member.backend not in BACKENDS:
-        raise TransportError(
-            f"cannot make an update group: got backend {member.backend!r}, expected one of {', '.join(BACKENDS)}; use "
-            "gloo on a CPU and nccl on CUDA"
-        )
-    if member.backend == "nccl" and device.type != "cuda":
-        raise TransportError(
-            f"cannot make an update group: got backend 'nccl' and device {str(device)!r}, expected a CUDA device; "
-            "use gloo for buffers on the CPU"
-        )
-    if member.backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
-        raise TransportError(
-            "cannot make an update group: got backend 'nccl' on a machine without a GPU that this torch build can use, "
-            "expected 'gloo'; use gloo, or install a CUDA build of torch"
-        )
-    if not member.name or not 0 <= member.rank < member.world_size:
-        raise TransportError(
-            f"cannot make an update group: got name {member.name!r}, rank {member.rank} and world size "
-            f"{member.world_size}, expected a name and a rank below the world size; count the trainer and each rank of "
-            "every engine"
-        )
