@@ -81,9 +81,7 @@ def histogram(logits: torch.Tensor, num_draws: int, **params: Any) -> np.ndarray
     for start in range(0, num_draws, width):
         requests = []
         for seed in range(start, start + width):
-            request = Request(
-                rid="r", prompt_ids=prompt, params=SamplingParams(**params), seed=seed
-            )
+            request = Request(rid="r", prompt_ids=prompt, params=all_params, seed=seed)
             request.token_ids += output
             requests.append(request)
         counts += np.bincount(sampler.sample(rows, requests).token_ids, minlength=len(counts))

@@ -361,6 +361,23 @@ def test_kept_kv_is_not_found_by_later_requests_of_the_new_version() -> None:
     assert later.num_cached_tokens == 8
 
 
+def test_a_finished_request_whose_tokens_are_taken_back_goes_on_in_its_old_place() -> None:
+    scheduler = make_scheduler(running=1)
+    first, second = (make_requests(scheduler, 6)[0] for _ in range(2))
+    for _ in range(3):
+        step(scheduler)
+    scheduler.finish(first)
+    step(scheduler)
+    scheduler.kv.set_weight_version(1)
+    scheduler.retract_all()
+    del first.token_ids[7:], second.token_ids[6:]
+    scheduler.revive(first)
+    scheduler.check_invariants()
+    assert scheduler.requests == [first, second]
+    batch, _ = step(scheduler)
+    assert chunks(batch) == [(first.rid, 0, 7)] and scheduler.num_waiting == 1
+
+
 def test_aborts_between_schedule_and_complete_are_left_out() -> None:
     scheduler = make_scheduler()
     stays, goes = (make_requests(scheduler, 6)[0] for _ in range(2))
