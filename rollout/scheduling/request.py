@@ -112,10 +112,10 @@ class Request(CachedSequence):
         """The engine's own."""
 
     def rewind_input_logprobs(self) -> None:
-        """Want input log-probabilities from the first on, unless all are there already."""
+        """Want input log-probabilities from the first on, unless the prompt was computed and a token drawn from it."""
         last = self.num_prompt_tokens - 1
         start = self.logprob_start_len
-        if self.logprob_position < last:
+        if self.logprob_position < last or not self.num_output_tokens:
             self.logprob_position = last if start < 0 else max(start - 1, 0)
 
     @property

@@ -427,6 +427,20 @@ def test_input_logprobs_of_an_unfinished_prompt_start_again_with_new_weights() -
     assert request.num_output_tokens == 0
 
 
+def test_input_logprobs_are_wanted_again_once_every_token_is_taken_back() -> None:
+    scheduler = make_scheduler()
+    (request,) = make_requests(scheduler, 12, logprob_start_len=4)
+    step(scheduler)
+    request.rewind_input_logprobs()
+    scheduler.retract_all()
+    assert step(scheduler)[0].items[0].input_logprobs is None
+    scheduler.retract_all()
+    scheduler.kv.set_weight_version(1)
+    del request.token_ids[12:]
+    request.rewind_input_logprobs()
+    assert step(scheduler)[0].items[0].input_logprobs == range(3, 11)
+
+
 def test_only_the_leader_computes_input_logprobs_of_samples() -> None:
     scheduler = make_scheduler(running=2)
     requests = make_requests(scheduler, 10, n=3, logprob_start_len=0)
