@@ -154,6 +154,6 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def group_threads() -> list[str]:
-    """Names of the threads of this process that belong to update groups."""
-    return [t.name for t in threading.enumerate() if t.name.startswith("update-group-")]
+def group_threads() -> set[threading.Thread]:
+    """Threads of this process that belong to update groups, also to those that an earlier test has left behind."""
+    return {t for t in threading.enumerate() if t.name.startswith("update-group-")}

@@ -256,9 +256,10 @@ def test_groups_live_beside_a_default_group_and_do_not_touch_it(peers):
 )
 def test_what_cannot_be_a_member_is_refused_at_once(options: dict[str, Any], words: str):
     valid = {"rank": 1, "world_size": 2, "group_name": NAME, "master_port": 1}
+    before = group_threads()
     with pytest.raises(TransportError, match=words):
         UpdateGroup.join(master_address="127.0.0.1", **{**valid, **options})
-    assert group_threads() == []
+    assert group_threads() <= before
 
 
 def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():

@@ -140,11 +140,12 @@ def test_a_member_that_comes_late_but_in_time_is_waited_for(peers):
 
 
 def test_without_a_trainer_an_engine_gives_up_at_its_deadline():
+    before = group_threads()
     with join(free_port(), timeout_s=0.5) as group:
         error = error_of(group.joined, within_s=0.5)
         assert isinstance(error, DeadlineExceeded) and "expected rank 0 to serve it" in str(error)
         assert "broke" in str(error_of(group.receive_tensors([], timeout_s=5), within_s=0.1))
-    assert group_threads() == []
+    assert group_threads() <= before
 
 
 def test_a_rendezvous_without_the_group_is_given_up_at_the_deadline():
