@@ -16,6 +16,7 @@ import torch
 from .agreement import RankAgreement, settle, whole_values
 from .errors import DeadlineExceeded, SyncError, TornWeightsError, WeightUpdateError
 from .host import WeightHost
+from .parallel_copy import copy_tensors
 from .session import Phase, Session, as_uint64
 
 
@@ -43,17 +44,11 @@ class Snapshot:
 
     def take(self) -> None:
         """Keep what is resident now."""
-        _copy_all(self._kept, self._live)
+        copy_tensors(self._kept, self._live)
 
     def restore(self) -> None:
         """Write back what was kept, into the same storage."""
-        _copy_all(self._live, self._kept)
-
-
-def _copy_all(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    if destinations:
-        with torch.no_grad():
-            torch._foreach_copy_(destinations, sources)
+        copy_tensors(self._live, self._kept)
 
 
 @dataclass(slots=True, kw_only=True)

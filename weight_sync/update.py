@@ -24,6 +24,7 @@ from .messages import (
     KvPolicyName,
     VerifyMode,
 )
+from .parallel_copy import copy_tensors
 from .process import current_process
 from .report import SyncReport
 from .selection import Selection, Selector
@@ -135,8 +136,7 @@ class Update:
             return
         start = time.perf_counter()
         views = self.packed.views
-        with torch.no_grad():
-            torch._foreach_copy_([views[i] for i in rows], sources)
+        copy_tensors([views[i] for i in rows], sources)
         self.pack_s += time.perf_counter() - start
 
     def finish(self, rows: list[int]) -> PackedRows:

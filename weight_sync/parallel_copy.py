@@ -1,0 +1,102 @@
+"""Copies of many tensors, shared among threads that wait for each other once.
+
+torch shares each large copy among its threads and waits for all of them before it begins the next one. That is one wait
+per tensor, and where anything else wants the processors, such as an engine that generates meanwhile, each of them may
+last as long as the scheduler pleases. Here threads take pieces, small tensors many at a time, until none is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+
+_PIECE_BYTES = 4 << 20
+_THREADED_BYTES = 8 << 20
+"""Below this a second thread costs more than it gains."""
+_SMALL_ELEMENTS = 1 << 15
+"""Up to here torch copies on the calling thread alone."""
+_GROUP = 512
+"""Small tensors that are one piece."""
+
+Job = Callable[[], None]
+
+
+@torch.no_grad()
+def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """`destination.copy_(source)` for all pairs; dtypes, strides and devices may differ. Returns when all is copied."""
+    if not destinations:
+        return
+    threads = torch.get_num_threads()
+    if threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
+        torch._foreach_copy_(destinations, sources)
+        return
+    others: list[tuple[torch.Tensor, torch.Tensor]] = []
+    jobs = iter(list(_jobs(destinations, sources, others)))
+    _share(jobs, threads)
+    if others:
+        torch._foreach_copy_([to for to, _ in others], [source for _, source in others])
+
+
+def _jobs(
+    destinations: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    others: list[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[Job]:
+    """Pieces for any thread; large tensors that are no plain bytes go to `others`, which torch shares out itself."""
+    small: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in zip(destinations, sources, strict=True):
+        if pair[0].numel() <= _SMALL_ELEMENTS:
+            small.append(pair)
+        elif _is_plain(*pair):
+            yield from _pieces(*map(_as_bytes, pair))
+        else:
+            others.append(pair)
+    remaining = iter(small)
+    while group := list(islice(remaining, _GROUP)):
+        yield _group(group)
+
+
+def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
+    """Contiguous bytes of this machine's memory on both sides, with the same meaning."""
+    return (
+        destination.dtype == source.dtype
+        and destination.device.type == source.device.type == "cpu"
+        and destination.is_contiguous()
+        and source.is_contiguous()
+    )
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Job]:
+    for first in range(0, len(source), _PIECE_BYTES):
+        part = slice(first, first + _PIECE_BYTES)
+        yield lambda to=destination[part], of=source[part]: np.copyto(to, of)  # type: ignore[misc]
+
+
+def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Job:
+    def copy() -> None:
+        with torch.no_grad():  # a thread has a mode of its own
+            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+
+    return copy
+
+
+def _share(jobs: Iterator[Job], threads: int) -> None:
+    def work() -> None:
+        for job in (
+            jobs
+        ):  # shared: each thread takes the next one; all of them let go of the interpreter lock
+            job()
+
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="copy") as pool:
+        helpers = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
