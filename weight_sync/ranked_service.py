@@ -35,6 +35,8 @@ from .rpc_wire import Call
 logger = logging.getLogger(__name__)
 
 _KEPT_EPOCHS = 64
+_RANK_PATIENCE_S = 600.0
+"""How long a rank may take before it comes to a message; callers wait for their own deadlines only."""
 
 
 class RankedService:
@@ -150,7 +152,7 @@ class RankedService:
                 reason = "another rank did not begin"
                 rank.submit(
                     Abort(session_id=message.session_id, epoch=reply.epoch, reason=reason),
-                    _left(end),
+                    _RANK_PATIENCE_S,
                 )
         if error is not None:
             raise error
@@ -170,7 +172,8 @@ class RankedService:
             )
             self._ask_all(self._with_epochs(abort), end)
             raise refusal
-        return self._tell_all(self._with_epochs(message), end)[0]
+        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, _left(end)))
+        return self._tell_all(self._with_epochs(limited), end)[0]
 
     # ---- ranks -----------------------------------------------------------------------------------------------------
 
@@ -186,9 +189,12 @@ class RankedService:
         return replies
 
     def _ask_all(self, messages: Sequence[Any], end: float) -> tuple[list[Any], Exception | None]:
-        """Every rank's reply, None where it failed, and the first error by rank. Rank 0 is told last."""
+        """Every rank's reply, None where it failed, and the first error by rank. Rank 0 is told last.
+
+        What one rank is told all carry out, even when the caller has given up by then: some messages are collectives.
+        """
         futures = [
-            rank.submit(message, _left(end))
+            rank.submit(message, _RANK_PATIENCE_S)
             for rank, message in reversed(list(zip(self._ranks, messages, strict=True)))
         ]
         replies: list[Any] = []

@@ -173,7 +173,7 @@ class WeightReceiver:
 
     def begin(self, request: Begin) -> BeginReply:
         """Open the session, or say why not; nothing is held afterwards in that case."""
-        self.sweep()
+        self.sweep(asked=True)
         if self._session is not None:
             raise self._busy(self._session)
         version = self._next_version(request)
@@ -333,10 +333,16 @@ class WeightReceiver:
         ):
             self._end(SessionError(f"the session was aborted: {reason}; begin a new one"))
 
-    def sweep(self) -> None:
-        """End the session when its lease is over or its trainer dead; close arenas of dead trainers."""
+    def sweep(self, *, asked: bool = False) -> None:
+        """End the session when its lease is over or its trainer dead; close arenas of dead trainers.
+
+        One rank of several keeps what it has voted for: the others may be committing it. Only when rank 0 asks for
+        another session (`asked`) is that over.
+        """
         session = self._session
-        if session is not None:
+        bound = session is not None and session.phase is Phase.VOTED and self._agreement.size > 1
+        if session is not None and (asked or not bound):
+            bound = False
             why = why_dead(session.request.holder)
             if why is not None:
                 self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
@@ -348,7 +354,8 @@ class WeightReceiver:
                     )
                 )
         for arena_id in self._arenas.orphans():
-            self.close_arena(arena_id)
+            if not (bound and session is not None and session.request.arena_id == arena_id):
+                self.close_arena(arena_id)
 
     def close(self) -> None:
         """End the session and give back every arena."""

@@ -34,7 +34,7 @@ from .inbox import Inbox
 from .memory import MemoryOccupation
 from .postprocess import Postprocessor
 from .rank_weights import connect_ranks
-from .ranks import HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
+from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .tick_messages import Boundary, Disarm, EndPause, Expire, Item, Tick
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 from .weight_host import EngineWeightHost, read_weight
@@ -133,8 +133,8 @@ class EngineCore:
         if threading.current_thread() is self._thread:
             return action()
         armed = self._arm(action, name)
-        # Other ranks run it, or give it up, when rank 0 does.
-        result: T = armed.wait(None if self._follows else timeout_s)
+        # Other ranks run it, or give it up, when rank 0 does; they wait longer, lest they part ways with it.
+        result: T = armed.wait(timeout_s + FOLLOW_S if self._follows else timeout_s)
         return result
 
     def soon(self, action: Callable[[], None]) -> None:

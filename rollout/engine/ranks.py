@@ -23,6 +23,8 @@ from .tick_messages import Tick
 
 HEARTBEAT_S = 10.0
 """Rank 0 sends a tick at least this often, so that the others can tell an idle engine from a dead one."""
+FOLLOW_S = 60.0
+"""How much longer than rank 0 another rank waits for a step boundary, because rank 0 decides whether it comes."""
 SILENCE_S = 120.0
 """Silence after which a rank gives rank 0 up; a step, a load or a commit may take long."""
 

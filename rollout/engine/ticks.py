@@ -8,6 +8,7 @@ a function of them, so the ranks schedule the same batches and sample the same t
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol, TypeVar
@@ -18,6 +19,9 @@ from weight_sync.rpc import Call
 from .tick_messages import Item, Ordered, Tick
 
 T = TypeVar("T")
+
+_KEPT_NAMES = 64
+"""Boundaries that were given up and may still be armed by a rank that is behind."""
 
 
 class NullCall:
@@ -62,8 +66,8 @@ class Action:
         except BaseException as error:
             self.future.set_exception(error)
 
-    def wait(self, timeout_s: float | None) -> Any:
-        """Its result. `DeadlineExceeded` when it has not begun in time; then it never will. None: wait for ever."""
+    def wait(self, timeout_s: float) -> Any:
+        """Its result. `DeadlineExceeded` when it has not begun in time; then it never will."""
         try:
             return self.future.result(timeout_s)
         except CancelledError:
@@ -86,11 +90,15 @@ class Boundaries:
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._armed: dict[str, Action] = {}
+        self._disarmed: deque[str] = deque(maxlen=_KEPT_NAMES)
         self._changed = threading.Condition()
 
     def arm(self, name: str, action: Action) -> None:
         """Make `action` known; it runs when the loop comes to `Boundary(name)`."""
         with self._changed:
+            if name in self._disarmed:
+                action.future.cancel()
+                return
             self._armed[name] = action
             self._changed.notify_all()
 
@@ -100,8 +108,9 @@ class Boundaries:
             return self._armed[name].claim()
 
     def disarm(self, name: str) -> None:
-        """Rank 0 has given the action of that name up; so does this rank."""
+        """Rank 0 has given the action of that name up; so does this rank, where it is armed already or not yet."""
         with self._changed:
+            self._disarmed.append(name)
             action = self._armed.pop(name, None)
         if action is not None:
             action.future.cancel()
@@ -109,7 +118,7 @@ class Boundaries:
     def run(self, name: str) -> None:
         """Run the action of that name; a rank where it is not armed yet waits for it.
 
-        Raises `DeadlineExceeded` where it never comes: the ranks have lost each other.
+        Raises `DeadlineExceeded` where it never comes, or was given up by this rank alone: they have lost each other.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: name in self._armed, self._patience_s):
@@ -117,6 +126,8 @@ class Boundaries:
                     f"boundary {name!r} came, but this rank has nothing to do there"
                 )
             action = self._armed.pop(name)
+        if not action.claim():
+            raise DeadlineExceeded(f"boundary {name!r} came when this rank had given it up alone")
         action()
 
 

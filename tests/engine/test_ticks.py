@@ -40,7 +40,7 @@ def test_an_action_that_was_given_up_never_runs_on_any_rank() -> None:
     for boundaries in ranks:
         boundaries.disarm("write")
     with pytest.raises(DeadlineExceeded, match="rank 0"):
-        actions[1].wait(None)
+        actions[1].wait(5.0)
     assert ran == []
 
 
@@ -68,3 +68,20 @@ def test_a_rank_waits_at_a_boundary_until_it_has_armed_its_part() -> None:
 def test_a_rank_that_never_arms_has_lost_the_others() -> None:
     with pytest.raises(DeadlineExceeded, match="nothing to do"):
         Boundaries(patience_s=0.01).run("write")
+
+
+def test_a_rank_that_arms_what_was_given_up_already_is_told_so() -> None:
+    boundaries, action = Boundaries(patience_s=5.0), Action(lambda: 7)
+    boundaries.disarm("write")
+    boundaries.arm("write", action)
+    with pytest.raises(DeadlineExceeded, match="rank 0"):
+        action.wait(5.0)
+
+
+def test_a_rank_that_gave_up_alone_does_not_go_on_without_its_part() -> None:
+    boundaries, action = Boundaries(patience_s=5.0), Action(lambda: 7)
+    boundaries.arm("write", action)
+    with pytest.raises(DeadlineExceeded):
+        action.wait(0.01)
+    with pytest.raises(DeadlineExceeded, match="alone"):
+        boundaries.run("write")
