@@ -1,4 +1,4 @@
-"""Faults of the sync use the toy engine of `tests/sync`."""
+"""Faults of the sync use the toy engine of `tests/sync`; those of whole engines the fixtures of `engine_fixtures`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _spec = importlib.util.spec_from_file_location("sync_fixtures", _SYNC / "conftes
 assert _spec is not None and _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_fixtures import engine_of, folder, make_engine_with_faults, nursery, reference  # noqa: E402, F401
 
 child = _module.child
 engine = _module.engine

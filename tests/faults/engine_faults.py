@@ -1,0 +1,344 @@
+"""What tests of an engine in real processes share: breakpoints, trainers and owners to kill, and a look at /proc."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from versions import TOLERANCE, Reference, output_logprobs, version_weights
+
+import weight_sync
+from rollout import Engine
+from rollout.engine import rank_process
+from weight_sync.errors import SyncError
+
+HERE = Path(__file__).parent
+PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+PROMPTLY_S = 10.0
+"""Far below any deadline in use, far above what a loaded machine needs."""
+
+
+def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> float:
+    """Seconds until `condition()` was true; fails when it does not come true."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def is_alive(pid: int) -> bool:
+    """It runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def num_descriptors(pid: int) -> int:
+    """Open file descriptors of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def num_arenas(pid: int) -> int:
+    """Memory files of arenas that a process has mapped or holds open."""
+    mapped = Path(f"/proc/{pid}/maps").read_text().count("memfd:weight-arena")
+    held = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            held += "memfd:weight-arena" in os.readlink(f"/proc/{pid}/fd/{fd}")
+    return mapped + held
+
+
+def shm_names() -> set[str]:
+    """What is in /dev/shm."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def check_descriptors(pids: list[int], before: list[int], spare: int = 0) -> None:
+    """Each process gives back what it opened since there were `before`."""
+
+    def given_back() -> bool:
+        now = [num_descriptors(pid) for pid in pids]
+        return all(a <= b + spare for a, b in zip(now, before, strict=True))
+
+    wait_for("descriptors given back", given_back)
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """kill -9, also of what is gone already."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# ---- breakpoints -----------------------------------------------------------------------------------------------------
+
+
+def use_breakpoints(folder: Path) -> None:
+    """Ranks that this process starts from now on run `engine_child.py`, see there."""
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **options: Any) -> None:
+            assert command[1:3] == ["-m", "rollout.engine.child"]
+            options["env"] = {**options["env"], "FAULT_POINTS": str(folder)}
+            super().__init__(
+                [sys.executable, str(HERE / "engine_child.py"), *command[3:]], **options
+            )
+
+    class Patched:
+        def __getattr__(self, name: str) -> Any:
+            return Popen if name == "Popen" else getattr(subprocess, name)
+
+    rank_process.subprocess = Patched()  # type: ignore[assignment]
+
+
+class Breakpoints:
+    """The test's end of `engine_child.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+
+    def stop(self, point: str, rank: int) -> None:
+        """Let `rank` stop when it comes to `point`."""
+        (self.folder / f"at-{point}-{rank}").unlink(missing_ok=True)
+        (self.folder / f"stop-{point}-{rank}").touch()
+
+    def reached(self, point: str, rank: int) -> None:
+        """Wait until it is there."""
+        wait_for(f"rank {rank} at {point}", (self.folder / f"at-{point}-{rank}").exists)
+
+    def go_on(self, point: str, rank: int) -> None:
+        """Let it continue, and stop no more."""
+        (self.folder / f"stop-{point}-{rank}").unlink(missing_ok=True)
+
+    def fail(self, point: str, rank: int) -> None:
+        """Let `rank` raise at `point`, once."""
+        (self.folder / f"fail-{point}-{rank}").touch()
+
+    def damage(self, rank: int) -> None:
+        """Let the next commit of `rank` write a wrong byte."""
+        (self.folder / f"damage-{rank}").touch()
+
+    def clear(self) -> None:
+        """Take all of them away."""
+        for path in self.folder.iterdir():
+            path.unlink(missing_ok=True)
+
+
+# ---- an engine with a client and trainers ----------------------------------------------------------------------------
+
+
+class FaultyEngine:
+    """An engine in child processes with breakpoints, and what its clients should see."""
+
+    def __init__(self, folder: Path, points: Path, reference: Reference, **options: Any) -> None:
+        self.folder = folder
+        self.points = Breakpoints(points)
+        self.reference = reference
+        self.tp_size: int = options.get("tp_size", 1)
+        use_breakpoints(points)
+        self.engine = Engine(folder, **engine_options(**options))
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its ranks."""
+        return self.engine._executor.pids  # type: ignore[attr-defined,no-any-return]
+
+    def serves(self, number: int) -> None:
+        """Exactly this version, on all ranks, whole: by its bytes and by what it says."""
+        expected = weight_sync.fingerprint(version_weights(self.folder, number))
+        assert self.engine.weights_fingerprint() == expected
+        assert self.engine.status().torn is None
+        reference = self.reference.at(number)
+        results = self.engine.generate(
+            input_ids=PROMPT_SETS, sampling_params=GREEDY, return_logprob=True
+        )
+        for prompt, result in zip(PROMPT_SETS, results, strict=True):
+            assert reference.greedy_problem(prompt, result) is None
+
+    def holds_no_arena(self) -> None:
+        """No rank maps memory of a trainer that is gone."""
+        wait_for("the arena let go", lambda: all(num_arenas(pid) == 0 for pid in self.pids))
+
+    def close(self) -> None:
+        """Shut down; nothing of it may survive."""
+        self.points.clear()
+        pids = self.pids
+        self.engine.shutdown()
+        assert not any(map(is_alive, pids))
+
+
+def engine_options(**options: Any) -> dict[str, Any]:
+    """Small and quick to start."""
+    return {
+        "executor": "local",
+        "skip_tokenizer_init": True,
+        "kv_cache_bytes": 1 << 20,
+        "num_threads": 1,
+        "kv_policy": "recompute",
+        **options,
+    }
+
+
+class Stream:
+    """A client that generates, one long request after another, until it is told to stop or gets an error."""
+
+    def __init__(self, engine: Engine, prompt: list[int] | None = None) -> None:
+        self._engine = engine
+        self._prompt = prompt or PROMPT_SETS[0]
+        self._stop = False
+        self._started = threading.Event()
+        self.results: list[dict[str, Any]] = []
+        self.error: BaseException | None = None
+        self.ended = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._started.wait(30)
+
+    def _run(self) -> None:
+        params = {"temperature": 1.0, "max_new_tokens": 60, "ignore_eos": True}
+        try:
+            while not self._stop:
+                for chunk in self._engine.generate(
+                    input_ids=self._prompt,
+                    sampling_params=params,
+                    stream=True,
+                    return_logprob=True,
+                ):
+                    self._started.set()
+                    last = chunk
+                self.results.append(last)
+        except BaseException as error:
+            self.error = error
+        self.ended = time.monotonic()
+
+    def stop(self) -> list[dict[str, Any]]:
+        """All results, each whole; raises what the client got."""
+        self._stop = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        assert self.results
+        return self.results
+
+    def died(self) -> BaseException:
+        """Wait for its error."""
+        self._thread.join(PROMPTLY_S + 5)
+        assert not self._thread.is_alive(), "a caller still waits for an engine that is gone"
+        assert self.error is not None, self.results[-1]["meta_info"]["finish_reason"]
+        return self.error
+
+
+def check_spans(prompt: list[int], result: dict[str, Any], reference: Reference) -> list[int]:
+    """Every token was computed by the version that its span names, and by no other; returns the versions in order.
+
+    For engines that recompute older keys and values, and labels v<number> ("0": the checkpoint).
+    """
+    output, got = result["output_ids"], output_logprobs(result)
+    numbers, end = [], 0
+    for span in result["meta_info"]["weight_versions"]:
+        assert span["start"] == end < span["end"]
+        end, number = span["end"], int(span["version"].removeprefix("v"))
+        numbers.append(number)
+        expected = reference.at(number).logprobs(prompt, output[:end])[span["start"] :]
+        gaps = [abs(a - b) for a, b in zip(got[span["start"] : end], expected, strict=True)]
+        assert max(gaps) < TOLERANCE, (number, span, max(gaps))
+    assert end == len(output)
+    return numbers
+
+
+class Actor:
+    """A fork of the nursery."""
+
+    def __init__(self, report: Path) -> None:
+        self._report = report
+        wait_for("the fork", lambda: self.lines() != [])
+        self.pid: int = self.lines()[0]["pid"]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All that it has said so far."""
+        if not self._report.exists():
+            return []
+        text = self._report.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def says(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """How it went."""
+        wait_for("its report", lambda: len(self.lines()) > 1 or not is_alive(self.pid), timeout_s)
+        return self.lines()[1]
+
+    def kill(self) -> None:
+        """kill -9; nobody collects it, so that it is a zombie for a while, as in life."""
+        kill_all([self.pid])
+        wait_for("its death", lambda: not is_alive(self.pid))
+
+
+class Nursery:
+    """The test's end of `engine_nursery.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._actors: list[Actor] = []
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "engine_nursery.py")],
+            stdin=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def trainer(
+        self, address: str, folder: Path, number: int, *, commits: bool = True, **options: Any
+    ) -> Actor:
+        """A trainer that publishes version `number` at once, or only stages it."""
+        update = {"folder": str(folder), "number": number, "commits": commits}
+        return self._make("trainer", {"address": address, **update, "options": options})
+
+    def owner(self, folder: Path, points: Path, **options: Any) -> Actor:
+        """The owner of an engine."""
+        made = {"folder": str(folder), "points": str(points), "options": engine_options(**options)}
+        return self._make("owner", made)
+
+    def _make(self, role: str, options: dict[str, Any]) -> Actor:
+        self._count += 1
+        report = self._folder / f"actor-{self._count}.jsonl"
+        assert self._process.stdin is not None
+        request = {"role": role, "report": str(report), "options": options}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        self._actors.append(Actor(report))
+        return self._actors[-1]
+
+    def close(self) -> None:
+        """End all."""
+        kill_all([actor.pid for actor in self._actors])
+        self._process.kill()
+        self._process.wait(10)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def error_name(action: Any) -> str:
+    """Class name of the `SyncError` that `action` must raise."""
+    try:
+        action()
+    except SyncError as error:
+        return type(error).__name__
+    raise AssertionError("no error was raised")

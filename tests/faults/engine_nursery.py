@@ -1,0 +1,85 @@
+"""Makes trainers and owners of engines on demand: forks of a process that has imported everything already.
+
+Reads a line of JSON for each; the fork writes lines of JSON to the file that the request names. The first has its pid.
+
+trainer    publishes one version to an address (or stages it and never commits), says how that went, waits to be killed
+owner      starts an engine, says its address and pids, and waits to be killed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from versions import version_weights
+
+from rollout import Engine
+from weight_sync import WeightPublisher
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            run(json.loads(line))
+            os._exit(0)
+
+
+def run(request: dict[str, Any]) -> None:
+    with open(request["report"], "w", buffering=1) as report:
+        say(report, pid=os.getpid())
+        act = {"trainer": publish, "owner": own}[request["role"]]
+        act(report, **request["options"])
+        wait_to_be_killed()
+
+
+def say(report: Any, **message: Any) -> None:
+    report.write(json.dumps(message) + "\n")
+
+
+def publish(
+    report: Any, address: str, folder: str, number: int, commits: bool, options: dict[str, Any]
+) -> None:
+    publisher = WeightPublisher(address, timeout_s=60.0)
+    tensors = version_weights(Path(folder), number)
+    start = time.monotonic()
+    try:
+        if not commits:
+            publisher.begin(**options)
+            say(report, staged=publisher.send(tensors).num_tensors)
+            return
+        done = publisher.publish(tensors, **options)
+    except Exception as error:
+        seconds = time.monotonic() - start
+        say(report, error=type(error).__name__, message=str(error), seconds=seconds)
+    else:
+        say(report, version=done.version, fingerprint=done.fingerprint)
+
+
+def wait_to_be_killed() -> None:
+    """Until the nursery is gone."""
+    nursery = os.getppid()
+    while os.getppid() == nursery:
+        time.sleep(0.05)
+
+
+def own(report: Any, folder: str, points: str, options: dict[str, Any]) -> None:
+    from engine_faults import use_breakpoints
+
+    use_breakpoints(Path(points))
+    engine = Engine(folder, **options)
+    say(report, address=engine.address, pids=engine._executor.pids)  # type: ignore[attr-defined]
+    wait_to_be_killed()
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
