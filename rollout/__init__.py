@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig
     from .engine.engine import Engine
+    from .pool.actor import RolloutActor
+    from .pool.pool import RolloutPool
     from .sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -18,10 +20,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": ".engine.engine",
     "EngineConfig": ".config",
+    "RolloutActor": ".pool.actor",
+    "RolloutPool": ".pool.pool",
     "SamplingParams": ".sampling_params",
 }
 
-__all__ = ["Engine", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "RolloutActor",
+    "RolloutPool",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

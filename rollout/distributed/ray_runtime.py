@@ -21,6 +21,10 @@ from ..errors import ConfigError, RolloutError
 NODE_LABEL = "ray.io/node-id"
 
 
+class NoRoomError(ConfigError):
+    """The cluster has not, or not now, what was asked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a process is, as it sees itself."""
@@ -113,6 +117,12 @@ def this_place() -> Place:
     )
 
 
+def this_address() -> str:
+    """The address by which other nodes reach this process."""
+    address: str = connected_ray().util.get_node_ip_address()
+    return address
+
+
 def living_nodes() -> list[Node]:
     """The cluster's nodes, in the order of their names."""
     nodes = [
@@ -133,7 +143,7 @@ class Placement:
     """Reserved room on one node; give it back with `release`."""
 
     def __init__(self, wanted: Reservation, timeout_s: float) -> None:
-        """Reserve, or raise `ConfigError` saying what is missing when there is no room within `timeout_s`."""
+        """Reserve, or raise `NoRoomError` saying what is missing when there is no room within `timeout_s`."""
         self.wanted = wanted
         self._ray = connected_ray()
         self._owned = wanted.group_name is None
@@ -149,7 +159,7 @@ class Placement:
         )
         if not self._group.wait(timeout_s):
             self.release()
-            raise ConfigError(
+            raise NoRoomError(
                 f"no room for {wanted.num_processes} processes with {wanted.bundle} each on one node within "
                 f"{timeout_s:.3g} s; the nodes have {_sizes()}, free in the whole cluster are {_free(self._ray)}; "
                 "start Ray with more, ask for less (ray_num_cpus, ray_num_gpus), or end what holds it"
@@ -224,6 +234,12 @@ class Actor:
         """End the process now; fine when it is gone."""
         if self._ray.is_initialized():
             self._ray.kill(self._handle)
+
+
+def start_actor(cls: type, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Ray's own handle of a new actor of `cls`, with Ray's own options; for callers who use Ray themselves."""
+    remote = connected_ray().remote(cls)
+    return (remote.options(**options) if options else remote).remote(*args, **kwargs)
 
 
 class Call:

@@ -29,7 +29,7 @@ from .commands import (
     ResumeMemory,
     Status,
 )
-from .executor import make_executor
+from .executor import Executor, make_executor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
 from .tokenizer import Tokenizer
@@ -56,8 +56,11 @@ class Engine(GenerationCalls, GroupWeightCalls):
         self._tokenizer = None
         if not self.config.skip_tokenizer_init:
             self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
-        self._maybe_executor = make_executor(self.config)
+        self._maybe_executor = self._start()
         logger.info("engine ready: %s", self.status().resolved)
+
+    def _start(self) -> Executor:
+        return make_executor(self.config)
 
     @property
     def address(self) -> str:

@@ -39,7 +39,8 @@ from .wire import REPLY_TYPES
 class RayExecutor:
     """Reserves room on one node, starts the ranks there, and notices when one dies."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, room_timeout_s: float | None = None) -> None:
+        """`room_timeout_s`: how long the node may take to make room; None: as long as the whole start."""
         check_config(config)
         self._ranks: list[Actor] = []
         self._runs: list[Future[Any]] = []
@@ -47,7 +48,7 @@ class RayExecutor:
         self._closing = False
         self._client: RpcClient | None = None
         deadline = time.monotonic() + config.start_timeout_s
-        self._placement = Placement(reservation(config), config.start_timeout_s)
+        self._placement = Placement(reservation(config), room_timeout_s or config.start_timeout_s)
         try:
             self._ranks = [self._placement.start(RankHost, i) for i in range(config.tp_size)]
             self._places = self._meet(config, deadline)

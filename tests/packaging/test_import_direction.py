@@ -39,10 +39,11 @@ ORDER = [
     ["runner"],
     ["distributed"],
     ["engine"],
+    ["pool"],
     ["server", "cli", "bench"],
 ]
-#: `from rollout import Engine` reaches the engine, so only what comes after it may say so.
-FACADE_LEVEL = 6
+#: `from rollout import RolloutPool` reaches the pool, so only what comes after it may say so.
+FACADE_LEVEL = 7
 
 #: Third parties that one part of `rollout` has for itself (`ray` only one module of it).
 CONFINED = {

@@ -1,0 +1,108 @@
+"""`RolloutActor`: one engine inside a Ray actor, for programs that are made of actors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from ..distributed import ray_runtime
+from ..engine.engine import Engine
+from ..engine.ray_rank import device_in_actor
+
+#: Methods of `Engine` that the actor has under the same names; all of them are awaited there, so that calls overlap.
+FORWARDED = (
+    *("score", "sequence_logprobs"),
+    *("pause_generation", "continue_generation", "abort_request", "flush_cache"),
+    *("release_memory_occupation", "resume_memory_occupation"),
+    *("begin_weight_update", "end_weight_update", "abort_weight_update"),
+    *("update_weights_from_tensor", "update_weights_from_disk"),
+    *("init_weights_update_group", "update_weights_from_distributed"),
+    *("destroy_weights_update_group",),
+    *("get_weights_by_name", "weights_fingerprint", "get_weight_version"),
+    *("status", "shutdown"),
+)
+
+
+class RolloutActor:
+    """A Ray actor class around one `Engine`, with the engine's method names.
+
+        actor = RolloutActor.options(num_gpus=1).remote("checkpoints/qwen3-tiny", context_length=4096)
+        result = ray.get(actor.generate.remote(input_ids=[5, 9, 2], sampling_params={"n": 4}))
+        publisher = WeightPublisher(ray.get(actor.address.remote()))
+
+    Many calls of `generate` run at the same time; `generate_stream` yields what `generate(stream=True)` would. The
+    options of `.remote` are those of `Engine`. With one rank the loop runs in the actor's process, with several
+    (`tp_size`) in child processes that share the GPUs of the actor. Tensors reach the engine best through `address`,
+    without a detour through Ray's arguments.
+    """
+
+    @classmethod
+    def options(cls, **ray_options: Any) -> ActorFactory:
+        """As `options` of any Ray actor class: `num_cpus`, `num_gpus`, `name`, `scheduling_strategy`, and so on."""
+        return ActorFactory(ray_options)
+
+    @classmethod
+    def remote(cls, model_path: str | Path, **engine_options: Any) -> Any:
+        """Start one; returns Ray's handle at once."""
+        return cls.options().remote(model_path, **engine_options)
+
+
+class ActorFactory:
+    """`RolloutActor` with options of Ray."""
+
+    def __init__(self, ray_options: dict[str, Any]) -> None:
+        self._ray_options = ray_options
+
+    def remote(self, model_path: str | Path, **engine_options: Any) -> Any:
+        """Start one; returns Ray's handle at once."""
+        return ray_runtime.start_actor(
+            EngineHost, self._ray_options, str(model_path), **engine_options
+        )
+
+
+class EngineHost:
+    """What runs in the actor."""
+
+    def __init__(self, model_path: str, **engine_options: Any) -> None:
+        options = dict(engine_options)
+        options.setdefault("executor", "inline" if options.get("tp_size", 1) == 1 else "local")
+        place = ray_runtime.this_place()
+        if options.get("listen") is None:
+            host = "127.0.0.1" if ray_runtime.on_one_machine() else place.ip
+            options["listen"] = f"tcp://{host}:0"
+        if options["executor"] == "inline":
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            configured = str(options.get("device", "auto"))
+            options["device"] = device_in_actor(configured, place.gpu_ids, visible)
+        self._engine = Engine(model_path, **options)
+
+    async def address(self) -> str:
+        """Where a `WeightPublisher` connects."""
+        return self._engine.address
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Engine.generate`, without `stream`."""
+        if kwargs.get("stream"):
+            raise TypeError("generate: got stream=True, expected False; use generate_stream")
+        return await self._engine.async_generate(*args, **kwargs)
+
+    async def generate_stream(self, *args: Any, **kwargs: Any) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of `Engine.generate(..., stream=True)`, as a Ray generator."""
+        kwargs["stream"] = True
+        async for chunk in await self._engine.async_generate(*args, **kwargs):
+            yield chunk
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    async def method(self: EngineHost, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self._engine, f"async_{name}")(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"As `Engine.{name}`."
+    return method
+
+
+for _name in FORWARDED:
+    setattr(EngineHost, _name, _forward(_name))

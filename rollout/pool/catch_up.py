@@ -1,0 +1,251 @@
+"""Brings one replica to the version that the others serve, before it serves anything itself.
+
+From the publisher's arena, which holds the last published bytes until the trainer packs the next ones; whoever writes
+into it too early is found out by fingerprints. Otherwise from a replica that serves, through its `GetWeights`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import torch
+
+from weight_sync.channel import Channel
+from weight_sync.errors import (
+    FingerprintMismatch,
+    StaleVersionError,
+    SyncError,
+    TornWeightsError,
+    TransportError,
+)
+from weight_sync.manifest import Manifest
+from weight_sync.messages import (
+    ArenaHandle,
+    Begin,
+    BeginReply,
+    Bucket,
+    Commit,
+    CommitReply,
+    EngineInfo,
+    FingerprintReply,
+    GetFingerprint,
+    GroupHandle,
+    OpenArena,
+)
+from weight_sync.process import current_process, host_id
+from weight_sync.publisher import WeightPublisher
+
+from ..engine.commands import GetWeights, WeightValues
+from .fleet_update import FleetUpdate
+from .members import GONE, Member, left
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 16 << 20
+"""Bytes of a parameter that are read from a peer at once, as float32."""
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What every replica of a pool should serve."""
+
+    version: int
+    """Its number; 0: what was loaded at the start."""
+    label: str
+    """Its label."""
+    fingerprint: int | None
+    """Of the resident bytes; None: nobody has looked yet."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Source:
+    """An arena, and what its bytes were when they were last committed."""
+
+    request: Begin
+    """The session that committed them last: it names the layout."""
+    handle: ArenaHandle
+    """Where the arena is."""
+    fingerprints: np.ndarray
+    """One per tensor of the layout, uint64."""
+    known: np.ndarray
+    """Which of them the arena holds in the served version, bool."""
+
+    @classmethod
+    def after(cls, update: FleetUpdate, old: Self | None, handle: ArenaHandle) -> Self | None:
+        """What is known of the arena of `update`, which was just committed; `old` is what was known before."""
+        if update.opaque or isinstance(handle, GroupHandle):
+            return None
+        request, present = update.request, update.present
+        new = cls(
+            request=msgspec.structs.replace(request, manifest=update.manifest),
+            handle=handle,
+            fingerprints=update.declared.copy(),
+            known=present.copy(),
+        )
+        if old is not None and old.layout == new.layout:
+            new.fingerprints[~present] = old.fingerprints[~present]
+            new.known |= old.known
+        return new
+
+    @property
+    def layout(self) -> tuple[int, str]:
+        """Which arena, and where what lies in it."""
+        return self.request.arena_id, self.request.manifest_digest
+
+
+def catch_up(
+    member: Member,
+    info: EngineInfo,
+    served: Served,
+    source: Source | None,
+    peers: Sequence[Member],
+    group_host: str,
+    end: float,
+) -> int:
+    """Make `member`, which described itself by `info`, hold the served version; returns its fingerprint.
+
+    Raises a `WeightUpdateError` when it cannot be done here and now, `EngineDiedError` when the replica died.
+    """
+    found = _reach(member, info, served, source, peers, group_host, end)
+    if served.fingerprint is not None and found != served.fingerprint:
+        raise FingerprintMismatch(
+            f"replica {member.number} holds other weights than the pool serves: got fingerprint {found:#018x}, "
+            f"expected {served.fingerprint:#018x} for version {served.version}; load the same weights everywhere, and "
+            "do not update single replicas of a pool"
+        )
+    return found
+
+
+def _reach(
+    member: Member,
+    info: EngineInfo,
+    served: Served,
+    source: Source | None,
+    peers: Sequence[Member],
+    group_host: str,
+    end: float,
+) -> int:
+    if info.version == served.version and info.torn is None:
+        reply: FingerprintReply = member.channel.call(GetFingerprint(), left(end))
+        return reply.fingerprint
+    if info.version >= served.version:
+        raise StaleVersionError(
+            f"replica {member.number} cannot go back: got version {info.version} ({info.torn or 'whole'}), expected "
+            f"less than {served.version}, which the pool serves"
+        )
+    if source is not None:
+        try:
+            return from_source(member, source, served, end)
+        except GONE:
+            raise
+        except SyncError as error:
+            logger.info("replica %d: not from the arena: %s", member.number, error)
+    for peer in peers:
+        try:
+            return from_peer(member, peer, info, served, group_host, end)
+        except GONE as error:
+            if member.channel.dead is not None:
+                raise
+            logger.info("replica %d: not from replica %d: %s", member.number, peer.number, error)
+    raise TornWeightsError(
+        f"no replica, and no arena of a publisher, holds version {served.version} any more; publish a complete update"
+    )
+
+
+def from_source(member: Member, source: Source, served: Served, end: float) -> int:
+    """Commit what the arena holds; returns the fingerprint. Raises a `WeightUpdateError` when it is not all there."""
+    if not source.known.all():
+        raise TransportError("the publisher's arena does not hold all of the served version")
+    arena_id, request = source.request.arena_id, source.request
+    if arena_id not in member.arenas:
+        opened = member.channel.call(OpenArena(handle=source.handle), left(end))
+        member.arenas[arena_id] = opened.arena_id
+    session_id = secrets.token_hex(8)
+    begin = Begin(
+        session_id=session_id,
+        holder=current_process(),
+        version=served.version,
+        base_version=None,
+        label=served.label,
+        manifest_digest=request.manifest_digest,
+        manifest=request.manifest,
+        arena_id=member.arenas[arena_id],
+        strict=True,
+        kv_policy=None,
+        verify="pause",
+        lease_s=max(1.0, left(end)),
+    )
+    opened_session: BeginReply = member.channel.call(begin, left(end))
+    if opened_session.need_manifest:
+        raise TransportError("the layout of the publisher's arena is not known here any more")
+    rows = np.arange(len(source.known))
+    bucket = Bucket(
+        session_id=session_id,
+        epoch=opened_session.epoch,
+        indices=rows.astype("<u4").tobytes(),
+        fingerprints=source.fingerprints.astype("<u8").tobytes(),
+    )
+    member.channel.call(bucket, left(end))
+    commit = Commit(session_id=session_id, epoch=opened_session.epoch, timeout_s=left(end))
+    reply: CommitReply = member.channel.call(commit, left(end))
+    return reply.fingerprint
+
+
+def from_peer(
+    member: Member, peer: Member, info: EngineInfo, served: Served, group_host: str, end: float
+) -> int:
+    """Read every parameter of `peer` and publish it to `member`, whose `info` is given; returns the fingerprint."""
+    manifest = Manifest.from_wire(info.manifest)
+    elsewhere = info.process.host != host_id()
+    with WeightPublisher(
+        _Holder(member.channel),
+        timeout_s=left(end),
+        transport="process_group" if elsewhere else "auto",
+        group_host=group_host,
+    ) as publisher:
+        report = publisher.publish(
+            _read_all(peer, manifest, end), version=served.version, label=served.label
+        )
+    return report.fingerprint
+
+
+class _Holder:
+    """What `WeightPublisher` asks of an engine."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def weight_channel(self) -> Channel:
+        return self._channel
+
+
+def _read_all(peer: Member, manifest: Manifest, end: float) -> Iterator[tuple[str, torch.Tensor]]:
+    for meta in manifest.tensors:
+        yield meta.name, _read(peer.ask, meta.name, meta.shape, end)
+
+
+def _read(
+    ask: Callable[..., Future[Any]], name: str, shape: tuple[int, ...], end: float
+) -> torch.Tensor:
+    """A parameter as float32, in which every value of the narrower floating-point dtypes is exact."""
+    num_rows = shape[0] if shape else 1
+    row_bytes = 4 * math.prod(shape[1:])
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    parts = []
+    for first in range(0, max(1, num_rows), step):
+        question = GetWeights(name=name, truncate_size=step, first_row=first)
+        values: WeightValues = ask(question, timeout_s=left(end)).result(left(end))
+        data = (
+            torch.frombuffer(bytearray(values.data), dtype=torch.float32)
+            if values.data
+            else (torch.empty(0))
+        )
+        parts.append(data.reshape(values.shape))
+    return torch.cat(parts) if shape else parts[0]

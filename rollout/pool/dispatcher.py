@@ -1,0 +1,285 @@
+"""Which prompt runs where, and what happens to it when its replica dies. Decisions alone: no thread, no process.
+
+Prompts wait in one queue in the order in which they came. Each goes to one replica with all of its samples, and runs
+again elsewhere, from its beginning, when that replica is lost; samples that the caller has already got stay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
+
+from ..engine.commands import PromptSpec, SampleUpdate
+from ..errors import EngineClosedError
+from ..sampling_params import mix64
+from .job import Job, PoolCall
+from .routing import Router
+
+LOST = (EngineDiedError, EngineClosedError, TornWeightsError)
+"""Errors after which a prompt runs again elsewhere: its replica is gone, or its weights are not whole."""
+
+
+class Target(Protocol):
+    """A replica as the dispatcher sees it. Its answers come back through `Dispatcher.update` and `.ended`."""
+
+    number: int
+
+    def generate(self, job: Job) -> None:
+        """Start a job; returns at once."""
+
+    def abort(self, rids: Sequence[str]) -> None:
+        """End requests early; returns at once."""
+
+
+class Dispatcher:
+    """The queue, and what every replica is busy with. All calls come from one thread."""
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        seed: int,
+        max_reruns: int,
+        on_lost: Callable[[int, Exception], None],
+        label: Callable[[], str],
+    ) -> None:
+        """`on_lost(number, error)` tells of a replica that must not be used; `label()` is the version that serves."""
+        self._router = router
+        self._seed = seed
+        self._max_reruns = max_reruns
+        self._on_lost = on_lost
+        self._label = label
+        self._num_prompts = 0
+        self._queue: deque[Job] = deque()
+        self._targets: dict[int, Target] = {}
+        self._running: dict[int, dict[Job, None]] = {}
+        self._loads: dict[int, int] = {}
+        self._retired: set[int] = set()
+        self._blocked: Exception | None = None
+        self._refusal: Exception | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that no replica has yet."""
+        return sum(job.num_samples for job in self._queue)
+
+    @property
+    def loads(self) -> dict[int, int]:
+        """Samples that each replica is busy with."""
+        return dict(self._loads)
+
+    # ---- callers -----------------------------------------------------------------------------------------------------
+
+    def add(self, call: PoolCall, prompts: Sequence[PromptSpec]) -> None:
+        """Queue the prompts of a call."""
+        first = 0
+        for spec in prompts:
+            self._num_prompts += 1
+            if spec.params.sampling_seed is None:
+                # Engines count their prompts for this; here a prompt must draw alike wherever it runs.
+                seed = mix64(mix64(self._seed) + self._num_prompts) >> 1
+                params = msgspec.structs.replace(spec.params, sampling_seed=seed)
+                spec = msgspec.structs.replace(spec, params=params)
+            affinity = self._router.affinity(spec.input_ids)
+            call.jobs.append(Job(call=call, spec=spec, first=first, affinity=affinity))
+            first += spec.params.n
+        refusal = self._refusal or self._blocked
+        if refusal is not None:
+            call.fail(refusal)
+        else:
+            self._queue.extend(call.jobs)
+            self.pump()
+
+    def abort(self, rids: Iterable[str], abort_all: bool, message: str) -> int:
+        """End prompts: those that wait at once, the others on their replicas; returns how many samples."""
+        names = set(rids)
+        chosen = [job for job in self._jobs() if abort_all or job.named_by(names)]
+        num = 0
+        for job in chosen:
+            num += job.num_samples - len(job.finished)
+            if job.replica is None:
+                self._queue.remove(job)
+                self._end_waiting(job, message)
+            elif abort_all or job.spec.rid in names:
+                job.aborted = True
+                self._targets[job.replica].abort([job.spec.rid])
+            else:
+                job.aborted = True  # A sample of it; which one, its replica knows.
+                self._targets[job.replica].abort(sorted(names))
+        return num
+
+    def expect_aborts(self, message: str) -> int:
+        """Whoever calls is about to end everything that runs; what waits ends here. Returns how many samples waited."""
+        for jobs in self._running.values():
+            for job in jobs:
+                job.aborted = True
+        waiting = list(self._queue)
+        self._queue.clear()
+        for job in waiting:
+            self._end_waiting(job, message)
+        return sum(job.num_samples for job in waiting)
+
+    def expire(self, now: float) -> None:
+        """Fail calls whose prompts waited past their deadline; replicas see to the ones that they have."""
+        for call in {
+            id(job.call): job.call for job in self._queue if job.call.deadline <= now
+        }.values():
+            waiting = sum(
+                job.num_samples for job in call.jobs if job.replica is None and not job.complete
+            )
+            error = DeadlineExceeded(
+                f"generate: {waiting} samples were still waiting for a replica at the deadline; raise timeout_s, or "
+                "add replicas"
+            )
+            self._fail(call, error)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do; None: nothing waits."""
+        return min((job.call.deadline for job in self._queue), default=None)
+
+    # ---- replicas ----------------------------------------------------------------------------------------------------
+
+    def join(self, target: Target) -> None:
+        """A replica that serves the current version is there."""
+        self._targets[target.number] = target
+        self._running.setdefault(target.number, {})
+        self._loads.setdefault(target.number, 0)
+        self._blocked = None
+        self.pump()
+
+    def leave(self, number: int, error: Exception) -> None:
+        """A replica is gone, or must not be used: what it was doing runs again elsewhere."""
+        self._targets.pop(number, None)
+        self._retired.discard(number)
+        self._loads.pop(number, None)
+        lost = self._running.pop(number, {})
+        for job in reversed(lost):
+            self._run_again(job, error)
+        self.pump()
+
+    def retire(self, number: int) -> None:
+        """Give a replica nothing new; it finishes what it has."""
+        self._retired.add(number)
+
+    def refuse(self, error: Exception | None) -> None:
+        """Fail new calls and hand out nothing, while no replica can compute; None ends it."""
+        self._refusal = error
+        self.pump()
+
+    def block(self, error: Exception) -> None:
+        """No replica will come: fail what waits, and every later call, until one joins."""
+        self._blocked = error
+        for call in {id(job.call): job.call for job in self._queue}.values():
+            self._fail(call, error)
+
+    def update(self, job: Job, attempt: int, update: SampleUpdate) -> None:
+        """A replica tells of a sample, by its number within the prompt."""
+        if job.attempt != attempt or job.call.over:
+            return
+        sample, reason = update.index, update.finish_reason
+        if reason is not None:
+            self._unload(job, 1)
+            if reason.type == "abort" and not job.aborted:
+                return  # Nobody asked for it: the replica is ending, and the sample is lost with it.
+        if sample not in job.finished:
+            if reason is not None:
+                job.finished.add(sample)
+            changes = {"index": job.first + sample, "num_reruns": job.num_reruns}
+            job.call.emit(msgspec.structs.replace(update, **changes))
+        if reason is not None:
+            self.pump()
+
+    def ended(self, job: Job, attempt: int, error: BaseException | None) -> None:
+        """A replica is done with a job, in whatever way."""
+        number = job.replica
+        if job.attempt != attempt or number is None:
+            return
+        if isinstance(error, TornWeightsError) and self._refusal is not None:
+            self._take_back(job)
+            self._queue.appendleft(job)  # It came too late; its replica is as it should be.
+            return
+        if isinstance(error, LOST):
+            self._on_lost(number, error)
+            self.leave(number, error)
+            return
+        self._take_back(job)
+        if error is not None:
+            self._fail(job.call, error)
+        elif job.complete:
+            job.call.finish_if_complete()
+        else:
+            self._run_again(job, EngineDiedError("its replica ended requests by itself"))
+        self.pump()
+
+    def pump(self) -> None:
+        """Hand out what waits, in order, as far as there is room."""
+        while self._queue and self._refusal is None:
+            job = self._queue[0]
+            loads = {n: load for n, load in self._loads.items() if n not in self._retired}
+            number = self._router.choose(job.affinity, job.num_samples, loads)
+            if number is None:
+                return
+            self._queue.popleft()
+            if job.call.over:
+                continue
+            job.replica, job.load = number, job.num_samples
+            job.attempt += 1
+            self._running[number][job] = None
+            self._loads[number] += job.load
+            self._targets[number].generate(job)
+
+    # ---- below -------------------------------------------------------------------------------------------------------
+
+    def _jobs(self) -> list[Job]:
+        return [*self._queue, *(job for jobs in self._running.values() for job in jobs)]
+
+    def _run_again(self, job: Job, error: Exception) -> None:
+        """Put a lost job in front of the queue, unless it was to be ended, or is lost again and again."""
+        self._take_back(job)
+        job.attempt += 1  # Whatever still comes of the last attempt is late.
+        if job.complete:
+            job.call.finish_if_complete()
+        if job.call.over:
+            return
+        if job.aborted:
+            self._end_waiting(job, "aborted by the caller; its replica died")
+            return
+        if job.num_reruns == self._max_reruns:
+            self._fail(job.call, error)
+            return
+        job.num_reruns += 1
+        self._queue.appendleft(job)
+        if self._blocked is not None:
+            self.block(self._blocked)
+
+    def _take_back(self, job: Job) -> None:
+        """It is on no replica any more."""
+        if job.replica in self._running:
+            self._running[job.replica].pop(job, None)
+        self._unload(job, job.load)
+        job.replica = None
+
+    def _unload(self, job: Job, num_samples: int) -> None:
+        job.load -= num_samples
+        if job.replica in self._loads:
+            self._loads[job.replica] -= num_samples
+
+    def _end_waiting(self, job: Job, message: str) -> None:
+        for sample in range(job.num_samples):
+            if sample not in job.finished:
+                job.finished.add(sample)
+                job.call.emit(job.empty_sample(sample, message, self._label()))
+        job.call.finish_if_complete()
+
+    def _fail(self, call: PoolCall, error: BaseException) -> None:
+        """End a call: its other prompts are not wanted any more."""
+        call.fail(error)
+        for job in call.jobs:
+            if job.replica in self._targets and not job.complete:
+                self._targets[job.replica].abort([job.spec.rid])
+        self._queue = deque(job for job in self._queue if job.call is not call)

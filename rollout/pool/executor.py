@@ -1,0 +1,379 @@
+"""The executor of a pool: commands of one engine's surface, carried out by many engines.
+
+Prompts go to one replica each, weight messages to all through the fleet, and whatever else there is to all, with the
+answers added up.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, get_args
+
+import msgspec
+import torch
+
+from weight_sync.channel import Channel, wait
+from weight_sync.errors import TransportError
+from weight_sync.messages import WeightRequest
+from weight_sync.rpc import Call, RpcServer
+
+from ..config import EngineConfig
+from ..engine import commands as cmd
+from ..engine.executor import InlineCall, OnChunk
+from ..engine.wire import REQUEST_TYPES
+from ..errors import EngineClosedError, RolloutError
+from .config import PoolConfig
+from .dispatcher import Dispatcher
+from .fleet import FleetWeights
+from .job import PoolCall
+from .members import GONE
+from .replica import Replica, ReplicaExecutor, ReplicaStatus
+from .routing import Router
+from .supervisor import MakeExecutor, Supervisor
+
+_EXPIRE_INTERVAL_S = 0.25
+WEIGHT_MESSAGES = get_args(WeightRequest)
+
+
+class PoolExecutor:
+    """Runs the dispatcher on a thread of its own; see `Executor` for the methods."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PoolConfig,
+        make_executor: MakeExecutor,
+        *,
+        group_host: str = "127.0.0.1",
+    ) -> None:
+        """Returns when all replicas serve; raises the first error of a start, and leaves nothing behind."""
+        self._config = config
+        self._server: RpcServer | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        limit = pool.max_inflight_samples or max(1, config.max_running_requests * 5 // 4)
+        self._fleet = FleetWeights(
+            label=config.weight_version if config.weight_version is not None else "0",
+            timeout_s=config.request_timeout_s,
+            on_change=lambda: self._supervisor.changed(),
+            group_host=group_host,
+        )
+        self._dispatcher = Dispatcher(
+            Router(
+                limit=limit,
+                affinity_tokens=pool.affinity_blocks * config.block_size,
+                slack=pool.affinity_slack,
+            ),
+            seed=config.seed,
+            max_reruns=pool.max_reruns,
+            on_lost=lambda number, error: self._supervisor.lost(number, error),
+            label=lambda: self._fleet.served.label,
+        )
+        self._supervisor = Supervisor(
+            pool,
+            make_executor=make_executor,
+            make_replica=self._replica,
+            dispatcher=self._dispatcher,
+            post=self._events.put,
+            fleet=self._fleet,
+        )
+        self._thread = threading.Thread(target=self._run, name="pool-dispatch", daemon=True)
+        self._thread.start()
+        starts = [self._supervisor.start() for _ in range(pool.num_replicas)]
+        try:
+            for start in starts:
+                start.result()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- Executor ----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
+    ) -> Future[Any]:
+        future: Future[Any] = Future()
+        if self._closed:
+            future.set_exception(EngineClosedError("the pool was shut down; start a new one"))
+        elif isinstance(body, cmd.Generate):
+            call = PoolCall(
+                stream=body.stream,
+                deadline=time.monotonic() + timeout_s,
+                on_chunk=on_chunk,
+                future=future,
+            )
+            self._events.put(lambda: self._dispatcher.add(call, body.prompts))
+        elif isinstance(body, WEIGHT_MESSAGES):
+            inline = InlineCall(body, time.monotonic() + timeout_s, None)
+            self._fleet.handle(inline)
+            return inline.future
+        else:
+            self._events.put(lambda: self._command(body, timeout_s, future))
+        return future
+
+    def weight_channel(self) -> Channel:
+        return FleetChannel(self)
+
+    @property
+    def address(self) -> str:
+        with self._lock:
+            if self._server is None:
+                self._server = RpcServer(self._serve, REQUEST_TYPES, bind=self._config.listen)
+                self._server.start()
+            return self._server.address
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+
+        def end_all() -> None:
+            self._dispatcher.expect_aborts("the pool was shut down")
+            self._dispatcher.block(EngineClosedError("the pool was shut down; start a new one"))
+
+        self._events.put(end_all)
+        self._supervisor.close()
+        self._fleet.close()
+        self._events.put(None)
+        if hasattr(self, "_thread"):
+            self._thread.join(timeout=30.0)
+        with self._lock:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+
+    # ---- what only a pool has ----------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Number of the version that all serving replicas hold."""
+        return self._fleet.served.version
+
+    @property
+    def label(self) -> str:
+        """Its label."""
+        return self._fleet.served.label
+
+    def add_replica(self) -> Future[int]:
+        """Start one more; the future has its number once it serves."""
+        return self._supervisor.start()
+
+    def remove_replica(self, number: int | None, timeout_s: float) -> int:
+        """Let a replica (None: the least busy one) finish what it has, then end it; returns its number."""
+        loads = self._loads()
+        if number is None:
+            number = min(loads, key=lambda n: (loads[n], -n))
+        if number not in self._supervisor.replicas:
+            raise RolloutError(
+                f"remove_replica: got {number}, expected one of {sorted(self._supervisor.replicas)}"
+            )
+        if len(loads) < 2:
+            raise RolloutError(
+                "remove_replica: got the last replica, expected another one to go on; shut the pool down instead"
+            )
+        leaving = number
+        self._supervisor.retire(leaving, lambda: not self._loads().get(leaving), timeout_s)
+        return number
+
+    def replica_statuses(self) -> list[ReplicaStatus]:
+        """What the replicas look like now."""
+        loads, behind, serving = self._loads(), dict(self._fleet.behind), self._fleet.serving
+        statuses = []
+        for number, replica in sorted(self._supervisor.replicas.items()):
+            executor: Any = replica.executor
+            statuses.append(
+                ReplicaStatus(
+                    number=number,
+                    state="serving" if number in serving else "behind",
+                    address=executor.address,
+                    num_inflight=loads.get(number, 0),
+                    pids=tuple(getattr(executor, "pids", ())),
+                    node_id=getattr(executor, "node_id", None),
+                    why_behind=str(behind[number]) if number in behind else None,
+                )
+            )
+        return statuses
+
+    # ---- below -------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        dispatcher = self._dispatcher
+        while True:
+            try:
+                event = self._events.get(timeout=_EXPIRE_INTERVAL_S)
+            except queue.Empty:
+                dispatcher.expire(time.monotonic())
+                continue
+            if event is None:
+                return
+            event()
+
+    def _replica(self, number: int, executor: ReplicaExecutor) -> Replica:
+        return Replica(number, executor, self._dispatcher, self._events.put, time.monotonic)
+
+    def _loads(self) -> dict[int, int]:
+        future: Future[dict[int, int]] = Future()
+        self._events.put(lambda: future.set_result(self._dispatcher.loads))
+        return future.result(30.0)
+
+    def _serve(self, call: Call) -> None:
+        """A command from another process."""
+        if isinstance(call.body, WEIGHT_MESSAGES):
+            self._fleet.handle(call)
+            return
+        if isinstance(call.body, cmd.Shutdown):
+            call.fail(RolloutError("a pool is shut down by its owner; close your connection"))
+            return
+        left_s = max(0.001, call.deadline - time.monotonic())
+        future = self.submit(call.body, timeout_s=left_s, on_chunk=call.stream)
+
+        def answer(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                call.reply(done.result())
+            else:
+                call.fail(error)
+
+        future.add_done_callback(answer)
+
+    def _command(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
+        """Carry out what is not about prompts or weights; on the dispatcher's thread."""
+        num = 0
+        if isinstance(body, cmd.AbortRequests):
+            num = self._dispatcher.abort(body.rids, body.abort_all, "aborted by the caller")
+            future.set_result(cmd.Done(count=num))
+            return
+        if isinstance(body, cmd.GetWeights):
+            self._ask_one(body, timeout_s, future)
+            return
+        if isinstance(body, cmd.PauseGeneration):
+            self._supervisor.note_pause(body)
+            if body.mode == "abort":
+                num = self._dispatcher.expect_aborts(
+                    "generation was paused (mode abort); resubmit prompt plus partial output"
+                )
+        elif isinstance(body, cmd.ContinueGeneration):
+            self._supervisor.note_pause(None)
+        self._ask_all(body, timeout_s, lambda answers: self._combined(body, answers, num), future)
+
+    def _ask_one(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
+        serving = self._fleet.serving
+        chosen = sorted(self._supervisor.replicas.values(), key=lambda r: r.number not in serving)
+        if not chosen:
+            future.set_exception(GONE[0]("no replica of the pool is alive at present"))
+            return
+        asked = chosen[0].executor.submit(body, timeout_s=timeout_s)
+        asked.add_done_callback(lambda done: _pass_on(done, future))
+
+    def _ask_all(
+        self,
+        body: Any,
+        timeout_s: float,
+        combine: Callable[[Sequence[Any]], Any],
+        future: Future[Any],
+    ) -> None:
+        """Every replica's answer, combined; those that die meanwhile do not count, the first other error does."""
+        asked = [
+            replica.executor.submit(body, timeout_s=timeout_s)
+            for replica in self._supervisor.replicas.values()
+        ]
+        left = [len(asked)]
+        lock = threading.Lock()
+
+        def note(_: Future[Any]) -> None:
+            with lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            if self._closed:
+                future.set_exception(EngineClosedError("the pool was shut down meanwhile"))
+            else:
+                self._events.put(partial(_conclude, asked, combine, future))
+
+        if not asked:
+            future.set_exception(GONE[0]("no replica of the pool is alive at present"))
+        for one in asked:
+            one.add_done_callback(note)
+
+    def _combined(self, body: Any, answers: Sequence[Any], num: int) -> Any:
+        first = answers[0]
+        if isinstance(first, cmd.Status):
+            return self._status(answers)
+        if isinstance(first, cmd.MemoryChanged):
+            if isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags:
+                self._fleet.lose("the memory of the weights was released")
+            return msgspec.structs.replace(first, num_bytes=sum(a.num_bytes for a in answers))
+        return cmd.Done(count=num + sum(answer.count for answer in answers))
+
+    def _status(self, answers: Sequence[cmd.Status]) -> cmd.Status:
+        served = self._fleet.served
+        sums = {
+            name: sum(getattr(status, name) for status in answers)
+            for name in ("num_running", "num_waiting", "num_free_blocks", "num_blocks")
+        }
+        sums["num_waiting"] += self._dispatcher.num_waiting
+        nobody = None if self._fleet.serving else f"no replica holds version {served.version}"
+        return msgspec.structs.replace(
+            answers[0],
+            weight_version=served.label,
+            version=served.version,
+            torn=self._fleet.lost or nobody,
+            pid=os.getpid(),
+            **sums,
+        )
+
+
+class FleetChannel:
+    """How a publisher of this process reaches all replicas."""
+
+    def __init__(self, executor: PoolExecutor) -> None:
+        self._executor = executor
+
+    def call(self, message: Any, timeout_s: float) -> Any:
+        return wait(self.submit(message, timeout_s), message, timeout_s)
+
+    def submit(self, message: Any, timeout_s: float) -> Future[Any]:
+        return self._executor.submit(message, timeout_s=timeout_s)
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
+    def lend(self, buffer: torch.Tensor) -> str:
+        raise TransportError(
+            "replicas are in other processes: they cannot read a buffer of this one"
+        )
+
+    @property
+    def dead(self) -> str | None:
+        return "the pool was shut down" if self._executor._closed else None
+
+    def close(self) -> None:
+        """Nothing of its own to give back."""
+
+
+def _conclude(
+    asked: Sequence[Future[Any]], combine: Callable[[Sequence[Any]], Any], future: Future[Any]
+) -> None:
+    errors = [error for done in asked if (error := done.exception()) is not None]
+    answers = [done.result() for done in asked if done.exception() is None]
+    refusals = [error for error in errors if not isinstance(error, GONE)]
+    if refusals or not answers:
+        future.set_exception((refusals or errors)[0])
+    else:
+        future.set_result(combine(answers))
+
+
+def _pass_on(done: Future[Any], future: Future[Any]) -> None:
+    error = done.exception()
+    if error is None:
+        future.set_result(done.result())
+    else:
+        future.set_exception(error)

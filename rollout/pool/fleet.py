@@ -1,0 +1,386 @@
+"""One weight update for many engines: what a trainer tells the pool, every replica is told, and all must agree.
+
+The trainer packs its arena once; all replicas map it. A refusal by one replica before the commit ends the session on
+all of them. A replica that dies is left out. One that cannot write what the others have written is behind: it is taken
+out of service at once, and brought to the served version or replaced.
+
+A `WeightPublisher` sees one engine: the pool has its own arena ids and epochs, and an identity that stays when replicas
+come and go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+
+from weight_sync import messages as msg
+from weight_sync.errors import (
+    DeadlineExceeded,
+    EngineDiedError,
+    ProtocolError,
+    SessionError,
+    StaleVersionError,
+    SyncError,
+    TornWeightsError,
+    WeightUpdateError,
+)
+from weight_sync.process import current_process
+from weight_sync.rpc import Call
+
+from .catch_up import Served, Source, catch_up
+from .fleet_arenas import FleetArenas
+from .fleet_update import FleetUpdate, Outcome, first_error
+from .members import GONE, Member, ask_all, left, same
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 32
+
+
+class FleetWeights:
+    """Serves trainers on behalf of all replicas; calls are worked off in order on one thread."""
+
+    def __init__(
+        self,
+        *,
+        label: str,
+        timeout_s: float,
+        on_change: Callable[[], None],
+        group_host: str = "127.0.0.1",
+    ) -> None:
+        """`on_change()` is told, on the thread, whenever `serving`, `behind` or `lost` may have changed.
+
+        label: of what the replicas load. timeout_s: for bringing up one replica. group_host: where replicas on other
+        machines reach this one.
+        """
+        self.served = Served(version=0, label=label, fingerprint=None)
+        self.lost: str | None = None
+        """Why no replica has whole weights (their memory was released); None: they have."""
+        self.behind: dict[int, Exception] = {}
+        """Replicas that do not hold the served version, and why."""
+        self._engine_id = secrets.token_hex(8)
+        self._timeout_s = timeout_s
+        self._on_change = on_change
+        self._group_host = group_host
+        self._members: dict[int, Member] = {}
+        self._arenas = FleetArenas()
+        self._epochs = itertools.count(1)
+        self._manifests: OrderedDict[str, msg.WireManifest] = OrderedDict()
+        self._num_tensors = 0
+        self._update: FleetUpdate | None = None
+        self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
+        self._source: Source | None = None
+        self._actions: dict[type, Callable[[Any, float], Any]] = {
+            msg.Hello: self._hello,
+            msg.GetIgnored: self._ask_one,
+            msg.OpenArena: lambda m, end: self._arenas.open(m, self._all, end),
+            msg.CloseArena: self._close_arena,
+            msg.JoinGroup: lambda m, end: self._arenas.join(m, self._all, end),
+            msg.LeaveGroup: lambda m, end: self._arenas.leave(m, self._all, end),
+            msg.Begin: self._begin,
+            msg.Bucket: lambda m, end: self._in_session(m, end, FleetUpdate.bucket),
+            msg.Receive: lambda m, end: self._in_session(m, end, FleetUpdate.receive),
+            msg.Vote: lambda m, end: self._in_session(m, end, FleetUpdate.vote),
+            msg.Abort: self._abort,
+            msg.Commit: self._commit,
+            msg.GetFingerprint: self._fingerprint,
+        }
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="pool-weights", daemon=True)
+        self._thread.start()
+
+    # ---- any thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> set[int]:
+        """Replicas that hold the served version, whole."""
+        return {member.number for member in self._all if member.serving}
+
+    def handle(self, call: Call) -> None:
+        """Queue a trainer's call; its body is one of `messages.WeightRequest`."""
+        if self._closed:
+            call.fail(EngineDiedError("the pool was shut down; connect to a new one"))
+        else:
+            self._queue.put(lambda: self._serve(call))
+
+    def add(self, member: Member) -> Future[None]:
+        """Take a replica in and bring it to the served version. With an error it is there, but behind."""
+
+        def bring_up() -> None:
+            self._members = {**self._members, member.number: member}
+            self._bring_up(member)
+
+        return self._do(bring_up)
+
+    def bring_up(self, number: int) -> Future[None]:
+        """Once more for a replica that fell behind."""
+        return self._do(lambda: self._bring_up(self._members[number]))
+
+    def remove(self, number: int) -> Future[None]:
+        """Forget a replica."""
+
+        def forget() -> None:
+            member = self._members.get(number)
+            self._members = {n: m for n, m in self._members.items() if n != number}
+            self.behind.pop(number, None)
+            if member is not None and self._update is not None:
+                self._update.epochs.pop(member, None)
+
+        return self._do(forget)
+
+    def lose(self, reason: str) -> Future[None]:
+        """No replica has whole weights any more, on purpose; the next complete update ends that."""
+
+        def note() -> None:
+            self.lost, self._source = reason, None
+            self._on_change()
+
+        return self._do(note)
+
+    def close(self) -> None:
+        """Stop; what is queued is dropped. Safe to repeat."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30.0)
+
+    # ---- the thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def _all(self) -> list[Member]:
+        return [member for _, member in sorted(self._members.items())]
+
+    def _run(self) -> None:
+        while (action := self._queue.get()) is not None:
+            action()
+
+    def _do(self, action: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        self._queue.put(run)
+        return future
+
+    def _serve(self, call: Call) -> None:
+        body = call.body
+        try:
+            if call.deadline <= time.monotonic():
+                raise DeadlineExceeded(
+                    f"{type(body).__name__} waited too long for its turn and was not carried out"
+                )
+            action = self._actions.get(type(body))
+            if action is None:
+                raise ProtocolError(f"not a message about weights: got {type(body).__name__}")
+            call.reply(action(body, call.deadline))
+        except (SyncError, ValueError) as error:  # a refusal
+            call.fail(error)
+        except Exception as error:  # whatever it was, the pool goes on and the caller is told
+            logger.exception("%s failed", type(body).__name__)
+            call.fail(error)
+
+    def _ask_one(self, message: Any, end: float) -> Any:
+        """The answer of any replica, one that serves if there is one."""
+        for member in sorted(self._all, key=lambda m: not m.serving):
+            try:
+                return member.channel.call(message, left(end))
+            except GONE:
+                continue
+        raise EngineDiedError("no replica of the pool is alive at present; try again later")
+
+    # ---- messages ----------------------------------------------------------------------------------------------------
+
+    def _hello(self, message: msg.Hello, end: float) -> msg.EngineInfo:
+        info: msg.EngineInfo = self._ask_one(message, end)
+        nobody = None if self.serving else f"no replica holds version {self.served.version}"
+        return msgspec.structs.replace(
+            info,
+            engine_id=self._engine_id,
+            process=current_process(),
+            version=self.served.version,
+            label=self.served.label,
+            torn=self.lost or nobody,
+            tp_size=sum(member.ranks for member in self._all),
+        )
+
+    def _close_arena(self, message: msg.CloseArena, end: float) -> msg.Ack:
+        if self._source is not None and self._source.layout[0] == message.arena_id:
+            self._source = None
+        return self._arenas.close(message, self._all, end)
+
+    def _fingerprint(self, message: msg.GetFingerprint, end: float) -> msg.FingerprintReply:
+        members = [member for member in self._all if member.serving] or self._all
+        answers = ask_all(same(members, message), end)
+        answers.raise_refusal()
+        found = {member.number: reply.fingerprint for member, reply in answers.replies.items()}
+        if len(set(found.values())) > 1:
+            shown = ", ".join(f"replica {n}: {value:#018x}" for n, value in sorted(found.items()))
+            raise WeightUpdateError(
+                f"the replicas hold different weights: got {shown}, expected one value; publish a complete update"
+            )
+        reply: msg.FingerprintReply = next(iter(answers.replies.values()))
+        return msgspec.structs.replace(
+            reply, version=self.served.version, label=self.served.label, torn=self.lost
+        )
+
+    def _begin(self, message: msg.Begin, end: float) -> msg.BeginReply:
+        version = self._next_version(message)
+        serving = [member for member in self._all if member.serving]
+        # Parts of an update would make a mixture of what a replica that is behind holds.
+        members = self._all if message.strict or not serving else serving
+        digest = message.manifest_digest
+        if message.manifest is not None:
+            self._manifests[digest] = message.manifest
+            while len(self._manifests) > _KEPT:
+                self._manifests.popitem(last=False)
+        manifest = self._manifests.get(digest)
+        update = FleetUpdate.begin(
+            message,
+            epoch=next(self._epochs),
+            version=version,
+            strict=message.strict or (not serving and self.lost is None),
+            members=self._arenas.opened_by(message.arena_id, members, end),
+            manifest=manifest,
+            num_rows=self._num_tensors if manifest is None else len(manifest.names),
+            end=end,
+        )
+        if update is None:
+            return msg.BeginReply(epoch=0, version=version, need_manifest=True)
+        self._update = update
+        return msg.BeginReply(epoch=update.epoch, version=version, need_manifest=False)
+
+    def _next_version(self, request: msg.Begin) -> int:
+        served = self.served.version
+        version = served + 1 if request.version is None else request.version
+        if version <= served:
+            raise StaleVersionError(
+                f"versions only grow: got {version}, expected more than {served}, which is served; leave version out "
+                "to get the next one"
+            )
+        if request.base_version not in (None, served):
+            raise StaleVersionError(
+                f"the update is for another base: got base_version {request.base_version}, expected {served}, which "
+                "is served; ask engine_info() and decide again"
+            )
+        return version
+
+    def _in_session(
+        self, message: Any, end: float, ask: Callable[[FleetUpdate, Any, float], Any]
+    ) -> Any:
+        """What `ask` returns; a failure ends the session on every replica."""
+        update = self._update
+        ending = self._endings.get(message.session_id)
+        if ending is not None:
+            raise ending[0](*ending[1])
+        if update is None:
+            raise SessionError(f"no such session: got {message.session_id!r}; begin one first")
+        update.check(message)
+        try:
+            return ask(update, message, end)
+        except Exception as error:
+            update.abort(f"a replica refused: {error}", end)
+            self._end(update, error)
+            raise
+
+    def _abort(self, message: msg.Abort, end: float) -> msg.Ack:
+        update = self._update
+        if update is not None and update.request.session_id == message.session_id:
+            update.abort(message.reason, end)
+            self._end(update, SessionError(f"the session was aborted: {message.reason}"))
+        return msg.Ack()
+
+    def _commit(self, message: msg.Commit, end: float) -> msg.CommitReply:
+        update = self._update
+        outcome: Outcome = self._in_session(message, end, FleetUpdate.commit)
+        assert update is not None
+        self._end(update, SessionError("the session has ended: it was committed; begin a new one"))
+        reply = self._committed(update, outcome)
+        self._on_change()
+        return reply
+
+    def _end(self, update: FleetUpdate, why: Exception) -> None:
+        self._update = None
+        # Without the traceback, which would keep what it saw alive.
+        self._endings[update.request.session_id] = type(why), why.args
+        while len(self._endings) > _KEPT:
+            self._endings.popitem(last=False)
+
+    # ---- who serves what ---------------------------------------------------------------------------------------------
+
+    def _committed(self, update: FleetUpdate, outcome: Outcome) -> msg.CommitReply:
+        """Note the new version; whoever does not hold it is behind."""
+        if not outcome.committed:
+            for member, error in outcome.failed.items():
+                if isinstance(error, (TornWeightsError, DeadlineExceeded)):
+                    self._fall_behind(member, error)
+            self._on_change()
+            raise first_error(outcome)
+        leader = next((m for m in outcome.committed if m.serving), next(iter(outcome.committed)))
+        reply = outcome.reply
+        fingerprint = outcome.committed[leader].fingerprint
+        self.served = Served(version=update.version, label=reply.label, fingerprint=fingerprint)
+        self._source = Source.after(
+            update, self._source, self._arenas.handle(update.request.arena_id)
+        )
+        for member in self._all:
+            found = outcome.committed.get(member)
+            if found is not None and found.fingerprint == fingerprint:
+                self._serves(member)
+            else:
+                why = outcome.failed.get(member) or WeightUpdateError("it took no part in it")
+                self._fall_behind(member, why)
+        if self.lost is not None:
+            info = self._ask_one(msg.Hello(), time.monotonic() + self._timeout_s)
+            self.lost = info.torn and self.lost
+        return msgspec.structs.replace(reply, fingerprint=fingerprint)
+
+    def _serves(self, member: Member) -> None:
+        member.serving = True
+        self.behind.pop(member.number, None)
+
+    def _fall_behind(self, member: Member, error: Exception) -> None:
+        logger.warning(
+            "replica %d does not hold version %d: %s", member.number, self.served.version, error
+        )
+        member.serving = False
+        self.behind[member.number] = error
+
+    def _bring_up(self, member: Member) -> None:
+        """Make a replica hold the served version, or note why it does not."""
+        end = time.monotonic() + self._timeout_s
+        try:
+            info: msg.EngineInfo = member.channel.call(msg.Hello(), left(end))
+            member.ranks = info.tp_size
+            self._num_tensors = len(info.manifest.names)
+            if self.lost is not None:
+                raise TornWeightsError(f"the pool has no whole weights to give: {self.lost}")
+            peers = [other for other in self._all if other.serving and other is not member]
+            fingerprint = catch_up(
+                member, info, self.served, self._source, peers, self._group_host, end
+            )
+        except Exception as error:
+            self._fall_behind(member, error)
+            raise
+        else:
+            self.served = msgspec.structs.replace(self.served, fingerprint=fingerprint)
+            self._serves(member)
+        finally:
+            self._on_change()

@@ -1,0 +1,201 @@
+"""One update session on several replicas: staged on all, voted by all, committed by all that live."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from weight_sync.errors import EngineDiedError, SessionError, WeightUpdateError
+from weight_sync.messages import (
+    Abort,
+    Begin,
+    Bucket,
+    BucketReply,
+    Commit,
+    CommitReply,
+    Receive,
+    Vote,
+    WireManifest,
+)
+
+from .members import Answers, Member, ask_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a commit."""
+
+    committed: Mapping[Member, CommitReply]
+    """Who serves the new version."""
+    failed: Mapping[Member, Exception]
+    """Who voted for it and then could not."""
+
+    @property
+    def reply(self) -> CommitReply:
+        """The answer to the trainer: durations are those of the slowest."""
+        replies = list(self.committed.values())
+        slowest = {
+            name: max(getattr(reply, name) for reply in replies)
+            for name in (
+                "stage_s",
+                "copy_s",
+                "verify_s",
+                "pause_s",
+                "begin_to_committed_s",
+                "begin_to_verified_s",
+            )
+        }
+        return msgspec.structs.replace(replies[0], **slowest)
+
+
+@dataclass(slots=True, kw_only=True)
+class FleetUpdate:
+    """An open session. Used by the thread of `FleetWeights` alone."""
+
+    request: Begin
+    """As the trainer sent it."""
+    epoch: int
+    """The pool's number of it."""
+    version: int
+    """Version to be."""
+    epochs: dict[Member, int]
+    """Who takes part, and each one's own epoch."""
+    manifest: WireManifest | None
+    """The arena's layout; None: the engines' own."""
+    present: np.ndarray
+    """Which tensors of the manifest are staged, bool."""
+    declared: np.ndarray
+    """Their fingerprints, uint64."""
+    opaque: bool = False
+    """Some of it came without fingerprints: from a plain trainer."""
+
+    @classmethod
+    def begin(
+        cls,
+        request: Begin,
+        *,
+        epoch: int,
+        version: int,
+        strict: bool,
+        members: Collection[Member],
+        manifest: WireManifest | None,
+        num_rows: int,
+        end: float,
+    ) -> FleetUpdate | None:
+        """Open it on all `members`, or on none; None when their manifest is needed first.
+
+        manifest: for those that have not seen it, where the pool has. num_rows: its tensors.
+        """
+        messages = {
+            member: msgspec.structs.replace(
+                request,
+                version=version,
+                base_version=None,
+                strict=strict,
+                arena_id=member.arenas[request.arena_id],
+            )
+            for member in members
+        }
+        answers = ask_all(messages, end)
+        again = {
+            member: msgspec.structs.replace(messages[member], manifest=manifest)
+            for member, reply in answers.replies.items()
+            if reply.need_manifest and manifest is not None
+        }
+        if again:
+            second = ask_all(again, end)
+            answers.replies.update(second.replies)
+            answers.errors.update(second.errors)
+            answers.gone.update(second.gone)
+        opened = {
+            member: reply.epoch
+            for member, reply in answers.replies.items()
+            if not reply.need_manifest and member not in answers.gone
+        }
+        update = cls(
+            request=request,
+            epoch=epoch,
+            version=version,
+            epochs=opened,
+            manifest=manifest,
+            present=np.zeros(num_rows, dtype=bool),
+            declared=np.zeros(num_rows, dtype=np.uint64),
+        )
+        if answers.errors or not answers.replies:
+            update.abort("another replica did not begin", end)
+            answers.raise_refusal()
+        if any(reply.need_manifest for reply in answers.replies.values()):
+            update.abort("the manifest is needed first", end)
+            return None
+        return update
+
+    def bucket(self, message: Bucket, end: float) -> BucketReply:
+        """Have all check a bucket."""
+        reply: BucketReply = self._agreed(message, end)
+        indices = np.frombuffer(message.indices, dtype="<u4")
+        self.present[indices] = True
+        self.declared[indices] = np.frombuffer(message.fingerprints, dtype="<u8")
+        return reply
+
+    def receive(self, message: Receive, end: float) -> BucketReply:
+        """Have all receive what a plain trainer broadcasts."""
+        self.opaque = True
+        reply: BucketReply = self._agreed(message, end)
+        return reply
+
+    def vote(self, message: Vote | Commit, end: float) -> Any:
+        """Ask all whether they can commit; one that cannot speaks for all."""
+        return self._agreed(Vote(session_id=message.session_id, epoch=message.epoch), end)
+
+    def commit(self, message: Commit, end: float) -> Outcome:
+        """Vote and write; raises, and nothing has changed anywhere, unless all can."""
+        self.vote(message, end)
+        answers = self._ask(message, end)
+        return Outcome(committed=answers.replies, failed=answers.errors)
+
+    def abort(self, reason: str, end: float) -> None:
+        """End it everywhere without a trace."""
+        message = Abort(session_id=self.request.session_id, epoch=self.epoch, reason=reason[:4096])
+        self._ask(message, end)
+
+    def check(self, message: Any) -> None:
+        """`SessionError` unless the message is of this session."""
+        got, expected = (message.session_id, message.epoch), (self.request.session_id, self.epoch)
+        if got != expected:
+            raise SessionError(
+                f"no such session: got {got[0]!r} (epoch {got[1]}), expected {expected[0]!r} (epoch {expected[1]}); "
+                "begin a new one"
+            )
+
+    def _agreed(self, message: Any, end: float) -> Any:
+        """One of the replies, all of which said yes."""
+        answers = self._ask(message, end)
+        if answers.errors:
+            answers.raise_refusal()
+        if not answers.replies:
+            raise EngineDiedError("every replica that took part in the update has died")
+        return next(iter(answers.replies.values()))
+
+    def _ask(self, message: Any, end: float) -> Answers:
+        """Everybody's answer; who has died takes no further part."""
+        answers = ask_all(
+            {
+                member: msgspec.structs.replace(message, epoch=epoch)
+                for member, epoch in self.epochs.items()
+            },
+            end,
+        )
+        for member in answers.gone:
+            self.epochs.pop(member, None)
+        return answers
+
+
+def first_error(outcome: Outcome) -> Exception:
+    """Why nobody has committed."""
+    for error in outcome.failed.values():
+        return error
+    return WeightUpdateError("every replica died during the commit; start new ones")

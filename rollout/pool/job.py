@@ -1,0 +1,123 @@
+"""A call of `generate` in a pool, and its prompts, each of which runs on one replica at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.commands import Done, FinishReason, Generate, PromptSpec, SampleUpdate, Span
+
+OnChunk = Callable[[Any], None]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PoolCall:
+    """One `Generate` command of a caller; ends when all of its prompts have, or with the first error."""
+
+    stream: bool
+    """Tokens are wanted as they come."""
+    deadline: float
+    """When it fails, on the monotonic clock."""
+    on_chunk: OnChunk | None
+    """Takes every `SampleUpdate`, with the index that the caller counts by."""
+    future: Future[Any] = field(default_factory=Future)
+    """`Done`, or the error."""
+    jobs: list[Job] = field(default_factory=list)
+    """Its prompts."""
+
+    @property
+    def over(self) -> bool:
+        """Nobody waits for more of it."""
+        return self.future.done()
+
+    def emit(self, update: SampleUpdate) -> None:
+        """Hand an update to the caller."""
+        if self.on_chunk is not None and not self.over:
+            try:
+                self.on_chunk(update)
+            except RuntimeError as error:  # The caller's event loop is closed.
+                self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; nothing happens if it has ended."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def finish_if_complete(self) -> None:
+        """End, once every sample of every prompt has finished."""
+        if all(job.complete for job in self.jobs):
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result(Done(count=sum(job.num_samples for job in self.jobs)))
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job:
+    """One prompt with its samples."""
+
+    call: PoolCall
+    """Whose it is."""
+    spec: PromptSpec
+    """What to run; it has a sampling seed, so that it draws the same samples on any replica."""
+    first: int
+    """Index of its first sample in the call."""
+    affinity: bytes | None
+    """What it shares with prompts that begin alike; None: nothing."""
+    replica: int | None = None
+    """Number of the replica that runs it; None: it waits."""
+    attempt: int = 0
+    """How often it was given to a replica; answers of an earlier attempt are dropped."""
+    num_reruns: int = 0
+    """How often it was lost with a replica."""
+    load: int = 0
+    """Samples that keep its replica busy."""
+    finished: set[int] = field(default_factory=set)
+    """Samples that the caller has."""
+    aborted: bool = False
+    """Its end was asked for, so samples that end with "abort" are what the caller wants."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the prompt."""
+        return self.spec.params.n
+
+    @property
+    def complete(self) -> bool:
+        """All of its samples have finished."""
+        return len(self.finished) == self.num_samples
+
+    @property
+    def command(self) -> Generate:
+        """What its replica is told."""
+        return Generate(prompts=[self.spec], stream=self.call.stream)
+
+    def sample_rid(self, sample: int) -> str:
+        """The id of one of its samples, as engines make it."""
+        return f"{self.spec.rid}-{sample}" if self.num_samples > 1 else self.spec.rid
+
+    def named_by(self, rids: set[str]) -> bool:
+        """Whether one of `rids` is its id or a sample's."""
+        return self.spec.rid in rids or any(
+            self.sample_rid(sample) in rids for sample in range(self.num_samples)
+        )
+
+    def empty_sample(self, sample: int, message: str, version: str) -> SampleUpdate:
+        """The answer for a sample that was ended before a replica had it: the same fields as any other."""
+        spec = self.spec
+        return SampleUpdate(
+            index=self.first + sample,
+            rid=self.sample_rid(sample),
+            output_ids=[],
+            finish_reason=FinishReason(type="abort", message=message),
+            prompt_tokens=len(spec.input_ids),
+            cached_tokens=0,
+            weight_version=version,
+            weight_versions=[Span(version, 0, 0)],
+            output_logprobs=[] if spec.return_logprob else None,
+            output_top_logprobs=[] if spec.top_logprobs_num > 0 else None,
+            output_ids_logprobs=[] if spec.token_ids_logprob is not None else None,
+            token_times=[] if spec.return_token_times else None,
+            num_reruns=self.num_reruns,
+        )

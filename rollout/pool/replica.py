@@ -1,0 +1,92 @@
+"""One engine of a pool: its executor, where its answers go, and what it looks like from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import msgspec
+
+from weight_sync.errors import DeadlineExceeded
+
+from ..engine.commands import AbortRequests, GetStatus, SampleUpdate, Status
+from ..engine.executor import Executor
+from .dispatcher import Dispatcher
+from .job import Job
+
+ABORT_TIMEOUT_S = 30.0
+
+
+class ReplicaExecutor(Executor, Protocol):
+    """An executor in processes of its own, which can be ended from here."""
+
+    def kill(self) -> None:
+        """End its processes now, whatever they do, and give everything back."""
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica, for people and for tests."""
+
+    number: int
+    """Its number; never used again after its end."""
+    state: str
+    """"serving", "behind" (not at the pool's version), "retiring"."""
+    address: str
+    """Where it listens."""
+    num_inflight: int
+    """Samples that it was given and has not finished."""
+    pids: tuple[int, ...]
+    """Processes of its ranks."""
+    node_id: str | None
+    """Ray's name of its node; None without Ray."""
+    why_behind: str | None
+    """Why it does not serve; None: it does."""
+
+
+class Replica:
+    """A replica as the dispatcher uses it; `post` brings its answers to the dispatcher's thread."""
+
+    def __init__(
+        self,
+        number: int,
+        executor: ReplicaExecutor,
+        dispatcher: Dispatcher,
+        post: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.number = number
+        self.executor = executor
+        self._dispatcher = dispatcher
+        self._post = post
+        self._clock = clock
+
+    def generate(self, job: Job) -> None:
+        """Start a job; returns at once."""
+        attempt, dispatcher, post = job.attempt, self._dispatcher, self._post
+
+        def on_chunk(update: SampleUpdate) -> None:
+            if isinstance(update, SampleUpdate):
+                post(lambda: dispatcher.update(job, attempt, update))
+
+        def on_end(future: Future[Any]) -> None:
+            error = future.exception()
+            post(lambda: dispatcher.ended(job, attempt, error))
+
+        left_s = job.call.deadline - self._clock()
+        if left_s <= 0:
+            late = DeadlineExceeded("generate: the deadline passed before a replica was free")
+            post(lambda: dispatcher.ended(job, attempt, late))
+            return
+        future = self.executor.submit(job.command, timeout_s=left_s, on_chunk=on_chunk)
+        future.add_done_callback(on_end)
+
+    def abort(self, rids: Sequence[str]) -> None:
+        """End requests early; their partial results come as any other."""
+        self.executor.submit(AbortRequests(rids=list(rids)), timeout_s=ABORT_TIMEOUT_S)
+
+    def check(self, timeout_s: float) -> Status:
+        """Ask for its status; raises when it does not answer in time, or is dead."""
+        future = self.executor.submit(GetStatus(), timeout_s=timeout_s)
+        status: Status = future.result(timeout_s + 1.0)
+        return status
