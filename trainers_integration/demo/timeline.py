@@ -120,7 +120,9 @@ def _add_legend(ax: Axes, requests: Sequence[Request]) -> None:
         handles=handles,
         frameon=False,
         fontsize=9,
-        ncols=5,
+        ncols=8,
+        columnspacing=1.2,
+        handlelength=1.4,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
     )

@@ -10,7 +10,7 @@ from typing import Any
 class GrpoConfig:
     """What one GRPO run does; a step is one batch of completions."""
 
-    steps: int = 120
+    steps: int = 150
     """Batches that are sampled and learned from."""
     prompts_per_step: int = 64
     """Different prompts in a batch."""
