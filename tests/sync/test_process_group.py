@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +25,10 @@ from process_group_support import (
 
 from weight_sync.errors import ManifestMismatch, TransportError
 from weight_sync.manifest import TensorMeta
-from weight_sync.process_groups.landing import landing_buffer
+from weight_sync.process_groups.backends import open_gloo
+from weight_sync.process_groups.landing import forwards, landing_buffer
+from weight_sync.process_groups.rendezvous import StoreServer, connect_store
+from weight_sync.process_groups.streams import receive_parts, send_parts
 from weight_sync.transports.process_group import UpdateGroup
 
 MIB = 1 << 20
@@ -285,6 +289,44 @@ def test_a_landing_buffer_costs_only_what_is_written():
     buffer = landing_buffer(16 * MIB)
     assert buffer.untyped_storage().nbytes() >= 80 * MIB
     assert resident_bytes() - before < 24 * MIB
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_only_ranks_that_pass_nothing_on_post_more_than_they_expect(size):
+    """gloo's interior ranks send on all that they posted, so the guard must know which ranks those are."""
+    server, whole = StoreServer(), [False] * size
+
+    def member(rank: int) -> None:
+        end = time.monotonic() + 20
+        own = server.store
+        if rank:
+            own, lifeline = connect_store("127.0.0.1", server.port, world_size=size, end=end)
+            lifeline.close()
+        communicator = open_gloo(
+            own,
+            rank=rank,
+            size=size,
+            name=NAME,
+            address="127.0.0.1",
+            join_timeout_s=20,
+            timeout_s=10,
+        )
+        buffer = landing_buffer(50_000)
+        parts = [buffer[:20_000], buffer[20_000:]]
+        if rank == 0:
+            buffer.copy_(content(50_000, size))
+            send_parts(communicator, parts, depth=2, end=end)
+        else:
+            receive_parts(communicator, parts, depth=2, end=end, scratch_behind=True)
+        whole[rank] = torch.equal(buffer, content(50_000, size))
+        communicator.barrier()
+        communicator.close()
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(member, range(size)))
+    server.close()
+    assert all(whole)
+    assert [r for r in range(size) if forwards(r, size)] == {5: [1], 7: [1, 2]}.get(size, [])
 
 
 def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
