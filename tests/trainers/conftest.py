@@ -30,7 +30,7 @@ def small_demo(tmp_path):
         "model={hidden_size=32, num_layers=2}",
         "warm_start={max_steps=20, batch_size=32}",
         "eval={every=2, final_samples_per_prompt=2}",
-        "grpo={steps=3, prompts_per_step=8, samples_per_prompt=4, max_new_tokens=5}",
+        "grpo={steps=3, prompts_per_step=8, samples_per_prompt=4, max_new_tokens=5, minibatches=2}",
     ]
 
     def make(*overrides: str) -> DemoConfig:

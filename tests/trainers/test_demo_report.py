@@ -120,6 +120,15 @@ def test_a_run_without_a_timeline_has_a_report(recorded):
     assert "timeline.png" not in names
 
 
+def test_a_timeline_in_which_no_request_met_a_commit_is_drawn(recorded):
+    data = timeline()
+    data["requests"] = data["requests"][:2]
+    data["commits"] = [{"version": v, "time": 200.0 + v, "pause_s": 1e-3} for v in (5, 6)]
+    (recorded / TIMELINE_FILE).write_text(json.dumps(data))
+    write_report(recorded, summary(), settings={})
+    assert (recorded / "timeline.png").stat().st_size > 10_000
+
+
 def test_rows_are_read_as_they_were_written(recorded):
     assert read_rows(recorded) == rows()
 

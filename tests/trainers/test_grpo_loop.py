@@ -15,7 +15,12 @@ from trainers_integration.grpo.loop import GrpoLoop
 from weight_sync import WeightPublisher, fingerprint
 
 CONFIG = GrpoConfig(
-    steps=4, prompts_per_step=8, samples_per_prompt=4, max_new_tokens=6, prompts_in_flight=2
+    steps=4,
+    prompts_per_step=8,
+    samples_per_prompt=4,
+    max_new_tokens=6,
+    prompts_in_flight=2,
+    minibatches=2,
 )
 
 

@@ -72,6 +72,11 @@ def _draw_rows(
     ticks: bool,
 ) -> None:
     """One row per request; x is (time - zero) * scale; `ticks` marks each token."""
+    ax.set_yticks([])
+    ax.grid(False)
+    if not requests:
+        ax.text(0.5, 0.5, "no request was running then", transform=ax.transAxes, ha="center")
+        return
     last = max(request["token_times"][-1] for request in requests)
     first = min(request["arrived_at"] for request in requests)
     for commit in commits:
@@ -102,8 +107,6 @@ def _draw_rows(
                 times, [row] * len(times), "|", color="white", markersize=4, markeredgewidth=0.8
             )
     ax.set_ylim(len(requests) - 0.3, -0.7)
-    ax.set_yticks([])
-    ax.grid(False)
 
 
 def _add_legend(ax: Axes, requests: Sequence[Request]) -> None:

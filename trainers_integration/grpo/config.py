@@ -20,7 +20,7 @@ class GrpoConfig:
     """Longest completion, tokens."""
     temperature: float = 1.0
     """Sampling temperature; log-probabilities are those of the tempered distribution on both sides."""
-    prompts_in_flight: int = 6
+    prompts_in_flight: int = 4
     """Prompts that the asynchronous loop has in the engine at once; the later ones meet fresher weights."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
@@ -28,7 +28,7 @@ class GrpoConfig:
     """Steps over which the learning rate rises from zero."""
     lr_final_fraction: float = 0.1
     """Share of the peak that the learning rate falls to, linearly, by the last step; 1: it stays."""
-    minibatches: int = 2
+    minibatches: int = 4
     """Optimiser steps per pass over a batch."""
     epochs: int = 1
     """Passes over a batch."""
