@@ -7,7 +7,7 @@ Everything that can be wrong with a request is found here, before the scheduler 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import msgspec
 
@@ -36,9 +36,10 @@ class Admission:
         self.pid = os.getpid()
 
     def open(self, call: Call) -> tuple[GenerateGroup, list[list[Request]]]:
-        """Validate the whole command and build its requests, one list of n samples per prompt.
+        """Validate the whole command and build its requests, one list per distinct prompt: its n samples.
 
-        Raises `InvalidRequestError` for the first prompt that cannot be run; then none of them is.
+        Trainers also send a prompt n times; where the same is asked about it, all its samples are one list, so it is
+        computed once. Raises `InvalidRequestError` for the first prompt that cannot be run; then none of them is.
         """
         command: Generate = call.body
         for i, spec in enumerate(command.prompts):
@@ -52,16 +53,25 @@ class Admission:
             deadline=call.deadline,
             num_samples=sum(spec.params.n for spec in command.prompts),
         )
-        prompts, index = [], 0
+        prompts: dict[Hashable, list[Request]] = {}
+        index = 0
         for spec in command.prompts:
-            prompts.append(self._samples(spec, group, index))
+            twins = prompts.setdefault(_asked_of_prompt(spec), [])
+            inputs = twins[0].outputs.inputs if twins else self._inputs(spec)
+            twins += self._samples(spec, group, index, inputs)
             index += spec.params.n
-        return group, prompts
+        return group, list(prompts.values())
 
-    def _samples(self, spec: PromptSpec, group: GenerateGroup, index: int) -> list[Request]:
+    @staticmethod
+    def _inputs(spec: PromptSpec) -> InputLogprobs | None:
+        if not spec.return_logprob or spec.logprob_start_len < 0:
+            return None
+        return InputLogprobs.for_prompt(spec.input_ids, spec.logprob_start_len)
+
+    def _samples(
+        self, spec: PromptSpec, group: GenerateGroup, index: int, inputs: InputLogprobs | None
+    ) -> list[Request]:
         params = self._within_context(spec)
-        start = spec.logprob_start_len if spec.return_logprob else -1
-        inputs = InputLogprobs.for_prompt(spec.input_ids, start) if start >= 0 else None
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._end_ids
@@ -81,7 +91,7 @@ class Admission:
                     params=params,
                     seed=params.seed_for_sample(i, self._config.user.seed, self._num_prompts),
                     return_logprob=spec.return_logprob,
-                    logprob_start_len=start,
+                    logprob_start_len=-1 if inputs is None else inputs.start,
                     top_logprobs_num=spec.top_logprobs_num,
                     token_ids_logprob=spec.token_ids_logprob,
                     stop_ids=sorted(stop_ids),
@@ -134,3 +144,14 @@ class Admission:
                 f"{what}: got token id {worst}, expected ids within the vocabulary [0, {vocab}); "
                 "is this the model's tokenizer?"
             )
+
+
+def _asked_of_prompt(spec: PromptSpec) -> Hashable:
+    """Equal for prompts that can share their computation: the same tokens, and the same log-probabilities of them."""
+    return (
+        tuple(spec.input_ids),
+        spec.return_logprob,
+        spec.logprob_start_len,
+        spec.top_logprobs_num,
+        None if spec.token_ids_logprob is None else tuple(spec.token_ids_logprob),
+    )

@@ -49,6 +49,8 @@ class OutputHold:
                 num_output = mark.num_tokens - request.num_prompt_tokens
                 del request.token_ids[mark.num_tokens :]
                 request.sampler_state = None
+                if num_output == 0:
+                    request.rewind_input_logprobs()
                 state.cut(num_output, mark.num_sent)
                 if state.finished and not state.aborted:
                     state.finished = False

@@ -139,6 +139,23 @@ def test_n_samples_share_the_prompt_and_come_in_prompt_major_order(engine: Engin
     assert [r["output_ids"] for r in alone] == [r["output_ids"] for r in results[4:]]
 
 
+def test_a_prompt_that_is_sent_n_times_is_computed_once(engine: Engine) -> None:
+    prompt = list(range(40, 51))  # shorter than a block: the prefix cache cannot help
+    call = {
+        "input_ids": [prompt, PROMPTS[0], prompt, prompt],
+        "sampling_params": [{**GREEDY, "sampling_seed": i} for i in range(4)],
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    together = engine.generate(**call)
+    alone = engine.generate(**{**call, "input_ids": prompt, "sampling_params": GREEDY})
+    assert [r["meta_info"]["cached_tokens"] for r in together] == [0, 0, 11, 11]
+    for result in (together[0], together[2], together[3]):
+        assert result["output_ids"] == alone["output_ids"]
+        known = values(result, "input_token_logprobs")[1:]
+        assert known == pytest.approx(values(alone, "input_token_logprobs")[1:], abs=1e-4)
+
+
 def test_input_logprobs_are_those_of_transformers(
     engine: Engine, folder: Path, reference_model: Callable[[Path], Any]
 ) -> None:
