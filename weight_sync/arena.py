@@ -18,6 +18,7 @@ from .messages import ArenaHandle, ProcessRef
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
+_POPULATE_BYTES = 8 << 20
 
 
 Range = tuple[int, int]
@@ -119,11 +120,17 @@ class Mapping:
 
 
 def _prepare(memory: mmap.mmap, writable: bool) -> None:
-    # Hints: without them the first update pays a page fault per 4 KiB, in the middle of its copies.
+    """Hints: without them the first update pays a page fault per 4 KiB, in the middle of its copies.
+
+    Piece by piece, because `madvise` keeps the interpreter lock: gigabytes at once would stop every thread of this
+    process for seconds, an engine's loop and heartbeats among them.
+    """
     populate = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
-    for advice in (mmap.MADV_HUGEPAGE, populate):
-        with contextlib.suppress(OSError, ValueError):
-            memory.madvise(advice)
+    with contextlib.suppress(OSError, ValueError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError, ValueError):
+        for start in range(0, len(memory), _POPULATE_BYTES):
+            memory.madvise(populate, start, min(_POPULATE_BYTES, len(memory) - start))
 
 
 def _as_tensor(memory: mmap.mmap, num_bytes: int, offset: int) -> torch.Tensor:
