@@ -23,16 +23,18 @@ if TYPE_CHECKING:
         StaleVersionError,
         SyncError,
         TornWeightsError,
+        TrainerDiedError,
         TransportError,
         WeightUpdateError,
     )
     from .fingerprints import combine, fingerprint, tensor_fingerprint
     from .manifest import Manifest, TensorMeta
-    from .mesh_update import update_weights
+    from .mesh_update import close_mesh, update_weights
     from .plan import Plan, compile_plan
     from .publisher import WeightPublisher
     from .receiver import WeightReceiver
     from .report import SyncReport
+    from .spmd_publisher import SpmdPublisher
     from .transports.disk import read_checkpoint, write_checkpoint
     from .weight_map import Placement, WeightMap
 
@@ -50,16 +52,18 @@ _MODULES = {
         "StaleVersionError",
         "SyncError",
         "TornWeightsError",
+        "TrainerDiedError",
         "TransportError",
         "WeightUpdateError",
     ),
     "fingerprints": ("combine", "fingerprint", "tensor_fingerprint"),
     "manifest": ("Manifest", "TensorMeta"),
-    "mesh_update": ("update_weights",),
+    "mesh_update": ("close_mesh", "update_weights"),
     "plan": ("Plan", "compile_plan"),
     "publisher": ("WeightPublisher",),
     "receiver": ("WeightReceiver",),
     "report": ("SyncReport",),
+    "spmd_publisher": ("SpmdPublisher",),
     "transports.disk": ("read_checkpoint", "write_checkpoint"),
     "weight_map": ("Placement", "WeightMap"),
 }
@@ -79,16 +83,19 @@ __all__ = [
     "RemoteError",
     "SessionBusy",
     "SessionError",
+    "SpmdPublisher",
     "StaleVersionError",
     "SyncError",
     "SyncReport",
     "TensorMeta",
     "TornWeightsError",
+    "TrainerDiedError",
     "TransportError",
     "WeightMap",
     "WeightPublisher",
     "WeightReceiver",
     "WeightUpdateError",
+    "close_mesh",
     "combine",
     "compile_plan",
     "fingerprint",

@@ -23,6 +23,10 @@ class EngineDiedError(SyncError, ConnectionError):
     """The process that serves the engine is gone; the call will never be answered."""
 
 
+class TrainerDiedError(SyncError, ConnectionError):
+    """A rank of the trainer is gone, and the others cannot publish without its shards; the engine keeps its version."""
+
+
 class RemoteError(SyncError):
     """The other side failed with an error that has no class here; the message names its type."""
 
@@ -67,6 +71,7 @@ ERRORS: dict[str, type[Exception]] = {
         ProtocolError,
         DeadlineExceeded,
         EngineDiedError,
+        TrainerDiedError,
         RemoteError,
         WeightUpdateError,
         ManifestMismatch,

@@ -81,13 +81,23 @@ def fingerprint(
     A module counts each parameter once, under its first name (tied weights). Of named tensors every name counts; they
     may come from an iterator that reuses its memory. `dtypes` is what the engine holds, where it is not what the
     trainer holds: by name, or one for all floating-point tensors; values are converted as a sync converts them.
+
+    DTensors are not gathered: every rank of their mesh calls this at the same point, counts its own shards, and one
+    number is added up over the mesh. Plain tensors beside them count on every rank as what they are.
     """
+    from .mesh_fingerprint import MeshSums  # it needs what is here
+    from .shards import is_distributed
+
+    meshes = MeshSums()
     total = 0
     batch: list[tuple[str, torch.Tensor]] = []
     size = 0
     reused = not isinstance(source, nn.Module | Mapping | list | tuple)
     for name, tensor in _named(source):
         dtype = _held_dtype(name, tensor, dtypes)
+        if is_distributed(tensor):
+            meshes.add(name, tensor, dtype)
+            continue
         num_bytes = tensor.numel() * dtype.itemsize
         if num_bytes >= _DIRECT_BYTES:
             total += name_key(name) * unsigned(_whole_sum(tensor.detach().to(dtype)))
@@ -98,7 +108,7 @@ def fingerprint(
         if size >= _BATCH_BYTES:
             total += _batch_sum(batch)
             batch, size = [], 0
-    return (total + _batch_sum(batch)) & _MASK
+    return (total + _batch_sum(batch) + meshes.total()) & _MASK
 
 
 class ArenaFingerprints:
@@ -187,8 +197,9 @@ def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     # Tied weights are one `Parameter` under two names as a rule, but also two views of one storage.
     seen: set[tuple[torch.device, int, tuple[int, ...], tuple[int, ...]]] = set()
     for name, tensor in module.named_parameters():
-        if tensor.numel():
-            key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        held = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if held.numel():
+            key = (held.device, held.data_ptr(), tuple(held.shape), held.stride())
             if key in seen:
                 continue
             seen.add(key)

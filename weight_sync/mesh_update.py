@@ -1,13 +1,18 @@
 """The call that every rank of a trainer makes: `await weight_sync.update_weights(...)`."""
 
 import asyncio
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from .errors import TransportError
 from .report import SyncReport
+from .spmd_publisher import SpmdPublisher
+
+_LOCK = threading.Lock()
+_PUBLISHERS: dict[tuple[Any, str | None], SpmdPublisher] = {}
+"""One per mesh and key, made by its ranks together and kept: arena and plan serve every later batch."""
 
 
 async def update_weights(
@@ -17,33 +22,53 @@ async def update_weights(
     device_mesh: Any,
     load_format: str | None = None,
 ) -> SyncReport:
-    """Update `engine` with a batch of plain (name, tensor) pairs, in the open session if there is one.
+    """Update `engine` with a batch of (name, tensor or DTensor) pairs, of any part of the model.
 
-    Called by every rank along `device_mesh[device_mesh_key]`; today that is one rank, or no mesh at all (None), and
-    a larger mesh is refused. `load_format` None and "flattened_bucket" mean the same here: how the bytes travel is the
-    publisher's business, and none of them is packed twice.
+    Called by every rank of `device_mesh` at the same point, with its own shards; plain tensors count as replicated.
+    `engine` is an engine or its address, and counts on the first rank along `device_mesh_key` alone: one engine per
+    line of the mesh, all with the same weights. Every rank returns the report of its engine, or raises the same error.
+
+    Each batch is a transaction of its own. A trainer of one rank (no mesh, or a mesh of size 1) passes the batch to
+    the engine's own call, which stages it where an explicit session is open. `load_format` None, "auto" and
+    "flattened_bucket" mean the same: no byte is packed twice either way.
+
+    The first call on a mesh makes a publisher that later ones use; `close_mesh` gives it back.
     """
     if load_format not in (None, "auto", "flattened_bucket"):
         raise ValueError(
             f"load_format: got {load_format!r}, expected None, 'auto' or 'flattened_bucket'; leave it out"
         )
-    size = _mesh_size(device_mesh, device_mesh_key)
-    if size != 1:
-        raise TransportError(
-            f"cannot gather from a device mesh: got {size} ranks along {device_mesh_key!r}, expected one; gather the "
-            "tensors with full_tensor() on every rank and publish them from one"
-        )
-    pairs = list(params_batch)
+    if device_mesh is None or device_mesh.size() == 1:
+        return await _update_alone(engine, list(params_batch))
+    publisher = await asyncio.to_thread(_publisher, device_mesh, device_mesh_key)
+    return await publisher.async_publish(params_batch, engine, strict=False)
+
+
+def close_mesh(device_mesh: Any) -> None:
+    """Give back what `update_weights` keeps for a mesh. On every rank, before the process group is destroyed or not."""
+    with _LOCK:
+        keys = [key for key in _PUBLISHERS if key[0] == device_mesh]
+        publishers = [_PUBLISHERS.pop(key) for key in keys]
+    for publisher in publishers:
+        publisher.close()
+
+
+async def _update_alone(engine: Any, pairs: list[tuple[str, torch.Tensor]]) -> SyncReport:
     twin = getattr(engine, "async_update_weights_from_tensor", None)
     if twin is not None:
         report: SyncReport = await twin(pairs)
-    else:
+    elif hasattr(engine, "update_weights_from_tensor"):
         report = await asyncio.to_thread(engine.update_weights_from_tensor, pairs)
+    else:
+        with SpmdPublisher(None) as publisher:
+            report = await publisher.async_publish(pairs, engine, strict=False)
     return report
 
 
-def _mesh_size(device_mesh: Any, key: str | None) -> int:
-    if device_mesh is None:
-        return 1
-    along = device_mesh if key is None else device_mesh[key]
-    return int(along.size())
+def _publisher(device_mesh: Any, key: str | None) -> SpmdPublisher:
+    with _LOCK:
+        found = _PUBLISHERS.get((device_mesh, key))
+        if found is None:
+            found = SpmdPublisher(device_mesh, engine_axis=key)
+            _PUBLISHERS[device_mesh, key] = found
+        return found

@@ -65,12 +65,16 @@ class SharedMemoryArena(SharedBytes):
 class OpenedSharedMemoryArena(SharedBytes):
     """The engine's end: a read-only mapping of what `handle` names; `TransportError` when it is not an arena."""
 
+    _writable = False
+
     def __init__(self, handle: SharedMemoryHandle) -> None:
         self._owner = handle.owner
-        fd = _open(handle)
+        fd = _open(handle, os.O_RDWR if self._writable else os.O_RDONLY)
         try:
             _check_file(fd, handle)
-            self._mapping = Mapping(fd, handle.num_bytes, offset=HEADER_BYTES, writable=False)
+            self._mapping = Mapping(
+                fd, handle.num_bytes, offset=HEADER_BYTES, writable=self._writable
+            )
         except (OSError, ValueError) as error:
             raise _refusal(handle, f"it cannot be mapped: {error}") from error
         finally:
@@ -93,6 +97,16 @@ class OpenedSharedMemoryArena(SharedBytes):
         self._mapping.close()
 
 
+class WritableSharedMemoryArena(OpenedSharedMemoryArena):
+    """Another process of the trainer's end: a mapping to write shards into."""
+
+    _writable = True
+
+    def __init__(self, handle: SharedMemoryHandle) -> None:
+        super().__init__(handle)
+        self.handle = handle
+
+
 def _refusal(handle: SharedMemoryHandle, why: str) -> TransportError:
     return TransportError(
         f"cannot open the trainer's arena (process {handle.owner.pid}, descriptor {handle.fd}, "
@@ -101,7 +115,7 @@ def _refusal(handle: SharedMemoryHandle, why: str) -> TransportError:
     )
 
 
-def _open(handle: SharedMemoryHandle) -> int:
+def _open(handle: SharedMemoryHandle, access: int) -> int:
     if handle.owner.host != host_id():
         raise _refusal(
             handle, "the trainer runs on another machine or in another process-id namespace"
@@ -115,7 +129,7 @@ def _open(handle: SharedMemoryHandle) -> int:
         target = os.readlink(link)
         if not target.startswith(f"/memfd:{_NAME}"):
             raise _refusal(handle, f"the descriptor is {target!r}")
-        return os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        return os.open(link, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except PermissionError as error:
         raise _refusal(
             handle,

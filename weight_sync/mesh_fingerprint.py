@@ -1,0 +1,43 @@
+"""Fingerprints of DTensors: every rank counts its own shards, and one number per mesh is added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import region as regions
+from .fingerprints import name_key, region_sum, unsigned
+from .shards import is_first_replica, local_of, pieces_of
+
+
+class MeshSums:
+    """Collects the summands of this rank; `total` is a collective of every mesh that occurred, in their order."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Any, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        """Count this rank's shards of `tensor`, which stand in `dtype`; of replicas, only the first does."""
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        value = 0
+        pieces = pieces_of(name, tensor)
+        if is_first_replica(tensor):
+            local = local_of(tensor).to(dtype)
+            for piece in pieces:
+                part = regions.part(local, piece.local)
+                value += unsigned(region_sum(part, tuple(tensor.shape), piece.region))
+        self._sums[mesh] = self._sums.get(mesh, 0) + name_key(name) * value
+
+    def total(self) -> int:
+        """The sum over all ranks and meshes; one 8-byte all_reduce along every axis of each mesh."""
+        total = 0
+        for mesh, value in self._sums.items():
+            # As two's complement: sums modulo 2^64 are what integer reductions give.
+            wrapped = (value + (1 << 63)) % (1 << 64) - (1 << 63)
+            box = torch.tensor([wrapped], dtype=torch.int64, device=mesh.device_type)
+            for axis in range(mesh.ndim):
+                dist.all_reduce(box, group=mesh.get_group(axis))
+            total += unsigned(box[0])
+        return total

@@ -1,0 +1,302 @@
+"""Publishing from a trainer that is many processes, each with its own shards: FSDP2, tensor parallelism, or both.
+
+    publisher = SpmdPublisher(device_mesh)                        # on every rank
+    report = publisher.publish(model, engine)                     # on every rank; only rank 0 needs the engine
+
+Nothing is gathered. Rank 0 makes one arena in the engine's layout, every rank writes its own shards into it, each byte
+once, and sends the sums that its shards add to the tensors' fingerprints. Rank 0 alone talks to the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+import torch
+
+from .deadline import Deadline
+from .endpoint import TransportChoice
+from .errors import ERRORS, EngineDiedError, SessionError, TrainerDiedError
+from .fingerprints import NamedTensors
+from .manifest import dtype_name
+from .messages import KvPolicyName, VerifyMode
+from .process import current_process
+from .report import SyncReport
+from .rpc import RpcClient
+from .rpc_wire import error_reply
+from .selection import Layout
+from .shards import Piece, local_of, pairs_of, pieces_of, placement_of
+from .spmd_coordinator import Coordinator
+from .spmd_engines import Engines, Target
+from .spmd_group import MeshRanks
+from .spmd_messages import (
+    Describe,
+    Failed,
+    Finish,
+    Grant,
+    Offer,
+    Outcome,
+    PlanReply,
+    RankReply,
+    Tensor,
+    Wrote,
+)
+from .spmd_share import RankShare
+from .transports.shared_memory import WritableSharedMemoryArena
+from .update import UpdateOptions
+
+_GRACE_S = 5.0
+"""How much longer than rank 0 the others wait, so that they hear its reason."""
+
+
+class SpmdPublisher:
+    """One rank's publisher; make and use it on every rank of `device_mesh`, at the same points.
+
+    `device_mesh` holds all ranks that have shards; None is a trainer of one process. On a mesh of several dimensions
+    the first rank along `engine_axis` may bring an engine each; all of them get the same weights. Construction is the
+    one collective (a kilobyte is broadcast along the mesh's own groups); after it, ranks talk to rank 0 over
+    connections, so a rank that is late, raises or dies costs an error on every rank and leaves no group out of step.
+    Ranks share memory and so run on one machine, as one user. `transport="process_group"` carries the arena on to
+    engines elsewhere; "shared_memory" has the engines read it where it is.
+    """
+
+    def __init__(
+        self,
+        device_mesh: Any,
+        *,
+        engine_axis: str | None = None,
+        timeout_s: float = 60.0,
+        bucket_bytes: int = 512 << 20,
+        transport: TransportChoice = "shared_memory",
+        group_host: str = "127.0.0.1",
+    ) -> None:
+        self._ranks = MeshRanks(device_mesh, engine_axis)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._update = 0
+        self._plan = 0
+        self._shape: object = None
+        self._share: RankShare | None = None
+        self._arena: WritableSharedMemoryArena | None = None
+        self._coordinator: Coordinator | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._closed = False
+        meeting = b""
+        if self._ranks.rank == 0:
+            engines = Engines(bucket_bytes=bucket_bytes, transport=transport, group_host=group_host)
+            secret = secrets.token_bytes(16)
+            self._coordinator = Coordinator(self._ranks.size, engines, secret=secret)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="spmd-coordinator")
+            meeting = secret + self._coordinator.address.encode()
+        try:
+            meeting = self._ranks.from_first(meeting, timeout_s)
+            self._secret = meeting[:16]
+            self._client = RpcClient(
+                meeting[16:].decode(), RankReply, errors=ERRORS, name="spmd-rank"
+            )
+        except BaseException:
+            if self._coordinator is not None:
+                self._coordinator.close()
+            raise
+
+    @property
+    def rank(self) -> int:
+        """Position in the mesh, row by row; 0 drives the engines."""
+        return self._ranks.rank
+
+    def publish(
+        self,
+        named_tensors: NamedTensors,
+        engine: Target | None = None,
+        *,
+        version: int | None = None,
+        label: str | None = None,
+        strict: bool = True,
+        kv_policy: KvPolicyName | None = None,
+        verify: VerifyMode = "pause",
+        base_version: int | None = None,
+        cast: bool = True,
+    ) -> SyncReport:
+        """Make these tensors the engine's next version; every rank calls it, and every rank returns or raises the same.
+
+        named_tensors: a module, a mapping or pairs, whose tensors exist all at once: DTensors, of which this rank gives
+            its shards, and plain ones, which count as replicated. Ranks may have different names (pipeline stages).
+        engine: an engine of this process or an address; of rank 0, and of the first ranks along `engine_axis`. Other
+            ranks may pass None, and what they pass is not looked at.
+
+        The other arguments are those of `WeightPublisher.publish`; rank 0's count. On the way in nothing is waited for
+        but the other ranks; when it returns, the tensors may change.
+        """
+        options = UpdateOptions(
+            version=version,
+            label=label,
+            strict=strict,
+            kv_policy=kv_policy,
+            verify=verify,
+            base_version=base_version,
+            cast=cast,
+            lease_s=self._timeout_s,
+        )
+        with self._lock:
+            if self._closed:
+                raise SessionError("the publisher was closed; expected an open one; make a new one")
+            self._update += 1
+            if self._coordinator is not None and self._thread is not None:
+                deadline = Deadline(self._timeout_s)
+                self._thread.submit(self._coordinator.run, self._update, engine, options, deadline)
+            try:
+                return self._take_part(named_tensors, engine)
+            except BaseException as error:
+                self._plan = 0
+                raise self._told(error) from error.__cause__
+
+    async def async_publish(
+        self, named_tensors: NamedTensors, *args: Any, **options: Any
+    ) -> SyncReport:
+        """`publish` for a running event loop."""
+        return await asyncio.to_thread(self.publish, named_tensors, *args, **options)
+
+    def close(self) -> None:
+        """Give arena and connections back; the engine goes on. Safe to repeat, on ranks in any order."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._client.close()
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._coordinator is not None:
+                self._coordinator.close()
+            self._drop_arena()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take_part(self, named_tensors: NamedTensors, engine: Target | None) -> SyncReport:
+        pairs = pairs_of(named_tensors)
+        shape = [(name, tuple(t.shape), t.dtype, placement_of(t)) for name, t in pairs]
+        plan = self._plan if shape == self._shape else 0
+        offer = Offer(
+            secret=self._secret,
+            rank=self.rank,
+            update=self._update,
+            process=current_process(),
+            plan=plan,
+            engine=self._address(engine),
+        )
+        grant: Grant = self._call(offer)
+        if grant.describe:
+            self._shape, self._plan = None, 0
+            pieces = [(name, pieces_of(name, tensor)) for name, tensor in pairs]
+            grant = self._call(self._description(pairs, pieces))
+            assert grant.plan is not None
+            self._adopt(grant.plan, pieces)
+            self._shape, self._plan = shape, grant.plan.plan
+        assert self._share is not None
+        tensors = [local_of(tensor) for _, tensor in pairs]
+        return self._write(self._share, tensors)
+
+    def _write(self, share: RankShare, tensors: list[torch.Tensor]) -> SyncReport:
+        noted: list[Future[Any]] = []
+        for bucket in range(share.num_buckets):
+            values = share.write(bucket, tensors)
+            message = Wrote(
+                secret=self._secret,
+                rank=self.rank,
+                update=self._update,
+                bucket=bucket,
+                values=values.astype("<u8").tobytes(),
+            )
+            noted.append(self._client.submit(message, self._timeout_s + _GRACE_S))
+            for future in noted:
+                if future.done():
+                    future.result()  # refused: writing the rest would be in vain
+        finish = Finish(
+            secret=self._secret,
+            rank=self.rank,
+            update=self._update,
+            twins=share.compare(tensors).astype("<u8").tobytes(),
+        )
+        outcome: Outcome = self._call(finish)
+        return outcome.report
+
+    def _description(
+        self,
+        pairs: Sequence[tuple[str, torch.Tensor]],
+        pieces: Sequence[tuple[str, Sequence[Piece]]],
+    ) -> Describe:
+        return Describe(
+            secret=self._secret,
+            rank=self.rank,
+            update=self._update,
+            tensors=tuple(
+                Tensor(
+                    name=name,
+                    shape=tuple(tensor.shape),
+                    dtype=dtype_name(tensor.dtype),
+                    regions=tuple(piece.region for piece in held),
+                )
+                for (name, tensor), (_, held) in zip(pairs, pieces, strict=True)
+            ),
+        )
+
+    def _adopt(self, plan: PlanReply, pieces: Sequence[tuple[str, Sequence[Piece]]]) -> None:
+        """Open the arena where it is a new one, and compile this rank's share."""
+        if self._arena is None or self._arena.handle != plan.arena:
+            self._drop_arena()
+            self._arena = WritableSharedMemoryArena(plan.arena)
+        self._share = RankShare(
+            Layout(plan.engine, plan.bucket_bytes),
+            pieces,
+            rows=np.frombuffer(plan.rows, dtype="<u4").astype(np.int64),
+            actions=plan.writes,
+            buffer=self._arena.buffer,
+            skip=frozenset(plan.ignored),
+        )
+
+    def _address(self, engine: Target | None) -> str | None:
+        """What other ranks' engines are reached by; rank 0 has its own as an object."""
+        if engine is None or not self._ranks.is_owner:
+            return None
+        if isinstance(engine, str):
+            return engine
+        return str(getattr(engine, "address", "")) if self.rank else "rank 0"
+
+    def _call(self, message: msgspec.Struct) -> Any:
+        return self._client.call(message, self._timeout_s + _GRACE_S)
+
+    def _told(self, error: BaseException) -> BaseException:
+        """Every rank is to hear of it; and without rank 0 nobody can go on."""
+        dead = self._client.dead
+        if dead is not None and isinstance(error, EngineDiedError):
+            return TrainerDiedError(
+                f"rank 0 of the trainer's mesh is gone ({dead}): expected it to publish; restart the trainer"
+            )
+        if dead is None:
+            reply = error_reply(error)
+            self._client.submit(
+                Failed(
+                    secret=self._secret,
+                    rank=self.rank,
+                    update=self._update,
+                    code=reply.code,
+                    message=reply.message,
+                ),
+                _GRACE_S,
+            )
+        return error
+
+    def _drop_arena(self) -> None:
+        self._share = None
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
