@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -190,7 +191,11 @@ class FleetWeights:
             action = self._actions.get(type(body))
             if action is None:
                 raise ProtocolError(f"not a message about weights: got {type(body).__name__}")
-            call.reply(action(body, call.deadline))
+            answer = action(body, call.deadline)
+            if isinstance(answer, Future):
+                answer.add_done_callback(partial(_answer_later, call))
+            else:
+                call.reply(answer)
         except (SyncError, ValueError) as error:  # a refusal
             call.fail(error)
         except Exception as error:  # whatever it was, the pool goes on and the caller is told
@@ -384,3 +389,11 @@ class FleetWeights:
             self._serves(member)
         finally:
             self._on_change()
+
+
+def _answer_later(call: Call, future: Future[Any]) -> None:
+    error = future.exception()
+    if error is None:
+        call.reply(future.result())
+    else:
+        call.fail(error)

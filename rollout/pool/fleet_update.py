@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import numpy as np
 from weight_sync.errors import EngineDiedError, SessionError, WeightUpdateError
 from weight_sync.messages import (
     Abort,
+    Ack,
     Begin,
     Bucket,
     BucketReply,
@@ -22,7 +24,7 @@ from weight_sync.messages import (
     WireManifest,
 )
 
-from .members import Answers, Member, ask_all
+from .members import Answers, Asked, Member, ask_all, collect, joint_answer, tell_all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,8 @@ class FleetUpdate:
     """Their fingerprints, uint64."""
     opaque: bool = False
     """Some of it came without fingerprints: from a plain trainer."""
+    _buckets: list[Asked] = field(default_factory=list)
+    """Answers that are still to come."""
 
     @classmethod
     def begin(
@@ -108,13 +112,15 @@ class FleetUpdate:
         }
         if again:
             second = ask_all(again, end)
+            for member in again:
+                answers.replies.pop(member)
             answers.replies.update(second.replies)
             answers.errors.update(second.errors)
             answers.gone.update(second.gone)
         opened = {
             member: reply.epoch
             for member, reply in answers.replies.items()
-            if not reply.need_manifest and member not in answers.gone
+            if not reply.need_manifest
         }
         update = cls(
             request=request,
@@ -133,34 +139,45 @@ class FleetUpdate:
             return None
         return update
 
-    def bucket(self, message: Bucket, end: float) -> BucketReply:
-        """Have all check a bucket."""
-        reply: BucketReply = self._agreed(message, end)
+    def bucket(self, message: Bucket, end: float) -> Future[BucketReply]:
+        """Have all check a bucket, without waiting for them: the next one may follow at once."""
+        for asked in self._buckets:
+            for future in asked.values():
+                if future.done() and isinstance(future.exception(), WeightUpdateError):
+                    future.result()  # The session has failed; what comes now is in vain.
+        asked = self._tell(message, end)
+        self._buckets.append(asked)
         indices = np.frombuffer(message.indices, dtype="<u4")
         self.present[indices] = True
         self.declared[indices] = np.frombuffer(message.fingerprints, dtype="<u8")
-        return reply
+        return joint_answer(asked, end)
 
-    def receive(self, message: Receive, end: float) -> BucketReply:
+    def receive(self, message: Receive, end: float) -> Future[BucketReply]:
         """Have all receive what a plain trainer broadcasts."""
         self.opaque = True
-        reply: BucketReply = self._agreed(message, end)
-        return reply
+        asked = self._tell(message, end)
+        self._buckets.append(asked)
+        return joint_answer(asked, end)
 
-    def vote(self, message: Vote | Commit, end: float) -> Any:
+    def vote(self, message: Vote | Commit, end: float) -> Ack:
         """Ask all whether they can commit; one that cannot speaks for all."""
-        return self._agreed(Vote(session_id=message.session_id, epoch=message.epoch), end)
+        votes = self._tell(Vote(session_id=message.session_id, epoch=message.epoch), end)
+        for asked in self._buckets:
+            self._agreed(asked, end)
+        self._buckets.clear()
+        self._agreed(votes, end)
+        return Ack()
 
     def commit(self, message: Commit, end: float) -> Outcome:
         """Vote and write; raises, and nothing has changed anywhere, unless all can."""
         self.vote(message, end)
-        answers = self._ask(message, end)
+        answers = self._left_out(collect(self._tell(message, end), end))
         return Outcome(committed=answers.replies, failed=answers.errors)
 
     def abort(self, reason: str, end: float) -> None:
         """End it everywhere without a trace."""
         message = Abort(session_id=self.request.session_id, epoch=self.epoch, reason=reason[:4096])
-        self._ask(message, end)
+        self._left_out(collect(self._tell(message, end), end))
 
     def check(self, message: Any) -> None:
         """`SessionError` unless the message is of this session."""
@@ -171,24 +188,22 @@ class FleetUpdate:
                 "begin a new one"
             )
 
-    def _agreed(self, message: Any, end: float) -> Any:
-        """One of the replies, all of which said yes."""
-        answers = self._ask(message, end)
-        if answers.errors:
-            answers.raise_refusal()
+    def _tell(self, message: Any, end: float) -> Asked:
+        messages = {
+            member: msgspec.structs.replace(message, epoch=epoch)
+            for member, epoch in self.epochs.items()
+        }
+        return tell_all(messages, end)
+
+    def _agreed(self, asked: Asked, end: float) -> None:
+        """Raise unless all who live said yes, and somebody does."""
+        answers = self._left_out(collect(asked, end))
+        answers.raise_refusal()
         if not answers.replies:
             raise EngineDiedError("every replica that took part in the update has died")
-        return next(iter(answers.replies.values()))
 
-    def _ask(self, message: Any, end: float) -> Answers:
-        """Everybody's answer; who has died takes no further part."""
-        answers = ask_all(
-            {
-                member: msgspec.structs.replace(message, epoch=epoch)
-                for member, epoch in self.epochs.items()
-            },
-            end,
-        )
+    def _left_out(self, answers: Answers) -> Answers:
+        """Who has died takes no further part."""
         for member in answers.gone:
             self.epochs.pop(member, None)
         return answers

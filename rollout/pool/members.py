@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -54,13 +55,20 @@ class Answers:
                 raise error
 
 
-def ask_all(messages: Mapping[Member, Any], end: float) -> Answers:
-    """Send each member its message, then collect what they say until `end` (monotonic)."""
-    futures = {
+Asked = dict[Member, "Future[Any]"]
+
+
+def tell_all(messages: Mapping[Member, Any], end: float) -> Asked:
+    """Send each member its message, to be answered by `end` (monotonic)."""
+    return {
         member: member.channel.submit(message, left(end)) for member, message in messages.items()
     }
+
+
+def collect(asked: Asked, end: float) -> Answers:
+    """What they say until `end`."""
     answers = Answers(replies={}, errors={}, gone={})
-    for member, future in futures.items():
+    for member, future in asked.items():
         try:
             answers.replies[member] = future.result(left(end))
         except GONE as error:
@@ -74,6 +82,38 @@ def ask_all(messages: Mapping[Member, Any], end: float) -> Answers:
         except Exception as error:
             answers.errors[member] = error
     return answers
+
+
+def ask_all(messages: Mapping[Member, Any], end: float) -> Answers:
+    """Send each member its message and wait for what they say."""
+    return collect(tell_all(messages, end), end)
+
+
+def joint_answer(asked: Asked, end: float) -> Future[Any]:
+    """Done when all have answered: with one of the replies, or the first refusal."""
+    joint: Future[Any] = Future()
+    if not asked:
+        joint.set_exception(EngineDiedError("every replica that took part has died"))
+    missing = len(asked)
+    lock = threading.Lock()
+
+    def note(_: Future[Any]) -> None:
+        nonlocal missing
+        with lock:
+            missing -= 1
+            if missing:
+                return
+        answers = collect(asked, end)
+        try:
+            answers.raise_refusal()
+        except Exception as error:
+            joint.set_exception(error)
+        else:
+            joint.set_result(next(iter(answers.replies.values())))
+
+    for future in asked.values():
+        future.add_done_callback(note)
+    return joint
 
 
 def same(members: Iterable[Member], message: Any) -> dict[Member, Any]:
