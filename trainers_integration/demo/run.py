@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import closing
@@ -33,8 +32,7 @@ from .tokenizer import build_tokenizer
 
 
 def run_demo(config: DemoConfig, screen: Screen) -> Row:
-    """Everything; returns the summary, which is also in the run's folder."""
-    started = time.perf_counter()
+    """Everything; returns the summary, which is also in the run's folder. `screen` began counting the seconds."""
     check_can_draw()
     disable_progress_bar()
     torch.set_num_threads(config.trainer_threads)
@@ -47,10 +45,10 @@ def run_demo(config: DemoConfig, screen: Screen) -> Row:
             run.check_saved_model(engine)
             run.in_flight(engine, publisher)
     summary = summarize(recorder.rows) | {"mode": config.mode, "seed": config.seed}
-    summary["seconds"] = time.perf_counter() - started
+    summary["seconds"] = screen.seconds
     screen.say("report    drawing")
     pictures = write_report(config.folder, summary, settings=dataclasses.asdict(config))
-    summary["seconds"] = time.perf_counter() - started
+    summary["seconds"] = screen.seconds
     (config.folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     screen.finish(summary, config.folder, pictures)
     return summary

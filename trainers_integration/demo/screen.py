@@ -34,10 +34,16 @@ class Screen:
         self.console = console or Console()
         self._started = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """Since this object was made."""
+        return time.perf_counter() - self._started
+
     def say(self, text: str) -> None:
         """One line about what is done."""
-        seconds = time.perf_counter() - self._started
-        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{self.seconds:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     @contextmanager
     def phase(self, title: str, steps: int) -> Iterator[StepListener]:

@@ -42,7 +42,8 @@ class _Sampled:
 class GrpoLoop:
     """One training run against one engine. Both ways to run it yield a `StepRecord` after each step.
 
-    Without a `publisher` the engine keeps the weights that it has: the control of an experiment.
+    Without a `publisher` the engine keeps the weights that it has: the control of an experiment. Labels of weight
+    versions must be their numbers: what an engine starts with by default, and what is published here.
     """
 
     def __init__(
