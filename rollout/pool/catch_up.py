@@ -205,7 +205,7 @@ def from_peer(
     manifest = Manifest.from_wire(info.manifest)
     elsewhere = info.process.host != host_id()
     with WeightPublisher(
-        _Holder(member.channel),
+        _Borrowed(member.channel),
         timeout_s=left(end),
         transport="process_group" if elsewhere else "auto",
         group_host=group_host,
@@ -216,14 +216,28 @@ def from_peer(
     return report.fingerprint
 
 
-class _Holder:
-    """What `WeightPublisher` asks of an engine."""
+class _Borrowed:
+    """An engine for a publisher that gives nothing back which is not its own: the channel stays open."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self.call = channel.call
+        self.submit = channel.submit
+        self.lend = channel.lend
 
     def weight_channel(self) -> Channel:
-        return self._channel
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        return self._channel.is_local
+
+    @property
+    def dead(self) -> str | None:
+        return self._channel.dead
+
+    def close(self) -> None:
+        """The channel is another's."""
 
 
 def _read_all(peer: Member, manifest: Manifest, end: float) -> Iterator[tuple[str, torch.Tensor]]:

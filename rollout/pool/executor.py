@@ -16,21 +16,20 @@ from functools import partial
 from typing import Any, get_args
 
 import msgspec
-import torch
 
-from weight_sync.channel import Channel, wait
-from weight_sync.errors import TransportError
+from weight_sync.channel import Channel
 from weight_sync.messages import WeightRequest
 from weight_sync.rpc import Call, RpcServer
 
 from ..config import EngineConfig
 from ..engine import commands as cmd
-from ..engine.executor import InlineCall, OnChunk
+from ..engine.executor import OnChunk
 from ..engine.wire import REQUEST_TYPES
 from ..errors import EngineClosedError, RolloutError
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
+from .fleet_channel import FleetChannel
 from .job import PoolCall
 from .members import GONE
 from .replica import Replica, ReplicaExecutor, ReplicaStatus
@@ -111,15 +110,13 @@ class PoolExecutor:
             )
             self._events.put(lambda: self._dispatcher.add(call, body.prompts))
         elif isinstance(body, WEIGHT_MESSAGES):
-            inline = InlineCall(body, time.monotonic() + timeout_s, None)
-            self._fleet.handle(inline)
-            return inline.future
+            return FleetChannel(self._fleet).submit(body, timeout_s)
         else:
             self._events.put(lambda: self._command(body, timeout_s, future))
         return future
 
     def weight_channel(self) -> Channel:
-        return FleetChannel(self)
+        return FleetChannel(self._fleet)
 
     @property
     def address(self) -> str:
@@ -328,35 +325,6 @@ class PoolExecutor:
             pid=os.getpid(),
             **sums,
         )
-
-
-class FleetChannel:
-    """How a publisher of this process reaches all replicas."""
-
-    def __init__(self, executor: PoolExecutor) -> None:
-        self._executor = executor
-
-    def call(self, message: Any, timeout_s: float) -> Any:
-        return wait(self.submit(message, timeout_s), message, timeout_s)
-
-    def submit(self, message: Any, timeout_s: float) -> Future[Any]:
-        return self._executor.submit(message, timeout_s=timeout_s)
-
-    @property
-    def is_local(self) -> bool:
-        return False
-
-    def lend(self, buffer: torch.Tensor) -> str:
-        raise TransportError(
-            "replicas are in other processes: they cannot read a buffer of this one"
-        )
-
-    @property
-    def dead(self) -> str | None:
-        return "the pool was shut down" if self._executor._closed else None
-
-    def close(self) -> None:
-        """Nothing of its own to give back."""
 
 
 def _conclude(

@@ -97,7 +97,8 @@ class FleetWeights:
             msg.GetFingerprint: self._fingerprint,
         }
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closed = False
+        self.closed = False
+        """It takes no more calls."""
         self._thread = threading.Thread(target=self._run, name="pool-weights", daemon=True)
         self._thread.start()
 
@@ -110,7 +111,7 @@ class FleetWeights:
 
     def handle(self, call: Call) -> None:
         """Queue a trainer's call; its body is one of `messages.WeightRequest`."""
-        if self._closed:
+        if self.closed:
             call.fail(EngineDiedError("the pool was shut down; connect to a new one"))
         else:
             self._queue.put(lambda: self._serve(call))
@@ -151,8 +152,8 @@ class FleetWeights:
 
     def close(self) -> None:
         """Stop; what is queued is dropped. Safe to repeat."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             self._queue.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=30.0)
@@ -358,14 +359,14 @@ class FleetWeights:
         return msgspec.structs.replace(reply, fingerprint=fingerprint)
 
     def _serves(self, member: Member) -> None:
-        member.serving = True
+        member.whole = True
         self.behind.pop(member.number, None)
 
     def _fall_behind(self, member: Member, error: Exception) -> None:
         logger.warning(
             "replica %d does not hold version %d: %s", member.number, self.served.version, error
         )
-        member.serving = False
+        member.whole = False
         self.behind[member.number] = error
 
     def _bring_up(self, member: Member) -> None:

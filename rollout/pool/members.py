@@ -27,12 +27,17 @@ class Member:
     """The way to it."""
     ask: Callable[..., Future[Any]]
     """`ask(command, timeout_s=...)`: its other commands."""
-    serving: bool = False
-    """It holds the pool's version, whole."""
+    whole: bool = False
+    """It holds the pool's version, all of it."""
     arenas: dict[int, int] = field(default_factory=dict)
     """The pool's arena ids -> its own."""
     ranks: int = 1
     """Its tensor-parallel ranks."""
+
+    @property
+    def serving(self) -> bool:
+        """It holds the pool's version, and lives as far as one knows."""
+        return self.whole and self.channel.dead is None
 
 
 @dataclass(slots=True, kw_only=True)
