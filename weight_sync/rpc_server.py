@@ -100,7 +100,7 @@ class RpcServer:
         self._encode = msgspec.msgpack.encode
         self._outbox: deque[tuple[bytes, bytes, bytes]] = deque()
         self._closing = False
-        self._folder = _private_folder() if bind is None else None
+        self._folder = private_folder() if bind is None else None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._wake = WakeUp()
@@ -235,7 +235,7 @@ class RpcServer:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _private_folder() -> str:
+def private_folder() -> str:
     """A new folder that only this user can enter; a socket's whole path may have 107 characters."""
     folder = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="rollout-", dir=folder if len(folder) < 80 else "/tmp")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ def main() -> int:
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     servers: list[RankServer] = []
     lifeline = threading.Thread(
-        target=_end_with_owner, args=(servers,), name="rollout-lifeline", daemon=True
+        target=_end_with_owner, args=(servers, spec), name="rollout-lifeline", daemon=True
     )
     lifeline.start()
     try:
@@ -53,13 +54,15 @@ def _report(fd: int, message: dict[str, str]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
 
-def _end_with_owner(servers: list[RankServer]) -> None:
+def _end_with_owner(servers: list[RankServer], spec: RankSpec) -> None:
     """Block until standard input ends, then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
     while os.read(0, 4096):
         pass
     for server in servers:
         server.close_socket()
+    if spec.socket_folder:
+        shutil.rmtree(spec.socket_folder, ignore_errors=True)  # The other ranks are ending, too.
     os._exit(0)
 
 

@@ -93,6 +93,7 @@ class EngineCore:
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
         self._closed = threading.Event()
+        self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
             cmd.AbortRequests: self._abort,
@@ -111,7 +112,7 @@ class EngineCore:
     def submit(self, call: Call) -> None:
         """Put a command into the order; returns at once. Weight messages go to the receiver's own thread."""
         if self._closed.is_set():
-            call.fail(EngineClosedError("the engine was shut down; start a new one"))
+            call.fail(self._ending)
         elif type(call.body) in self._handlers:
             self._inbox.put_call(call)
         else:
@@ -176,6 +177,7 @@ class EngineCore:
         died = EngineDiedError(
             f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
         )
+        self._ending = died
         for group in list(self.post.groups):
             self.post.fail(group, died)
 
@@ -242,7 +244,7 @@ class EngineCore:
 
     def _command(self, call: Call) -> None:
         if self._closed.is_set():
-            call.fail(EngineClosedError("the engine was shut down before it came to this call"))
+            call.fail(self._ending)
             return
         try:
             self._handlers[type(call.body)](call)
@@ -393,8 +395,4 @@ class EngineCore:
         self.post.abort_all("the engine was shut down")
         self.weights.close()
         self._ranks.close()
-        self._inbox.drain(
-            lambda call: call.fail(
-                EngineClosedError("the engine was shut down before it came to this call")
-            )
-        )
+        self._inbox.drain(lambda call: call.fail(self._ending))

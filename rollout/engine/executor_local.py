@@ -8,6 +8,7 @@ too: an engine without a rank computes nothing. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from weight_sync.channel import Channel, RpcChannel
 from weight_sync.errors import SyncError
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.rpc import RpcClient
+from weight_sync.rpc_server import private_folder
 
 from ..config import EngineConfig
 from ..errors import ERRORS
@@ -34,6 +36,7 @@ class LocalExecutor:
         self._lock = threading.Lock()
         self._store = StoreServer(timeout_s=config.start_timeout_s) if config.tp_size > 1 else None
         self._ranks: list[RankProcess] = []
+        self._sockets = private_folder()  # Ours to remove: a rank that is killed cannot.
         try:
             for rank in range(config.tp_size):
                 self._ranks.append(RankProcess(config, self._spec(config, rank)))
@@ -80,9 +83,13 @@ class LocalExecutor:
 
     def _spec(self, config: EngineConfig, rank: int) -> RankSpec:
         if self._store is None:
-            return RankSpec()
+            return RankSpec(socket_folder=self._sockets)
         return RankSpec(
-            rank=rank, size=config.tp_size, store_host=self._store.host, store_port=self._store.port
+            rank=rank,
+            size=config.tp_size,
+            store_host=self._store.host,
+            store_port=self._store.port,
+            socket_folder=self._sockets,
         )
 
     def _why_dead(self) -> str | None:
@@ -104,3 +111,4 @@ class LocalExecutor:
                 rank.stop(max(0.0, deadline - time.monotonic()))
             if self._store is not None:
                 self._store.close()
+            shutil.rmtree(self._sockets, ignore_errors=True)

@@ -25,7 +25,8 @@ class RankServer:
         self._core = build_core(config, spec)
         self._server: RpcServer | None = None
         if spec.rank == 0:
-            self._server = RpcServer(self._core.submit, REQUEST_TYPES, bind=config.listen)
+            bind = config.listen or spec.bind("socket")
+            self._server = RpcServer(self._core.submit, REQUEST_TYPES, bind=bind)
             self._server.start()
 
     @property

@@ -45,9 +45,9 @@ class LeadingWeights:
 class FollowingWeights:
     """Any other rank: its service, and the socket through which rank 0 reaches it."""
 
-    def __init__(self, service: WeightService) -> None:
+    def __init__(self, service: WeightService, bind: str | None) -> None:
         self._service = service
-        self._server = RpcServer(service.handle, WeightRequest, name="rank-weights")
+        self._server = RpcServer(service.handle, WeightRequest, bind=bind, name="rank-weights")
         self._server.start()
         self.address = self._server.address
 
@@ -69,6 +69,6 @@ def connect_ranks(service: WeightService, ranks: RankGroups) -> WeightFront:
     if rank == 0:
         addresses = [group.recv_object(str, src=other) for other in range(1, group.size)]
         return LeadingWeights(service, addresses)
-    following = FollowingWeights(service)
+    following = FollowingWeights(service, ranks.spec.bind(f"rank-{rank}"))
     group.send_object(following.address, 0)
     return following

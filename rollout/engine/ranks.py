@@ -42,6 +42,12 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Its port."""
     device: str | None = None
     """Device of this rank; None: as configured."""
+    socket_folder: str = ""
+    """Folder of whoever started the rank, where its socket files go; empty: private folders of its own."""
+
+    def bind(self, name: str) -> str | None:
+        """Address for a socket of this rank in `socket_folder`, or None."""
+        return f"ipc://{self.socket_folder}/{name}" if self.socket_folder else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
