@@ -3,7 +3,7 @@
     python examples/torch_distributed_trainer.py CHECKPOINT
 
 The trainer is rank 0 of a group of three, with a store of its own beside any default process group. For each tensor it
-tells the engine name, dtype and shape, without waiting, and broadcasts. An explicit session makes all of it one version.
+tells the engine name, dtype and shape, without waiting, and broadcasts. A session makes all of it one version.
 """
 
 import argparse
