@@ -34,7 +34,7 @@ from .job import PoolCall
 from .members import GONE
 from .replica import Replica, ReplicaExecutor, ReplicaStatus
 from .routing import Router
-from .supervisor import MakeExecutor, Supervisor
+from .supervisor import MakeExecutor, Supervisor, no_weights
 
 _EXPIRE_INTERVAL_S = 0.25
 WEIGHT_MESSAGES = get_args(WeightRequest)
@@ -258,7 +258,11 @@ class PoolExecutor:
                 )
         elif isinstance(body, cmd.ContinueGeneration):
             self._supervisor.note_pause(None)
-        self._ask_all(body, timeout_s, lambda answers: self._combined(body, answers, num), future)
+        elif isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags:
+            # First, so that what the replicas end now waits here instead of going to the next one.
+            self._fleet.lose("the memory of the weights was released")
+            self._dispatcher.refuse(no_weights(self._fleet.lost))
+        self._ask_all(body, timeout_s, lambda answers: self._combined(answers, num), future)
 
     def _ask_one(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
         serving = self._fleet.serving
@@ -299,13 +303,11 @@ class PoolExecutor:
         for one in asked:
             one.add_done_callback(note)
 
-    def _combined(self, body: Any, answers: Sequence[Any], num: int) -> Any:
+    def _combined(self, answers: Sequence[Any], num: int) -> Any:
         first = answers[0]
         if isinstance(first, cmd.Status):
             return self._status(answers)
         if isinstance(first, cmd.MemoryChanged):
-            if isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags:
-                self._fleet.lose("the memory of the weights was released")
             return msgspec.structs.replace(first, num_bytes=sum(a.num_bytes for a in answers))
         return cmd.Done(count=num + sum(answer.count for answer in answers))
 

@@ -145,9 +145,10 @@ class FleetWeights:
         """No replica has whole weights any more, on purpose; the next complete update ends that."""
 
         def note() -> None:
-            self.lost, self._source = reason, None
+            self._source = None
             self._on_change()
 
+        self.lost = reason
         return self._do(note)
 
     def close(self) -> None:

@@ -228,12 +228,7 @@ class Supervisor:
                 self._post(partial(self._dispatcher.leave, number, error))
             if number in self.replicas and number not in self._bringing_up and lost is None:
                 self._handle_behind(number, error)
-        refusal = None
-        if lost is not None:
-            refusal = TornWeightsError(
-                f"cannot generate: {lost}; resume it and publish a complete update first"
-            )
-        self._post(lambda: self._dispatcher.refuse(refusal))
+        self._post(lambda: self._dispatcher.refuse(no_weights(self._fleet.lost)))
         self._look_for_the_end()
 
     def _join(self, replica: Replica) -> None:
@@ -306,6 +301,15 @@ class Supervisor:
             self._checks[number] = replica.executor.submit(
                 GetStatus(), timeout_s=self._config.health_timeout_s
             )
+
+
+def no_weights(lost: str | None) -> TornWeightsError | None:
+    """Why a pool that gave its weights back does not generate; None: it has not."""
+    if lost is None:
+        return None
+    return TornWeightsError(
+        f"cannot generate: {lost}; resume it and publish a complete update first"
+    )
 
 
 def _unwell(number: int, error: Exception) -> Exception:
