@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .report import SyncReport
+from .spmd_handover import HandOver
 from .spmd_publisher import SpmdPublisher
 
 _LOCK = threading.Lock()
@@ -28,9 +29,10 @@ async def update_weights(
     `engine` is an engine or its address, and counts on the first rank along `device_mesh_key` alone: one engine per
     line of the mesh, all with the same weights. Every rank returns the report of its engine, or raises the same error.
 
-    Each batch is a transaction of its own. A trainer of one rank (no mesh, or a mesh of size 1) passes the batch to
-    the engine's own call, which stages it where an explicit session is open. `load_format` None, "auto" and
-    "flattened_bucket" mean the same: no byte is packed twice either way.
+    Each batch is a transaction of its own, unless the engine's explicit session is open: then it is staged there, by
+    the engine's own call. So are batches of a trainer of one rank (no mesh, or a mesh of size 1), and all batches for
+    objects that have nothing but `update_weights_from_tensor`, awaitable or not. `load_format` None, "auto" and
+    "flattened_bucket" mean the same: no byte is packed twice by any of them.
 
     The first call on a mesh makes a publisher that later ones use; `close_mesh` gives it back.
     """
@@ -41,7 +43,7 @@ async def update_weights(
     if device_mesh is None or device_mesh.size() == 1:
         return await _update_alone(engine, list(params_batch))
     publisher = await asyncio.to_thread(_publisher, device_mesh, device_mesh_key)
-    return await publisher.async_publish(params_batch, engine, strict=False)
+    return await publisher.async_publish(params_batch, _target(engine), strict=False)
 
 
 def close_mesh(device_mesh: Any) -> None:
@@ -63,6 +65,15 @@ async def _update_alone(engine: Any, pairs: list[tuple[str, torch.Tensor]]) -> S
         with SpmdPublisher(None) as publisher:
             report = await publisher.async_publish(pairs, engine, strict=False)
     return report
+
+
+def _target(engine: Any) -> Any:
+    """What the publisher is to drive: the engine itself, or its own call."""
+    if engine is None or isinstance(engine, str):
+        return engine
+    if hasattr(engine, "weight_channel") and not getattr(engine, "in_weight_update", False):
+        return engine
+    return HandOver(engine=engine, loop=asyncio.get_running_loop())
 
 
 def _publisher(device_mesh: Any, key: str | None) -> SpmdPublisher:

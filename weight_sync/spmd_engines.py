@@ -13,6 +13,7 @@ from .channel import Channel
 from .deadline import Deadline
 from .endpoint import EngineEndpoint, HasWeightChannel, PackedArena, TransportChoice
 from .errors import DeadlineExceeded, EngineDiedError, ManifestMismatch, TransportError
+from .manifest import Manifest
 from .messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle
 from .report import SyncReport
 from .selection import Layout
@@ -66,7 +67,6 @@ class Engines:
                 "together need memory that all of them can reach"
             )
         self.bucket_bytes = bucket_bytes
-        self.layout: Layout | None = None
         self._digest = ""
         self._arena: SharedMemoryArena | None = None
         self._transport: TransportChoice = transport
@@ -75,14 +75,12 @@ class Engines:
         self._updates: list[Update] = []
 
     @property
-    def handle(self) -> SharedMemoryHandle:
-        """The arena that the ranks write."""
-        assert self._arena is not None, "connect comes first"
-        return self._arena.handle
+    def handle(self) -> SharedMemoryHandle | None:
+        """The arena that the ranks write; None before `connect`, and after it was given up."""
+        return None if self._arena is None else self._arena.handle
 
-    def connect(self, targets: Sequence[Target], deadline: Deadline) -> bool:
-        """Have every engine open the arena; whether it is another one than before, so that plans do not hold."""
-        before = None if self._arena is None else self.handle
+    def connect(self, targets: Sequence[Target], deadline: Deadline) -> None:
+        """Have every engine open the arena."""
         keys = [target if isinstance(target, str) else id(target) for target in targets]
         for key in set(self._endpoints) - set(keys):
             self._endpoints.pop(key).close()
@@ -96,11 +94,10 @@ class Engines:
                 )
                 self._endpoints[key].lend = self._lend
         for endpoint in self._endpoints.values():
-            self.layout = endpoint.arena(deadline).layout
-        return self.handle != before
+            endpoint.arena(deadline)
 
-    def info(self, deadline: Deadline) -> EngineInfo:
-        """What the first engine says of itself, asked now."""
+    def info(self, described: object, deadline: Deadline) -> EngineInfo:
+        """What the first engine says of itself, asked now; the trainer's tensors do not change it."""
         return next(iter(self._endpoints.values())).hello(deadline)
 
     def _lend(self, layout: Layout) -> SharedMemoryArena:
@@ -124,7 +121,9 @@ class Engines:
         endpoint = next(iter(self._endpoints.values()))
         return endpoint._ask_ignored(names, deadline)
 
-    def begin(self, options: UpdateOptions, decision: Decision, deadline: Deadline) -> None:
+    def begin(
+        self, options: UpdateOptions, decision: Decision, manifest: Manifest, deadline: Deadline
+    ) -> None:
         """Open a session at every engine."""
         self._updates = []
         for endpoint in self._endpoints.values():
@@ -190,7 +189,7 @@ class Engines:
             endpoint.drop_arena()
         if self._arena is not None:
             self._arena.close()
-        self._arena = self.layout = None
+        self._arena = None
 
     def close(self) -> None:
         """Give arena and connections back."""

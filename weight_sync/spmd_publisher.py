@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ import torch
 
 from .deadline import Deadline
 from .endpoint import TransportChoice
-from .errors import ERRORS, EngineDiedError, SessionError, TrainerDiedError
+from .errors import ERRORS, EngineDiedError, SessionError, TrainerDiedError, TransportError
 from .fingerprints import NamedTensors
 from .manifest import dtype_name
 from .messages import KvPolicyName, VerifyMode
@@ -32,9 +33,10 @@ from .rpc import RpcClient
 from .rpc_wire import error_reply
 from .selection import Layout
 from .shards import Piece, local_of, pairs_of, pieces_of, placement_of
-from .spmd_coordinator import Coordinator
+from .spmd_coordinator import MAX_PLANS, Coordinator
 from .spmd_engines import Engines, Target
 from .spmd_group import MeshRanks
+from .spmd_handover import HandOver
 from .spmd_messages import (
     Describe,
     Failed,
@@ -80,10 +82,8 @@ class SpmdPublisher:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._update = 0
-        self._plan = 0
-        self._shape: object = None
-        self._share: RankShare | None = None
-        self._arena: WritableSharedMemoryArena | None = None
+        self._plans: OrderedDict[Hashable, tuple[int, RankShare]] = OrderedDict()
+        self._arenas: dict[bool, WritableSharedMemoryArena] = {}
         self._coordinator: Coordinator | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._closed = False
@@ -113,7 +113,7 @@ class SpmdPublisher:
     def publish(
         self,
         named_tensors: NamedTensors,
-        engine: Target | None = None,
+        engine: Target | HandOver | None = None,
         *,
         version: int | None = None,
         label: str | None = None,
@@ -127,8 +127,8 @@ class SpmdPublisher:
 
         named_tensors: a module, a mapping or pairs, whose tensors exist all at once: DTensors, of which this rank gives
             its shards, and plain ones, which count as replicated. Ranks may have different names (pipeline stages).
-        engine: an engine of this process or an address; of rank 0, and of the first ranks along `engine_axis`. Other
-            ranks may pass None, and what they pass is not looked at.
+        engine: an engine of this process, an address, or (rank 0 alone) a `HandOver`; of rank 0, and of the first ranks
+            along `engine_axis`. Other ranks may pass None, and what they pass is not looked at.
 
         The other arguments are those of `WeightPublisher.publish`; rank 0's count. On the way in nothing is waited for
         but the other ranks; when it returns, the tensors may change.
@@ -153,7 +153,6 @@ class SpmdPublisher:
             try:
                 return self._take_part(named_tensors, engine)
             except BaseException as error:
-                self._plan = 0
                 raise self._told(error) from error.__cause__
 
     async def async_publish(
@@ -173,7 +172,9 @@ class SpmdPublisher:
                 self._thread.shutdown()
             if self._coordinator is not None:
                 self._coordinator.close()
-            self._drop_arena()
+            self._plans.clear()
+            while self._arenas:
+                self._arenas.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -181,10 +182,12 @@ class SpmdPublisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take_part(self, named_tensors: NamedTensors, engine: Target | None) -> SyncReport:
+    def _take_part(
+        self, named_tensors: NamedTensors, engine: Target | HandOver | None
+    ) -> SyncReport:
         pairs = pairs_of(named_tensors)
-        shape = [(name, tuple(t.shape), t.dtype, placement_of(t)) for name, t in pairs]
-        plan = self._plan if shape == self._shape else 0
+        key = tuple((name, tuple(t.shape), t.dtype, placement_of(t)) for name, t in pairs)
+        plan, share = self._plans.get(key, (0, None))
         offer = Offer(
             secret=self._secret,
             rank=self.rank,
@@ -195,15 +198,17 @@ class SpmdPublisher:
         )
         grant: Grant = self._call(offer)
         if grant.describe:
-            self._shape, self._plan = None, 0
+            self._plans.pop(key, None)
             pieces = [(name, pieces_of(name, tensor)) for name, tensor in pairs]
             grant = self._call(self._description(pairs, pieces))
             assert grant.plan is not None
-            self._adopt(grant.plan, pieces)
-            self._shape, self._plan = shape, grant.plan.plan
-        assert self._share is not None
-        tensors = [local_of(tensor) for _, tensor in pairs]
-        return self._write(self._share, tensors)
+            share = self._compile(grant.plan, pieces)
+            self._plans[key] = grant.plan.plan, share
+            if len(self._plans) > MAX_PLANS:
+                self._plans.popitem(last=False)
+        assert share is not None
+        self._plans.move_to_end(key)
+        return self._write(share, [local_of(tensor) for _, tensor in pairs])
 
     def _write(self, share: RankShare, tensors: list[torch.Tensor]) -> SyncReport:
         noted: list[Future[Any]] = []
@@ -249,27 +254,37 @@ class SpmdPublisher:
             ),
         )
 
-    def _adopt(self, plan: PlanReply, pieces: Sequence[tuple[str, Sequence[Piece]]]) -> None:
+    def _compile(self, plan: PlanReply, pieces: Sequence[tuple[str, Sequence[Piece]]]) -> RankShare:
         """Open the arena where it is a new one, and compile this rank's share."""
-        if self._arena is None or self._arena.handle != plan.arena:
-            self._drop_arena()
-            self._arena = WritableSharedMemoryArena(plan.arena)
-        self._share = RankShare(
+        handed_over = not plan.engine.engine_id
+        arena = self._arenas.get(handed_over)
+        if arena is None or arena.handle != plan.arena:
+            if arena is not None:
+                self._plans.clear()  # some of them write into it; the others are quickly made again
+                arena.close()
+            arena = self._arenas[handed_over] = WritableSharedMemoryArena(plan.arena)
+        return RankShare(
             Layout(plan.engine, plan.bucket_bytes),
             pieces,
             rows=np.frombuffer(plan.rows, dtype="<u4").astype(np.int64),
             actions=plan.writes,
-            buffer=self._arena.buffer,
+            buffer=arena.buffer,
             skip=frozenset(plan.ignored),
         )
 
-    def _address(self, engine: Target | None) -> str | None:
+    def _address(self, engine: Target | HandOver | None) -> str | None:
         """What other ranks' engines are reached by; rank 0 has its own as an object."""
         if engine is None or not self._ranks.is_owner:
             return None
-        if isinstance(engine, str):
-            return engine
-        return str(getattr(engine, "address", "")) if self.rank else "rank 0"
+        if self.rank == 0:
+            return "rank 0"
+        address = engine if isinstance(engine, str) else getattr(engine, "address", None)
+        if not address:
+            raise TransportError(
+                f"cannot reach the engine of rank {self.rank}: got {type(engine).__name__}, expected an engine with an "
+                "address, or an address; only rank 0 may bring other objects"
+            )
+        return str(address)
 
     def _call(self, message: msgspec.Struct) -> Any:
         return self._client.call(message, self._timeout_s + _GRACE_S)
@@ -294,9 +309,3 @@ class SpmdPublisher:
                 _GRACE_S,
             )
         return error
-
-    def _drop_arena(self) -> None:
-        self._share = None
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None

@@ -85,6 +85,11 @@ class WeightCalls(EngineClient):
             verify=verify,
         )
 
+    @property
+    def in_weight_update(self) -> bool:
+        """An explicit session is open: update calls stage, and the end commits."""
+        return self._publisher.in_session or self._group_updates.in_session
+
     def end_weight_update(self) -> SyncReport:
         """Commit the open session between two steps; raises a `WeightUpdateError` and changes nothing on failure."""
         if self._group_updates.in_session:

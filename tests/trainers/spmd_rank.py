@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import spmd_support as support
 
 import weight_sync
+import weight_sync.mesh_update
+from rollout import Engine
 from weight_sync.publisher import WeightPublisher
 from weight_sync.spmd_publisher import SpmdPublisher
+from weight_sync.spmd_share import RankShare
 
 
 class Trainer:
@@ -82,17 +86,21 @@ def steady_state(t: Trainer) -> None:
             model = support.fsdp(support.stepped(t.named, step), t.row)
             report = publisher.publish(model, t.engine(t.one))
             if step == 10:
-                share, descriptors = publisher._share, len(list(Path("/proc/self/fd").iterdir()))
+                share, descriptors = share_of(publisher), len(list(Path("/proc/self/fd").iterdir()))
             assert report.fingerprint == weight_sync.fingerprint(model)
-        assert publisher._share is share
+        assert share_of(publisher) is share
         assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
-        sizes = torch.tensor([share.num_bytes])  # type: ignore[union-attr]
+        sizes = torch.tensor([share.num_bytes])
         dist.all_reduce(sizes)
         assert int(sizes) == report.num_bytes
         part = list(support.stepped(t.named, 14).items())[:3]  # plain tensors: replicated
         report = publisher.publish(part, t.engine(t.one), strict=False)
         assert report.updated == 3 and len(report.left) == len(t.named) - 3
         dist.barrier()
+
+
+def share_of(publisher: SpmdPublisher) -> RankShare:
+    return next(reversed(publisher._plans.values()))[1]
 
 
 def casts(t: Trainer) -> None:
@@ -169,15 +177,17 @@ def one_engine_per_row(t: Trainer) -> None:
     with SpmdPublisher(t.grid, engine_axis="tp") as publisher:
         model = support.nested(full, t.grid)
         report = publisher.publish(model, mine)
-        assert t.served(t.one)[1] == t.served(t.two)[1] == weight_sync.fingerprint(full)
-        assert report.version == t.served(t.one if t.rank < 2 else t.two)[0]
+        upper, lower = t.served(t.one), t.served(t.two)
+        assert upper[1] == lower[1] == weight_sync.fingerprint(full)
+        assert report.version == (upper if t.rank < 2 else lower)[0]
 
 
 def the_call_of_existing_trainers(t: Trainer) -> None:
     """`update_weights`, batch by batch; a batch is any part of the model."""
     model = support.fsdp(support.stepped(t.named, 60), t.row)
     named = list(model.named_parameters())
-    for batch in (named[:5], named[5:], named):
+    batches = (named[:5], named[5:], named)
+    for batch in (*batches, *batches):
         report = asyncio.run(
             weight_sync.update_weights(
                 t.engine(t.two), batch, device_mesh_key="shards", device_mesh=t.row
@@ -185,6 +195,81 @@ def the_call_of_existing_trainers(t: Trainer) -> None:
         )
         assert report.updated == len(batch)
     assert report.fingerprint == weight_sync.fingerprint(model)
+    publisher = weight_sync.mesh_update._PUBLISHERS[t.row, "shards"]
+    assert len(publisher._plans) == len(batches)
+    weight_sync.close_mesh(t.row)
+
+
+def engines_elsewhere(t: Trainer) -> None:
+    """The ranks write together, and rank 0 broadcasts the arena to the engine's ranks."""
+    with SpmdPublisher(t.row, transport="process_group", bucket_bytes=20_000) as publisher:
+        for step in (80, 81):
+            model = support.fsdp(support.stepped(t.named, step), t.row)
+            report = publisher.publish(model, t.engine(t.two))
+            assert report.transport == "process_group"
+            assert report.fingerprint == weight_sync.fingerprint(model) == t.served(t.two)[1]
+
+
+def a_late_rank_costs_one_update(t: Trainer) -> None:
+    """The deadline passes for the others, the late rank hears of it, and the next update is whole."""
+    model = support.fsdp(support.stepped(t.named, 90), t.row)
+    with SpmdPublisher(t.row, timeout_s=2.0) as publisher:
+        if t.rank == 2:
+            time.sleep(3.0)
+        kind, text = support.outcome(lambda: publisher.publish(model, t.engine(t.one)))
+        assert kind == "DeadlineExceeded" and "ranks [2]" in text, (kind, text)
+        dist.barrier()
+        report = publisher.publish(model, t.engine(t.one))
+        assert report.fingerprint == weight_sync.fingerprint(model)
+
+
+class Foreign:
+    """An engine that is not ours: it has the call, awaitable, and keeps what it got."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.got: dict[str, torch.Tensor] = {}
+        self.fails = fails
+
+    async def update_weights_from_tensor(self, pairs: Any) -> tuple[bool, str]:
+        await asyncio.sleep(0)
+        if self.fails:
+            raise ValueError("it has no such layer")
+        self.got.update({name: tensor.clone() for name, tensor in pairs})
+        return True, "thank you"
+
+
+def an_engine_that_takes_whole_tensors(t: Trainer) -> None:
+    """They are put together in rank 0's arena, without a gather, and handed to the engine's own call."""
+    full = support.stepped(t.named, 70)
+    named = list(support.fsdp(full, t.row).named_parameters())
+    foreign = Foreign()
+
+    def update(engine: Any, batch: Any) -> Any:
+        mine = engine if t.rank == 0 else None
+        return asyncio.run(weight_sync.update_weights(mine, batch, "shards", t.row))
+
+    for _ in range(2):
+        for batch in (named[:7], named[7:]):
+            success, message = update(foreign, batch)
+            assert success and "thank you" in message
+    if t.rank == 0:
+        assert set(foreign.got) == set(full)
+        assert all(torch.equal(foreign.got[name], tensor) for name, tensor in full.items())
+    _, text = support.outcome(lambda: update(Foreign(fails=True), named))
+    assert "no such layer" in text, text
+    if (
+        t.rank == 0
+    ):  # an explicit session of an engine takes the batches in, and commits them as one
+        with Engine(sys.argv[4], kv_cache_bytes=1 << 20, skip_tokenizer_init=True) as engine:
+            before = engine.weights_fingerprint()
+            engine.begin_weight_update(strict=True)
+            update(engine, named[:7])
+            update(engine, named[7:])
+            assert engine.weights_fingerprint() == before
+            assert engine.end_weight_update().fingerprint == weight_sync.fingerprint(full)
+    else:
+        update(None, named[:7])
+        update(None, named[7:])
     weight_sync.close_mesh(t.row)
 
 
@@ -211,7 +296,10 @@ CHECKS = (
     tied_weights,
     errors_reach_every_rank,
     one_engine_per_row,
+    engines_elsewhere,
+    a_late_rank_costs_one_update,
     the_call_of_existing_trainers,
+    an_engine_that_takes_whole_tensors,
 )
 
 

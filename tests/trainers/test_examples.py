@@ -39,3 +39,18 @@ def test_an_example_runs_and_says_what_it_shows(name: str, checkpoint: Path) -> 
     assert result.returncode == 0, result.stderr
     for words in SAYS[name]:
         assert words in result.stdout, result.stdout
+
+
+def test_two_ranks_publish_their_shards_into_an_engine_of_two(tmp_path):
+    model = build_model(ModelConfig(hidden_size=32, num_layers=2), seed=0)
+    save_checkpoint(tmp_path, model, build_tokenizer())
+    result = subprocess.run(
+        [sys.executable, "examples/spmd_trainer.py", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rank 0: version 3 ('step 3')" in result.stdout
+    assert "rank 1: version 3 ('step 3')" in result.stdout
+    assert "bit for bit" in result.stdout

@@ -12,6 +12,9 @@ import pytest
 
 from rollout import Engine
 
+sys.path.insert(0, str(Path(__file__).parent))
+import spmd_support
+
 HERE = Path(__file__).parent
 ODD = {"vocab_size": 291, "intermediate_size": 90}
 """Sizes that four ranks cannot share evenly."""
@@ -23,7 +26,10 @@ CHECKS = (
     "tied_weights",
     "errors_reach_every_rank",
     "one_engine_per_row",
+    "engines_elsewhere",
+    "a_late_rank_costs_one_update",
     "the_call_of_existing_trainers",
+    "an_engine_that_takes_whole_tensors",
 )
 
 
@@ -90,10 +96,9 @@ def test_four_ranks_publish_their_shards(passed: tuple[list[str], str], check: s
 
 
 def test_an_engine_serves_what_the_ranks_published(
-    passed: tuple[list[str], str], engines: list[Engine], reference_model: Any, folder: Path
+    passed: tuple[list[str], str], engines: list[Engine], folder: Path
 ) -> None:
     """The last full batch reached the engine of two ranks: its logprobs are those of a model with these weights."""
-    import spmd_support
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,155 @@
+"""Which rank writes what: pure functions, without a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sync_support import ALIAS, FUSED, toy_shapes
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Shard
+
+from weight_sync import WeightPublisher
+from weight_sync import region as regions
+from weight_sync.errors import ManifestMismatch
+from weight_sync.fingerprints import tensor_fingerprint
+from weight_sync.selection import Layout
+from weight_sync.shards import Piece, share
+from weight_sync.spmd_messages import Tensor
+from weight_sync.spmd_plan import Decision, decide
+from weight_sync.spmd_share import RankShare
+
+
+@given(size=st.integers(0, 40), outer=st.integers(1, 5), inner=st.integers(1, 4))
+def test_cuts_are_those_of_torch(size: int, outer: int, inner: int) -> None:
+    for first in range(outer):
+        for second in range(inner):
+            runs = share(share([(0, size)], 1, outer, first), 1, inner, second)
+            shape, offset = _compute_local_shape_and_global_offset(
+                (size,), (outer, inner), [first, second], [Shard(0), Shard(0)]
+            )
+            assert sum(stop - start for start, stop in runs) == shape[0]
+            if runs:
+                assert runs[0][0] == offset[0]
+
+
+@given(
+    size=st.integers(0, 40),
+    factor=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+)
+def test_ranks_share_every_element_whatever_the_factor(size: int, factor: int, ranks: int) -> None:
+    found: list[int] = []
+    for rank in range(ranks):
+        for start, stop in share([(0, size)], factor, ranks, rank):
+            found += range(start, stop)
+    assert sorted(found) == list(range(size))
+
+
+def test_interleaved_cuts_take_the_same_share_of_every_stretch() -> None:
+    assert share([(0, 8)], 2, 2, 0) == [(0, 2), (4, 6)]
+    assert share([(0, 8)], 2, 2, 1) == [(2, 4), (6, 8)]
+    assert share([(0, 5)], 1, 4, 3) == []
+
+
+def tensor(name: str, *held: regions.Region, shape: Any = None, dtype: str = "bfloat16") -> Tensor:
+    shape = toy_shapes()[name][0] if shape is None else shape
+    return Tensor(name=name, shape=shape, dtype=dtype, regions=held)
+
+
+@pytest.fixture
+def layout(engine: Any) -> Layout:
+    with WeightPublisher(engine) as publisher:
+        return Layout(publisher.engine_info(), bucket_bytes=600)
+
+
+def decided(layout: Layout, *ranks: list[Tensor], strict: bool = False) -> Decision:
+    return decide(layout, ranks, strict=strict, cast=True, ignored=lambda names: frozenset())
+
+
+def test_replicas_are_dealt_out_evenly_and_written_once(layout: Layout) -> None:
+    names = ["embed.weight", "layers.0.q.weight", "norm.weight"]
+    rank = [tensor(name, regions.whole(toy_shapes()[name][0])) for name in names]
+    decision = decided(layout, rank, rank)
+    first, second = decision.actions
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1, 1]
+    assert 0 < sum(first) < 3
+
+
+def test_problems_of_all_ranks_are_one_error(layout: Layout) -> None:
+    half, rest = ((0, 12), (0, 16)), ((12, 24), (0, 16))
+    with pytest.raises(ManifestMismatch) as error:
+        decided(
+            layout,
+            [tensor("embed.weight", half), tensor("nrm.weight", ((0, 7),), shape=(7,))],
+            [tensor("embed.weight", rest, shape=(24, 17))],
+        )
+    assert "did you mean norm.weight?" in str(error.value)
+    assert "embed.weight: got bfloat16 [24, 17] on rank 1" in str(error.value)
+    with pytest.raises(ManifestMismatch, match="192 of 384 elements"):
+        decided(layout, [tensor("embed.weight", half)], [])
+    overlapping = ((6, 24), (0, 16))
+    with pytest.raises(ManifestMismatch, match="overlap"):
+        decided(layout, [tensor("embed.weight", half)], [tensor("embed.weight", overlapping)])
+    with pytest.raises(ManifestMismatch, match="sent more than once by rank 0"):
+        decided(layout, [tensor("embed.weight", half, rest)] * 2)
+    with pytest.raises(ManifestMismatch, match=r"norm.weight bfloat16 \[7\]: missing"):
+        decided(layout, [tensor("embed.weight", half, rest)], strict=True)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
+    layout: Layout, dim: int, num_ranks: int
+) -> None:
+    """A fused tensor cut across its components, and the tied head cut in another way than the embedding."""
+    full = {FUSED: torch.randn(32, 16), "embed.weight": torch.randn(24, 16)}
+    full[ALIAS] = full["embed.weight"]
+    cuts = {FUSED: dim, "embed.weight": dim, ALIAS: 1 - dim}
+    held: list[list[tuple[str, list[Piece]]]] = []
+    for rank in range(num_ranks):
+        held.append([])
+        for name, whole in full.items():
+            ranges = [[(0, size)] for size in whole.shape]
+            ranges[cuts[name]] = share(ranges[cuts[name]], 1, num_ranks, rank)
+            region = tuple(along[0] for along in ranges)
+            local = tuple((0, stop - start) for start, stop in region)
+            held[-1].append((name, [Piece(region, local)]))
+    described = [
+        [
+            tensor(
+                name, *(p.region for p in pieces), shape=tuple(full[name].shape), dtype="float32"
+            )
+            for name, pieces in rank
+        ]
+        for rank in held
+    ]
+    decision = decided(layout, *described)
+    assert decision.num_tensors == 3 and len(decision.casts) == 3
+    buffer = torch.zeros(layout.manifest.arena_bytes, dtype=torch.uint8)
+    totals = dict.fromkeys(decision.rows.tolist(), 0)
+    twins = 0
+    for rank, actions in zip(held, decision.actions, strict=True):
+        rank_share = RankShare(layout, rank, rows=decision.rows, actions=actions, buffer=buffer)
+        local = [regions.part(full[name], pieces[0].region) for name, pieces in rank]
+        rows = iter(decision.rows.tolist())
+        for number in range(rank_share.num_buckets):
+            for value in rank_share.write(number, local).tolist():
+                totals[next(rows)] += value
+        twins += int(rank_share.compare(local).sum())
+    q, k, v = full[FUSED].bfloat16().split([16, 8, 8])
+    expected = {
+        "layers.0.q.weight": q,
+        "layers.0.k.weight": k,
+        "layers.0.v.weight": v,
+        "embed.weight": full["embed.weight"].bfloat16(),
+    }
+    for name, value in expected.items():
+        row = layout.index[name]
+        assert torch.equal(layout.manifest.view(buffer, row), value), name
+        assert totals[row] % 2**64 == tensor_fingerprint(value), name
+    assert twins % 2**64 == tensor_fingerprint(expected["embed.weight"])
+    assert len(totals) == 4
