@@ -1,0 +1,267 @@
+"""Engines, actors and pools on a Ray cluster of two nodes, all on this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import weight_sync
+from rollout import Engine, RolloutActor, RolloutPool
+from rollout.errors import ConfigError
+from weight_sync.errors import EngineDiedError
+from weight_sync.publisher import WeightPublisher
+
+PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+OPTIONS = {"kv_cache_bytes": 4 << 20, "num_threads": 1, "skip_tokenizer_init": True}
+CPUS_PER_NODE = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes, connected; ports are the system's choice, and nothing is left in the usual folders."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+        from ray.cluster_utils import Cluster
+
+        # Sockets below have long names, and a path to a socket must be short.
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        node = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 80 << 20}
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={**node, "include_dashboard": False, "temp_dir": folder},
+        )
+        try:
+            cluster.add_node(**node)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("qwen3", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def trainer(folder: Path) -> Any:
+    """The trainer's model after a step."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    return model
+
+
+def check_parity(generate: Callable[..., Any], model: Any) -> None:
+    """Greedy tokens and log-probabilities are those of the trainer's model."""
+    results = generate(input_ids=PROMPTS, sampling_params=GREEDY, return_logprob=True)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        ids = prompt + result["output_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].float()
+        rows = torch.log_softmax(logits, -1)
+        assert rows.argmax(-1).tolist() == result["output_ids"]
+        got = [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
+        assert got == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
+
+
+def gone(pids: list[int], timeout_s: float = 10.0) -> bool:
+    """Whether all these processes end before long."""
+    end = time.monotonic() + timeout_s
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def free_cpus(expected: float, timeout_s: float = 10.0) -> bool:
+    """Whether the cluster has that many free CPUs before long."""
+    import ray
+
+    end = time.monotonic() + timeout_s
+    while ray.available_resources().get("CPU", 0.0) != expected:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_an_engine_of_two_ranks_is_packed_on_a_node_and_dies_as_a_whole(
+    cluster: Any, folder: Path, trainer: Any, reference_model: Callable[[Path], Any]
+) -> None:
+    with Engine(folder, executor="ray", tp_size=2, **OPTIONS) as engine:
+        executor: Any = engine._executor
+        assert len({place.node_id for place in executor._places}) == 1
+        assert len(set(executor.pids)) == 2 and engine.status().pid == executor.pids[0]
+        assert engine.address.startswith("tcp://127.0.0.1:")
+        check_parity(engine.generate, reference_model(folder))
+        report = engine.update_weights_from_tensor(trainer, weight_version="one")
+        assert report.transport == "shared_memory"
+        assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+        check_parity(engine.generate, trainer)
+
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            long = {"max_new_tokens": 400, "ignore_eos": True, "n": 8}
+            try:
+                engine.generate(input_ids=[[i, 1] for i in range(32)], sampling_params=long)
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        while engine.status().num_running == 0:
+            time.sleep(0.01)
+        start = time.monotonic()
+        os.kill(executor.pids[1], signal.SIGKILL)
+        thread.join(30)
+        assert isinstance(failure[0], EngineDiedError) and time.monotonic() - start < 5.0
+        assert gone(executor.pids)
+        with pytest.raises(EngineDiedError):
+            engine.generate(input_ids=[1])
+    assert free_cpus(2 * CPUS_PER_NODE)
+
+
+def test_a_cluster_without_room_is_an_error_that_says_what_there_is(
+    cluster: Any, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"no room for 2 processes.*'CPU': 3.0"):
+        Engine(folder, executor="ray", tp_size=2, ray_num_cpus=2, start_timeout_s=0.5, **OPTIONS)
+    with pytest.raises(ConfigError, match="'nobody', expected the name of a placement group"):
+        Engine(folder, executor="ray", ray_placement_group="nobody", **OPTIONS)
+    with pytest.raises(ConfigError, match="model_path"):
+        Engine(folder / "nothing", executor="ray", **OPTIONS)
+    assert free_cpus(2 * CPUS_PER_NODE)
+
+
+def test_an_engine_lives_in_a_bundle_of_the_callers(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    import ray
+
+    bundles = [{"CPU": 1.0}] * 2
+    group = ray.util.placement_group(bundles, strategy="STRICT_PACK", name="trainer-and-engine")
+    assert group.wait(10)
+    options = {**OPTIONS, "ray_placement_group": "trainer-and-engine"}
+    with pytest.raises(ConfigError, match="from number 2 on"):
+        Engine(folder, executor="ray", ray_first_bundle=2, **options)
+    with Engine(folder, executor="ray", ray_first_bundle=1, **options) as engine:
+        table = ray.util.placement_group_table(group)
+        executor: Any = engine._executor
+        assert executor.node_id == table["bundles_to_node_id"][1]
+        engine.update_weights_from_tensor(trainer)
+        check_parity(engine.generate, trainer)
+    assert gone(executor.pids)
+    assert ray.util.placement_group_table(group)["state"] == "CREATED"  # Not ours to remove.
+    ray.util.remove_placement_group(group)
+    assert free_cpus(2 * CPUS_PER_NODE)
+
+
+def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    import ray
+
+    actor = RolloutActor.options(num_cpus=1, name="rollouts").remote(str(folder), **OPTIONS)
+    long = {"max_new_tokens": 300, "ignore_eos": True, "temperature": 0.0}
+    running = actor.generate.remote(input_ids=[1, 2], sampling_params=long)
+    with WeightPublisher(ray.get(actor.address.remote(), timeout=60)) as publisher:
+        report = publisher.publish(trainer, label="in an actor")
+    assert ray.get(actor.get_weight_version.remote(), timeout=30) == "in an actor"
+    assert ray.get(actor.weights_fingerprint.remote(), timeout=30) == report.fingerprint
+    check_parity(
+        lambda **arguments: ray.get(actor.generate.remote(**arguments), timeout=30), trainer
+    )
+    spans = ray.get(running, timeout=60)["meta_info"]["weight_versions"]
+    assert spans[-1]["end"] == 300
+    stream = actor.generate_stream.remote(input_ids=[1, 2], sampling_params=GREEDY)
+    sizes = [len(ray.get(chunk)["output_ids"]) for chunk in stream]
+    assert sizes == sorted(sizes) and sizes[-1] == 8
+    with pytest.raises(ValueError, match="temperature"):
+        ray.get(actor.generate.remote(input_ids=[1], sampling_params={"temprature": 1}))
+    pid = ray.get(actor.status.remote()).pid
+    ray.kill(actor)
+    assert gone([pid])
+
+
+def test_a_pool_spreads_its_replicas_and_replaces_one_that_is_killed(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    with RolloutPool(folder, num_replicas=2, executor="ray", **OPTIONS) as pool:
+        before = pool.replicas()
+        assert len({replica.node_id for replica in before}) == 2
+        report = pool.publish(trainer, label="spread")
+        check_parity(pool.generate, trainer)
+        results: list[Any] = []
+        params = {"max_new_tokens": 250, "ignore_eos": True, "n": 2}
+
+        def generate() -> None:
+            prompts = [[i + 1, 2] for i in range(16)]
+            results.extend(pool.generate(input_ids=prompts, sampling_params=params))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        while pool.status().num_running < 16:
+            time.sleep(0.005)
+        os.kill(before[0].pids[0], signal.SIGKILL)
+        thread.join(90)
+        assert [len(result["output_ids"]) for result in results] == [250] * 32
+        assert {result["meta_info"]["num_reruns"] for result in results} == {0, 1}
+        end = time.monotonic() + 60
+        while [r.state for r in pool.replicas()] != ["serving"] * 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        after = pool.replicas()
+        assert {replica.node_id for replica in after} == {replica.node_id for replica in before}
+        assert pool.weights_fingerprint() == report.fingerprint == weight_sync.fingerprint(trainer)
+    assert gone([pid for replica in after for pid in replica.pids])
+    assert free_cpus(2 * CPUS_PER_NODE)
+
+
+DRIVER = """
+import sys, ray
+from rollout import Engine
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+options = dict(kv_cache_bytes=4 << 20, num_threads=1, skip_tokenizer_init=True)
+engine = Engine(sys.argv[2], executor="ray", **options)
+print(*engine._executor.pids, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_when_the_driver_is_killed_its_ranks_end(
+    cluster: Any, folder: Path, tmp_path: Path
+) -> None:
+    """The driver runs in another folder, and its workers import the package all the same."""
+    command = [sys.executable, "-c", DRIVER, cluster.address, str(folder)]
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with driver:
+        assert driver.stdout is not None
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert pids and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+        driver.kill()
+    assert gone(pids, 20.0) and free_cpus(2 * CPUS_PER_NODE)
