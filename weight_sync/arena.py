@@ -61,6 +61,9 @@ class OpenedArena(Protocol):
     def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
         """Wait until these ranges hold what the trainer has sent; nothing to do where memory is shared."""
 
+    def given_up(self) -> bool:
+        """The trainer has certainly closed its end, although it may not have been able to say so."""
+
     def close(self) -> None:
         """Give the mapping back. Safe to repeat."""
 
@@ -76,6 +79,10 @@ class SharedBytes:
 
     def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
         """The bytes are there."""
+
+    def given_up(self) -> bool:
+        """Not to be seen from here."""
+        return False
 
 
 class Mapping:

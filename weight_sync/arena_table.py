@@ -50,5 +50,9 @@ class ArenaTable:
         return list(self._arenas)
 
     def orphans(self) -> list[int]:
-        """Those whose trainer is dead."""
-        return [i for i, arena in self._arenas.items() if why_dead(arena.owner) is not None]
+        """Those whose trainer is dead or has closed its end."""
+        return [
+            i
+            for i, arena in self._arenas.items()
+            if why_dead(arena.owner) is not None or arena.given_up()
+        ]

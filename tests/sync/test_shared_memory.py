@@ -159,3 +159,15 @@ def test_an_arena_has_no_name_that_could_be_left_behind() -> None:
     assert os.readlink(f"/proc/self/fd/{arena.handle.fd}").endswith("(deleted)")
     assert (set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()) == before
     arena.close()
+
+
+def test_an_engine_sees_that_a_trainer_has_closed_its_end() -> None:
+    arena = SharedMemoryArena(8192)
+    opened = OpenedSharedMemoryArena(arena.handle)
+    assert not opened.given_up()
+    arena.close()
+    assert opened.given_up()
+    another = SharedMemoryArena(8192)  # may get the same descriptor
+    assert opened.given_up()
+    another.close()
+    opened.close()

@@ -79,6 +79,10 @@ class OpenedGroupArena:
         if spans:
             self._group.receive_into(self.buffer, spans, timeout_s=timeout_s).result()
 
+    def given_up(self) -> bool:
+        """Not to be seen from here: the trainer's memory is its own."""
+        return False
+
     def close(self) -> None:
         self._buffer = None
 

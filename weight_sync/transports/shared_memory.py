@@ -72,6 +72,7 @@ class OpenedSharedMemoryArena(SharedBytes):
         fd = _open(handle, os.O_RDWR if self._writable else os.O_RDONLY)
         try:
             _check_file(fd, handle)
+            self._link, self._inode = _link(handle), os.fstat(fd).st_ino
             self._mapping = Mapping(
                 fd, handle.num_bytes, offset=HEADER_BYTES, writable=self._writable
             )
@@ -92,6 +93,15 @@ class OpenedSharedMemoryArena(SharedBytes):
     @property
     def owner(self) -> ProcessRef:
         return self._owner
+
+    def given_up(self) -> bool:
+        """The trainer's descriptor is closed, or is another file by now."""
+        try:
+            return os.stat(self._link).st_ino != self._inode
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def close(self) -> None:
         self._mapping.close()
@@ -115,6 +125,11 @@ def _refusal(handle: SharedMemoryHandle, why: str) -> TransportError:
     )
 
 
+def _link(handle: SharedMemoryHandle) -> str:
+    """The trainer's descriptor, as other processes see it."""
+    return f"/proc/{handle.owner.pid}/fd/{handle.fd}"
+
+
 def _open(handle: SharedMemoryHandle, access: int) -> int:
     if handle.owner.host != host_id():
         raise _refusal(
@@ -123,7 +138,7 @@ def _open(handle: SharedMemoryHandle, access: int) -> int:
     why = why_dead(handle.owner)
     if why is not None:
         raise _refusal(handle, why)
-    link = f"/proc/{handle.owner.pid}/fd/{handle.fd}"
+    link = _link(handle)
     try:
         # Looked at before it is opened: opening a pipe or a terminal may block or have effects.
         target = os.readlink(link)
