@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -14,8 +15,14 @@ _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine_fixtures import engine_of, folder, make_engine_with_faults, nursery, reference  # noqa: E402, F401
+_engines = importlib.import_module("engine_fixtures")
 
 child = _module.child
 engine = _module.engine
 make_engine = _module.make_engine
+engine_of = _engines.engine_of
+folder = _engines.folder
+make_engine_with_faults = _engines.make_engine_with_faults
+nursery = _engines.nursery
+reference = _engines.reference
+socket_folders = _engines.socket_folders

@@ -19,7 +19,7 @@ from versions import TOLERANCE, Reference, output_logprobs, version_weights
 import weight_sync
 from rollout import Engine
 from rollout.engine import rank_process
-from weight_sync.errors import SyncError
+from weight_sync.errors import SyncError, TornWeightsError
 
 HERE = Path(__file__).parent
 PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
@@ -197,10 +197,16 @@ def engine_options(**options: Any) -> dict[str, Any]:
 
 
 class Stream:
-    """A client that generates, one long request after another, until it is told to stop or gets an error."""
+    """A client that generates, one long request after another, until it is told to stop or gets an error.
 
-    def __init__(self, engine: Engine, prompt: list[int] | None = None) -> None:
+    With `endless` it goes on after torn weights have refused or ended a request, which keeps what it had by then.
+    """
+
+    def __init__(
+        self, engine: Engine, prompt: list[int] | None = None, *, endless: bool = False
+    ) -> None:
         self._engine = engine
+        self._endless = endless
         self._prompt = prompt or PROMPT_SETS[0]
         self._stop = False
         self._started = threading.Event()
@@ -215,15 +221,21 @@ class Stream:
         params = {"temperature": 1.0, "max_new_tokens": 60, "ignore_eos": True}
         try:
             while not self._stop:
-                for chunk in self._engine.generate(
-                    input_ids=self._prompt,
-                    sampling_params=params,
-                    stream=True,
-                    return_logprob=True,
-                ):
-                    self._started.set()
-                    last = chunk
-                self.results.append(last)
+                try:
+                    for chunk in self._engine.generate(
+                        input_ids=self._prompt,
+                        sampling_params=params,
+                        stream=True,
+                        return_logprob=True,
+                    ):
+                        self._started.set()
+                        last = chunk
+                except TornWeightsError:
+                    if not self._endless:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    self.results.append(last)
         except BaseException as error:
             self.error = error
         self.ended = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 def reference(folder: Path) -> Reference:
     """What transformers computes with it."""
     return Reference(folder)
+
+
+@pytest.fixture
+def socket_folders(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], set[str]]:
+    """Private folders for sockets in this test's own folder for temporary files."""
+    folder = tmp_path_factory.mktemp("t")
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return lambda: {path.name for path in folder.glob("rollout-*")}
 
 
 @pytest.fixture(scope="module")
