@@ -22,7 +22,7 @@ class GrpoConfig:
     """Sampling temperature; log-probabilities are those of the tempered distribution on both sides."""
     prompts_in_flight: int = 4
     """Prompts that the asynchronous loop has in the engine at once; the later ones meet fresher weights."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2.5e-4
     """Peak learning rate of AdamW."""
     lr_warmup_steps: int = 5
     """Steps over which the learning rate rises from zero."""
