@@ -107,6 +107,20 @@ def generate(
     _benchmark(run, quick, out, config, overrides)
 
 
+@app.command("pool")
+def pool(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What an update of many replicas costs besides the bytes: one tiny model, one engine and a pool in turns."""
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .pool import run_pool
+
+        return run_pool(settings.pool, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
 @app.command("machine")
 def machine(
     gigabytes: Annotated[float, typer.Option(help="Bytes to copy, in units of 1e9.")] = 1.19,

@@ -114,6 +114,22 @@ class GenerateBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolBench:
+    """`rollout bench pool`."""
+
+    model: ModelShape = field(default_factory=lambda: TINY)
+    """The model; the default is so small that what is measured is the control plane."""
+    dtype: str = "float32"
+    """Of trainer and engines."""
+    num_replicas: int = 8
+    """Engines, each in a process of its own."""
+    repetitions: int = 50
+    """Measured updates of each."""
+    warmup: int = 5
+    """Updates before them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -123,6 +139,8 @@ class BenchSettings:
     """What a client sees of it."""
     generate: GenerateBench = field(default_factory=GenerateBench)
     """Tokens per second."""
+    pool: PoolBench = field(default_factory=PoolBench)
+    """What an update of many replicas costs."""
 
 
 QUICK = (
@@ -136,5 +154,6 @@ QUICK = (
     *("generate.prompts=4", "generate.samples=2", "generate.min_prompt_tokens=4"),
     *("generate.max_prompt_tokens=12", "generate.mean_new_tokens=6.0"),
     *("generate.max_new_tokens=16", "generate.peer_batch_sizes=[4, 8]"),
+    *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),
 )
 """Overrides of `--quick`: everything small, to see that it works and what it writes."""
