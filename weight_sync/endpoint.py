@@ -108,6 +108,8 @@ class EngineEndpoint:
         if self._packed is not None and self._packed.arena.broken is not None:
             self.drop_arena()
         if self._packed is None:
+            if self._transport == "process_group":
+                info = self.hello(deadline)  # Ranks come and go where there are many engines.
             layout = Layout(info, self._bucket_bytes)
             if self._transport == "process_group":
                 self._packed = self._make_group(channel, info, layout, deadline)

@@ -7,6 +7,7 @@ JSON): tokens and weights go over our own sockets and memory files.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -157,7 +158,7 @@ class Placement:
             strategy="STRICT_PACK",
             bundle_label_selector=[selector] * len(bundles) if selector else None,
         )
-        if not self._group.wait(timeout_s):
+        if not self._group.wait(math.ceil(timeout_s)):  # Ray counts whole seconds.
             self.release()
             raise NoRoomError(
                 f"no room for {wanted.num_processes} processes with {wanted.bundle} each on one node within "
