@@ -223,11 +223,13 @@ class RowPlan:
             return
         sums = torch.empty(len(self.keys), dtype=torch.int64)
         self._products(words, sums)
-        running = torch.zeros(len(sums) + 1, dtype=torch.int64)
-        torch.cumsum(sums.mul_(self.keys), 0, out=running[1:])
+        running = torch.empty(len(sums) + 1, dtype=torch.int64)
+        running[0] = 0
+        torch.cumsum(sums, 0, out=running[1:])
         out.index_add_(0, self.outputs, running[self.lasts] - running[self.firsts])
 
     def _products(self, words: torch.Tensor, sums: torch.Tensor) -> None:
+        """Row sums times their keys."""
         cpu = torch.device("cpu")
         keys = {_NARROW: fp.inner_keys(cpu), _WIDE: fp.fine_keys(cpu)}
         jobs: Iterator[tuple[int, int, int, int]] = iter(self.jobs)
@@ -235,7 +237,9 @@ class RowPlan:
         def work() -> None:
             for word, rows, width, first in jobs:  # shared: each thread takes the next one
                 block = words[word : word + rows * width].view(rows, width)
-                torch.mv(block, keys[width], out=sums[first : first + rows])
+                part = sums[first : first + rows]
+                # Here and not all at once: torch would call all its threads together for that, and wait for them.
+                torch.mv(block, keys[width], out=part).mul_(self.keys[first : first + rows])
 
         threads = min(torch.get_num_threads(), len(self.jobs))
         if threads == 1 or self.num_words < _THREADED_WORDS:
