@@ -16,9 +16,11 @@ from .messages import ErrorReply, ProcessRef
 from .process import why_dead
 from .rpc import Call, RpcServer
 from .rpc_wire import raised
-from .spmd_messages import Failed, Noted, Offer, RankRequest, Wrote
+from .spmd_messages import Failed, Heard, Noted, Offer, RankRequest, Wrote
 
 _LOOK_S = 0.1
+_FAREWELL_S = 5.0
+"""How long a closing rank 0 waits until the others have heard how the last update ended."""
 
 
 class RankInbox:
@@ -31,6 +33,7 @@ class RankInbox:
         self._calls: dict[tuple[int, str], dict[int, Call]] = defaultdict(dict)
         self._failure: dict[int, BaseException] = {}
         self._done = 0
+        self._heard: dict[int, int] = {}
         self._processes: dict[int, ProcessRef] = {}
         self._server = RpcServer(self._handle, RankRequest, name="spmd")
         self._server.start()
@@ -49,6 +52,12 @@ class RankInbox:
                 "the secret over the mesh; make the publisher on every rank"
             )
         with self._changed:
+            if isinstance(body, Heard | Failed):
+                self._heard[body.rank] = body.update
+                self._changed.notify_all()
+            if body.update <= self._done and isinstance(body, Heard | Failed):
+                call.reply(Noted())
+                return
             if body.update <= self._done:
                 error = self._failure.get(body.update) or SessionError(
                     f"update {body.update} is over: got a message of rank {body.rank} for it, expected one for "
@@ -94,6 +103,16 @@ class RankInbox:
                     ) from None
                 self._changed.wait(min(left_s, _LOOK_S))
 
+    def _wait_until_heard(self, deadline: Deadline) -> None:
+        """A connection that closes may take its last replies with it."""
+        with self._changed:
+            for rank, process in list(self._processes.items()):
+                while self._heard.get(rank, 0) < self._done and why_dead(process) is None:
+                    try:
+                        self._changed.wait(min(deadline.left_s("close"), _LOOK_S))
+                    except DeadlineExceeded:
+                        return
+
     def _check_alive(self, ranks: list[int]) -> None:
         for rank in ranks:
             process = self._processes.get(rank)
@@ -116,6 +135,7 @@ class RankInbox:
             waiting = {update for update, _ in self._calls}
         for update in sorted(waiting):
             self.fail(update, reason)
+        self._wait_until_heard(Deadline(_FAREWELL_S))
         self._server.close()
 
     def fail(self, update: int, error: BaseException) -> None:

@@ -5,6 +5,7 @@
     Describe            Grant with the plan, once every rank has described its shards
     Wrote               Noted
     Finish              Outcome, once the engines have committed
+    Heard               Noted
 
 Any of them may be answered with an error, which is then the error of all ranks. Weights are never in a message.
 """
@@ -91,6 +92,10 @@ class Failed(SpmdMessage, frozen=True, kw_only=True):
     """Its text."""
 
 
+class Heard(SpmdMessage, frozen=True, kw_only=True):
+    """The rank has its outcome: rank 0 may close."""
+
+
 class PlanReply(
     msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True
 ):
@@ -133,5 +138,5 @@ class Outcome(Message, frozen=True, kw_only=True):
     """Of the rank's own engine: the one that it, or the nearest rank before it, has brought."""
 
 
-RankRequest = Offer | Describe | Wrote | Finish | Failed
+RankRequest = Offer | Describe | Wrote | Finish | Failed | Heard
 RankReply = Grant | Noted | Outcome

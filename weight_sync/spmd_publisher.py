@@ -10,6 +10,7 @@ once, and sends the sums that its shards add to the tensors' fingerprints. Rank 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from collections import OrderedDict
@@ -23,7 +24,14 @@ import torch
 
 from .deadline import Deadline
 from .endpoint import TransportChoice
-from .errors import ERRORS, EngineDiedError, SessionError, TrainerDiedError, TransportError
+from .errors import (
+    ERRORS,
+    EngineDiedError,
+    SessionError,
+    SyncError,
+    TrainerDiedError,
+    TransportError,
+)
 from .fingerprints import NamedTensors
 from .manifest import dtype_name
 from .messages import KvPolicyName, VerifyMode
@@ -42,6 +50,7 @@ from .spmd_messages import (
     Failed,
     Finish,
     Grant,
+    Heard,
     Offer,
     Outcome,
     PlanReply,
@@ -232,6 +241,7 @@ class SpmdPublisher:
             twins=share.compare(tensors).astype("<u8").tobytes(),
         )
         outcome: Outcome = self._call(finish)
+        self._tell(Heard(secret=self._secret, rank=self.rank, update=self._update))
         return outcome.report
 
     def _description(
@@ -298,14 +308,18 @@ class SpmdPublisher:
             )
         if dead is None:
             reply = error_reply(error)
-            self._client.submit(
+            self._tell(
                 Failed(
                     secret=self._secret,
                     rank=self.rank,
                     update=self._update,
                     code=reply.code,
                     message=reply.message,
-                ),
-                _GRACE_S,
+                )
             )
         return error
+
+    def _tell(self, message: Heard | Failed) -> None:
+        """Until rank 0 has it: what is on its way when a connection closes may be lost."""
+        with contextlib.suppress(SyncError):
+            self._client.call(message, _GRACE_S)
