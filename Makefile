@@ -20,7 +20,7 @@ MARKS := $(if $(HAS_GPU),,-m "not gpu")
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow demo clean
+.PHONY: help venv lint format test test-slow faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,11 @@ test: lint ## lint, then every test that this machine can run
 
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+faults: $(STAMP) ## kill and lie in every phase of an update, and write docs/faults.md from what happened
+	rows=$$(mktemp -d); trap 'rm -rf "$$rows"' EXIT; \
+	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile tests/faults/test_engine_*deaths.py tests/faults/test_engine_lies.py; \
+	$(BIN)/python docs/write_faults.py $$rows
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import weight_sync
 from rollout import Engine
 from rollout.engine import rank_process
 from weight_sync.errors import SyncError, TornWeightsError
+from weight_sync.update import Update
 
 HERE = Path(__file__).parent
 PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
@@ -345,6 +346,23 @@ class Nursery:
         self._process.wait(10)
         assert self._process.stdin is not None
         self._process.stdin.close()
+
+
+@contextmanager
+def changed_fingerprints() -> Iterator[None]:
+    """The trainer declares something else than it has packed."""
+    finish = Update.finish
+
+    def lie(self: Update, rows: list[int]) -> Any:
+        packed = finish(self, rows)
+        packed.fingerprints[0] ^= 1
+        return packed
+
+    Update.finish = lie  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Update.finish = finish  # type: ignore[method-assign]
 
 
 def error_name(action: Any) -> str:

@@ -87,7 +87,15 @@ LOCAL_LIES = tuple(
         ("trainer changes the arena after the vote", "commit"),
     )
 )
-CASES = (*TRAINER_DEATHS, *RANK_DEATHS, *OWNER_DEATHS, *LIES, *LOCAL_LIES)
+KEPT_COPY = tuple(
+    Case(who=f"{who}, a copy is kept", phase="commit", transport="shared_memory", tp_size=2)
+    for who in (
+        "trainer changes the arena after the vote",
+        "last rank raises half-way",
+        "last rank writes a wrong byte",
+    )
+)
+CASES = (*TRAINER_DEATHS, *RANK_DEATHS, *OWNER_DEATHS, *LIES, *LOCAL_LIES, *KEPT_COPY)
 
 
 def record(case: Case, outcome: Outcome) -> None:

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_faults import PROMPT_SETS, FaultyEngine, Stream, check_spans, num_arenas, wait_for
-from fault_matrix import LIES, LOCAL_LIES, Case, Outcome, record
+from engine_faults import (
+    PROMPT_SETS,
+    FaultyEngine,
+    Stream,
+    changed_fingerprints,
+    check_spans,
+    num_arenas,
+    wait_for,
+)
+from fault_matrix import KEPT_COPY, LIES, LOCAL_LIES, Case, Outcome, record
 from versions import Reference, version_weights
 
 import weight_sync
 from rollout import Engine
 from weight_sync import WeightPublisher
 from weight_sync.transports.disk import write_checkpoint
-from weight_sync.update import Update
 
 OLD, NEW, NEXT = 1, 2, 3
-
-
-@contextmanager
-def changed_fingerprints() -> Iterator[None]:
-    """The trainer declares something else than it has packed."""
-    finish = Update.finish
-
-    def lie(self: Update, rows: list[int]) -> Any:
-        packed = finish(self, rows)
-        packed.fingerprints[0] ^= 1
-        return packed
-
-    Update.finish = lie  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Update.finish = finish  # type: ignore[method-assign]
 
 
 def lie(case: Case, engine: Any, publisher: WeightPublisher, folder: Path, tmp_path: Path) -> None:
     """What `case` says, with version NEW; raises what the liar, or the one that is lied to, gets."""
     new, last = version_weights(folder, NEW), case.tp_size - 1
-    match case.who:
+    match case.who.removesuffix(", a copy is kept"):
         case "trainer declares a wrong fingerprint":
             with changed_fingerprints():
                 publisher.publish(new, label="lie")
@@ -143,6 +132,32 @@ def test_a_liar_gets_an_error_and_one_whole_version_serves(
     record(
         case, Outcome(result=f"{error}; {result} the next complete update commits", seconds=seconds)
     )
+
+
+@pytest.mark.parametrize("case", KEPT_COPY, ids=str)
+def test_with_a_kept_copy_all_ranks_roll_back_together(
+    case: Case,
+    engine_of: Callable[..., FaultyEngine],
+    folder: Path,
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    engine = engine_of(tp_size=case.tp_size, keep_previous_weights=True)
+    with WeightPublisher(engine.engine.address) as publisher:
+        publisher.publish(version_weights(folder, OLD), label=f"v{OLD}")
+        stream = Stream(engine.engine)
+        start = time.monotonic()
+        with pytest.raises(weight_sync.WeightUpdateError, match="restored and serves") as caught:
+            lie(case, engine, publisher, folder, tmp_path)
+        engine.serves(OLD)
+        publisher.publish(version_weights(folder, NEXT), label=f"v{NEXT}")
+        seconds = time.monotonic() - start
+        engine.serves(NEXT)
+    for result in stream.stop():
+        check_spans(PROMPT_SETS[0], result, reference)
+    name = type(caught.value).__name__
+    told = f"{name}; all ranks go back to the old version, which serves; the next update commits"
+    record(case, Outcome(result=told, seconds=seconds))
 
 
 @pytest.mark.parametrize("case", LOCAL_LIES, ids=str)

@@ -1,0 +1,153 @@
+"""What several ranks have begun together they end together: votes are kept, calls are carried out on all ranks."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from sync_support import ToyHost, toy_map, weights
+
+from weight_sync.errors import DeadlineExceeded, SessionBusy
+from weight_sync.manifest import Manifest
+from weight_sync.messages import Begin, Bucket, GetFingerprint
+from weight_sync.process import current_process
+from weight_sync.ranked_service import RankedService
+from weight_sync.receiver import WeightReceiver
+from weight_sync.session import Phase
+from weight_sync.transports.local import OpenedLocalArena
+
+
+class TwoRanks:
+    """An agreement of which only one rank is there; nothing before the commit is a collective."""
+
+    rank, size = 0, 2
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        raise AssertionError("a collective before the commit")
+
+    def gather_text(self, text: str) -> list[str]:
+        raise AssertionError("a collective before the commit")
+
+
+class LocalCall:
+    """A call to a service of this process."""
+
+    peer = "test"
+
+    def __init__(self, body: Any, timeout_s: float) -> None:
+        self.body = body
+        self.deadline = time.monotonic() + timeout_s
+        self.future: Future[Any] = Future()
+
+    def reply(self, body: Any) -> None:
+        self.future.set_result(body)
+
+    def stream(self, body: Any) -> None:
+        raise AssertionError
+
+    def fail(self, error: BaseException) -> None:
+        self.future.set_exception(error)
+
+
+class Rank:
+    """A rank's channel that notes what it is told, and how long it may take, and answers when the test says so."""
+
+    is_local = True
+    dead = None
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, float]] = []
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, message: Any, timeout_s: float) -> Future[Any]:
+        self.told.append((message, timeout_s))
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def call(self, message: Any, timeout_s: float) -> Any:
+        return self.submit(message, timeout_s).result(timeout_s)
+
+    def lend(self, buffer: Any) -> str:
+        raise AssertionError
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def voted() -> Any:
+    """One receiver of two that has voted for an update of this process."""
+    import torch
+
+    from weight_sync.fingerprints import ArenaFingerprints
+
+    weight_map = toy_map()
+    host = ToyHost(weight_map)
+    receiver = WeightReceiver(weight_map, host, agreement=TwoRanks())
+    manifest = Manifest(tensors=weight_map.metas(), bucket_bytes=512 << 20)
+    buffer = torch.zeros(manifest.arena_bytes, dtype=torch.uint8)
+    for view, value in zip(manifest.views(buffer), weights(2.0).values(), strict=False):
+        view.fill_(2.0)
+    begin = Begin(
+        session_id="s",
+        holder=current_process(),
+        version=None,
+        base_version=None,
+        label=None,
+        manifest_digest=manifest.digest,
+        manifest=manifest.to_wire(),
+        arena_id=receiver.add_arena(OpenedLocalArena(buffer)),
+        strict=True,
+        kv_policy=None,
+        verify="pause",
+        lease_s=30.0,
+    )
+    epoch = receiver.begin(begin).epoch
+    values = ArenaFingerprints(manifest).values(buffer, None).numpy()
+    indices = np.arange(len(manifest.tensors), dtype="<u4").tobytes()
+    receiver.stage(
+        Bucket(session_id="s", epoch=epoch, indices=indices, fingerprints=values.tobytes())
+    )
+    receiver.prepare("s", epoch)
+    yield receiver, begin
+    host.close()
+
+
+def test_a_vote_outlives_its_trainer_until_rank_0_asks_for_something_else(
+    voted: tuple[WeightReceiver, Begin],
+) -> None:
+    receiver, begin = voted
+    session = receiver._session
+    assert session is not None and session.phase is Phase.VOTED
+    dead = msgspec.structs.replace(begin.holder, start_time=begin.holder.start_time + 1)
+    session.request = msgspec.structs.replace(session.request, holder=dead)
+    receiver.sweep()
+    assert receiver._session is session
+    receiver.begin(msgspec.structs.replace(begin, session_id="next"))
+    assert receiver._session is not session
+
+
+def test_a_vote_of_a_trainer_that_lives_is_not_given_up_for_another(
+    voted: tuple[WeightReceiver, Begin],
+) -> None:
+    receiver, begin = voted
+    with pytest.raises(SessionBusy):
+        receiver.begin(msgspec.structs.replace(begin, session_id="next"))
+
+
+def test_a_call_whose_caller_gives_up_is_carried_out_on_all_ranks_all_the_same() -> None:
+    ranks = [Rank(), Rank()]
+    service = RankedService(ranks)
+    call = LocalCall(GetFingerprint(), timeout_s=0.2)
+    service.handle(call)
+    with pytest.raises(DeadlineExceeded):
+        call.future.result(5.0)
+    # A collective that one rank refuses because it is late would leave the other one waiting.
+    for rank in ranks:
+        (told,) = rank.told
+        assert told[0] == GetFingerprint() and told[1] > 60.0
+    service.close()
