@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _RECEIVE_BURST = 64
 """Requests read before replies are sent again, so that neither direction starves."""
+_LAST_WORD_S = 0.05
+"""How long the socket stays open after the last reply."""
 
 
 class ServerCall:
@@ -100,6 +102,7 @@ class RpcServer:
         self._encode = msgspec.msgpack.encode
         self._outbox: deque[tuple[bytes, bytes, bytes]] = deque()
         self._closing = False
+        self._last_sent = -_LAST_WORD_S
         self._folder = private_folder() if bind is None else None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -162,6 +165,10 @@ class RpcServer:
                 self._flush()
                 self._receive()
             self._flush()
+            # A socket that closes right after a send may lose what it has accepted, whatever LINGER says.
+            left_s = self._last_sent + _LAST_WORD_S - time.monotonic()
+            if left_s > 0:
+                time.sleep(left_s)
         finally:
             self._release()
 
@@ -170,6 +177,7 @@ class RpcServer:
             frames = self._outbox.popleft()
             try:
                 self._socket.send_multipart(frames, zmq.NOBLOCK)
+                self._last_sent = time.monotonic()
             except zmq.ZMQError as error:  # the caller has gone; its reply reaches nobody
                 logger.debug("dropped a reply: %s", error)
 

@@ -401,3 +401,23 @@ def test_a_call_that_the_caller_cancelled_is_dropped(client: RpcClient) -> None:
     assert future.cancel()
     time.sleep(0.1)
     assert client.call(Echo(text="alive"), 5.0).text == "alive"
+
+
+def test_the_last_reply_before_a_server_closes_still_arrives() -> None:
+    for _ in range(20):
+        arrived: list[Call] = []
+        came = threading.Event()
+
+        def keep(call: Call, arrived: list[Call] = arrived, came: threading.Event = came) -> None:
+            arrived.append(call)
+            came.set()
+
+        server = RpcServer(keep, Echo | Fail)
+        server.start()
+        client = connect(server.address)
+        future = client.submit(Fail(how="never"), 10.0)
+        assert came.wait(10)
+        arrived[0].reply(Answer(text="bye"))
+        server.close()
+        assert future.result(10).text == "bye"
+        client.close()
