@@ -207,39 +207,6 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     assert gone([pid])
 
 
-def test_a_pool_spreads_its_replicas_and_replaces_one_that_is_killed(
-    cluster: Any, folder: Path, trainer: Any
-) -> None:
-    with RolloutPool(folder, num_replicas=2, executor="ray", **OPTIONS) as pool:
-        before = pool.replicas()
-        assert len({replica.node_id for replica in before}) == 2
-        report = pool.publish(trainer, label="spread")
-        check_parity(pool.generate, trainer)
-        results: list[Any] = []
-        params = {"max_new_tokens": 250, "ignore_eos": True, "n": 2}
-
-        def generate() -> None:
-            prompts = [[i + 1, 2] for i in range(16)]
-            results.extend(pool.generate(input_ids=prompts, sampling_params=params))
-
-        thread = threading.Thread(target=generate)
-        thread.start()
-        while pool.status().num_running < 16:
-            time.sleep(0.005)
-        os.kill(before[0].pids[0], signal.SIGKILL)
-        thread.join(90)
-        assert [len(result["output_ids"]) for result in results] == [250] * 32
-        assert {result["meta_info"]["num_reruns"] for result in results} == {0, 1}
-        end = time.monotonic() + 60
-        while [r.state for r in pool.replicas()] != ["serving"] * 2 and time.monotonic() < end:
-            time.sleep(0.05)
-        after = pool.replicas()
-        assert {replica.node_id for replica in after} == {replica.node_id for replica in before}
-        assert pool.weights_fingerprint() == report.fingerprint == weight_sync.fingerprint(trainer)
-    assert gone([pid for replica in after for pid in replica.pids])
-    assert free_cpus(2 * CPUS_PER_NODE)
-
-
 DRIVER = """
 import sys, ray
 from rollout import Engine
@@ -265,3 +232,65 @@ def test_when_the_driver_is_killed_its_ranks_end(
         assert pids and all(os.path.exists(f"/proc/{pid}") for pid in pids)
         driver.kill()
     assert gone(pids, 20.0) and free_cpus(2 * CPUS_PER_NODE)
+
+
+def test_the_example_of_an_actor_runs_on_a_cluster_that_is_there(
+    cluster: Any, folder: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/ray_actor.py", str(folder)],
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("'step 1'", "16 samples from 4 calls at once", "bit for bit"):
+        assert words in result.stdout, result.stdout
+
+
+def serving(pool: RolloutPool, where: Callable[[Any], bool] = lambda replica: True) -> list[Any]:
+    """The replicas, once two of them serve, as they should be, and no other is there."""
+    end = time.monotonic() + 60.0
+    while time.monotonic() < end:
+        replicas = pool.replicas()
+        if [r.state == "serving" and where(r) for r in replicas] == [True, True]:
+            return replicas
+        time.sleep(0.05)
+    raise AssertionError(pool.replicas())
+
+
+def test_a_pool_spreads_its_replicas_and_replaces_what_dies(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    with RolloutPool(folder, num_replicas=2, executor="ray", **OPTIONS) as pool:
+        before = pool.replicas()
+        assert len({replica.node_id for replica in before}) == 2
+        report = pool.publish(trainer, label="spread")
+        check_parity(pool.generate, trainer)
+        results: list[Any] = []
+        params = {"max_new_tokens": 250, "ignore_eos": True, "n": 2}
+
+        def generate() -> None:
+            prompts = [[i + 1, 2] for i in range(16)]
+            results.extend(pool.generate(input_ids=prompts, sampling_params=params))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        while pool.status().num_running < 16:
+            time.sleep(0.005)
+        os.kill(before[0].pids[0], signal.SIGKILL)
+        thread.join(90)
+        assert [len(result["output_ids"]) for result in results] == [250] * 32
+        assert {result["meta_info"]["num_reruns"] for result in results} == {0, 1}
+        after = serving(pool)
+        assert {replica.node_id for replica in after} == {replica.node_id for replica in before}
+        assert pool.weights_fingerprint() == report.fingerprint == weight_sync.fingerprint(trainer)
+
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        head = cluster.head_node.node_id
+        left = serving(pool, lambda replica: replica.node_id == head)
+        assert pool.weights_fingerprint() == report.fingerprint
+        assert len(pool.generate(input_ids=PROMPTS, sampling_params=GREEDY)) == len(PROMPTS)
+    assert gone([pid for replica in left for pid in replica.pids])
+    assert free_cpus(CPUS_PER_NODE)

@@ -54,3 +54,15 @@ def test_two_ranks_publish_their_shards_into_an_engine_of_two(tmp_path):
     assert "rank 0: version 3 ('step 3')" in result.stdout
     assert "rank 1: version 3 ('step 3')" in result.stdout
     assert "bit for bit" in result.stdout
+
+
+def test_a_pool_survives_the_death_of_a_replica(checkpoint: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/ray_pool.py", str(checkpoint), "--executor", "local"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("'step 1'", "64 samples", "ran again", "bit for bit"):
+        assert words in result.stdout, result.stdout
