@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError
@@ -105,6 +108,23 @@ def connected_ray() -> Any:
     return ray
 
 
+def runtime_environment() -> dict[str, Any] | None:
+    """What workers need in order to import this package: nothing where it is installed, else the driver's path to it.
+
+    The path must lead there on the workers' nodes as well.
+    """
+    name = __name__.partition(".")[0]
+    installed = [
+        entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
+    ]
+    if PathFinder.find_spec(name, installed) is not None:
+        return None
+    others = [finder for finder in sys.meta_path if finder is not PathFinder]
+    if any(finder.find_spec(name, None) is not None for finder in others):
+        return None  # An editable installation.
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}}
+
+
 def this_place() -> Place:
     """Of a process that Ray started."""
     ray = ray_module()
@@ -166,9 +186,7 @@ class Placement:
                 "start Ray with more, ask for less (ray_num_cpus, ray_num_gpus), or end what holds it"
             )
 
-    def start(
-        self, cls: type, index: int, *args: Any, env: Mapping[str, str] | None = None
-    ) -> Actor:
+    def start(self, cls: type, index: int, *args: Any) -> Actor:
         """Make `cls(*args)` an actor in the room of process number `index`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -182,7 +200,7 @@ class Placement:
             scheduling_strategy=strategy,
             max_restarts=0,
             max_concurrency=4,
-            runtime_env={"env_vars": dict(env)} if env else None,
+            runtime_env=runtime_environment(),
         )
         return Actor(self._ray, remote.remote(*args))
 
@@ -240,7 +258,9 @@ class Actor:
 def start_actor(cls: type, options: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Ray's own handle of a new actor of `cls`, with Ray's own options; for callers who use Ray themselves."""
     remote = connected_ray().remote(cls)
-    return (remote.options(**options) if options else remote).remote(*args, **kwargs)
+    return remote.options(**{"runtime_env": runtime_environment(), **options}).remote(
+        *args, **kwargs
+    )
 
 
 class Call:
@@ -302,10 +322,11 @@ def has_gpus() -> bool:
 
 
 def _first_words(error: BaseException) -> str:
-    """Ray's messages are pages long; the line that says why is the last long one or the first."""
+    """Ray's messages are pages long: the line that says why, or the first and the last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("The actor is dead because")]
-    return (told or lines or [type(error).__name__])[0][:400]
+    ends = " ... ".join(dict.fromkeys((lines[0][:200], lines[-1][:200]))) if lines else ""
+    return told[0][:400] if told else ends or type(error).__name__
 
 
 def _sizes() -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import pytest
 
 from rollout.config import EngineConfig
-from rollout.distributed.ray_runtime import Node, Place, Reservation, spread_over
+from rollout.distributed.ray_runtime import (
+    Node,
+    Place,
+    Reservation,
+    runtime_environment,
+    spread_over,
+)
 from rollout.engine.executor_ray import check_places, reservation
 from rollout.engine.ray_rank import device_in_actor
 from rollout.errors import ConfigError
@@ -77,3 +85,14 @@ def test_replicas_go_to_the_nodes_that_hold_the_fewest_and_are_large_enough() ->
     assert spread_over(nodes, ["a", "b", "a"], total) == ["c", "b", "a"]
     on_gpu = Reservation(num_processes=4, num_cpus=1.0, num_gpus=1.0).total
     assert spread_over(nodes, [], on_gpu) == ["b"]
+
+
+def test_workers_need_nothing_where_the_package_is_installed_and_else_the_drivers_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert runtime_environment() is None  # The tests run where it is installed.
+    plain = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+    monkeypatch.setattr(sys, "meta_path", plain)
+    monkeypatch.setattr(sys, "path", ["", "/a/checkout"])
+    variables = {"PYTHONPATH": f"{os.getcwd()}{os.pathsep}/a/checkout"}
+    assert runtime_environment() == {"env_vars": variables}
