@@ -107,7 +107,7 @@ class GenerateBench:
     """Of both; 0 is greedy."""
     max_running_requests: int = 512
     """Requests that the engine runs at once."""
-    peer_batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    peer_batch_sizes: tuple[int, ...] = (16, 32, 64)
     """Batches that transformers gets, one of each size; the best one counts."""
     seed: int = 0
     """Of weights, prompts and lengths."""
