@@ -27,7 +27,7 @@ class PoolConfig:
     """Starts of a replacement that may fail in a row before the pool goes on without it."""
     health_interval_s: float = 2.0
     """Seconds between two questions to a replica that it must answer."""
-    health_timeout_s: float = 60.0
+    health_timeout_s: float = 30.0
     """Seconds that an answer may take (a step, or a commit) before the replica counts as hung and is ended."""
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ again elsewhere, from its beginning, when that replica is lost; samples that the
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -189,8 +190,14 @@ class Dispatcher:
         if sample not in job.finished:
             if reason is not None:
                 job.finished.add(sample)
-            changes = {"index": job.first + sample, "num_reruns": job.num_reruns}
-            job.call.emit(msgspec.structs.replace(update, **changes))
+            job.call.emit(
+                msgspec.structs.replace(
+                    update,
+                    index=job.first + sample,
+                    num_reruns=job.num_reruns,
+                    e2e_latency=time.monotonic() - job.call.began,
+                )
+            )
         if reason is not None:
             self.pump()
 

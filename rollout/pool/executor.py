@@ -6,6 +6,8 @@ answers added up.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import queue
 import threading
@@ -23,7 +25,7 @@ from weight_sync.rpc import Call, RpcServer
 
 from ..config import EngineConfig
 from ..engine import commands as cmd
-from ..engine.executor import OnChunk
+from ..engine.executor import OnChunk, wait
 from ..engine.wire import REQUEST_TYPES
 from ..errors import EngineClosedError, RolloutError
 from .config import PoolConfig
@@ -35,6 +37,8 @@ from .members import GONE
 from .replica import Replica, ReplicaExecutor, ReplicaStatus
 from .routing import Router
 from .supervisor import MakeExecutor, Supervisor, no_weights
+
+logger = logging.getLogger(__name__)
 
 _EXPIRE_INTERVAL_S = 0.25
 WEIGHT_MESSAGES = get_args(WeightRequest)
@@ -88,7 +92,7 @@ class PoolExecutor:
         starts = [self._supervisor.start() for _ in range(pool.num_replicas)]
         try:
             for start in starts:
-                start.result()
+                self._await_start(start)
         except BaseException:
             self.close()
             raise
@@ -158,9 +162,9 @@ class PoolExecutor:
         """Its label."""
         return self._fleet.served.label
 
-    def add_replica(self) -> Future[int]:
-        """Start one more; the future has its number once it serves."""
-        return self._supervisor.start()
+    def add_replica(self) -> int:
+        """Start one more; returns its number once it serves."""
+        return self._await_start(self._supervisor.start())
 
     def remove_replica(self, number: int | None, timeout_s: float) -> int:
         """Let a replica (None: the least busy one) finish what it has, then end it; returns its number."""
@@ -201,16 +205,25 @@ class PoolExecutor:
     # ---- below -------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        dispatcher = self._dispatcher
+        next_expire = 0.0
         while True:
-            try:
+            event: Callable[[], None] | None = _nothing
+            with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=_EXPIRE_INTERVAL_S)
-            except queue.Empty:
-                dispatcher.expire(time.monotonic())
-                continue
             if event is None:
                 return
-            event()
+            try:
+                event()
+            except Exception:  # One event must not end the dispatching of all requests.
+                logger.exception("the pool's dispatcher failed at an event")
+            if (now := time.monotonic()) >= next_expire:
+                next_expire = now + _EXPIRE_INTERVAL_S
+                self._dispatcher.expire(now)
+
+    def _await_start(self, start: Future[int]) -> int:
+        limit = self._config.start_timeout_s + self._config.request_timeout_s
+        number: int = wait(start, limit, "the start of a replica")
+        return number
 
     def _replica(self, number: int, executor: ReplicaExecutor) -> Replica:
         return Replica(number, executor, self._dispatcher, self._events.put, time.monotonic)
@@ -327,6 +340,10 @@ class PoolExecutor:
             pid=os.getpid(),
             **sums,
         )
+
+
+def _nothing() -> None:
+    """The event of a while without events."""
 
 
 def _conclude(

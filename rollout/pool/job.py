@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class PoolCall:
     """Takes every `SampleUpdate`, with the index that the caller counts by."""
     future: Future[Any] = field(default_factory=Future)
     """`Done`, or the error."""
+    began: float = field(default_factory=time.monotonic)
+    """When it came."""
     jobs: list[Job] = field(default_factory=list)
     """Its prompts."""
 
@@ -119,5 +122,6 @@ class Job:
             output_top_logprobs=[] if spec.top_logprobs_num > 0 else None,
             output_ids_logprobs=[] if spec.token_ids_logprob is not None else None,
             token_times=[] if spec.return_token_times else None,
+            e2e_latency=time.monotonic() - self.call.began,
             num_reruns=self.num_reruns,
         )

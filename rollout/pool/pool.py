@@ -96,7 +96,7 @@ class RolloutPool(Engine):
 
     def add_replica(self) -> int:
         """Start one more replica and bring it to the served version; returns its number when it serves."""
-        return self._pool.add_replica().result()
+        return self._pool.add_replica()
 
     def remove_replica(self, number: int | None = None, timeout_s: float = 60.0) -> int:
         """Let a replica (None: the least busy one) finish its requests and end it; returns its number.
