@@ -90,6 +90,8 @@ class GroupHandle(
     """As in `JoinGroup`."""
     num_bytes: Count
     """Bytes of the stage."""
+    ends_group: bool = False
+    """The group is there for this stage alone: the rank leaves it when the stage goes."""
 
 
 ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle

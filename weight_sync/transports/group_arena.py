@@ -35,7 +35,10 @@ class GroupArena:
     @property
     def handle(self) -> GroupHandle:
         return GroupHandle(
-            owner=current_process(), group_name=self._group.name, num_bytes=self._num_bytes
+            owner=current_process(),
+            group_name=self._group.name,
+            num_bytes=self._num_bytes,
+            ends_group=True,
         )
 
     @property
@@ -53,11 +56,13 @@ class GroupArena:
 
 
 class OpenedGroupArena:
-    """An engine rank's end: a stage as large as the arena."""
+    """An engine rank's end: a stage as large as the arena. A publisher's own group goes with it."""
 
-    def __init__(self, group: UpdateGroup, handle: GroupHandle) -> None:
-        self._group = group
+    def __init__(self, groups: "GroupTable", handle: GroupHandle) -> None:
+        self._groups = groups
+        self._group = group = groups.get(handle.group_name)
         self._owner = handle.owner
+        self._ends_group = handle.ends_group
         on_cpu = group.device.type == "cpu"
         self._buffer: torch.Tensor | None = (
             landing_buffer(handle.num_bytes)
@@ -85,6 +90,8 @@ class OpenedGroupArena:
 
     def close(self) -> None:
         self._buffer = None
+        if self._ends_group:
+            self._groups.drop(self._group)
 
 
 class GroupTable:
@@ -137,6 +144,12 @@ class GroupTable:
         """Leave a group; what its other members wait for fails."""
         self.get(group_name).destroy()
         del self._groups[group_name]
+
+    def drop(self, group: UpdateGroup) -> None:
+        """Leave this very group, which may have been left or replaced before."""
+        if self._groups.get(group.name) is group:
+            del self._groups[group.name]
+        group.destroy()
 
     def close(self) -> None:
         """Leave all groups."""
