@@ -26,7 +26,8 @@ the version that their span names.
 |---|---|
 | idle | nowhere: no update is under way, a trainer's arena may be open |
 | generating | nowhere: a request is running |
-| begin, stage | before it opens the session; before it checks the first bucket |
+| begin, stage | before it opens the session; before it receives or checks the first bucket |
+| stage, process_group, trainer killed | nowhere: all ranks wait for bytes of the second bucket, which is announced |
 | vote | before the rank says that it can commit |
 | commit | inside the pause: this rank's bytes are new, the other rank's may not be, nothing is compared yet |
 

@@ -318,10 +318,22 @@ class Nursery:
         )
 
     def trainer(
-        self, address: str, folder: Path, number: int, *, commits: bool = True, **options: Any
+        self,
+        address: str,
+        folder: Path,
+        number: int,
+        *,
+        commits: bool = True,
+        transport: str = "auto",
+        halfway: bool = False,
+        **options: Any,
     ) -> Actor:
-        """A trainer that publishes version `number` at once, or only stages it."""
+        """A trainer that publishes version `number` at once, or only stages it.
+
+        With `halfway` it announces the second bucket, says so, and never broadcasts it.
+        """
         update = {"folder": str(folder), "number": number, "commits": commits}
+        update |= {"transport": transport, "halfway": halfway}
         return self._make("trainer", {"address": address, **update, "options": options})
 
     def owner(self, folder: Path, points: Path, **options: Any) -> Actor:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from versions import version_weights
 
 from rollout import Engine
 from weight_sync import WeightPublisher
+from weight_sync.transports.group_arena import GroupArena
+
+BUCKET_BYTES = 100_000
+"""Over a group: several buckets."""
 
 
 def main() -> None:
@@ -46,9 +51,19 @@ def say(report: Any, **message: Any) -> None:
 
 
 def publish(
-    report: Any, address: str, folder: str, number: int, commits: bool, options: dict[str, Any]
+    report: Any,
+    address: str,
+    folder: str,
+    number: int,
+    commits: bool,
+    transport: Any,
+    halfway: bool,
+    options: dict[str, Any],
 ) -> None:
-    publisher = WeightPublisher(address, timeout_s=60.0)
+    if halfway:
+        send_one_bucket(report)
+    buckets = {"bucket_bytes": BUCKET_BYTES} if transport == "process_group" else {}
+    publisher = WeightPublisher(address, timeout_s=60.0, transport=transport, **buckets)
     tensors = version_weights(Path(folder), number)
     start = time.monotonic()
     try:
@@ -62,6 +77,20 @@ def publish(
         say(report, error=type(error).__name__, message=str(error), seconds=seconds)
     else:
         say(report, version=done.version, fingerprint=done.fingerprint)
+
+
+def send_one_bucket(report: Any) -> None:
+    """Over a group: what comes after the first bucket is announced, and then its bytes do not come."""
+    send, sent = GroupArena.send, []
+
+    def send_first(self: GroupArena, spans: Any, timeout_s: float) -> Any:
+        if not sent:
+            sent.append(True)
+            return send(self, spans, timeout_s)
+        say(report, halfway=True)
+        return Future()
+
+    GroupArena.send = send_first  # type: ignore[method-assign]
 
 
 def wait_to_be_killed() -> None:

@@ -43,20 +43,27 @@ class Outcome:
     """From the fault until nobody waited any more, or the next version served."""
 
 
-def killed(who: str, phases: Sequence[str], tp_sizes: Sequence[int]) -> tuple[Case, ...]:
+def killed(
+    who: str, phases: Sequence[str], tp_sizes: Sequence[int], transport: str = "shared_memory"
+) -> tuple[Case, ...]:
     """`who` gets a kill -9."""
     return tuple(
-        Case(who=f"{who} killed", phase=phase, transport="shared_memory", tp_size=tp_size)
+        Case(who=f"{who} killed", phase=phase, transport=transport, tp_size=tp_size)
         for tp_size in tp_sizes
         for phase in phases
     )
 
 
-TRAINER_DEATHS = killed("trainer", ("idle", *PHASES), (1, 2))
+TRAINER_DEATHS = (
+    *killed("trainer", ("idle", *PHASES), (1, 2)),
+    *killed("trainer", PHASES, (1, 2), "process_group"),
+)
 RANK_DEATHS = (
     *killed("rank 0", ("generating", "stage", "commit"), (1,)),
     *killed("rank 0", ("idle", "generating", *PHASES), (2,)),
     *killed("rank 1", ("idle", "generating", *PHASES), (2,)),
+    *killed("rank 0", ("stage",), (2,), "process_group"),
+    *killed("rank 1", ("stage",), (2,), "process_group"),
 )
 OWNER_DEATHS = (
     *killed("owner", ("generating",), (1,)),

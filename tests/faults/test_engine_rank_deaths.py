@@ -63,7 +63,7 @@ def test_a_killed_rank_ends_the_engine_and_every_call(
     trainer = None
     if case.phase in UPDATE:
         engine.points.stop(case.phase, rank)
-        trainer = nursery.trainer(engine.engine.address, folder, 1)
+        trainer = nursery.trainer(engine.engine.address, folder, 1, transport=case.transport)
         engine.points.reached(case.phase, rank)
     start = time.monotonic()
     kill_all([pids[rank]])
