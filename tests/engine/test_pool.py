@@ -6,11 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import weight_sync
 from rollout import Engine, RolloutPool
@@ -251,6 +254,46 @@ def test_a_trainer_elsewhere_publishes_to_the_address_of_the_pool(
         report = publisher.publish(trainer, label="by address")
     assert pool.weight_version == "by address"
     assert pool.weights_fingerprint() == report.fingerprint == weight_sync.fingerprint(trainer)
+
+
+def test_an_update_goes_to_all_replicas_over_a_group(pool: RolloutPool, trainer: Any) -> None:
+    with WeightPublisher(pool, transport="process_group") as publisher:
+        for seed in (6, 7):
+            train(trainer, seed)
+            report = publisher.publish(trainer)
+            assert report.transport == "process_group"
+            assert (
+                pool.weights_fingerprint() == report.fingerprint == weight_sync.fingerprint(trainer)
+            )
+
+
+def test_a_plain_torch_trainer_broadcasts_to_all_replicas(pool: RolloutPool, trainer: Any) -> None:
+    train(trainer, 8)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor() as background:
+        joining = background.submit(
+            pool.init_weights_update_group, "127.0.0.1", store.port, 1, 3, "plain", "gloo"
+        )
+        group = dist.ProcessGroupGloo(dist.PrefixStore("plain", store), 0, 3, timedelta(seconds=30))
+        joining.result(30)
+        named = [(name, tensor.detach()) for name, tensor in trainer.named_parameters()]
+        pool.begin_weight_update(weight_version="broadcast", strict=True)
+        for first in range(0, len(named), 8):
+            part = named[first : first + 8]
+            staged = background.submit(
+                pool.update_weights_from_distributed,
+                [name for name, _ in part],
+                [tensor.dtype for _, tensor in part],
+                [tensor.shape for _, tensor in part],
+                "plain",
+            )
+            for _, tensor in part:
+                group.broadcast(tensor.contiguous(), 0).wait()
+            staged.result(30)
+        pool.end_weight_update()
+        pool.destroy_weights_update_group("plain")
+    assert pool.weights_fingerprint() == weight_sync.fingerprint(trainer)
+    assert pool.weight_version == "broadcast"
 
 
 def test_replicas_come_with_the_served_version_and_go_without_losing_a_request(
