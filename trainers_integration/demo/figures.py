@@ -56,7 +56,7 @@ def learning_curve(rows: Sequence[Row]) -> Figure:
     figure, (left, right) = new_figure(4.2, columns=2)
     for phase, color, label in (
         ("control", CONTROL, "weights never synced"),
-        ("train", RUN, "run"),
+        ("train", RUN, "this run"),
     ):
         steps = _phase(rows, phase)
         if not steps:
@@ -98,7 +98,7 @@ def logprob_gap(rows: Sequence[Row]) -> Figure:
     figure, (ax,) = new_figure(3.6)
     names = {
         "control": (CONTROL, "control: weights never synced"),
-        "train": (RUN, "run"),
+        "train": (RUN, "this run"),
         "in_flight": (IN_FLIGHT, "weights change under running requests"),
     }
     for phase, (color, label) in names.items():
@@ -122,11 +122,11 @@ def logprob_gap(rows: Sequence[Row]) -> Figure:
         )
     ax.axhspan(1e-7, 1e-4, color=EXACT, alpha=0.08, linewidth=0)
     ax.text(
-        0.995,
-        2e-7,
+        0.4,
+        7e-5,
         "float32 rounding",
         transform=ax.get_yaxis_transform(),
-        ha="right",
+        va="top",
         fontsize=9,
         color=EXACT,
     )
@@ -157,22 +157,13 @@ def sync_times(rows: Sequence[Row]) -> Figure:
             x, values, "o", markersize=3, color=color, label=f"{label} (median {median:.1f} ms)"
         )
     if flight:
-        ax.axvspan(flight[0]["step"] - 0.5, x[-1] + 0.5, color=IN_FLIGHT, alpha=0.12, linewidth=0)
-        ax.annotate(
-            "under running\nrequests",
-            (flight[0]["step"] - 0.5, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=9,
-            color=IN_FLIGHT,
-        )
+        start, end = flight[0]["step"] - 0.5, flight[-1]["step"] + 0.5
+        label = "requests were running"
+        ax.axvspan(start, end, color=IN_FLIGHT, alpha=0.15, linewidth=0, label=label)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("step")
     ax.set_ylabel("milliseconds")
     set_title(ax, "Weight sync")
-    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     return figure

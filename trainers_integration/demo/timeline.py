@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Request = Mapping[str, Any]
 
 #: The overview: so many commits before and after the one in the middle, and no more rows than there are pixels.
-OVERVIEW_COMMITS, OVERVIEW_ROWS = 2, 160
+OVERVIEW_COMMITS, OVERVIEW_ROWS = 4, 160
 #: The close-up has room for the requests that met that commit.
 CLOSE_UP_ROWS = 64
 
@@ -123,7 +123,7 @@ def _add_legend(ax: Axes, requests: Sequence[Request]) -> None:
         handles=handles,
         frameon=False,
         fontsize=9,
-        ncols=8,
+        ncols=6,
         columnspacing=1.2,
         handlelength=1.4,
         loc="upper center",
@@ -137,9 +137,15 @@ def color_of(version: int) -> str:
 
 
 def busiest_commit(requests: Sequence[Request], commits: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the commit under which most requests went on."""
+    """Index of the commit under which most requests went on; if any, one with a few others on both sides."""
     met = Counter(version for r in requests for version, start, _ in r["versions"] if start > 0)
-    return max(range(len(commits)), key=lambda i: met[commits[i]["version"]])
+    last = len(commits) - OVERVIEW_COMMITS
+
+    def rank(index: int) -> tuple[bool, int]:
+        count = met[commits[index]["version"]]
+        return (count > 0 and OVERVIEW_COMMITS <= index < last, count)
+
+    return max(range(len(commits)), key=rank)
 
 
 def evenly(requests: Sequence[Request], rows: int) -> list[Request]:
