@@ -25,7 +25,8 @@ from weight_sync.rpc import RpcClient
 
 from ..config import EngineConfig
 from ..distributed import ray_runtime
-from ..distributed.ray_runtime import Actor, Place, Placement, Reservation
+from ..distributed.placement import Place, Reservation
+from ..distributed.ray_runtime import Actor, Placement
 from ..errors import ERRORS, ConfigError
 from .build import check_config
 from .commands import Shutdown

@@ -11,7 +11,8 @@ import torch
 from weight_sync.process_groups.rendezvous import StoreServer
 
 from ..config import EngineConfig
-from ..distributed.ray_runtime import Place, this_place
+from ..distributed.placement import Place
+from ..distributed.ray_runtime import this_place
 from ..errors import ConfigError
 from .rank_server import RankServer, failure_report
 from .ranks import RankSpec

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, get_args
 
 import msgspec
@@ -33,8 +32,7 @@ from .dispatcher import Dispatcher
 from .fleet import FleetWeights
 from .fleet_channel import FleetChannel
 from .job import PoolCall
-from .members import GONE
-from .replica import Replica, ReplicaExecutor, ReplicaStatus
+from .replica import Replica, ReplicaExecutor, ReplicaStatus, ask_all
 from .routing import Router
 from .supervisor import MakeExecutor, Supervisor, no_weights
 
@@ -143,8 +141,12 @@ class PoolExecutor:
         self._supervisor.close()
         self._fleet.close()
         self._events.put(None)
-        if hasattr(self, "_thread"):
-            self._thread.join(timeout=30.0)
+        self._thread.join(timeout=30.0)
+        with contextlib.suppress(queue.Empty):  # What the end of the replicas has brought.
+            while True:
+                event = self._events.get_nowait()
+                if event is not None:
+                    event()
         with self._lock:
             if self._server is not None:
                 self._server.close()
@@ -255,13 +257,16 @@ class PoolExecutor:
 
     def _command(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
         """Carry out what is not about prompts or weights; on the dispatcher's thread."""
-        num = 0
+        num, post = 0, self._events.put
+        replicas = list(self._supervisor.replicas.values())
         if isinstance(body, cmd.AbortRequests):
             num = self._dispatcher.abort(body.rids, body.abort_all, "aborted by the caller")
             future.set_result(cmd.Done(count=num))
             return
         if isinstance(body, cmd.GetWeights):
-            self._ask_one(body, timeout_s, future)
+            serving = self._fleet.serving
+            replicas.sort(key=lambda replica: replica.number not in serving)
+            ask_all(replicas[:1], body, timeout_s, lambda answers: answers[0], future, post)
             return
         if isinstance(body, cmd.PauseGeneration):
             self._supervisor.note_pause(body)
@@ -275,46 +280,9 @@ class PoolExecutor:
             # First, so that what the replicas end now waits here instead of going to the next one.
             self._fleet.lose("the memory of the weights was released")
             self._dispatcher.refuse(no_weights(self._fleet.lost))
-        self._ask_all(body, timeout_s, lambda answers: self._combined(answers, num), future)
-
-    def _ask_one(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
-        serving = self._fleet.serving
-        chosen = sorted(self._supervisor.replicas.values(), key=lambda r: r.number not in serving)
-        if not chosen:
-            future.set_exception(GONE[0]("no replica of the pool is alive at present"))
-            return
-        asked = chosen[0].executor.submit(body, timeout_s=timeout_s)
-        asked.add_done_callback(lambda done: _pass_on(done, future))
-
-    def _ask_all(
-        self,
-        body: Any,
-        timeout_s: float,
-        combine: Callable[[Sequence[Any]], Any],
-        future: Future[Any],
-    ) -> None:
-        """Every replica's answer, combined; those that die meanwhile do not count, the first other error does."""
-        asked = [
-            replica.executor.submit(body, timeout_s=timeout_s)
-            for replica in self._supervisor.replicas.values()
-        ]
-        left = [len(asked)]
-        lock = threading.Lock()
-
-        def note(_: Future[Any]) -> None:
-            with lock:
-                left[0] -= 1
-                if left[0]:
-                    return
-            if self._closed:
-                future.set_exception(EngineClosedError("the pool was shut down meanwhile"))
-            else:
-                self._events.put(partial(_conclude, asked, combine, future))
-
-        if not asked:
-            future.set_exception(GONE[0]("no replica of the pool is alive at present"))
-        for one in asked:
-            one.add_done_callback(note)
+        ask_all(
+            replicas, body, timeout_s, lambda answers: self._combined(answers, num), future, post
+        )
 
     def _combined(self, answers: Sequence[Any], num: int) -> Any:
         first = answers[0]
@@ -344,23 +312,3 @@ class PoolExecutor:
 
 def _nothing() -> None:
     """The event of a while without events."""
-
-
-def _conclude(
-    asked: Sequence[Future[Any]], combine: Callable[[Sequence[Any]], Any], future: Future[Any]
-) -> None:
-    errors = [error for done in asked if (error := done.exception()) is not None]
-    answers = [done.result() for done in asked if done.exception() is None]
-    refusals = [error for error in errors if not isinstance(error, GONE)]
-    if refusals or not answers:
-        future.set_exception((refusals or errors)[0])
-    else:
-        future.set_result(combine(answers))
-
-
-def _pass_on(done: Future[Any], future: Future[Any]) -> None:
-    error = done.exception()
-    if error is None:
-        future.set_result(done.result())
-    else:
-        future.set_exception(error)

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import secrets
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,10 +25,8 @@ from weight_sync import messages as msg
 from weight_sync.errors import (
     DeadlineExceeded,
     EngineDiedError,
-    ProtocolError,
     SessionError,
     StaleVersionError,
-    SyncError,
     TornWeightsError,
     WeightUpdateError,
 )
@@ -42,6 +37,7 @@ from .catch_up import Served, Source, catch_up
 from .fleet_arenas import FleetArenas
 from .fleet_update import FleetUpdate, Outcome, first_error
 from .members import GONE, Member, ask_all, left, same
+from .serving_thread import ServingThread
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +77,7 @@ class FleetWeights:
         self._update: FleetUpdate | None = None
         self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
         self._source: Source | None = None
-        self._actions: dict[type, Callable[[Any, float], Any]] = {
+        actions: dict[type, Callable[[Any, float], Any]] = {
             msg.Hello: self._hello,
             msg.GetIgnored: self._ask_one,
             msg.OpenArena: lambda m, end: self._arenas.open(m, self._all, end),
@@ -96,11 +92,7 @@ class FleetWeights:
             msg.Commit: self._commit,
             msg.GetFingerprint: self._fingerprint,
         }
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.closed = False
-        """It takes no more calls."""
-        self._thread = threading.Thread(target=self._run, name="pool-weights", daemon=True)
-        self._thread.start()
+        self._thread = ServingThread(actions, name="pool-weights")
 
     # ---- any thread --------------------------------------------------------------------------------------------------
 
@@ -109,12 +101,14 @@ class FleetWeights:
         """Replicas that hold the served version, whole."""
         return {member.number for member in self._all if member.serving}
 
+    @property
+    def closed(self) -> bool:
+        """It takes no more calls."""
+        return self._thread.closed
+
     def handle(self, call: Call) -> None:
         """Queue a trainer's call; its body is one of `messages.WeightRequest`."""
-        if self.closed:
-            call.fail(EngineDiedError("the pool was shut down; connect to a new one"))
-        else:
-            self._queue.put(lambda: self._serve(call))
+        self._thread.handle(call)
 
     def add(self, member: Member) -> Future[None]:
         """Take a replica in and bring it to the served version. With an error it is there, but behind."""
@@ -123,11 +117,11 @@ class FleetWeights:
             self._members = {**self._members, member.number: member}
             self._bring_up(member)
 
-        return self._do(bring_up)
+        return self._thread.do(bring_up)
 
     def bring_up(self, number: int) -> Future[None]:
         """Once more for a replica that fell behind."""
-        return self._do(lambda: self._bring_up(self._members[number]))
+        return self._thread.do(lambda: self._bring_up(self._members[number]))
 
     def remove(self, number: int) -> Future[None]:
         """Forget a replica."""
@@ -139,7 +133,7 @@ class FleetWeights:
             if member is not None and self._update is not None:
                 self._update.epochs.pop(member, None)
 
-        return self._do(forget)
+        return self._thread.do(forget)
 
     def lose(self, reason: str) -> Future[None]:
         """No replica has whole weights any more, on purpose; the next complete update ends that."""
@@ -149,60 +143,17 @@ class FleetWeights:
             self._on_change()
 
         self.lost = reason
-        return self._do(note)
+        return self._thread.do(note)
 
     def close(self) -> None:
         """Stop; what is queued is dropped. Safe to repeat."""
-        if not self.closed:
-            self.closed = True
-            self._queue.put(None)
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30.0)
+        self._thread.close()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     @property
     def _all(self) -> list[Member]:
         return [member for _, member in sorted(self._members.items())]
-
-    def _run(self) -> None:
-        while (action := self._queue.get()) is not None:
-            action()
-
-    def _do(self, action: Callable[[], None]) -> Future[None]:
-        future: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                action()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-        self._queue.put(run)
-        return future
-
-    def _serve(self, call: Call) -> None:
-        body = call.body
-        try:
-            if call.deadline <= time.monotonic():
-                raise DeadlineExceeded(
-                    f"{type(body).__name__} waited too long for its turn and was not carried out"
-                )
-            action = self._actions.get(type(body))
-            if action is None:
-                raise ProtocolError(f"not a message about weights: got {type(body).__name__}")
-            answer = action(body, call.deadline)
-            if isinstance(answer, Future):
-                answer.add_done_callback(partial(_answer_later, call))
-            else:
-                call.reply(answer)
-        except (SyncError, ValueError) as error:  # a refusal
-            call.fail(error)
-        except Exception as error:  # whatever it was, the pool goes on and the caller is told
-            logger.exception("%s failed", type(body).__name__)
-            call.fail(error)
 
     def _ask_one(self, message: Any, end: float) -> Any:
         """The answer of any replica, one that serves if there is one."""
@@ -391,11 +342,3 @@ class FleetWeights:
             self._serves(member)
         finally:
             self._on_change()
-
-
-def _answer_later(call: Call, future: Future[Any]) -> None:
-    error = future.exception()
-    if error is None:
-        call.reply(future.result())
-    else:
-        call.fail(error)

@@ -15,6 +15,7 @@ from weight_sync.report import SyncReport
 
 from ..config import EngineConfig
 from ..distributed import ray_runtime
+from ..distributed.placement import spread_over
 from ..engine.build import check_config
 from ..engine.engine import Engine
 from ..engine.executor_local import LocalExecutor
@@ -156,7 +157,7 @@ class RaySpread:
         with self._lock:
             self._nodes.pop(slot, None)
             used = list(self._nodes.values())
-            order = ray_runtime.spread_over(nodes, used, self._wanted.total)
+            order = spread_over(nodes, used, self._wanted.total)
             left = [node for node in order if node not in tried]
             if left:
                 self._nodes[slot] = left[0]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import msgspec
 
-from weight_sync.errors import DeadlineExceeded
+from weight_sync.errors import DeadlineExceeded, EngineDiedError
 
 from ..engine.commands import AbortRequests, GetStatus, SampleUpdate, Status
 from ..engine.executor import Executor
 from .dispatcher import Dispatcher
 from .job import Job
+from .members import GONE
 
 ABORT_TIMEOUT_S = 30.0
 
@@ -90,3 +92,41 @@ class Replica:
         future = self.executor.submit(GetStatus(), timeout_s=timeout_s)
         status: Status = future.result(timeout_s + 1.0)
         return status
+
+
+def ask_all(
+    replicas: Sequence[Replica],
+    body: Any,
+    timeout_s: float,
+    combine: Callable[[Sequence[Any]], Any],
+    future: Future[Any],
+    post: Callable[[Callable[[], None]], None],
+) -> None:
+    """Put every replica's answer to a command, combined, into `future`; `combine` runs where `post` puts it.
+
+    Replicas that die meanwhile do not count, unless all do; the first other error does.
+    """
+    asked = [replica.executor.submit(body, timeout_s=timeout_s) for replica in replicas]
+    missing, lock = len(asked), threading.Lock()
+
+    def conclude() -> None:
+        errors = [error for done in asked if (error := done.exception()) is not None]
+        answers = [done.result() for done in asked if done.exception() is None]
+        refusals = [error for error in errors if not isinstance(error, GONE)]
+        if refusals or not answers:
+            future.set_exception((refusals or errors)[0])
+        else:
+            future.set_result(combine(answers))
+
+    def note(_: Future[Any]) -> None:
+        nonlocal missing
+        with lock:
+            missing -= 1
+            last = missing == 0
+        if last:
+            post(conclude)
+
+    if not asked:
+        future.set_exception(EngineDiedError("no replica of the pool is alive at present"))
+    for one in asked:
+        one.add_done_callback(note)

@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 
 from rollout.config import EngineConfig
-from rollout.distributed.ray_runtime import (
-    Node,
-    Place,
-    Reservation,
-    runtime_environment,
-    spread_over,
-)
+from rollout.distributed.placement import Node, Place, Reservation, spread_over
+from rollout.distributed.ray_runtime import runtime_environment
 from rollout.engine.executor_ray import check_places, reservation
 from rollout.engine.ray_rank import device_in_actor
 from rollout.errors import ConfigError
