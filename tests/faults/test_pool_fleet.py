@@ -347,6 +347,18 @@ def test_an_update_of_parts_leaves_out_who_is_behind(
     assert fleet.values == [{2.0, 3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
 
 
+def test_a_replica_whose_memory_differs_after_an_update_of_parts_does_not_serve(
+    fleet: Fleet, publisher: WeightPublisher
+) -> None:
+    for engine in fleet.engines:
+        engine.host.looks = False
+    next(iter(fleet.engines[2].weight_map.parameters.values())).view(-1)[0] = 5.0
+    publisher.publish([("norm.weight", torch.full((7,), 3.0))], strict=False)
+    assert fleet.versions == [1, 1, 1] and fleet.weights.serving == {0, 1}
+    publisher.publish(weights(2.0))
+    assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
+
+
 # ---- rules -----------------------------------------------------------------------------------------------------------
 
 
