@@ -76,14 +76,14 @@ def add_command(app: typer.Typer, entry_point: EntryPoint) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; errors that we raise on purpose are one line, not a traceback."""
-    from weight_sync.errors import WeightUpdateError
+    from weight_sync.errors import SyncError
 
     from ..errors import RolloutError
 
     app = build_app()
     try:
         app(arguments)
-    except (RolloutError, WeightUpdateError) as error:
+    except (RolloutError, SyncError) as error:
         if os.environ.get("ROLLOUT_DEBUG"):
             raise
         _show(error)
