@@ -184,11 +184,12 @@ def test_the_first_start_that_fails_fails_the_pool_and_leaves_nothing(nursery: N
 
 
 def test_a_replacement_that_does_not_start_is_tried_again(nursery: Nursery) -> None:
-    pool = nursery.pool()
-    nursery.failures = [RuntimeError("no room"), RuntimeError("no room")]
-    nursery.born[0].dead = "killed"
-    assert becomes(pool, [(1, "serving"), (2, "serving")])
-    assert len(nursery.slots) == 5
+    pool = nursery.pool(num_replicas=1, max_start_failures=3)
+    for number in (1, 2):  # Failures in a row count, not those of the pool's whole life.
+        nursery.failures = [RuntimeError("no room"), RuntimeError("no room")]
+        nursery.born[-1].dead = "killed"
+        assert becomes(pool, [(number, "serving")])
+    assert len(nursery.slots) == 1 + 3 + 3
 
 
 def test_after_too_many_failed_starts_the_pool_goes_on_without_and_then_says_why(

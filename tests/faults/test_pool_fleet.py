@@ -142,6 +142,19 @@ def test_what_one_replica_refuses_before_the_commit_changes_nothing_anywhere(
     assert fleet.values == [{3.0}] * 3
 
 
+def test_one_vote_against_it_keeps_all_from_committing(
+    fleet: Fleet, publisher: WeightPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher.publish(weights(1.0))
+    monkeypatch.setattr(fleet.engines[1].host, "unwritable", lambda: "a test holds it")
+    with pytest.raises(WeightUpdateError, match="a test holds it"):
+        publisher.publish(weights(2.0))
+    assert fleet.values == [{1.0}] * 3 and fleet.versions == [1] * 3
+    monkeypatch.undo()
+    publisher.publish(weights(3.0))
+    assert fleet.values == [{3.0}] * 3 and fleet.versions == [2] * 3
+
+
 def test_when_all_are_torn_nobody_serves_until_a_complete_update(
     fleet: Fleet, publisher: WeightPublisher
 ) -> None:
@@ -272,7 +285,9 @@ def test_a_newcomer_gets_it_although_only_parts_were_published(
     assert newcomer.values() == {0.0, 1.0} == fleet.engines[0].values()
     publisher.publish(dict(list(tensors.items())[4:]), strict=False)
     assert fleet.values == [{1.0}] * 4
-    assert fleet.add().values() == {1.0}
+    for number in range(4):
+        fleet.kill(number)
+    assert fleet.add().values() == {1.0}  # By now the arena holds all of it.
 
 
 def test_a_parameter_is_read_from_a_peer_in_pieces(
