@@ -25,7 +25,7 @@ def run_pool(settings: PoolBench, screen: Screen) -> BenchResult:
     options = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "kv_cache_bytes": 1 << 20,
+        "kv_cache_bytes": 64 << 20,
         "num_threads": 1,
     }
     times: dict[str, list[float]] = {"engine": [], "pool": []}
