@@ -19,6 +19,7 @@ from .messages import (
     Hello,
     IgnoredReply,
     JoinGroup,
+    LeaveGroup,
     OpenArena,
 )
 from .selection import Layout, Selector
@@ -202,6 +203,8 @@ class EngineEndpoint:
                 OpenArena(handle=arena.handle), deadline.left_s("open the stage")
             )
         except BaseException:
+            if channel.dead is None:  # ranks that have joined need not stay
+                channel.submit(LeaveGroup(group_name=group.name), _CLOSE_TIMEOUT_S)
             group.destroy()
             raise
         return PackedArena(arena, opened.arena_id, layout, "process_group")
