@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,14 @@ def reference_model() -> Callable[[Path], Any]:
         return loaded[folder]
 
     return load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray clusters of one machine share files that say which is the current one: test processes take turns."""
+    if request.path.stem not in ("test_ray", "test_ray_placement", "test_examples"):
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / "rollout-tests-ray.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

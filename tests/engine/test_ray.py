@@ -41,6 +41,8 @@ def cluster() -> Iterator[Any]:
 
         # Sockets below have long names, and a path to a socket must be short.
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        # Ray notes the current cluster there, whatever the folder of its session, and does not make it itself.
+        os.makedirs("/tmp/ray", exist_ok=True)
         node = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 80 << 20}
         cluster = Cluster(
             initialize_head=True,
