@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from sync_support import arenas_mapped, kill, num_descriptors, read_line
+from sync_support import arenas_mapped, eventually, kill, num_descriptors, read_line
 
 from weight_sync.errors import TransportError
 from weight_sync.messages import SharedMemoryHandle
@@ -150,7 +150,9 @@ def test_closing_gives_back_descriptors_and_mappings_even_while_views_live() -> 
     assert arenas_mapped() > mapped
     del view
     assert arenas_mapped() == mapped
-    assert num_descriptors() == descriptors
+    assert eventually(
+        lambda: num_descriptors() <= descriptors
+    )  # other threads open files for a moment
 
 
 def test_an_arena_has_no_name_that_could_be_left_behind() -> None:

@@ -138,7 +138,9 @@ def test_ten_updates_in_a_row_leave_no_descriptor_thread_or_mapping_behind(
         assert link.state()["values"] == [float(i)]
         assert report.updated == 9
     gc.collect()
-    assert (num_descriptors(), arenas_mapped()) == (descriptors, mapped)
+    assert arenas_mapped() == mapped
+    # The engine's thread looks from time to time whether its trainer lives, and opens a file for that moment.
+    assert eventually(lambda: num_descriptors() <= descriptors)
 
 
 def test_closing_returns_to_the_baseline(make_link: Callable[..., Link]) -> None:
