@@ -23,6 +23,8 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout bench pause --set pause.batch_size=16
 
+  rollout bench group --set group.tp_sizes=[1]
+
   rollout bench generate --quick --out /tmp/generate.json
 
   rollout bench machine --gigabytes 0.5
@@ -117,6 +119,28 @@ def pool(
         from .pool import run_pool
 
         return run_pool(settings.pool, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
+@app.command("group")
+def group(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What a weight update over a process group (gloo, on the loopback) costs.
+
+    A Qwen3-0.6B-shaped model in bfloat16, to an engine of one rank and to one of two. In the same rounds: a plain copy
+    of the bytes, the bytes over plain sockets, the update group without an update, and the usual ways (a gloo broadcast
+    per tensor, or one of all tensors concatenated).
+
+    An update may take as long as three copies, or as the bytes over the loopback, whichever is longer: the bound.
+    Needs about 12 GB of memory; --set group.model.num_layers=4 needs less.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .group import run_group
+
+        return run_group(settings.group, screen)
 
     _benchmark(run, quick, out, config, overrides)
 

@@ -16,7 +16,8 @@ _FEW = 0.02
 
 def figure_of(result: dict[str, Any]) -> Figure:
     """The picture of a result file's content."""
-    draw = {"sync": _sync, "pause": _pause, "generate": _generate}[result["benchmark"]]
+    drawn = {"sync": _sync, "pause": _pause, "generate": _generate, "group": _group}
+    draw = drawn[result["benchmark"]]
     return draw(result["numbers"], f"{result['device']}, commit {result['commit']}")
 
 
@@ -88,6 +89,40 @@ def _sync(numbers: dict[str, Any], caption: str) -> Figure:
     _bars(right, rows, digits=1, targets={"the whole call": numbers["target_us_per_tensor"]})
     _title(right, f"{num:,} small tensors")
     right.set_xlabel("microseconds per tensor; median")
+    return figure
+
+
+def _group(numbers: dict[str, Any], caption: str) -> Figure:
+    engines = numbers["engines"]
+    figure, panels = _new((1,) * len(engines), 4.2, caption)
+    words = {
+        "plain_copy": "plain copy",
+        "loopback": "bytes over plain sockets",
+        "group_alone": "update group alone",
+        "begin_to_committed": "begin to committed",
+        "begin_to_verified": "begin to verified",
+        "publish": "the whole call, with packing",
+        "each": "gloo, tensor by tensor, unchecked",
+        "flat": "gloo, one flat tensor, unchecked",
+    }
+    floors, peers = ("plain_copy", "loopback"), ("each", "flat")
+    for ax, (tp_size, engine) in zip(panels, engines.items(), strict=True):
+        seconds = {name: engine["seconds"][name]["p50"] * 1e3 for name in words}
+        if tp_size != "1":  # the other ways reach one process
+            for name in ("group_alone", *peers):
+                del seconds[name]
+        rows = [
+            (words[name], value, QUIET if name in floors else PEER if name in peers else OURS)
+            for name, value in seconds.items()
+        ]
+        bound = engine["seconds"]["bound"]["p50"] * 1e3
+        held = ("group_alone", "begin_to_committed", "begin_to_verified")
+        targets = {words[name]: bound for name in held if name in seconds}
+        _bars(ax, rows, digits=0, targets=targets)
+        _title(ax, f"{numbers['num_bytes'] / 1e9:.2f} GB over gloo to {tp_size} rank(s)")
+        ax.set_xlabel(
+            f"milliseconds; median; mark: the larger of {numbers['target_copies']:g} copies and sockets"
+        )
     return figure
 
 

@@ -130,6 +130,26 @@ class PoolBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupBench:
+    """`rollout bench group`."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    """The model; the default is Qwen3-0.6B's shape, 310 tensors."""
+    dtype: str = "bfloat16"
+    """Of trainer and engine."""
+    tp_sizes: tuple[int, ...] = (1, 2)
+    """Engines to update, one after the other: ranks of each, all members of the trainer's group."""
+    bucket_mb: int = 512
+    """What the publisher packs before it announces it, MiB; each bucket is one broadcast."""
+    stream_counts: tuple[int, ...] = (1, 2, 4)
+    """Plain sockets side by side; the count that is fastest in the median says what the loopback allows."""
+    repetitions: int = 15
+    """Measured rounds for each engine; each does everything that is compared once."""
+    warmup: int = 3
+    """Rounds before them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -141,12 +161,14 @@ class BenchSettings:
     """Tokens per second."""
     pool: PoolBench = field(default_factory=PoolBench)
     """What an update of many replicas costs."""
+    group: GroupBench = field(default_factory=GroupBench)
+    """What an update over a process group costs."""
 
 
 QUICK = (
     *(
         f"{section}.model.{key}={getattr(TINY, key)}"
-        for section in ("sync", "pause", "generate")
+        for section in ("sync", "pause", "generate", "group")
         for key in ModelShape.__dataclass_fields__
     ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
@@ -154,6 +176,8 @@ QUICK = (
     *("generate.prompts=4", "generate.samples=2", "generate.min_prompt_tokens=4"),
     *("generate.max_prompt_tokens=12", "generate.mean_new_tokens=6.0"),
     *("generate.max_new_tokens=16", "generate.peer_batch_sizes=[4, 8]"),
+    *("group.tp_sizes=[1]", "group.stream_counts=[1, 2]"),
+    *("group.repetitions=2", "group.warmup=1"),
     *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),
 )
 """Overrides of `--quick`: everything small, to see that it works and what it writes."""

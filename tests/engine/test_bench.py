@@ -10,6 +10,7 @@ import pytest
 
 from rollout.bench.figures import figure_of
 from rollout.bench.generate import run_generate
+from rollout.bench.group import OURS, run_group
 from rollout.bench.pause import Arrivals, run_pause
 from rollout.bench.results import BenchResult, write_result
 from rollout.bench.screen import Screen
@@ -22,6 +23,7 @@ RUNS = {
     "sync": lambda settings: run_sync(settings.sync, Screen()),
     "pause": lambda settings: run_pause(settings.pause, Screen()),
     "generate": lambda settings: run_generate(settings.generate, Screen()),
+    "group": lambda settings: run_group(settings.group, Screen()),
 }
 
 
@@ -55,6 +57,26 @@ def test_an_update_is_measured_in_plain_copies_of_the_same_bytes(
     assert large["plain_copies"]["plain_copy"] == pytest.approx(
         {"num": 2, **dict.fromkeys(("min", "p10", "p50", "p90", "p99", "max", "mean"), 1.0)}
     )
+
+
+def test_an_update_over_a_group_is_held_against_copies_and_loopback(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
+    numbers = written(RUNS["group"](settings), tmp_path)["numbers"]
+    engine = numbers["engines"]["1"]
+    seconds = engine["seconds"]
+    assert engine["best_streams"] in settings.group.stream_counts
+    assert set(engine["met"]) == set(OURS)
+    for name in ("pack", *OURS, "each", "flat", "loopback", "plain_copy"):
+        assert seconds[name]["num"] == settings.group.repetitions
+        assert 0 < seconds[name]["min"] <= seconds[name]["p90"]
+    for name in ("min", "p50", "max"):
+        assert seconds["bound"][name] >= seconds["loopback"][name]
+        assert seconds["bound"][name] >= 0.999 * 3 * seconds["plain_copy"][name]
+    parts = sum(seconds[name]["mean"] for name in ("wire", "check_staged", "copy"))
+    assert seconds["begin_to_committed"]["mean"] == pytest.approx(parts, rel=1e-3)
+    for name, met in engine["met"].items():
+        assert met == (engine["of_bound"][name]["p50"] <= 1)
 
 
 def test_the_pause_is_what_a_client_waits_longer(settings: BenchSettings, tmp_path: Path) -> None:
