@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 Storage = tuple[torch.device, int]
-"""What tells one allocation from another: its device and address."""
+"""What tells one allocation from another: its device, and torch's object for it, whatever its address is now."""
 
 
 def storage_key(tensor: torch.Tensor) -> Storage:
     """The allocation that `tensor` lies in."""
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    return tensor.device, tensor.untyped_storage()._cdata
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:

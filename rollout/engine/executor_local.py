@@ -24,7 +24,7 @@ from ..config import EngineConfig
 from ..errors import ERRORS
 from .commands import Shutdown
 from .executor import OnChunk
-from .rank_process import RankProcess
+from .rank_process import RankProcess, await_ready
 from .ranks import RankSpec
 from .wire import REPLY_TYPES
 
@@ -41,8 +41,7 @@ class LocalExecutor:
             for rank in range(config.tp_size):
                 self._ranks.append(RankProcess(config, self._spec(config, rank)))
             deadline = time.monotonic() + config.start_timeout_s
-            addresses = [rank.await_ready(deadline) for rank in self._ranks]
-            self._address = addresses[0]
+            self._address = await_ready(self._ranks, deadline)[0]
             self._client = RpcClient(
                 self._address, REPLY_TYPES, errors=ERRORS, liveness=self._why_dead
             )

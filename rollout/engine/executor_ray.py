@@ -136,9 +136,14 @@ class RayExecutor:
             calls.append(
                 rank.submit("start", msgspec.json.encode(spec), msgspec.json.encode(config))
             )
-        reports = [call.result(_left(deadline)) for call in calls]
-        addresses = [reported_address(report) for report in reports]
-        return addresses[0]
+        # Ranks wait for each other, so the first one that fails ends the wait for all.
+        reports = {call.future: call for call in calls}
+        waiting = set(reports)
+        while waiting:
+            done, waiting = wait_for(waiting, _left(deadline), FIRST_COMPLETED)
+            for future in done or list(waiting)[:1]:
+                reported_address(reports[future].result(_left(deadline)))
+        return reported_address(calls[0].result(_left(deadline)))
 
     def _watch(self) -> None:
         """Wait for the first rank to end; then end the others."""

@@ -9,6 +9,7 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -38,6 +39,7 @@ class RankProcess:
         finally:
             os.close(write_end)
         self._ready_pipe = os.fdopen(read_end, "rb", buffering=0)
+        self._report = b""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # It has died already; `await_ready` says so.
             self._process.stdin.write(
@@ -50,27 +52,23 @@ class RankProcess:
         """Process id of the child."""
         return self._process.pid
 
-    def await_ready(self, deadline: float) -> str:
-        """The address that the child reports once it serves; raises its error, should it fail to start.
+    def fileno(self) -> int:
+        """The pipe on which it reports, for a selector."""
+        return self._ready_pipe.fileno()
 
-        `EngineDiedError` when it ends, or is not ready by `deadline` (monotonic).
+    def read_report(self) -> str | None:
+        """The address that it reports once it serves, or None while the report is not whole; call when readable.
+
+        Raises its error, should it fail to start, and `EngineDiedError` when it ends without a report.
         """
-        data = b""
-        with self._ready_pipe as pipe, selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while not data.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise EngineDiedError(
-                        f"rank {self._rank} was not ready in time; raise start_timeout_s, or look at its messages above"
-                    )
-                chunk = pipe.read(1 << 16)
-                if not chunk:
-                    code = self._process.wait(timeout=10.0)
-                    raise EngineDiedError(
-                        f"rank {self._rank} ended while starting ({_exit_words(code)}); its messages are above"
-                    )
-                data += chunk
-        return reported_address(json.loads(data))
+        chunk = self._ready_pipe.read(1 << 16)
+        if not chunk:
+            code = self._process.wait(timeout=10.0)
+            raise EngineDiedError(
+                f"rank {self._rank} ended while starting ({_exit_words(code)}); its messages are above"
+            )
+        self._report += chunk
+        return reported_address(json.loads(self._report)) if self._report.endswith(b"\n") else None
 
     def why_dead(self) -> str | None:
         """Why the child is gone, or None while it lives."""
@@ -97,6 +95,30 @@ class RankProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
+    """The addresses that all ranks report, in their order; the first error of any ends the wait.
+
+    Ranks wait for each other, so one that fails leaves the others waiting. `EngineDiedError` by `deadline` (monotonic).
+    """
+    addresses: dict[RankProcess, str] = {}
+    with selectors.DefaultSelector() as selector:
+        for rank in ranks:
+            selector.register(rank, selectors.EVENT_READ, rank)
+        while len(addresses) < len(ranks):
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [i for i, rank in enumerate(ranks) if rank not in addresses]
+                raise EngineDiedError(
+                    f"ranks {late} were not ready in time; raise start_timeout_s, or look at their messages above"
+                )
+            for key, _ in ready:
+                address = key.data.read_report()
+                if address is not None:
+                    addresses[key.data] = address
+                    selector.unregister(key.data)
+    return [addresses[rank] for rank in ranks]
 
 
 def _exit_words(code: int) -> str:

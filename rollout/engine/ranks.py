@@ -19,6 +19,7 @@ import torch
 
 from ..distributed.group_coordinator import GroupCoordinator
 from ..distributed.stateless_process_group import StatelessProcessGroup
+from ..errors import ConfigError
 from .tick_messages import Tick
 
 HEARTBEAT_S = 10.0
@@ -136,11 +137,19 @@ class GroupAgreement:
 
 
 def device_of(spec: RankSpec, configured: str) -> str:
-    """The device of a rank: its own where it was given one, else one GPU a rank, or the CPU."""
+    """The device of a rank: its own where it was given one, else one GPU a rank, or the CPU.
+
+    Raises `ConfigError` where there are fewer GPUs than ranks, or none of the configured number.
+    """
     if spec.device is not None:
         return spec.device
     if configured == "auto":
         configured = "cuda" if torch.cuda.is_available() else "cpu"
-    if configured == "cuda":
-        return f"cuda:{spec.rank}"
-    return configured
+    device = f"cuda:{spec.rank}" if configured == "cuda" else configured
+    number, num_gpus = torch.device(device).index or 0, torch.cuda.device_count()
+    if device.startswith("cuda") and number >= num_gpus:
+        raise ConfigError(
+            f"device: got {configured!r} for rank {spec.rank} of {spec.size}, expected at most {num_gpus} ranks, one "
+            "for each GPU that this process sees; set device='cpu', a smaller tp_size, or CUDA_VISIBLE_DEVICES"
+        )
+    return device

@@ -1,8 +1,9 @@
-"""Gives memory back to the system and takes it again, without moving an address.
+"""Gives memory back to the system and takes it again, under tensors and views that stay valid.
 
-A tensor's virtual addresses stay reserved, so that views, and later captured CUDA graphs, remain valid; only the pages
-behind them go. On a CPU that is `madvise(MADV_DONTNEED)` on the tensor's whole pages; on CUDA, memory that is mapped by
-hand can do the same later, behind the same two methods. What was in it is lost: it reads as zeros afterwards.
+On a CPU a tensor's virtual addresses stay reserved and only the pages behind them go: `madvise(MADV_DONTNEED)`. On
+CUDA the tensors' storages shrink to nothing and grow again, as FSDP does with its parameters: every view stays valid,
+at another address. Captured CUDA graphs would need the old one; memory that is mapped by hand can keep it later, behind
+the same two methods. What was in it is lost.
 """
 
 from __future__ import annotations
@@ -60,13 +61,41 @@ class CpuRegion:
         """Nothing to do: pages come back when they are written."""
 
 
+class CudaRegion:
+    """Whole allocations of CUDA tensors; what torch keeps cached of them is given back to the device, too."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._device = storages[0].device
+        self._sizes = [(storage, storage.nbytes()) for storage in storages]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `release` gives back."""
+        return sum(size for _, size in self._sizes)
+
+    def release(self) -> None:
+        """Give the memory back, after all work that may still use it; the content is lost."""
+        torch.cuda.synchronize(self._device)
+        for storage, _ in self._sizes:
+            storage.resize_(0)
+        torch.cuda.empty_cache()
+
+    def resume(self) -> None:
+        """Allocate again; holds anything. `torch.cuda.OutOfMemoryError` when another process has taken the memory."""
+        for storage, size in self._sizes:
+            storage.resize_(size)
+
+
 def region_of(tensors: Iterable[torch.Tensor]) -> MemoryRegion:
-    """The region of tensors of one device; `RolloutError` where its memory cannot be given back yet."""
+    """The region of tensors of one device; `RolloutError` on a device whose memory cannot be given back."""
     tensors = list(tensors)
     kinds = {tensor.device.type for tensor in tensors}
+    if kinds == {"cuda"}:
+        return CudaRegion(tensors)
     if kinds - {"cpu"}:
         raise RolloutError(
-            f"cannot release memory on {', '.join(sorted(kinds))}: only CPU memory can be given back in this version"
+            f"cannot release memory on {', '.join(sorted(kinds))}: expected tensors of one CPU or one CUDA device"
         )
     return CpuRegion(tensors)
 

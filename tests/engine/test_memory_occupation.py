@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import weight_sync
 from rollout import Engine
 from rollout.errors import InvalidRequestError
 from weight_sync.errors import TornWeightsError, WeightUpdateError
@@ -41,7 +42,7 @@ def resident_bytes() -> int:
 def test_released_memory_goes_back_to_the_system_and_addresses_stay(
     folder: Path, trainer: Any
 ) -> None:
-    with Engine(folder, kv_cache_bytes=64 << 20) as engine:
+    with Engine(folder, kv_cache_bytes=64 << 20, device="cpu") as engine:
         core = engine._executor._core  # type: ignore[attr-defined]
         core.runner.kv_pool.memory.fill_(1.0)
         expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
@@ -58,6 +59,32 @@ def test_released_memory_goes_back_to_the_system_and_addresses_stay(
         engine.update_weights_from_tensor(trainer)
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
         assert [p.data_ptr() for p in core.runner.model.parameters()] == addresses
+
+
+@pytest.mark.gpu
+def test_released_gpu_memory_goes_back_to_the_device_and_views_stay(
+    folder: Path, trainer: Any
+) -> None:
+    with Engine(folder, kv_cache_bytes=256 << 20, device="cuda") as engine:
+        core = engine._executor._core  # type: ignore[attr-defined]
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        parameters = dict(core.runner.model.named_parameters())
+        before = torch.cuda.mem_get_info()[0]
+        released = engine.release_memory_occupation()
+        assert set(released.tags) == {"weights", "kv_cache"} and released.num_bytes > 256 << 20
+        assert torch.cuda.mem_get_info()[0] - before > 0.9 * released.num_bytes
+        with pytest.raises(WeightUpdateError, match="resume_memory_occupation"):
+            engine.update_weights_from_tensor(trainer)
+        engine.resume_memory_occupation()
+        with pytest.raises(TornWeightsError, match="released"):
+            engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+        parts = list(trainer.named_parameters())
+        for part in (parts[:5], parts[5:]):
+            engine.update_weights_from_tensor(part, flush_cache=False, weight_version="1")
+        assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
+        for name, parameter in core.runner.model.named_parameters():
+            assert parameter is parameters[name]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from versions import TOLERANCE, output_logprobs
 
 from rollout import Engine
-from rollout.errors import InvalidRequestError
+from rollout.engine import rank_process
+from rollout.engine.ranks import RankSpec, device_of
+from rollout.errors import ConfigError, InvalidRequestError
+from weight_sync.errors import EngineDiedError
 
 PROMPTS = [[5, 9, 2], [7] * 40, [11, 12, 13, 14, 15, 16, 17], list(range(20, 53))]
 LONG = {"temperature": 0.0, "max_new_tokens": 200, "ignore_eos": True}
@@ -142,3 +150,36 @@ def test_a_request_whose_deadline_passes_leaves_both_ranks_in_step(
     params = {**LONG, "max_new_tokens": 10}
     expected = one.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"]
     assert two.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"] == expected
+
+
+def test_a_rank_that_does_not_start_ends_the_start_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank waits for it, and would do so until the deadline."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, command: list[str], **options: Any) -> None:
+            fails = [sys.executable, "-c", "raise SystemExit(3)"]
+            super().__init__(fails if started else command, **options)
+            started.append(self)
+
+    monkeypatch.setattr(
+        rank_process, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Popen})
+    )
+    start = time.monotonic()
+    with pytest.raises(EngineDiedError, match=r"rank 1 ended while starting \(exit code 3"):
+        Engine(folder, executor="local", tp_size=2, kv_cache_bytes=2 << 20, num_threads=1)
+    assert time.monotonic() - start < 30.0
+    assert all(process.poll() is not None for process in started)
+
+
+def test_more_ranks_than_gpus_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_of(RankSpec(rank=0, size=2), "auto") == "cuda:0"
+    with pytest.raises(ConfigError, match="rank 1 of 2, expected at most 1 ranks"):
+        device_of(RankSpec(rank=1, size=2), "auto")
+    with pytest.raises(ConfigError, match="'cuda:3'"):
+        device_of(RankSpec(), "cuda:3")
+    assert device_of(RankSpec(rank=1, size=2), "cpu") == "cpu"
