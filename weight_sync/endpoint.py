@@ -29,6 +29,7 @@ from .transports.process_group import UpdateGroup
 from .transports.shared_memory import SharedMemoryArena
 
 TransportChoice = Literal["auto", "local", "shared_memory", "process_group"]
+GroupBackend = Literal["auto", "gloo", "nccl"]
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -70,11 +71,13 @@ class EngineEndpoint:
         bucket_bytes: int,
         transport: TransportChoice,
         group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
     ) -> None:
         self._target = target
         self._bucket_bytes = bucket_bytes
         self._transport = transport
         self._group_host = group_host
+        self._group_backend = group_backend
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
         self._packed: PackedArena | None = None
@@ -177,13 +180,15 @@ class EngineEndpoint:
         self, channel: Channel, info: EngineInfo, layout: Layout, deadline: Deadline
     ) -> PackedArena:
         """Serve a group, have all engine ranks join it, and a stage on each of them."""
-        on_gpu = info.device.startswith("cuda")
+        backend = self._group_backend
+        if backend == "auto":
+            backend = "nccl" if info.device.startswith("cuda") else "gloo"
         group = UpdateGroup.serve(
             world_size=1 + info.tp_size,
             group_name=f"publisher-{secrets.token_hex(6)}",
             host=self._group_host,
-            backend="nccl" if on_gpu else "gloo",
-            device="cuda" if on_gpu else "cpu",
+            backend=backend,
+            device=_current_gpu() if backend == "nccl" else "cpu",
             timeout_s=deadline.left_s("join the group"),
         )
         try:
@@ -193,7 +198,7 @@ class EngineEndpoint:
                 master_port=group.master_port,
                 rank_offset=1,
                 world_size=group.world_size,
-                backend="nccl" if on_gpu else "gloo",
+                backend=backend,
                 timeout_s=deadline.left_s("join the group"),
             )
             channel.call(join, deadline.left_s("join the group"))
@@ -218,3 +223,13 @@ class EngineEndpoint:
             ignored = set(reply.names)
             self._ignored.update({name: name in ignored for name in new})
         return frozenset(name for name in names if self._ignored.get(name, False))
+
+
+def _current_gpu() -> torch.device:
+    """The calling thread's CUDA device by number: the group works on a thread of its own, which has another default."""
+    if not torch.cuda.is_available():
+        raise TransportError(
+            "cannot make an NCCL group: got a process without a GPU, expected one, as the engine has; use "
+            "group_backend='gloo', or transport='shared_memory' on the engine's machine"
+        )
+    return torch.device("cuda", torch.cuda.current_device())

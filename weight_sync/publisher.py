@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .deadline import Deadline
-from .endpoint import EngineEndpoint, HasWeightChannel, TransportChoice
+from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
 from .errors import DeadlineExceeded, EngineDiedError, SessionError
 from .fingerprints import NamedTensors
 from .messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
@@ -34,8 +34,9 @@ class WeightPublisher:
 
     `timeout_s` limits every call as a whole. `bucket_bytes` is how much is packed before the engine may start checking
     it. `transport`: "auto" takes local memory for an engine of this process, else shared memory; "process_group" makes
-    a gloo or NCCL group with all ranks of the engine, wherever they are, meeting at `group_host`, an address of this
-    machine that they can reach.
+    a group with all ranks of the engine, wherever they are, meeting at `group_host`, an address of this machine that
+    they can reach. `group_backend`: "auto" is "nccl" for engines on CUDA, from this process's current CUDA device, and
+    "gloo" for others; gloo reaches any engine, from and into the memory of the CPU.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class WeightPublisher:
         bucket_bytes: int = 512 << 20,
         transport: TransportChoice = "auto",
         group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
     ) -> None:
         _check_choice("transport", transport, get_args(TransportChoice))
+        _check_choice("group_backend", group_backend, get_args(GroupBackend))
         self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._endpoint = EngineEndpoint(
@@ -55,6 +58,7 @@ class WeightPublisher:
             bucket_bytes=bucket_bytes,
             transport=transport,
             group_host=group_host,
+            group_backend=group_backend,
         )
         self._bucket_bytes = bucket_bytes
         self._update: Update | None = None

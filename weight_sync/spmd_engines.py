@@ -11,7 +11,7 @@ import torch
 from .arena import SharedBytes
 from .channel import Channel
 from .deadline import Deadline
-from .endpoint import EngineEndpoint, HasWeightChannel, PackedArena, TransportChoice
+from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, PackedArena, TransportChoice
 from .errors import DeadlineExceeded, EngineDiedError, ManifestMismatch, TransportError
 from .manifest import Manifest
 from .messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle
@@ -59,7 +59,12 @@ class Engines:
     """All engines of one trainer. Used by one thread of rank 0."""
 
     def __init__(
-        self, *, bucket_bytes: int, transport: TransportChoice, group_host: str = "127.0.0.1"
+        self,
+        *,
+        bucket_bytes: int,
+        transport: TransportChoice,
+        group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
     ) -> None:
         if transport not in ("shared_memory", "process_group"):
             raise TransportError(
@@ -71,6 +76,7 @@ class Engines:
         self._arena: SharedMemoryArena | None = None
         self._transport: TransportChoice = transport
         self._group_host = group_host
+        self._group_backend = group_backend
         self._endpoints: dict[object, _Endpoint] = {}
         self._updates: list[Update] = []
 
@@ -91,6 +97,7 @@ class Engines:
                     bucket_bytes=self.bucket_bytes,
                     transport=self._transport,
                     group_host=self._group_host,
+                    group_backend=self._group_backend,
                 )
                 self._endpoints[key].lend = self._lend
         for endpoint in self._endpoints.values():

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from .deadline import Deadline
-from .endpoint import TransportChoice
+from .endpoint import GroupBackend, TransportChoice
 from .errors import (
     ERRORS,
     EngineDiedError,
@@ -86,6 +86,7 @@ class SpmdPublisher:
         bucket_bytes: int = 512 << 20,
         transport: TransportChoice = "shared_memory",
         group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
     ) -> None:
         self._ranks = MeshRanks(device_mesh, engine_axis)
         self._timeout_s = timeout_s
@@ -98,7 +99,12 @@ class SpmdPublisher:
         self._closed = False
         meeting = b""
         if self._ranks.rank == 0:
-            engines = Engines(bucket_bytes=bucket_bytes, transport=transport, group_host=group_host)
+            engines = Engines(
+                bucket_bytes=bucket_bytes,
+                transport=transport,
+                group_host=group_host,
+                group_backend=group_backend,
+            )
             secret = secrets.token_bytes(16)
             self._coordinator = Coordinator(self._ranks.size, engines, secret=secret)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="spmd-coordinator")

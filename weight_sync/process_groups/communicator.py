@@ -263,6 +263,11 @@ class Communicator:
         )
 
     def _lost(self, what: str, text: str) -> str:
+        if "Duplicate GPU" in text:
+            return (
+                f"{self._me}: {what} failed, got {text!r}, expected a GPU for every member (NCCL before 2.30); on one "
+                "machine use transport='shared_memory', elsewhere group_backend='gloo'"
+            )
         return (
             f"{self._me}: {what} failed, got {text!r}, expected every member to live; look for one that died, and make "
             "a new group"

@@ -223,7 +223,9 @@ def store_error(what: str, error: BaseException) -> TransportError | DeadlineExc
 
 
 def first_line(error: BaseException) -> str:
-    """torch's message without stack trace, source position and advice."""
+    """torch's message without stack trace, source position and advice; NCCL's own last words, where it has any."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Last error:" in lines[:-1]:
+        return f"NCCL: {lines[lines.index('Last error:') + 1].strip()}"[:300]
     text = re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", lines[0])
     return text.split(" This is typically")[0][:300]

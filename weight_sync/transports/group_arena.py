@@ -124,7 +124,7 @@ class GroupTable:
             world_size=world_size,
             group_name=group_name,
             backend=backend,
-            device=self._device,
+            device=self._device if backend == "nccl" else "cpu",
             timeout_s=timeout_s,
         )
         self._groups[group_name] = group

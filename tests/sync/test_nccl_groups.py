@@ -1,0 +1,194 @@
+"""Weights over NCCL, from a trainer's GPU to GPUs of an engine: the publisher's way, and the way of a plain trainer.
+
+NCCL takes no two members on one GPU, so this needs one more than the engine has ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_group_support import free_port
+from torch.distributed import distributed_c10d as c10d
+
+import weight_sync
+from rollout import Engine
+from weight_sync import WeightPublisher
+from weight_sync.errors import DeadlineExceeded, SyncError, TransportError
+
+pytestmark = pytest.mark.gpu
+
+NAME = "updates"
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+
+
+def needs_gpus(num: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < num, reason=f"needs {num} GPUs")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one rank", marks=needs_gpus(2)),
+        pytest.param(2, id="two ranks", marks=needs_gpus(3)),
+    ],
+)
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    """Its ranks are on the first GPUs."""
+    with Engine(
+        folder,
+        executor="local",
+        tp_size=request.param,
+        device="cuda",
+        kv_cache_bytes=1 << 20,
+        request_timeout_s=30.0,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture
+def gpu(engine: Engine) -> Iterator[torch.device]:
+    """The trainer's GPU, which is the current one."""
+    with torch.cuda.device(engine.config.tp_size):
+        yield torch.device("cuda", engine.config.tp_size)
+
+
+@pytest.fixture
+def trainer(folder: Path, gpu: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(gpu)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def check_served(engine: Engine, model: Any) -> None:
+    """The engine has the model's bytes and says what the model says."""
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(model)
+    prompt = [5, 9, 2, 77]
+    output = engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"]
+    ids = torch.tensor([prompt + output], device=model.device)
+    with torch.no_grad():
+        assert model(ids).logits[0, 3:-1].argmax(-1).tolist() == output
+
+
+def test_a_publisher_pushes_over_a_group_of_its_own(engine: Engine, trainer: Any) -> None:
+    with WeightPublisher(engine, transport="process_group", bucket_bytes=100_000) as publisher:
+        for _ in range(3):
+            with torch.no_grad():
+                trainer.model.norm.weight.mul_(1.01)
+            report = publisher.publish(trainer)
+            assert report.transport == "process_group" and report.complete
+            check_served(engine, trainer)
+        part = publisher.publish({"model.norm.weight": trainer.model.norm.weight * 2}, strict=False)
+        assert part.updated == 1
+    with WeightPublisher(engine, transport="process_group", group_backend="gloo") as publisher:
+        publisher.publish(trainer)
+        check_served(engine, trainer)
+
+
+def make_group(how: str, port: int, world_size: int, device: torch.device) -> Any:
+    """A plain trainer's group, rank 0; connects with its first broadcast."""
+    timeout = timedelta(seconds=30)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=True, wait_for_workers=False)
+    if how == "constructor":
+        options = dist.ProcessGroupNCCL.Options()
+        return store, dist.ProcessGroupNCCL(dist.PrefixStore(NAME, store), 0, world_size, options)
+    group, _ = c10d._new_process_group_helper(
+        world_size,
+        0,
+        [],
+        c10d.Backend("nccl"),
+        c10d.PrefixStore(NAME, store),
+        group_name=NAME,
+        timeout=timeout,
+        device_id=None,
+    )
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return store, group
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+@pytest.mark.parametrize("how", ["constructor", "helper"])
+def test_a_plain_trainer_broadcasts_what_it_has_announced(
+    engine: Engine, trainer: Any, gpu: torch.device, how: str, load_format: Any
+) -> None:
+    world, port = 1 + engine.config.tp_size, free_port()
+    with ThreadPoolExecutor(1) as background:
+        joining = background.submit(
+            engine.init_weights_update_group, "127.0.0.1", port, 1, world, NAME, "nccl"
+        )
+        store, group = make_group(how, port, world, gpu)
+        joining.result(30)
+        named = [(name, p.detach()) for name, p in trainer.named_parameters()]
+        for part in (named[:7], named[7:]):
+            staged = background.submit(
+                engine.update_weights_from_distributed,
+                [name for name, _ in part],
+                [tensor.dtype for _, tensor in part],
+                [tensor.shape for _, tensor in part],
+                NAME,
+                load_format=load_format,
+            )
+            sent = [tensor for _, tensor in part]
+            if load_format is not None:
+                bucket = weight_sync.FlattenedTensorBucket(named_tensors=part)
+                sent = [bucket.get_flattened_tensor()]
+            for tensor in sent:
+                if how == "constructor":
+                    group.broadcast(tensor, 0).wait()
+                else:
+                    dist.broadcast(tensor, 0, group=group)
+            staged.result(30)
+        check_served(engine, trainer)
+        engine.destroy_weights_update_group(NAME)
+        if how == "constructor":
+            group.abort()
+        else:
+            dist.destroy_process_group(group)
+        del store
+
+
+def test_a_trainer_that_never_broadcasts_is_given_up_by_the_deadline(
+    engine: Engine, trainer: Any, gpu: torch.device
+) -> None:
+    with WeightPublisher(engine, transport="process_group", timeout_s=8.0) as publisher:
+        before = publisher.publish(trainer).fingerprint
+        group = publisher._endpoint._packed.arena._group  # type: ignore[union-attr]
+        sending = group.broadcast
+        group.broadcast = lambda *args, **options: None
+        with pytest.raises((DeadlineExceeded, TransportError)), torch.no_grad():
+            trainer.model.norm.weight.mul_(1.01)
+            publisher.publish(trainer)
+        group.broadcast = sending
+        assert engine.status().torn is None and engine.weights_fingerprint() == before
+        publisher.publish(trainer)
+        check_served(engine, trainer)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.nccl.version() >= (2, 30),  # type: ignore[operator]
+    reason="NCCL takes two members on one GPU from 2.30 on",
+)
+def test_two_members_on_one_gpu_are_told_what_to_do(folder: Path) -> None:
+    model = {"model.norm.weight": torch.ones(64, device="cuda:0")}
+    with (
+        Engine(folder, device="cuda:0", kv_cache_bytes=1 << 20) as engine,
+        torch.cuda.device(0),
+        WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher,
+        pytest.raises(SyncError, match="group_backend='gloo'"),
+    ):
+        publisher.publish(model, strict=False)
