@@ -98,12 +98,12 @@ def _group(numbers: dict[str, Any], caption: str) -> Figure:
     words = {
         "plain_copy": "plain copy",
         "loopback": "bytes over plain sockets",
-        "group_alone": "update group alone",
+        "group_alone": "the broadcast alone",
         "begin_to_committed": "begin to committed",
         "begin_to_verified": "begin to verified",
         "publish": "the whole call, with packing",
-        "each": "gloo, tensor by tensor, unchecked",
-        "flat": "gloo, one flat tensor, unchecked",
+        "each": "plain gloo, tensor by tensor",
+        "flat": "plain gloo, one flat tensor",
     }
     floors, peers = ("plain_copy", "loopback"), ("each", "flat")
     for ax, (tp_size, engine) in zip(panels, engines.items(), strict=True):
@@ -121,7 +121,7 @@ def _group(numbers: dict[str, Any], caption: str) -> Figure:
         _bars(ax, rows, digits=0, targets=targets)
         _title(ax, f"{numbers['num_bytes'] / 1e9:.2f} GB over gloo to {tp_size} rank(s)")
         ax.set_xlabel(
-            f"milliseconds; median; mark: the larger of {numbers['target_copies']:g} copies and sockets"
+            f"median ms; mark: the larger of {numbers['target_copies']:g} copies and sockets"
         )
     return figure
 
