@@ -257,7 +257,8 @@ def test_a_trainer_elsewhere_publishes_to_the_address_of_the_pool(
 
 
 def test_an_update_goes_to_all_replicas_over_a_group(pool: RolloutPool, trainer: Any) -> None:
-    with WeightPublisher(pool, transport="process_group") as publisher:
+    options: dict[str, Any] = {"transport": "process_group", "group_backend": "gloo"}
+    with WeightPublisher(pool, **options) as publisher:
         for seed in (6, 7):
             train(trainer, seed)
             report = publisher.publish(trainer)

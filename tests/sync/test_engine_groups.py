@@ -24,6 +24,7 @@ from weight_sync.publisher import WeightPublisher
 from weight_sync.transports.process_group import UpdateGroup
 
 NAME = "updates"
+GLOO: dict[str, Any] = {"transport": "process_group", "group_backend": "gloo"}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def plain(engine: Engine) -> Iterator[PlainTrainer]:
 
 
 def test_a_publisher_pushes_over_a_group_of_its_own(engine: Engine, trainer: Any) -> None:
-    with WeightPublisher(engine, transport="process_group", bucket_bytes=100_000) as publisher:
+    with WeightPublisher(engine, **GLOO, bucket_bytes=100_000) as publisher:
         for _ in range(3):
             with torch.no_grad():
                 trainer.model.norm.weight.mul_(1.01)
@@ -115,7 +116,7 @@ def test_a_publisher_pushes_over_a_group_of_its_own(engine: Engine, trainer: Any
 
 
 def test_a_publisher_makes_a_new_group_after_a_failure(engine: Engine, trainer: Any) -> None:
-    with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
+    with WeightPublisher(engine, **GLOO, timeout_s=20) as publisher:
         publisher.publish(trainer)
         publisher._endpoint._packed.arena._group.destroy()  # type: ignore[union-attr]
         publisher.publish(trainer)

@@ -107,7 +107,8 @@ def make_group(how: str, port: int, world_size: int, device: torch.device) -> An
     if how == "constructor":
         options = dist.ProcessGroupNCCL.Options()
         return store, dist.ProcessGroupNCCL(dist.PrefixStore(NAME, store), 0, world_size, options)
-    group, _ = c10d._new_process_group_helper(
+    helper: Any = c10d._new_process_group_helper
+    group, _ = helper(
         world_size,
         0,
         [],
@@ -179,11 +180,10 @@ def test_a_trainer_that_never_broadcasts_is_given_up_by_the_deadline(
         check_served(engine, trainer)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.nccl.version() >= (2, 30),  # type: ignore[operator]
-    reason="NCCL takes two members on one GPU from 2.30 on",
-)
-def test_two_members_on_one_gpu_are_told_what_to_do(folder: Path) -> None:
+def test_two_members_on_one_gpu_are_told_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     model = {"model.norm.weight": torch.ones(64, device="cuda:0")}
     with (
         Engine(folder, device="cuda:0", kv_cache_bytes=1 << 20) as engine,

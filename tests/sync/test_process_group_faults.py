@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.manifest import TensorMeta
 from weight_sync.process_groups.calls import GRACE_S, CallThread
 from weight_sync.process_groups.communicator import Communicator
+from weight_sync.process_groups.meeting import PROTOCOL_VERSION, Offer, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.transports.process_group import UpdateGroup
 
@@ -298,6 +300,23 @@ def test_calls_run_in_order_and_errors_belong_to_their_own_call():
         calls.run(lambda: 1, timeout_s=1, what="too late")
 
 
+def test_two_members_on_one_gpu_are_refused_before_anyone_connects():
+    server = StoreServer(timeout_s=10)
+    offer = Offer(protocol=PROTOCOL_VERSION, world_size=3, backend="nccl", connections=1)
+    options = {"end": time.monotonic() + 10, "abandoned": lambda: False}
+    with ThreadPoolExecutor(3) as members, closing(server):
+        store = server.store
+        calls = [
+            members.submit(attend, store, NAME, 1, gpu="GPU-one", **options),
+            members.submit(attend, store, NAME, 2, gpu="GPU-two", **options),
+            members.submit(convene, store, NAME, offer, gpu="GPU-one", **options),
+        ]
+        for call in calls:
+            error = error_of(call, within_s=5)
+            assert "rank 1 failed: it is on the same GPU as rank 0 (GPU-one)" in str(error)
+            assert "group_backend='gloo'" in str(error)
+
+
 class FakeNccl:
     """A backend whose operations never end until it is aborted; like NCCL's, it has no timeouts."""
 
@@ -316,8 +335,9 @@ class FakeNccl:
     def is_completed(self) -> bool:
         return self.aborted.is_set()
 
-    def is_success(self) -> bool:
-        return not self.aborted.is_set()
+    def wait(self, timeout: object) -> None:
+        if self.aborted.is_set():
+            raise RuntimeError("NCCL communicator was aborted")
 
     def abort(self) -> None:
         self.aborted.set()

@@ -202,7 +202,8 @@ def the_call_of_existing_trainers(t: Trainer) -> None:
 
 def engines_elsewhere(t: Trainer) -> None:
     """The ranks write together, and rank 0 broadcasts the arena to the engine's ranks."""
-    with SpmdPublisher(t.row, transport="process_group", bucket_bytes=20_000) as publisher:
+    group: Any = {"transport": "process_group", "group_backend": "gloo"}
+    with SpmdPublisher(t.row, **group, bucket_bytes=20_000) as publisher:
         for step in (80, 81):
             model = support.fsdp(support.stepped(t.named, step), t.row)
             report = publisher.publish(model, t.engine(t.two))

@@ -74,9 +74,7 @@ class Posted:
                 self._communicator.abort()
                 raise DeadlineExceeded(self._communicator._late(self._what))
             time.sleep(_NCCL_POLL_S)
-        if not self._work.is_success():
-            reason = "the communicator failed or was aborted"
-            raise TransportError(self._communicator._lost(self._what, reason))
+        self._work.wait(left(self._end))  # returns at once, or raises what went wrong
 
     def _let_go(self) -> None:
         self._work = None

@@ -33,6 +33,8 @@ class Member:
     """Number of members."""
     backend: str
     """"gloo" or "nccl"."""
+    gpu: str = ""
+    """Name of the GPU that its buffers are on, the same in every process; empty on the CPU."""
 
     def __str__(self) -> str:
         return f"update group {self.name!r}, rank {self.rank} of {self.world_size}"
@@ -77,6 +79,11 @@ def check_member(member: Member, device: torch.device) -> None:
         )
 
 
+def gpu_name(device: torch.device) -> str:
+    """What `Member.gpu` is for buffers on `device`."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def sit_as_trainer(
     member: Member,
     server: StoreServer,
@@ -86,7 +93,9 @@ def sit_as_trainer(
     abandoned: Callable[[], bool],
 ) -> Seat:
     """Wait for all engine ranks at the store that this process serves."""
-    meeting = convene(server.store, member.name, offer, end=end, abandoned=abandoned)
+    meeting = convene(
+        server.store, member.name, offer, gpu=member.gpu, end=end, abandoned=abandoned
+    )
     return Seat(store=server.store, address=server.host, lifeline=None, meeting=meeting)
 
 
@@ -144,7 +153,7 @@ def meet(
     if not isinstance(meeting, Meeting):
         return None
     if meeting.offer is not None:
-        attend(store, member.name, member.rank, end=end, abandoned=abandoned)
+        attend(store, member.name, member.rank, gpu=member.gpu, end=end, abandoned=abandoned)
     return meeting
 
 

@@ -10,10 +10,12 @@ it makes it, and connects at once; the first key that its rank 0 writes gives th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+from torch.cuda import nccl
 from torch.distributed import Store
 
 from ..errors import ProtocolError, TransportError
@@ -100,11 +102,11 @@ def report_failure(store: Store, name: str, rank: int, reason: str) -> None:
 
 
 def attend(
-    store: Store, name: str, rank: int, *, end: float, abandoned: Callable[[], bool]
+    store: Store, name: str, rank: int, *, gpu: str, end: float, abandoned: Callable[[], bool]
 ) -> None:
-    """Engine rank: say that it is ready, and wait until all are."""
+    """Engine rank: say that it is ready, and on which GPU, and wait until all are."""
     prefix = offered_prefix(name)
-    put(store, f"{prefix}/ready/{rank}", "1")
+    put(store, f"{prefix}/ready/{rank}", gpu or "cpu")
 
     def all_here() -> bool | None:
         _raise_failure(store, name)
@@ -126,10 +128,11 @@ def convene(
     name: str,
     offer: Offer,
     *,
+    gpu: str,
     end: float,
     abandoned: Callable[[], bool],
 ) -> Meeting:
-    """Trainer: offer the group, and wait until all engine ranks are ready."""
+    """Trainer: offer the group, and wait until all engine ranks are ready. `gpu`: the trainer's own."""
     prefix = offered_prefix(name)
     put(store, f"{prefix}/offer", msgspec.json.encode(offer).decode())
     missing = list(range(1, offer.world_size))
@@ -148,8 +151,32 @@ def convene(
             f"{offer.world_size - 1}; check that these engines live and were told this address, port and name"
         ),
     )
+    if offer.backend == "nccl" and not _can_share_a_gpu():
+        gpus = {
+            rank: take(store, f"{prefix}/ready/{rank}").decode()
+            for rank in range(1, offer.world_size)
+        }
+        _check_gpus(store, name, {0: gpu, **gpus})
     put(store, f"{prefix}/go", "1")
     return Meeting(prefix=prefix, offer=offer)
+
+
+def _check_gpus(store: Store, name: str, gpus: dict[int, str]) -> None:
+    """NCCL finds out only while it connects, and then members without a double wait for the others."""
+    first: dict[str, int] = {}
+    for rank, gpu in gpus.items():
+        other = first.setdefault(gpu, rank)
+        if other != rank:
+            reason = (
+                f"it is on the same GPU as rank {other} ({gpu}), where NCCL takes one member; on one machine use "
+                "transport='shared_memory', elsewhere group_backend='gloo'"
+            )
+            report_failure(store, name, rank, reason)
+            _raise_failure(store, name)
+
+
+def _can_share_a_gpu() -> bool:
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl.version() >= (2, 30)
 
 
 def _raise_failure(store: Store, name: str) -> None:

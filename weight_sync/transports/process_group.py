@@ -8,6 +8,7 @@ member does. After such an error the group is of no more use, and says so to its
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ from ..process_groups.joining import (
     Seat,
     check_member,
     connect,
+    gpu_name,
     meet,
     sit_as_engine,
     sit_as_trainer,
@@ -64,7 +66,7 @@ class UpdateGroup:
         """"gloo" or "nccl"."""
         self.device = device
         """Where buffers are."""
-        self._member = member
+        self._member = dataclasses.replace(member, gpu=gpu_name(device))
         self._server: StoreServer | None = None
         self._seat: Seat | None = None
         self._offer: Offer | None = None
