@@ -144,10 +144,10 @@ def group(
     """What a weight update over a process group costs: gloo, on the loopback.
 
     A Qwen3-0.6B-shaped model in bfloat16, to an engine of one rank, then to one
-    of two. In the same rounds: a plain copy of the bytes, the bytes over plain
-    sockets, a broadcast over an update group with no update around it, and the
-    usual ways, which check nothing (a gloo broadcast per tensor, or one of all
-    tensors concatenated).
+    of two. In the same rounds: a plain copy of the bytes, and the bytes over
+    plain sockets; beside the first engine also a broadcast over an update group
+    with no update around it, and the usual ways, which check nothing (a gloo
+    broadcast per tensor, or one of all tensors concatenated).
 
     The bound is three copies, or the bytes over plain sockets, whichever takes
     longer. Needs about 12 GB of memory.

@@ -107,10 +107,11 @@ def _group(numbers: dict[str, Any], caption: str) -> Figure:
     }
     floors, peers = ("plain_copy", "loopback"), ("each", "flat")
     for ax, (tp_size, engine) in zip(panels, engines.items(), strict=True):
-        seconds = {name: engine["seconds"][name]["p50"] * 1e3 for name in words}
-        if tp_size != "1":  # the other ways reach one process
-            for name in ("group_alone", *peers):
-                del seconds[name]
+        seconds = {
+            name: engine["seconds"][name]["p50"] * 1e3
+            for name in words
+            if name in engine["seconds"]
+        }
         rows = [
             (words[name], value, QUIET if name in floors else PEER if name in peers else OURS)
             for name, value in seconds.items()
