@@ -20,6 +20,7 @@ Shapes: `W` words, `T` tiles, `N` tensors.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -226,6 +227,9 @@ def launch(
     if tiles.shape[0] == 0:
         return
     kernel: Any = segment_kernel
-    kernel[(tiles.shape[0],)](
-        words, fine_keys(words.device), outer, tiles, out, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS
-    )
+    fine = fine_keys(words.device)
+    # Triton launches on the current device, whatever the tensors' own. On the CPU, its interpreter runs this.
+    with torch.cuda.device(words.device) if words.is_cuda else nullcontext():
+        kernel[(tiles.shape[0],)](
+            words, fine, outer, tiles, out, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS
+        )

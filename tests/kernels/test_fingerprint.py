@@ -228,3 +228,19 @@ def test_an_empty_table_is_all_zero() -> None:
     for held in ([], spans):
         table = SpanTable(held, num_outputs=3, device=CPU)
         assert table.sums(empty).tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, -1], ids=["first GPU", "last GPU"])
+def test_every_gpu_gives_the_bits_of_the_cpu_whatever_the_current_one(number: int) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1 if number else 0)
+    spans, offset = [], 8
+    for output, size in enumerate((1, 8, 255, 256, 8192, 9001, 200_001, 3_000_000)):
+        start = 8192 * 70_000 * (output % 2) + 256 * output
+        spans.append(Span(offset=offset, num_bytes=size, output=output, start=start))
+        offset += -(-size // 8) * 8
+    buffer = noise(offset)
+    on_gpu = SpanTable(spans, num_outputs=len(spans), device=device)
+    with torch.cuda.device(0):
+        found = on_gpu.sums(buffer.to(device).view(torch.int64))
+    assert [value & MASK for value in found.tolist()] == table_values(spans, buffer)
