@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from weight_sync.rpc import RpcServer
 
 from ..config import EngineConfig
 from ..errors import ERRORS
 from .build import build_core
-from .ranks import RankSpec
+from .ranks import RankSpec, device_of
 from .wire import REQUEST_TYPES
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,9 @@ class RankServer:
     """
 
     def __init__(self, config: EngineConfig, spec: RankSpec) -> None:
+        device = torch.device(device_of(spec, config.device))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Else what names no GPU would take up memory on the first one.
         self._core = build_core(config, spec)
         self._server: RpcServer | None = None
         if spec.rank == 0:
