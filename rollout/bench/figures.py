@@ -102,8 +102,8 @@ def _group(numbers: dict[str, Any], caption: str) -> Figure:
         "begin_to_committed": "begin to committed",
         "begin_to_verified": "begin to verified",
         "publish": "the whole call, with packing",
-        "each": "plain gloo, tensor by tensor",
-        "flat": "plain gloo, one flat tensor",
+        "each": "gloo, tensor by tensor, unchecked",
+        "flat": "gloo, one flat tensor, unchecked",
     }
     floors, peers = ("plain_copy", "loopback"), ("each", "flat")
     for ax, (tp_size, engine) in zip(panels, engines.items(), strict=True):
