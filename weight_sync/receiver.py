@@ -336,11 +336,15 @@ class WeightReceiver:
     def sweep(self, *, asked: bool = False) -> None:
         """End the session when its lease is over or its trainer dead; close arenas of dead trainers.
 
-        One rank of several keeps what it has voted for: the others may be committing it. Only when rank 0 asks for
-        another session (`asked`) is that over.
+        Whoever asked for a vote may be committing it elsewhere, so it is kept: by one rank of several until rank 0 asks
+        for another session (`asked`), by a whole engine (one of a pool) for the session's lease.
         """
         session = self._session
-        bound = session is not None and session.phase is Phase.VOTED and self._agreement.size > 1
+        bound = (
+            session is not None
+            and session.phase is Phase.VOTED
+            and (self._agreement.size > 1 or session.lease_left_s > 0)
+        )
         if session is not None and (asked or not bound):
             bound = False
             why = why_dead(session.request.holder)

@@ -25,7 +25,7 @@ from .ranks import RankSpec
 
 def main() -> int:
     """Serve one engine; returns the exit code."""
-    ready_fd = int(sys.argv[1])
+    ready_fd, owner = int(sys.argv[1]), os.getppid()
     logging.basicConfig(
         level=os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING"),
         format=f"[engine {os.getpid()}] %(levelname)s %(name)s: %(message)s",
@@ -36,7 +36,7 @@ def main() -> int:
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     servers: list[RankServer] = []
     lifeline = threading.Thread(
-        target=_end_with_owner, args=(servers, spec), name="rollout-lifeline", daemon=True
+        target=_end_with_owner, args=(servers, spec, owner), name="rollout-lifeline", daemon=True
     )
     lifeline.start()
     try:
@@ -54,7 +54,7 @@ def _report(fd: int, message: dict[str, str]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
 
-def _end_with_owner(servers: list[RankServer], spec: RankSpec) -> None:
+def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int) -> None:
     """Block until standard input ends, then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
     while os.read(0, 4096):
@@ -63,6 +63,10 @@ def _end_with_owner(servers: list[RankServer], spec: RankSpec) -> None:
         server.close_socket()
     if spec.socket_folder:
         shutil.rmtree(spec.socket_folder, ignore_errors=True)  # The other ranks are ending, too.
+    if (
+        spec.owner_folder and os.getppid() != owner
+    ):  # It has died; else it has only let go of this rank.
+        shutil.rmtree(spec.owner_folder, ignore_errors=True)
     os._exit(0)
 
 

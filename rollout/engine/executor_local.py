@@ -32,7 +32,9 @@ from .wire import REPLY_TYPES
 class LocalExecutor:
     """Starts the ranks, waits until the model is loaded, and notices when one dies."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, owner_folder: str = "") -> None:
+        """`owner_folder`: see `RankSpec`."""
+        self._owner_folder = owner_folder
         self._lock = threading.Lock()
         self._store = StoreServer(timeout_s=config.start_timeout_s) if config.tp_size > 1 else None
         self._ranks: list[RankProcess] = []
@@ -82,13 +84,14 @@ class LocalExecutor:
 
     def _spec(self, config: EngineConfig, rank: int) -> RankSpec:
         if self._store is None:
-            return RankSpec(socket_folder=self._sockets)
+            return RankSpec(socket_folder=self._sockets, owner_folder=self._owner_folder)
         return RankSpec(
             rank=rank,
             size=config.tp_size,
             store_host=self._store.host,
             store_port=self._store.port,
             socket_folder=self._sockets,
+            owner_folder=self._owner_folder,
         )
 
     def _why_dead(self) -> str | None:

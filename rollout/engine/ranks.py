@@ -44,11 +44,16 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     device: str | None = None
     """Device of this rank; None: as configured."""
     socket_folder: str = ""
-    """Folder of whoever started the rank, where its socket files go; empty: private folders of its own."""
+    """Folder of whoever started the rank, where its socket files go; empty: no files, addresses on loopback."""
+    owner_folder: str = ""
+    """A folder of its owner's, which the rank removes when the owner has died and cannot; empty: none."""
 
     def bind(self, name: str) -> str | None:
-        """Address for a socket of this rank in `socket_folder`, or None."""
-        return f"ipc://{self.socket_folder}/{name}" if self.socket_folder else None
+        """Address for a socket of this rank; None: the only rank of an engine may do as it likes."""
+        if self.socket_folder:
+            return f"ipc://{self.socket_folder}/{name}"
+        # A rank that is killed removes no file, and its owner may be on another machine.
+        return "tcp://127.0.0.1:0" if self.size > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,8 +53,13 @@ class PoolExecutor:
         make_executor: MakeExecutor,
         *,
         group_host: str = "127.0.0.1",
+        socket_folder: str | None = None,
     ) -> None:
-        """Returns when all replicas serve; raises the first error of a start, and leaves nothing behind."""
+        """Returns when all replicas serve; raises the first error of a start, and leaves nothing behind.
+
+        socket_folder: for a socket file of the pool, which removes the folder at its end; None: a private one.
+        """
+        self._socket_folder = socket_folder
         self._config = config
         self._server: RpcServer | None = None
         self._lock = threading.Lock()
@@ -124,7 +130,10 @@ class PoolExecutor:
     def address(self) -> str:
         with self._lock:
             if self._server is None:
-                self._server = RpcServer(self._serve, REQUEST_TYPES, bind=self._config.listen)
+                bind = self._config.listen
+                if bind is None and self._socket_folder is not None:
+                    bind = f"ipc://{self._socket_folder}/socket"
+                self._server = RpcServer(self._serve, REQUEST_TYPES, bind=bind)
                 self._server.start()
             return self._server.address
 
@@ -151,6 +160,8 @@ class PoolExecutor:
             if self._server is not None:
                 self._server.close()
                 self._server = None
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
 
     # ---- what only a pool has ----------------------------------------------------------------------------------------
 

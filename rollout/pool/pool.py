@@ -12,6 +12,7 @@ import msgspec
 
 from weight_sync.fingerprints import NamedTensors
 from weight_sync.report import SyncReport
+from weight_sync.rpc_server import private_folder
 
 from ..config import EngineConfig
 from ..distributed import ray_runtime
@@ -65,11 +66,18 @@ class RolloutPool(Engine):
         # Each replica listens where it likes; the pool listens where it was told to.
         each = dataclasses.replace(config, listen=None)
         if config.executor == "ray":
-            spread = RaySpread(each)
-            return PoolExecutor(
-                config, self.pool_config, spread, group_host=ray_runtime.this_address()
-            )
-        return PoolExecutor(config, self.pool_config, lambda slot: LocalExecutor(each))
+            spread, host = RaySpread(each), ray_runtime.this_address()
+            if config.listen is None:
+                ip = "127.0.0.1" if ray_runtime.on_one_machine() else host
+                config = dataclasses.replace(config, listen=f"tcp://{ip}:0")
+            return PoolExecutor(config, self.pool_config, spread, group_host=host)
+        folder = private_folder()  # Should this process be killed, its replicas remove it.
+        return PoolExecutor(
+            config,
+            self.pool_config,
+            lambda slot: LocalExecutor(each, owner_folder=folder),
+            socket_folder=folder,
+        )
 
     @property
     def _pool(self) -> PoolExecutor:

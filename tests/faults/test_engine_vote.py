@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -17,7 +19,7 @@ from weight_sync.messages import Begin, Bucket, GetFingerprint
 from weight_sync.process import current_process
 from weight_sync.ranked_service import RankedService
 from weight_sync.receiver import WeightReceiver
-from weight_sync.session import Phase
+from weight_sync.session import Phase, Session
 from weight_sync.transports.local import OpenedLocalArena
 
 
@@ -79,15 +81,28 @@ class Rank:
 
 
 @pytest.fixture
-def voted() -> Any:
+def voted() -> Iterator[tuple[WeightReceiver, Begin]]:
     """One receiver of two that has voted for an update of this process."""
+    with voted_receiver(agreement=TwoRanks()) as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def voted_alone() -> Iterator[tuple[WeightReceiver, Begin]]:
+    """The only receiver of an engine that was asked for its vote, as one of a pool is."""
+    with voted_receiver() as receiver:
+        yield receiver
+
+
+@contextmanager
+def voted_receiver(**options: Any) -> Iterator[tuple[WeightReceiver, Begin]]:
     import torch
 
     from weight_sync.fingerprints import ArenaFingerprints
 
     weight_map = toy_map()
     host = ToyHost(weight_map)
-    receiver = WeightReceiver(weight_map, host, agreement=TwoRanks())
+    receiver = WeightReceiver(weight_map, host, **options)
     manifest = Manifest(tensors=weight_map.metas(), bucket_bytes=512 << 20)
     buffer = torch.zeros(manifest.arena_bytes, dtype=torch.uint8)
     for view, value in zip(manifest.views(buffer), weights(2.0).values(), strict=False):
@@ -123,12 +138,32 @@ def test_a_vote_outlives_its_trainer_until_rank_0_asks_for_something_else(
     receiver, begin = voted
     session = receiver._session
     assert session is not None and session.phase is Phase.VOTED
-    dead = msgspec.structs.replace(begin.holder, start_time=begin.holder.start_time + 1)
-    session.request = msgspec.structs.replace(session.request, holder=dead)
+    trainer_dies(session)
     receiver.sweep()
     assert receiver._session is session
     receiver.begin(msgspec.structs.replace(begin, session_id="next"))
     assert receiver._session is not session
+
+
+def test_a_vote_of_one_of_a_pool_outlives_its_trainer_for_its_lease(
+    voted_alone: tuple[WeightReceiver, Begin],
+) -> None:
+    receiver, _ = voted_alone
+    session = receiver._session
+    assert session is not None and session.phase is Phase.VOTED
+    trainer_dies(session)
+    receiver.sweep()
+    assert receiver._session is session
+    session.lease_end = 0.0
+    receiver.sweep()
+    assert receiver._session is None
+
+
+def trainer_dies(session: Session) -> None:
+    """As far as the receiver can see."""
+    holder = session.request.holder
+    dead = msgspec.structs.replace(holder, start_time=holder.start_time + 1)
+    session.request = msgspec.structs.replace(session.request, holder=dead)
 
 
 def test_a_vote_of_a_trainer_that_lives_is_not_given_up_for_another(
