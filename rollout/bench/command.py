@@ -161,6 +161,24 @@ def group(
     _benchmark(run, quick, out, config, overrides)
 
 
+@app.command("gpu")
+def gpu(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What an update costs when trainer and engine have a GPU each: NCCL, shared memory, gloo.
+
+    A Qwen3-0.6B-shaped model in bfloat16, next to one copy of its bytes from GPU to GPU. Needs a GPU more than the
+    engine has ranks.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .gpu import run_gpu
+
+        return run_gpu(settings.gpu, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
 @app.command("machine")
 def machine(
     gigabytes: Annotated[float, typer.Option(help="Bytes to copy, in units of 1e9.")] = 1.19,

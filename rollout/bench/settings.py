@@ -150,6 +150,24 @@ class GroupBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuBench:
+    """`rollout bench gpu`."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    """The model; the default is Qwen3-0.6B's shape, 310 tensors."""
+    dtype: str = "bfloat16"
+    """Of trainer and engine."""
+    tp_size: int = 1
+    """Ranks of the engine, a GPU each; the trainer has the next one."""
+    ways: tuple[str, ...] = ("nccl", "shared_memory", "gloo")
+    """How the bytes go."""
+    repetitions: int = 15
+    """Measured rounds; each takes every way once."""
+    warmup: int = 3
+    """Rounds before them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -163,12 +181,14 @@ class BenchSettings:
     """What an update of many replicas costs."""
     group: GroupBench = field(default_factory=GroupBench)
     """What an update over a process group costs."""
+    gpu: GpuBench = field(default_factory=GpuBench)
+    """What an update between GPUs costs."""
 
 
 QUICK = (
     *(
         f"{section}.model.{key}={getattr(TINY, key)}"
-        for section in ("sync", "pause", "generate", "group")
+        for section in ("sync", "pause", "generate", "group", "gpu")
         for key in ModelShape.__dataclass_fields__
     ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
@@ -178,6 +198,7 @@ QUICK = (
     *("generate.max_new_tokens=16", "generate.peer_batch_sizes=[4, 8]"),
     *("group.tp_sizes=[1]", "group.stream_counts=[1, 2]"),
     *("group.repetitions=2", "group.warmup=1"),
+    *("gpu.repetitions=2", "gpu.warmup=1"),
     *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),
 )
 """Overrides of `--quick`: everything small, to see that it works and what it writes."""

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rollout.bench.figures import figure_of
 from rollout.bench.generate import run_generate
+from rollout.bench.gpu import run_gpu
 from rollout.bench.group import OURS, run_group
 from rollout.bench.pause import Arrivals, run_pause
 from rollout.bench.results import BenchResult, write_result
 from rollout.bench.screen import Screen
-from rollout.bench.settings import QUICK, BenchSettings, GenerateBench
+from rollout.bench.settings import QUICK, BenchSettings, GenerateBench, GpuBench
 from rollout.bench.sync import run_sync
 from rollout.bench.workload import make_jobs, representative
+from rollout.errors import ConfigError
 from rollout.settings import load_settings
 
 RUNS = {
@@ -114,3 +117,22 @@ def test_output_lengths_have_the_mean_that_was_asked_for() -> None:
     assert min(lengths) == 1 and sum(lengths) / len(lengths) == pytest.approx(50, rel=0.03)
     part = [job.num_new for job in representative(jobs, 50)]
     assert sum(part) / len(part) == pytest.approx(50, rel=0.05)
+
+
+def test_a_benchmark_of_gpus_says_how_many_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="got 1 GPUs, expected 3"):
+        run_gpu(GpuBench(tp_size=2), Screen())
+    with pytest.raises(ConfigError, match=r"'pigeon'.*expected some of .'gloo', 'nccl'"):
+        run_gpu(GpuBench(ways=("pigeon",)), Screen())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_an_update_between_gpus_is_measured_next_to_a_copy(settings: BenchSettings) -> None:
+    result = run_gpu(settings.gpu, Screen())
+    seconds = result.numbers["seconds"]
+    assert set(seconds) == {"copy", *settings.gpu.ways}
+    for way in settings.gpu.ways:
+        assert seconds[way]["whole call"]["p50"] > seconds[way]["pause"]["p50"] > 0
+    assert len(result.headline) == 3 and result.device.startswith("2 x ")

@@ -1,0 +1,169 @@
+"""`rollout bench gpu`: what an update costs when trainer and engine have a GPU each, next to a copy between them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import weight_sync
+from rollout import Engine
+from rollout.errors import ConfigError
+from weight_sync import WeightPublisher
+
+from .results import BenchResult, Headline, Table, summary
+from .screen import Screen
+from .settings import GpuBench
+from .shapes import DTYPES, model_folder, move_a_little, num_bytes, trainer_tensors
+
+WAYS: dict[str, dict[str, Any]] = {
+    "nccl": {"transport": "process_group"},
+    "shared_memory": {},
+    "gloo": {"transport": "process_group", "group_backend": "gloo"},
+}
+"""How the bytes go: from GPU to GPU, through the memory that both processes share, through sockets."""
+_CONTEXT = 512
+
+Series = dict[str, list[float]]
+
+
+def run_gpu(settings: GpuBench, screen: Screen) -> BenchResult:
+    """Every way once in each round. The engine's ranks have the first GPUs, the trainer the next one."""
+    check_machine(settings)
+    trainer_gpu = torch.device("cuda", settings.tp_size)
+    screen.say(f"making the model on {trainer_gpu}, and an engine for it in another process")
+    tensors = {
+        name: tensor.to(trainer_gpu)
+        for name, tensor in trainer_tensors(settings.model, DTYPES[settings.dtype]).items()
+    }
+    series: dict[str, Series] = {}
+    with (
+        ExitStack() as stack,
+        model_folder(settings.model, settings.dtype, _CONTEXT) as folder,
+        torch.cuda.device(trainer_gpu),
+        Engine(
+            folder,
+            executor="local",
+            device="cuda",
+            tp_size=settings.tp_size,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            kv_cache_bytes=64 << 20,
+        ) as engine,
+    ):
+        publishers = {
+            way: stack.enter_context(WeightPublisher(engine, **WAYS[way])) for way in settings.ways
+        }
+        floor = GpuCopy(num_bytes(tensors), trainer_gpu, torch.device("cuda", 0))
+        total = settings.warmup + settings.repetitions
+        with screen.progress(f"{len(tensors)} tensors", total) as advance:
+            for i in range(total):
+                if i == settings.warmup:
+                    series.clear()
+                round_ = {"copy": {"whole call": floor.run()}}
+                for way, publisher in publishers.items():
+                    move_a_little(tensors)
+                    round_[way] = one_update(publisher, tensors)
+                for way, values in round_.items():
+                    kept = series.setdefault(way, defaultdict(list))
+                    for name, seconds in values.items():
+                        kept[name].append(seconds)
+                advance(", ".join(f"{w} {v['whole call'] * 1e3:.1f} ms" for w, v in round_.items()))
+        if engine.weights_fingerprint() != weight_sync.fingerprint(tensors):
+            raise AssertionError("the engine was sent these tensors and holds others")
+        stack.close()  # Before the engine ends.
+    return _result(settings, series, len(tensors), num_bytes(tensors))
+
+
+def check_machine(settings: GpuBench) -> None:
+    """`ConfigError` where there are too few GPUs, or a way that nobody knows."""
+    unknown = sorted(set(settings.ways) - set(WAYS))
+    if unknown or not settings.ways:
+        raise ConfigError(f"gpu.ways: got {unknown or 'none'}, expected some of {sorted(WAYS)}")
+    needed, found = settings.tp_size + 1, torch.cuda.device_count()
+    if found < needed:
+        raise ConfigError(
+            f"rollout bench gpu: got {found} GPUs, expected {needed}, one for the trainer and one for each rank of the "
+            "engine; use `rollout bench sync` and `rollout bench group` on a CPU"
+        )
+
+
+class GpuCopy:
+    """A copy of the same bytes from GPU to GPU: what NCCL cannot be faster than."""
+
+    def __init__(self, num_bytes: int, source: torch.device, target: torch.device) -> None:
+        self.source = torch.ones(num_bytes, dtype=torch.uint8, device=source)
+        self.target = torch.zeros(num_bytes, dtype=torch.uint8, device=target)
+
+    def run(self) -> float:
+        """Seconds of one copy."""
+        self._wait()
+        start = time.perf_counter()
+        self.target.copy_(self.source)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        for tensor in (self.source, self.target):
+            torch.cuda.synchronize(tensor.device)
+
+
+def one_update(publisher: WeightPublisher, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds of the whole call, and of its parts as the report has them."""
+    torch.cuda.synchronize(next(iter(tensors.values())).device)
+    start = time.perf_counter()
+    report = publisher.publish(tensors)
+    return {
+        "whole call": time.perf_counter() - start,
+        "pack": report.pack_s,
+        "check staged": report.stage_s,
+        "copy": report.copy_s,
+        "verify": report.verify_s,
+        "pause": report.pause_s,
+        "begin to committed": report.begin_to_committed_s,
+        "begin to verified": report.begin_to_verified_s,
+    }
+
+
+def _result(
+    settings: GpuBench, series: dict[str, Series], num_tensors: int, size: int
+) -> BenchResult:
+    numbers: dict[str, Any] = {
+        way: {name: summary(values) for name, values in parts.items()}
+        for way, parts in series.items()
+    }
+    floor = numbers["copy"]["whole call"]["p50"]
+    what = (
+        f"update of {size / 1e9:.2f} GB, {num_tensors} tensors, to {settings.tp_size} other GPU(s)"
+    )
+    return BenchResult(
+        benchmark="gpu",
+        config={"settings": settings, "num_threads": torch.get_num_threads()},
+        numbers={"num_tensors": num_tensors, "num_bytes": size, "seconds": numbers},
+        headline=tuple(
+            Headline(
+                what=f"{what}: {way.replace('_', ' ')}, the whole call",
+                measured=f"{numbers[way]['whole call']['p50'] * 1e3:.1f} ms",
+                floor=f"{floor * 1e3:.1f} ms (one copy from GPU to GPU)",
+                ratio=f"{numbers[way]['whole call']['p50'] / floor:.1f}",
+            )
+            for way in settings.ways
+        ),
+        device=f"{settings.tp_size + 1} x {torch.cuda.get_device_name(0)}",
+        tables=(_table(settings, numbers),),
+    )
+
+
+def _table(settings: GpuBench, numbers: dict[str, Any]) -> Table:
+    rows = [
+        (part, *(f"{numbers[way][part]['p50'] * 1e3:.1f}" for way in settings.ways))
+        for part in numbers[settings.ways[0]]
+    ]
+    return (
+        f"milliseconds, median of {settings.repetitions} updates",
+        ("", *(way.replace("_", " ") for way in settings.ways)),
+        rows,
+    )
