@@ -36,9 +36,11 @@ test: lint ## lint, then every test that this machine can run
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
+FAULTS := $(addprefix tests/faults/test_,ray_deaths.py engine_*deaths.py pool_deaths.py engine_lies.py)
+
 faults: $(STAMP) ## kill and lie in every phase of an update, and write docs/faults.md from what happened
 	rows=$$(mktemp -d); trap 'rm -rf "$$rows"' EXIT; \
-	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile tests/faults/test_engine_*deaths.py tests/faults/test_engine_lies.py; \
+	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile $(FAULTS); \
 	$(BIN)/python docs/write_faults.py $$rows
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy

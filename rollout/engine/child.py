@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -35,8 +36,12 @@ def main() -> int:
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSpec)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     servers: list[RankServer] = []
+    terminated = _terminated()
     lifeline = threading.Thread(
-        target=_end_with_owner, args=(servers, spec, owner), name="rollout-lifeline", daemon=True
+        target=_end_with_owner,
+        args=(servers, spec, owner, terminated),
+        name="rollout-lifeline",
+        daemon=True,
     )
     lifeline.start()
     try:
@@ -54,20 +59,32 @@ def _report(fd: int, message: dict[str, str]) -> None:
         pipe.write(json.dumps(message) + "\n")
 
 
-def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int) -> None:
-    """Block until standard input ends, then leave at once: nobody is there to read a last word."""
+def _terminated() -> int:
+    """A descriptor that is readable after a SIGTERM, whatever the main thread waits for.
+
+    When an owner in a Ray actor dies, Ray sends one to its whole process group: no reason to leave files behind.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    return read_end
+
+
+def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, terminated: int) -> None:
+    """Block until standard input ends, or a SIGTERM; then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
-    while os.read(0, 4096):
-        pass
+    while terminated not in (ready := select.select([0, terminated], [], [])[0]):
+        if 0 in ready and not os.read(0, 4096):
+            break
     for server in servers:
         server.close_socket()
     if spec.socket_folder:
         shutil.rmtree(spec.socket_folder, ignore_errors=True)  # The other ranks are ending, too.
-    if (
-        spec.owner_folder and os.getppid() != owner
-    ):  # It has died; else it has only let go of this rank.
+    has_died = os.getppid() != owner  # Else it has only let go of this rank.
+    if spec.owner_folder and has_died:
         shutil.rmtree(spec.owner_folder, ignore_errors=True)
-    os._exit(0)
+    os._exit(128 + signal.SIGTERM if terminated in ready else 0)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray_cluster import free_cpus, ray_cluster
 
 import weight_sync
 from rollout import Engine, RolloutActor, RolloutPool
@@ -32,30 +30,9 @@ CPUS_PER_NODE = 3
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes, connected; ports are the system's choice, and nothing is left in the usual folders."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        import ray
-        from ray.cluster_utils import Cluster
-
-        # Sockets below have long names, and a path to a socket must be short.
-        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        # Ray notes the current cluster there, whatever the folder of its session, and does not make it itself.
-        os.makedirs("/tmp/ray", exist_ok=True)
-        node = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 80 << 20}
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={**node, "include_dashboard": False, "temp_dir": folder},
-        )
-        try:
-            cluster.add_node(**node)
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    """Two nodes, connected."""
+    with ray_cluster(num_nodes=2, cpus_per_node=CPUS_PER_NODE) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +72,6 @@ def gone(pids: list[int], timeout_s: float = 10.0) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
-    return True
-
-
-def free_cpus(expected: float, timeout_s: float = 10.0) -> bool:
-    """Whether the cluster has that many free CPUs before long."""
-    import ray
-
-    end = time.monotonic() + timeout_s
-    while ray.available_resources().get("CPU", 0.0) != expected:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
     return True
 
 

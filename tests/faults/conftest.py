@@ -26,3 +26,4 @@ make_engine_with_faults = _engines.make_engine_with_faults
 nursery = _engines.nursery
 reference = _engines.reference
 socket_folders = _engines.socket_folders
+zygote = _engines.zygote

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from engine_zygote import ForkedRank, Zygote
 from versions import TOLERANCE, Reference, output_logprobs, version_weights
 
 import weight_sync
 from rollout import Engine
-from rollout.engine import rank_process
+from rollout.engine import executor_ray, rank_process
+from rollout.engine.ray_rank import RankHost
+from rollout.pool import actor as pool_actor
+from rollout.pool.actor import EngineHost
 from weight_sync.errors import SyncError, TornWeightsError
 from weight_sync.update import Update
 
@@ -90,51 +95,64 @@ def kill_all(pids: Iterable[int]) -> None:
 # ---- breakpoints -----------------------------------------------------------------------------------------------------
 
 
-def use_breakpoints(folder: Path) -> None:
-    """Ranks that this process starts from now on run `engine_child.py`, see there."""
-
-    class Popen(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, command: list[str], **options: Any) -> None:
-            assert command[1:3] == ["-m", "rollout.engine.child"]
-            options["env"] = {**options["env"], "FAULT_POINTS": str(folder)}
-            super().__init__(
-                [sys.executable, str(HERE / "engine_child.py"), *command[3:]], **options
-            )
+def use_breakpoints(folder: Path, zygote: Zygote) -> None:
+    """Ranks and actors that this process starts from now on stop at the breakpoints of `folder`."""
 
     class Patched:
         def __getattr__(self, name: str) -> Any:
-            return Popen if name == "Popen" else getattr(subprocess, name)
+            return start if name == "Popen" else getattr(subprocess, name)
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> ForkedRank:
+        assert command[1:3] == ["-m", "rollout.engine.child"]
+        return ForkedRank(zygote, folder, int(command[3]), env)
 
     rank_process.subprocess = Patched()  # type: ignore[assignment]
+    executor_ray.RankHost = with_breakpoints(RankHost, folder)  # type: ignore[misc]
+    pool_actor.EngineHost = with_breakpoints(EngineHost, folder)  # type: ignore[misc]
+
+
+def with_breakpoints(host: type, folder: Path) -> type:
+    """What an actor runs, with breakpoints; a class of this function, so that Ray ships it as it is."""
+    path, points = str(HERE), str(folder)
+
+    class Host(host):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            sys.path.insert(0, path)
+            from engine_breakpoints import install
+
+            install(Path(points))
+            super().__init__(*arguments, **options)
+
+    return Host
 
 
 class Breakpoints:
-    """The test's end of `engine_child.py`."""
+    """The test's end of `engine_breakpoints.py`; `whom` is a rank, or "pid" and a process id."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self.folder = folder
 
-    def stop(self, point: str, rank: int) -> None:
-        """Let `rank` stop when it comes to `point`."""
-        (self.folder / f"at-{point}-{rank}").unlink(missing_ok=True)
-        (self.folder / f"stop-{point}-{rank}").touch()
+    def stop(self, point: str, whom: int | str) -> None:
+        """Let it stop when it comes to `point`."""
+        (self.folder / f"at-{point}-{whom}").unlink(missing_ok=True)
+        (self.folder / f"stop-{point}-{whom}").touch()
 
-    def reached(self, point: str, rank: int) -> None:
+    def reached(self, point: str, whom: int | str) -> None:
         """Wait until it is there."""
-        wait_for(f"rank {rank} at {point}", (self.folder / f"at-{point}-{rank}").exists)
+        wait_for(f"{whom} at {point}", (self.folder / f"at-{point}-{whom}").exists)
 
-    def go_on(self, point: str, rank: int) -> None:
+    def go_on(self, point: str, whom: int | str) -> None:
         """Let it continue, and stop no more."""
-        (self.folder / f"stop-{point}-{rank}").unlink(missing_ok=True)
+        (self.folder / f"stop-{point}-{whom}").unlink(missing_ok=True)
 
-    def fail(self, point: str, rank: int) -> None:
-        """Let `rank` raise at `point`, once."""
-        (self.folder / f"fail-{point}-{rank}").touch()
+    def fail(self, point: str, whom: int | str) -> None:
+        """Let it raise at `point`, once."""
+        (self.folder / f"fail-{point}-{whom}").touch()
 
-    def damage(self, rank: int) -> None:
-        """Let the next commit of `rank` write a wrong byte."""
-        (self.folder / f"damage-{rank}").touch()
+    def damage(self, whom: int | str) -> None:
+        """Let the next of its commits write a wrong byte."""
+        (self.folder / f"damage-{whom}").touch()
 
     def clear(self) -> None:
         """Take all of them away."""
@@ -148,18 +166,29 @@ class Breakpoints:
 class FaultyEngine:
     """An engine in child processes with breakpoints, and what its clients should see."""
 
-    def __init__(self, folder: Path, points: Path, reference: Reference, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, points: Path, reference: Reference, zygote: Zygote, **options: Any
+    ) -> None:
         self.folder = folder
         self.points = Breakpoints(points)
         self.reference = reference
         self.tp_size: int = options.get("tp_size", 1)
-        use_breakpoints(points)
+        use_breakpoints(points, zygote)
         self.engine = Engine(folder, **engine_options(**options))
 
     @property
     def pids(self) -> list[int]:
         """Of its ranks."""
         return self.engine._executor.pids  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def address(self) -> str:
+        """Where trainers connect."""
+        return self.engine.address
+
+    def whom(self, rank: int) -> int | str:
+        """The name of a rank at breakpoints."""
+        return rank
 
     def serves(self, number: int) -> None:
         """Exactly this version, on all ranks, whole: by its bytes and by what it says."""
@@ -182,7 +211,7 @@ class FaultyEngine:
         self.points.clear()
         pids = self.pids
         self.engine.shutdown()
-        assert not any(map(is_alive, pids))
+        wait_for("the end of its ranks", lambda: not any(map(is_alive, pids)))
 
 
 def engine_options(**options: Any) -> dict[str, Any]:
@@ -204,10 +233,16 @@ class Stream:
     """
 
     def __init__(
-        self, engine: Engine, prompt: list[int] | None = None, *, endless: bool = False
+        self,
+        engine: Engine,
+        prompt: list[int] | None = None,
+        *,
+        endless: bool = False,
+        num_tokens: int = 60,
     ) -> None:
         self._engine = engine
         self._endless = endless
+        self._num_tokens = num_tokens
         self._prompt = prompt or PROMPT_SETS[0]
         self._stop = False
         self._started = threading.Event()
@@ -219,7 +254,7 @@ class Stream:
         assert self._started.wait(30)
 
     def _run(self) -> None:
-        params = {"temperature": 1.0, "max_new_tokens": 60, "ignore_eos": True}
+        params = {"temperature": 1.0, "max_new_tokens": self._num_tokens, "ignore_eos": True}
         try:
             while not self._stop:
                 try:
@@ -336,10 +371,12 @@ class Nursery:
         update |= {"transport": transport, "halfway": halfway}
         return self._make("trainer", {"address": address, **update, "options": options})
 
-    def owner(self, folder: Path, points: Path, **options: Any) -> Actor:
-        """The owner of an engine."""
+    def owner(self, folder: Path, points: Path, *, ray: str = "", **options: Any) -> Actor:
+        """The owner of an engine, or with `num_replicas` of a pool; `ray`: address of the cluster that it joins."""
         made = {"folder": str(folder), "points": str(points), "options": engine_options(**options)}
-        return self._make("owner", made)
+        env = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+        env["TMPDIR"] = tempfile.gettempdir()
+        return self._make("owner", {**made, "ray": ray, "env": env})
 
     def _make(self, role: str, options: dict[str, Any]) -> Actor:
         self._count += 1

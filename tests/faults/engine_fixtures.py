@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_faults import FaultyEngine, Nursery
+from engine_zygote import Zygote
 from versions import Reference
 
 
@@ -43,15 +44,23 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery.close()
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Where the ranks of engines in child processes come from."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
 @pytest.fixture(scope="module")
 def make_engine_with_faults(
-    folder: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+    folder: Path, reference: Reference, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., FaultyEngine]:
     """Makes an engine that the caller closes."""
 
     def make(**options: Any) -> FaultyEngine:
         points = tmp_path_factory.mktemp("points") / "points"
-        return FaultyEngine(folder, points, reference, **options)
+        return FaultyEngine(folder, points, reference, zygote, **options)
 
     return make
 

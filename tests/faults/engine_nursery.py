@@ -3,7 +3,7 @@
 Reads a line of JSON for each; the fork writes lines of JSON to the file that the request names. The first has its pid.
 
 trainer    publishes one version to an address (or stages it and never commits), says how that went, waits to be killed
-owner      starts an engine, says its address and pids, and waits to be killed
+owner      starts an engine or a pool, says its address and pids, and waits to be killed
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from versions import version_weights
 
-from rollout import Engine
+from rollout import Engine, RolloutPool
 from weight_sync import WeightPublisher
 from weight_sync.transports.group_arena import GroupArena
 
@@ -100,14 +101,34 @@ def wait_to_be_killed() -> None:
         time.sleep(0.05)
 
 
-def own(report: Any, folder: str, points: str, options: dict[str, Any]) -> None:
+def own(
+    report: Any, folder: str, points: str, env: dict[str, str], ray: str, options: dict[str, Any]
+) -> None:
     from engine_faults import use_breakpoints
+    from engine_zygote import Zygote
 
-    use_breakpoints(Path(points))
-    engine = Engine(folder, **options)
-    say(report, address=engine.address, pids=engine._executor.pids)  # type: ignore[attr-defined]
+    os.environ.update(env)
+    tempfile.tempdir = None
+    use_breakpoints(Path(points), Zygote(fork=True))
+    if ray:
+        connect(ray)
+    engine: Any
+    if "num_replicas" in options:
+        engine = RolloutPool(folder, **options)
+        pids = [pid for replica in engine.replicas() for pid in replica.pids]
+    else:
+        engine = Engine(folder, **options)
+        pids = engine._executor.pids
+    say(report, address=engine.address, pids=pids)
     wait_to_be_killed()
     engine.shutdown()
+
+
+def connect(address: str) -> None:
+    """Be the driver of a job on a Ray cluster."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
 
 if __name__ == "__main__":

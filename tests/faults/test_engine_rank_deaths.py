@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import gc
 import os
-import time
+import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from engine_deaths import all_gone, owner_dies, rank_dies
 from engine_faults import (
-    PROMPT_SETS,
-    PROMPTLY_S,
+    Breakpoints,
     FaultyEngine,
     Nursery,
-    Stream,
-    error_name,
-    is_alive,
-    kill_all,
     num_arenas,
     num_descriptors,
     shm_names,
     wait_for,
 )
-from fault_matrix import OWNER_DEATHS, RANK_DEATHS, Case, Outcome, record
+from fault_matrix import OWNER_DEATHS, RANK_DEATHS, Case, record
 
 from rollout import Engine
 from weight_sync.errors import EngineDiedError
 from weight_sync.process_groups.rendezvous import StoreServer
-
-UPDATE = ("begin", "stage", "vote", "commit")
-
-
-def all_gone(pids: list[int]) -> None:
-    wait_for("the end of all ranks", lambda: not any(map(is_alive, pids)), PROMPTLY_S)
-
-
-def fails(action: Callable[[], object]) -> bool:
-    try:
-        action()
-    except EngineDiedError:
-        return True
-    return False
 
 
 @pytest.mark.parametrize("case", RANK_DEATHS, ids=str)
@@ -51,46 +31,22 @@ def test_a_killed_rank_ends_the_engine_and_every_call(
     case: Case,
     make_engine_with_faults: Callable[..., FaultyEngine],
     nursery: Nursery,
-    folder: Path,
+    tmp_path: Path,
     socket_folders: Callable[[], set[str]],
 ) -> None:
     StoreServer(timeout_s=1.0).close()  # torch opens a pipe with the first one, for good
     gc.collect()
     descriptors, names, sockets = num_descriptors(os.getpid()), shm_names(), socket_folders()
     engine = make_engine_with_faults(tp_size=case.tp_size)
-    pids, rank = engine.pids, int(case.who.split()[1])
-    stream = Stream(engine.engine) if case.phase != "idle" else None
-    trainer = None
-    if case.phase in UPDATE:
-        engine.points.stop(case.phase, rank)
-        trainer = nursery.trainer(engine.engine.address, folder, 1, transport=case.transport)
-        engine.points.reached(case.phase, rank)
-    start = time.monotonic()
-    kill_all([pids[rank]])
-    if stream is not None:
-        assert isinstance(stream.died(), EngineDiedError)
-    # A rank 0 that lives may answer a last question by itself, before it misses the other one.
-    wait_for("the engine's end", partial(fails, engine.engine.status), PROMPTLY_S)
-    assert error_name(engine.engine.status) == "EngineDiedError"
-    assert error_name(engine.engine.weights_fingerprint) == "EngineDiedError"
-    all_gone(pids)
-    if trainer is not None:
-        answer = trainer.says()
-        # The rank that is left may find out first, and say that it could not finish the update.
-        assert answer["error"] in ("EngineDiedError", "TornWeightsError", "WeightUpdateError")
-        if rank == 0:
-            assert answer["error"] == "EngineDiedError"
-        trainer.kill()
-    seconds = time.monotonic() - start
-    assert seconds < PROMPTLY_S
+    assert socket_folders() > sockets
+    outcome = rank_dies(case, engine, nursery, tmp_path)
     engine.close()
     assert shm_names() <= names
     assert socket_folders() <= sockets
-    del engine, stream
+    del engine
     gc.collect()
     wait_for("descriptors given back", lambda: num_descriptors(os.getpid()) <= descriptors)
-    told = "every call gets EngineDiedError, no process is left"
-    record(case, Outcome(result=f"the engine ends; {told}", seconds=seconds))
+    record(case, outcome)
 
 
 @pytest.mark.parametrize("case", OWNER_DEATHS, ids=str)
@@ -101,50 +57,13 @@ def test_a_killed_owner_takes_its_engine_along(
     tmp_path: Path,
     socket_folders: Callable[[], set[str]],
 ) -> None:
-    from engine_faults import Breakpoints
-
     points = Breakpoints(tmp_path / "points")
-    sockets = socket_folders()
+    before = socket_folders()
     owner = nursery.owner(folder, points.folder, tp_size=case.tp_size)
-    said = owner.says()
-    pids: list[int] = said["pids"]
-    trainer, client = None, remote_generate(said["address"])
-    if case.phase == "commit":
-        points.stop("commit", case.tp_size - 1)
-        trainer = nursery.trainer(said["address"], folder, 1)
-        points.reached("commit", case.tp_size - 1)
-    start = time.monotonic()
-    owner.kill()
-    with pytest.raises(EngineDiedError):
-        client.result(PROMPTLY_S)
-    all_gone(pids)
-    if trainer is not None:
-        assert trainer.says()["error"] == "EngineDiedError"
-    seconds = time.monotonic() - start
-    assert seconds < PROMPTLY_S
-    wait_for("sockets removed", lambda: socket_folders() <= sockets)
-    told = "other clients get EngineDiedError, no process and no socket is left"
-    record(case, Outcome(result=f"the engine ends with it; {told}", seconds=seconds))
-
-
-def remote_generate(address: str) -> Any:
-    """A long request of another client than the owner; returns its future once the first token has come."""
-    import threading
-
-    from rollout.engine.commands import Generate, PromptSpec
-    from rollout.engine.wire import REPLY_TYPES
-    from rollout.errors import ERRORS
-    from rollout.sampling_params import SamplingParams
-    from weight_sync.rpc import RpcClient
-
-    params = SamplingParams(max_new_tokens=450, ignore_eos=True)
-    prompt = PromptSpec(rid="remote", input_ids=PROMPT_SETS[0], params=params)
-    started = threading.Event()
-    client = RpcClient(address, REPLY_TYPES, errors=ERRORS)
-    body = Generate(prompts=[prompt], stream=True)
-    future = client.submit(body, 60.0, lambda _: started.set())
-    assert started.wait(30)
-    return future
+    assert owner.says() and socket_folders() > before
+    outcome = owner_dies(case, owner, points, case.tp_size - 1, nursery, folder)
+    wait_for("sockets removed", lambda: socket_folders() <= before)
+    record(case, outcome)
 
 
 def test_an_engine_that_shuts_down_leaves_no_socket_and_no_descriptor(
@@ -161,3 +80,20 @@ def test_an_engine_that_shuts_down_leaves_no_socket_and_no_descriptor(
     assert socket_folders() <= sockets
     assert num_descriptors(os.getpid()) <= before
     assert num_arenas(os.getpid()) == 0
+
+
+def test_a_rank_that_is_told_to_terminate_leaves_no_socket(
+    folder: Path,
+    make_engine_with_faults: Callable[..., FaultyEngine],
+    socket_folders: Callable[[], set[str]],
+) -> None:
+    """As Ray tells it when the actor that has started it died, while its own lifeline ends."""
+    before = socket_folders()
+    engine = make_engine_with_faults(tp_size=2)
+    assert socket_folders() > before
+    os.kill(engine.pids[1], signal.SIGTERM)
+    all_gone(engine.pids[1:])
+    assert socket_folders() <= before
+    with pytest.raises(EngineDiedError, match="exit code 143"):
+        engine.engine.status()
+    engine.close()
