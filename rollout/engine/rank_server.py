@@ -26,7 +26,8 @@ class RankServer:
     def __init__(self, config: EngineConfig, spec: RankSpec) -> None:
         device = torch.device(device_of(spec, config.device))
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # Else what names no GPU would take up memory on the first one.
+            # Else what names no GPU would take up memory on the first one.
+            torch.cuda.set_device(device)
         self._core = build_core(config, spec)
         self._server: RpcServer | None = None
         if spec.rank == 0:
