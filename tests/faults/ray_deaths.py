@@ -131,3 +131,15 @@ def no_room_is_taken(num_cpus: int) -> None:
     import ray
 
     wait_for("free CPUs", lambda: ray.available_resources().get("CPU", 0.0) == num_cpus)
+
+
+def open_what_stays_open() -> None:
+    """Let Ray open what it keeps open in this process after its first actor."""
+    import ray
+
+    class Nothing:
+        """Does nothing."""
+
+    actor = ray.remote(Nothing).remote()
+    ray.get(actor.__ray_ready__.remote(), timeout=ANSWER_S)
+    ray.kill(actor)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_deaths import all_gone, owner_dies, rank_dies
+from engine_deaths import all_gone, fails, owner_dies, rank_dies
 from engine_faults import (
     Breakpoints,
     FaultyEngine,
@@ -94,6 +94,7 @@ def test_a_rank_that_is_told_to_terminate_leaves_no_socket(
     os.kill(engine.pids[1], signal.SIGTERM)
     all_gone(engine.pids[1:])
     assert socket_folders() <= before
+    wait_for("the engine's end", lambda: fails(engine.engine.status))
     with pytest.raises(EngineDiedError, match="exit code 143"):
         engine.engine.status()
     engine.close()

@@ -36,9 +36,10 @@ class Fleet:
     def weight_channel(self) -> FleetChannel:
         return FleetChannel(self.weights)
 
-    def add(self, **options: Any) -> ToyEngine:
-        """One more engine; raises when it cannot be brought to the served version."""
-        engine = self._make_engine(serve=True, **options)
+    def add(self, *, looks: bool = True) -> ToyEngine:
+        """One more engine; raises when it cannot be brought to the served version. looks: out for mixtures."""
+        engine = self._make_engine(serve=True)
+        engine.host.looks = looks
         self.engines.append(engine)
         self.members.append(
             Member(
@@ -280,8 +281,7 @@ def test_a_newcomer_gets_it_although_only_parts_were_published(
     for engine in fleet.engines:
         engine.host.looks = False
     publisher.publish(half, strict=False)
-    newcomer = fleet.add()
-    newcomer.host.looks = False
+    newcomer = fleet.add(looks=False)
     assert newcomer.values() == {0.0, 1.0} == fleet.engines[0].values()
     publisher.publish(dict(list(tensors.items())[4:]), strict=False)
     assert fleet.values == [{1.0}] * 4

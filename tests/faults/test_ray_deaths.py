@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +11,15 @@ from typing import Any
 
 import pytest
 from engine_deaths import owner_dies, rank_dies, trainer_dies
-from engine_faults import Breakpoints, FaultyEngine, Nursery, shm_names, wait_for
+from engine_faults import (
+    Breakpoints,
+    FaultyEngine,
+    Nursery,
+    check_descriptors,
+    num_descriptors,
+    shm_names,
+    wait_for,
+)
 from engine_zygote import Zygote
 from fault_matrix import (
     ACTOR_DEATHS,
@@ -24,7 +34,13 @@ from fault_matrix import (
 )
 from pool_deaths import FaultyPool, pool_trainer_dies, replica_dies
 from ray_cluster import ray_cluster
-from ray_deaths import FaultyActor, actor_dies, no_room_is_taken, sockets_in
+from ray_deaths import (
+    FaultyActor,
+    actor_dies,
+    no_room_is_taken,
+    open_what_stays_open,
+    sockets_in,
+)
 from versions import Reference
 
 NUM_CPUS = 4
@@ -34,6 +50,7 @@ NUM_CPUS = 4
 def cluster() -> Iterator[Any]:
     """One node, connected."""
     with ray_cluster(num_nodes=1, cpus_per_node=NUM_CPUS) as cluster:
+        open_what_stays_open()
         yield cluster
 
 
@@ -104,14 +121,18 @@ def test_a_killed_trainer_leaves_one_whole_version_on_all_replicas(
 
 @pytest.fixture
 def nothing_stays(cluster: Any, shared: Callable[..., Any]) -> Iterator[None]:
-    """After the test the cluster has all of its room again, and there is no socket and no shared memory."""
+    """After the test the cluster has all of its room again; there is no socket, shared memory or open file more."""
     shared(NoEngine)  # Ends what the tests before have shared.
     no_room_is_taken(NUM_CPUS)
+    gc.collect()
     sockets, names = sockets_in(cluster.temporary), shm_names()
+    descriptors = num_descriptors(os.getpid())
     yield
+    gc.collect()
     no_room_is_taken(NUM_CPUS)
     wait_for("sockets removed", lambda: sockets_in(cluster.temporary) <= sockets)
     assert shm_names() <= names
+    check_descriptors([os.getpid()], [descriptors])
 
 
 class NoEngine:
