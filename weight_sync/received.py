@@ -4,7 +4,7 @@ Such a trainer says names, dtypes and shapes and then broadcasts, whatever the e
 received first, also what is refused afterwards: the group stays in step, and the trainer does not wait for ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,16 +13,18 @@ from .bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from .errors import ManifestMismatch
 from .manifest import TensorMeta, align, parse_dtype
 from .messages import EngineInfo, Receive
-from .process_groups.landing import landing_buffer
 from .selection import Layout, Selector
 from .session import Session
 from .transports.process_group import UpdateGroup
 
 NamedTensor = tuple[str, torch.Tensor]
+Landing = Callable[[int], torch.Tensor]
 
 
-def receive(group: UpdateGroup, message: Receive, timeout_s: float) -> list[NamedTensor]:
-    """What the trainer broadcasts for `message`, in new memory."""
+def receive(
+    group: UpdateGroup, message: Receive, timeout_s: float, landing: Landing
+) -> list[NamedTensor]:
+    """What the trainer broadcasts for `message`, in memory that `landing(num_bytes)` gives, uint8."""
     if not len(message.names) == len(message.dtypes) == len(message.shapes):
         raise ManifestMismatch(
             f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
@@ -33,13 +35,23 @@ def receive(group: UpdateGroup, message: Receive, timeout_s: float) -> list[Name
         for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
     ]
     if message.layout == "tensors":
-        tensors = group.receive_tensors(metas, timeout_s=timeout_s).result()
-        return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
-    return _receive_bucket(group, metas, timeout_s, aligned=message.layout == "bucket")
+        layout = [align(meta.num_bytes) for meta in metas]
+        into = [
+            raw[: meta.num_bytes].view(meta.dtype).view(meta.shape)
+            for meta, raw in zip(metas, landing(sum(layout)).split(layout), strict=True)
+        ]
+        group.receive_tensors(metas, timeout_s=timeout_s, into=into, scratch_behind=True).result()
+        return [(meta.name, tensor) for meta, tensor in zip(metas, into, strict=True)]
+    return _receive_bucket(group, metas, timeout_s, landing, aligned=message.layout == "bucket")
 
 
 def _receive_bucket(
-    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, *, aligned: bool
+    group: UpdateGroup,
+    metas: Sequence[TensorMeta],
+    timeout_s: float,
+    landing: Landing,
+    *,
+    aligned: bool,
 ) -> list[NamedTensor]:
     metadata, end = [], 0
     for meta in metas:
@@ -55,7 +67,7 @@ def _receive_bucket(
             )
         )
         end = align(end) if aligned else end
-    buffer = landing_buffer(end)
+    buffer = landing(end)
     if end:
         group.receive_into(buffer, [(0, end)], timeout_s=timeout_s, scratch_behind=True).result()
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
@@ -64,19 +76,16 @@ def _receive_bucket(
 def stage_received(
     session: Session, info: EngineInfo, tensors: Sequence[NamedTensor]
 ) -> np.ndarray:
-    """Copy received tensors into the session's stage, cast to the engine's dtypes; the manifest rows that they fill.
+    """Take received tensors into the session's stage, cast to the engine's dtypes; their fingerprints, by row.
 
     `ManifestMismatch` lists every unknown, misshapen or doubled one; then nothing is staged.
     """
     layout = Layout(info, session.manifest.bucket_bytes)
-    views = session.manifest.views(session.stage)
-    selector = Selector(
-        layout, cast=True, packed=views.__getitem__, ignored=lambda names: frozenset()
-    )
+    selector = Selector(layout, cast=True, packed=_nothing, ignored=lambda names: frozenset())
     selection = selector.take(tensors)
     selector.finish(strict=False)
-    rows = sorted(selection.sources)
-    if rows:
-        with torch.no_grad():
-            torch._foreach_copy_([views[i] for i in rows], [selection.sources[i] for i in rows])
-    return np.array(rows, dtype=np.int64)
+    return session.stage_trusted(selection.sources)
+
+
+def _nothing(row: int) -> torch.Tensor:
+    raise AssertionError("a selector of one call has no tensors of earlier ones")
