@@ -10,31 +10,23 @@ rank keeps as it travels (one rank alone, as a rule) lands in the shadow itself.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
-from . import region as regions
-from .copies import Copy, Occupied, Replay
-from .fingerprints import ArenaFingerprints
-from .manifest import Manifest
-from .memory import byte_range, storage_key
+from .kept_plan import Chunk, KeptPlan
 from .plan import Plan
 from .process_groups.landing import landing_buffer
-from .shadow import Pairs, Shadow
-from .spans import chunks_of, lengths_of
-from .stage import Check, as_uint64, check_size
+from .shadow import Shadow
+from .spans import chunks_of
+from .stage import Check, Fill, check_size
 from .transports.process_group import UpdateGroup
 from .weight_map import WeightMap
 
 _KEPT_PLANS = 4
-_CACHED_ARENAS = 4
-_CACHED_SUBSETS = 16
 
 
 class StageMemory:
@@ -46,7 +38,7 @@ class StageMemory:
         self._num_holders = 0
         self._shadow: Shadow | None = None
         self._landings: dict[int, torch.Tensor] = {}
-        self._plans: OrderedDict[str, _KeptPlan] = OrderedDict()
+        self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
@@ -56,8 +48,8 @@ class StageMemory:
 
     def hold(self) -> None:
         """Somebody needs it from now on."""
-        self._num_holders += 1
         self._existing_shadow()
+        self._num_holders += 1
 
     def let_go(self) -> None:
         """One of them does not any more; the last one gives it back."""
@@ -84,12 +76,12 @@ class StageMemory:
         self._landings.clear()
         self._plans.clear()
 
-    def plan(self, plan: Plan) -> _KeptPlan:
+    def plan(self, plan: Plan) -> KeptPlan:
         """The way of this plan's tensors through the shadow, worked out once."""
         digest = plan.manifest.digest
         known = self._plans.get(digest)
         if known is None:
-            known = self._plans[digest] = _KeptPlan(plan, self._existing_shadow())
+            known = self._plans[digest] = KeptPlan(plan, self._existing_shadow())
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(digest)
@@ -114,8 +106,8 @@ class KeptStage:
         self._memory = memory
         self._group = group
         self._manifest = plan.manifest
-        self._plan: _KeptPlan | None = memory.plan(plan)
-        self._receiving = False  # something may be written into the landing buffers
+        self._plan: KeptPlan | None = memory.plan(plan)
+        self._receiving = False  # something may be writing into the memory
 
     def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
         end = time.monotonic() + timeout_s
@@ -138,12 +130,14 @@ class KeptStage:
         self._memory.settle()
         return work_s
 
-    def landing(self, num_bytes: int) -> torch.Tensor:
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        landing = self._memory.landing(0, num_bytes)
         self._receiving = True
-        return self._memory.landing(0, num_bytes)
+        fill(landing)
+        self._receiving = False
+        return landing
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
-        self._receiving = False
         found = [np.empty(0, dtype=np.uint64)]
         for chunk in self._chunks(np.array(sorted(sources), dtype=np.int64)):
             landing = self._place(chunk, 1)
@@ -165,24 +159,24 @@ class KeptStage:
             self._memory.forget()
         self._receiving, self._plan = False, None
 
-    def _chunks(self, rows: np.ndarray) -> Iterator[_Chunk]:
+    def _chunks(self, rows: np.ndarray) -> Iterator[Chunk]:
         assert self._plan is not None, "the session has ended"
         return map(self._plan.chunk, chunks_of(self._manifest, rows))
 
-    def _place(self, chunk: _Chunk, which: int) -> torch.Tensor:
+    def _place(self, chunk: Chunk, which: int) -> torch.Tensor:
         if chunk.home is not None:
             return chunk.home
         return self._memory.landing(which, chunk.manifest.arena_bytes)
 
     def _arriving(
-        self, chunks: Iterable[_Chunk], end: float
-    ) -> Iterator[tuple[_Chunk, torch.Tensor]]:
+        self, chunks: Iterable[Chunk], end: float
+    ) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """Each chunk when it is whole; those after it are under way by then, as far as there is memory for them."""
-        under_way: deque[tuple[_Chunk, torch.Tensor, Future[None]]] = deque()
+        under_way: deque[tuple[Chunk, torch.Tensor, Future[None]]] = deque()
         num_landing = 0  # how many of them are on their way into a landing buffer
         which = 0
 
-        def arrived() -> tuple[_Chunk, torch.Tensor]:
+        def arrived() -> tuple[Chunk, torch.Tensor]:
             nonlocal num_landing
             chunk, landing, whole = under_way.popleft()
             whole.result()
@@ -200,113 +194,3 @@ class KeptStage:
             under_way.append((chunk, landing, whole))
         while under_way:
             yield arrived()
-
-
-class _KeptPlan:
-    """A plan by way of the shadow, and the chunks of it that came lately."""
-
-    def __init__(self, plan: Plan, shadow: Shadow) -> None:
-        self._manifest = plan.manifest
-        self._shadow = shadow
-        self._occupied = shadow.occupied()
-        self._copies: defaultdict[int, list[Copy]] = defaultdict(list)
-        for copy in plan.copies:
-            self._copies[copy.index].append(copy)
-        self._all = self._pairs(range(len(plan.manifest.tensors)))
-        self._some: OrderedDict[bytes, Pairs] = OrderedDict()
-        self._chunks: OrderedDict[bytes, _Chunk] = OrderedDict()
-        self._chunk_bytes = 0
-
-    def chunk(self, rows: np.ndarray) -> _Chunk:
-        """The chunk of these tensors, ascending."""
-        key = rows.tobytes()
-        chunk = self._chunks.get(key)
-        if chunk is None:
-            chunk = self._chunks[key] = _Chunk(
-                self._manifest, rows, self._copies, self._shadow, self._occupied
-            )
-            self._chunk_bytes += chunk.manifest.arena_bytes
-            while self._chunk_bytes > _CACHED_ARENAS * self._manifest.arena_bytes:
-                self._chunk_bytes -= self._chunks.popitem(last=False)[1].manifest.arena_bytes
-        self._chunks.move_to_end(key)
-        return chunk
-
-    @torch.no_grad()
-    def write(self, rows: np.ndarray | None) -> None:
-        """From the shadow into the parameters."""
-        targets, sources = self._all if rows is None else self._subset(rows)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-
-    def _subset(self, rows: np.ndarray) -> Pairs:
-        key = rows.tobytes()
-        if key not in self._some:
-            self._some[key] = self._pairs(rows.tolist())
-            if len(self._some) > _CACHED_SUBSETS:
-                self._some.popitem(last=False)
-        self._some.move_to_end(key)
-        return self._some[key]
-
-    def _pairs(self, rows: Iterable[int]) -> Pairs:
-        return self._shadow.pairs(copy.destination for row in rows for copy in self._copies[row])
-
-
-class _Chunk:
-    """Whole tensors of a manifest that are received together, one behind the other in a landing buffer."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        rows: np.ndarray,
-        copies: Mapping[int, Sequence[Copy]],
-        shadow: Shadow,
-        occupied: Occupied,
-    ) -> None:
-        self.rows = rows
-        """Which tensors, (N,) int64, ascending."""
-        self.manifest = Manifest(
-            tensors=tuple(manifest.tensors[row] for row in rows.tolist()),
-            bucket_bytes=manifest.bucket_bytes,
-        )
-        """How they lie in the landing buffer."""
-        ends = list(accumulate(lengths_of(manifest, rows), initial=0))
-        self.spans = list(pairwise(ends))
-        """The ranges of the landing buffer that travel as one each."""
-        self._fingerprints = ArenaFingerprints(self.manifest)
-        moved = [
-            Copy(index=i, region=copy.region, destination=shadow.of(copy.destination))
-            for i, row in enumerate(rows.tolist())
-            for copy in copies[row]
-        ]
-        self._replay = Replay(self.manifest, moved, occupied)
-        self.home = self._find_home(moved, shadow, occupied)
-        """Memory of the shadow that has the layout of the landing buffer, and can be it; or None."""
-
-    def fingerprints(self, landing: torch.Tensor) -> np.ndarray:
-        """One per tensor, (N,) uint64."""
-        return as_uint64(self._fingerprints.values(landing))
-
-    def move(self, landing: torch.Tensor) -> None:
-        """Into the shadow: this rank's parts, at their places."""
-        if self.home is None:
-            self._replay.run(landing, None)
-
-    def _find_home(
-        self, moved: Sequence[Copy], shadow: Shadow, occupied: Occupied
-    ) -> torch.Tensor | None:
-        """All tensors are in the shadow, whole, as far from each other as here, and nothing else is in between."""
-        filled = [i for i, meta in enumerate(self.manifest.tensors) if meta.num_bytes]
-        if not filled or [copy.index for copy in moved] != filled:
-            return None
-        first = byte_range(moved[0].destination)[0] - self.manifest.offsets[filled[0]]
-        for copy in moved:
-            whole = regions.whole(self.manifest.tensors[copy.index].shape)
-            at = byte_range(copy.destination)[0] - self.manifest.offsets[copy.index]
-            if at != first or copy.region != whole or not copy.destination.is_contiguous():
-                return None
-        held = occupied[storage_key(moved[0].destination)]
-        end = first + self.manifest.arena_bytes
-        low, high = bisect_right(held, first, key=lambda r: r[1]), bisect_left(held, (end, 0))
-        if high - low != len(filled):
-            return None
-        return shadow.room(moved[0].destination, first, self.manifest.arena_bytes)

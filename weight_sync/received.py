@@ -4,7 +4,7 @@ Such a trainer says names, dtypes and shapes and then broadcasts, whatever the e
 received first, also what is refused afterwards: the group stays in step, and the trainer does not wait for ever.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ from .manifest import TensorMeta, align, parse_dtype
 from .messages import EngineInfo, Receive
 from .selection import Layout, Selector
 from .session import Session
+from .stage import Stage
 from .transports.process_group import UpdateGroup
 
 NamedTensor = tuple[str, torch.Tensor]
-Landing = Callable[[int], torch.Tensor]
 
 
 def receive(
-    group: UpdateGroup, message: Receive, timeout_s: float, landing: Landing
+    group: UpdateGroup, message: Receive, timeout_s: float, stage: Stage
 ) -> list[NamedTensor]:
-    """What the trainer broadcasts for `message`, in memory that `landing(num_bytes)` gives, uint8."""
+    """What the trainer broadcasts for `message`, in memory of the stage."""
     if not len(message.names) == len(message.dtypes) == len(message.shapes):
         raise ManifestMismatch(
             f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
@@ -35,21 +35,32 @@ def receive(
         for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
     ]
     if message.layout == "tensors":
-        layout = [align(meta.num_bytes) for meta in metas]
-        into = [
-            raw[: meta.num_bytes].view(meta.dtype).view(meta.shape)
-            for meta, raw in zip(metas, landing(sum(layout)).split(layout), strict=True)
-        ]
-        group.receive_tensors(metas, timeout_s=timeout_s, into=into, scratch_behind=True).result()
-        return [(meta.name, tensor) for meta, tensor in zip(metas, into, strict=True)]
-    return _receive_bucket(group, metas, timeout_s, landing, aligned=message.layout == "bucket")
+        return _receive_tensors(group, metas, timeout_s, stage)
+    return _receive_bucket(group, metas, timeout_s, stage, aligned=message.layout == "bucket")
+
+
+def _receive_tensors(
+    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
+) -> list[NamedTensor]:
+    sizes = [align(meta.num_bytes) for meta in metas]
+    tensors: list[torch.Tensor] = []
+
+    def fill(landing: torch.Tensor) -> None:
+        for meta, raw in zip(metas, landing.split(sizes), strict=True):
+            tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
+        group.receive_tensors(
+            metas, timeout_s=timeout_s, into=tensors, scratch_behind=True
+        ).result()
+
+    stage.land(sum(sizes), fill)
+    return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
 
 
 def _receive_bucket(
     group: UpdateGroup,
     metas: Sequence[TensorMeta],
     timeout_s: float,
-    landing: Landing,
+    stage: Stage,
     *,
     aligned: bool,
 ) -> list[NamedTensor]:
@@ -67,9 +78,14 @@ def _receive_bucket(
             )
         )
         end = align(end) if aligned else end
-    buffer = landing(end)
-    if end:
-        group.receive_into(buffer, [(0, end)], timeout_s=timeout_s, scratch_behind=True).result()
+
+    def fill(landing: torch.Tensor) -> None:
+        if end:
+            group.receive_into(
+                landing, [(0, end)], timeout_s=timeout_s, scratch_behind=True
+            ).result()
+
+    buffer = stage.land(end, fill)
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
 
 

@@ -238,7 +238,7 @@ class WeightReceiver:
                     "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
                 )
             timeout_s = min(message.timeout_s, session.request.lease_s)
-            tensors = receive(group, message, timeout_s, session.stage.landing)
+            tensors = receive(group, message, timeout_s, session.stage)
             values = self._agreement.gather(stage_received(session, self.info(), tensors))
             if (values != values[0]).any():
                 raise FingerprintMismatch(

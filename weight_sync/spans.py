@@ -10,9 +10,9 @@ import numpy as np
 from .arena import Range
 from .manifest import Manifest
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 256 << 20
 """What a receiver takes in at once; a larger tensor is a chunk of its own."""
-PART_BYTES = 32 << 20
+PART_BYTES = 64 << 20
 """Longest range, so that several can be under way at once."""
 
 

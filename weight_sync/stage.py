@@ -19,6 +19,9 @@ from .plan import Plan
 Check = Callable[[np.ndarray, np.ndarray], None]
 """`check(rows, values)` raises unless `values` (N,) uint64 are the fingerprints to expect of `rows` (N,)."""
 
+Fill = Callable[[torch.Tensor], object]
+"""Receives into memory, and returns when it is whole."""
+
 
 class Stage(Protocol):
     """Used by the receiver's thread; `write` by the engine loop's, while the other waits."""
@@ -26,8 +29,8 @@ class Stage(Protocol):
     def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
         """Have these tensors of the manifest, whole and checked, or raise; seconds of work, without waiting."""
 
-    def landing(self, num_bytes: int) -> torch.Tensor:
-        """Memory for bytes that come unannounced: uint8, valid until the next `accept`, `landing` or `release`."""
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        """Bytes that nobody has declared, uint8, once `fill` has received them; valid until the stage takes others."""
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         """Take tensors by row, cast to the manifest's dtypes; their fingerprints (N,) uint64, rows ascending."""
@@ -59,7 +62,7 @@ class ArenaStage:
         check(rows, as_uint64(self._plan.staged_fingerprints(self._buffer, wanted)))
         return time.perf_counter() - start
 
-    def landing(self, num_bytes: int) -> torch.Tensor:
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
         raise _not_over_a_group()
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
