@@ -34,7 +34,7 @@ class KeptPlan:
         self._copies: defaultdict[int, list[Copy]] = defaultdict(list)
         for copy in plan.copies:
             self._copies[copy.index].append(copy)
-        self._all = self._pairs(range(len(plan.manifest.tensors)))
+        self._all: Pairs | None = None
         self._some: OrderedDict[bytes, Pairs] = OrderedDict()
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()
         self._chunk_bytes = 0
@@ -56,9 +56,15 @@ class KeptPlan:
     @torch.no_grad()
     def write(self, rows: np.ndarray | None) -> None:
         """From the shadow into the parameters."""
-        targets, sources = self._all if rows is None else self._subset(rows)
+        targets, sources = self._everything() if rows is None else self._subset(rows)
         if targets:
             torch._foreach_copy_(targets, sources)
+
+    def _everything(self) -> Pairs:
+        # Not before it is needed: until then the parameters' memory may be released.
+        if self._all is None:
+            self._all = self._pairs(range(len(self._manifest.tensors)))
+        return self._all
 
     def _subset(self, rows: np.ndarray) -> Pairs:
         key = rows.tobytes()

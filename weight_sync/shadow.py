@@ -42,18 +42,23 @@ class Shadow:
 
     def __init__(self, weight_map: WeightMap) -> None:
         self._occupied = weight_map.occupied()
+        self._address: dict[
+            Storage, int
+        ] = {}  # modulo 256; memory that is released comes back alike
         extents: defaultdict[Storage, list[ByteSpan]] = defaultdict(list)
         for parameter in weight_map.parameters.values():
             if parameter.numel():
-                extents[storage_key(parameter)].append(byte_range(parameter))
+                key = storage_key(parameter)
+                extents[key].append(byte_range(parameter))
+                self._address[key] = parameter.untyped_storage().data_ptr() % ALIGNMENT
         self._pieces: dict[Storage, list[_Piece]] = {}
         sizes: defaultdict[torch.device, int] = defaultdict(int)
         for key, held in extents.items():
-            device, address = key
+            device = key[0]
             self._pieces[key] = []
             for first, end in _joined(sorted(held)):
                 # At the same place within 256 bytes: what is aligned there is aligned here.
-                at = align(sizes[device]) + (address + first) % ALIGNMENT
+                at = align(sizes[device]) + (self._address[key] + first) % ALIGNMENT
                 sizes[device] = at + end - first
                 self._pieces[key].append(_Piece(first=first, end=end, at=at))
         self._buffers = {device: _zeros(device, align(size)) for device, size in sizes.items()}
@@ -97,7 +102,8 @@ class Shadow:
     def pairs(self, tensors: Iterable[torch.Tensor]) -> Pairs:
         """The copies, as few as there can be, that write `tensors`, views of parameters, from their shadows.
 
-        Padding between parameters may be written too; no byte of a parameter that is not among `tensors` is.
+        Padding between parameters may be written too; no byte of a parameter that is not among `tensors` is. The
+        parameters' memory must not be released at the moment.
         """
         by_storage: defaultdict[Storage, list[torch.Tensor]] = defaultdict(list)
         for tensor in tensors:
@@ -129,7 +135,7 @@ class Shadow:
         """Whether nothing but padding is between two bytes of an allocation."""
         if start == end:
             return True
-        if start - end >= ALIGNMENT or (key[1] + start) % ALIGNMENT:
+        if start - end >= ALIGNMENT or (self._address[key] + start) % ALIGNMENT:
             return False
         # A parameter that is not among those to be written may live in the gap.
         occupied = self._occupied[key]
