@@ -10,11 +10,15 @@ import mmap
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from .messages import ArenaHandle, ProcessRef
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .stage import Stage
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -51,15 +55,11 @@ class OpenedArena(Protocol):
     """The engine's end."""
 
     @property
-    def buffer(self) -> torch.Tensor:
-        """The same bytes, uint8, not to be written."""
-
-    @property
     def owner(self) -> ProcessRef:
         """The trainer; when it dies, the arena is of no use."""
 
-    def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
-        """Wait until these ranges hold what the trainer has sent; nothing to do where memory is shared."""
+    def stage(self, plan: "Plan") -> "Stage":
+        """Where a session's bytes wait for its commit; `TransportError` when the arena is too small for the plan."""
 
     def given_up(self) -> bool:
         """The trainer has certainly closed its end, although it may not have been able to say so."""
@@ -76,9 +76,6 @@ class SharedBytes:
     def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """The engine sees the bytes."""
         return None
-
-    def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
-        """The bytes are there."""
 
     def given_up(self) -> bool:
         """Not to be seen from here."""

@@ -17,7 +17,8 @@ from .agreement import RankAgreement, settle, whole_values
 from .errors import DeadlineExceeded, SyncError, TornWeightsError, WeightUpdateError
 from .host import WeightHost
 from .parallel_copy import copy_tensors
-from .session import Phase, Session, as_uint64
+from .session import Phase, Session
+from .stage import as_uint64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,7 @@ class WeightCommit:
     def _replay(self) -> None:
         start = time.perf_counter()
         with torch.no_grad():
-            self.session.plan.replay(self.session.stage, self.session.indices)
+            self.session.stage.write(self.session.indices)
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
 

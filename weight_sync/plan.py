@@ -98,16 +98,14 @@ class Plan:
         self.manifest = manifest
         self._staged = ArenaFingerprints(manifest)
         self._resident = _ResidentSums(located)
-        self._replay = Replay(
-            manifest,
-            [
-                Copy(index=i, region=placement.region, destination=writable(placement.destination))
-                for i, here in enumerate(located)
-                for placement in here.placements
-                if placement.destination.numel()
-            ],
-            weight_map.occupied(),
+        self.copies = tuple(
+            Copy(index=i, region=placement.region, destination=writable(placement.destination))
+            for i, here in enumerate(located)
+            for placement in here.placements
+            if placement.destination.numel()
         )
+        """The table: what a replay copies, before neighbours are joined."""
+        self._replay = Replay(manifest, self.copies, weight_map.occupied())
         self._num_bytes = sum(
             placement.destination.numel() * placement.destination.element_size()
             for here in located

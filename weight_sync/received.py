@@ -13,16 +13,18 @@ from .bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from .errors import ManifestMismatch
 from .manifest import TensorMeta, align, parse_dtype
 from .messages import EngineInfo, Receive
-from .process_groups.landing import landing_buffer
 from .selection import Layout, Selector
 from .session import Session
+from .stage import Stage
 from .transports.process_group import UpdateGroup
 
 NamedTensor = tuple[str, torch.Tensor]
 
 
-def receive(group: UpdateGroup, message: Receive, timeout_s: float) -> list[NamedTensor]:
-    """What the trainer broadcasts for `message`, in new memory."""
+def receive(
+    group: UpdateGroup, message: Receive, timeout_s: float, stage: Stage
+) -> list[NamedTensor]:
+    """What the trainer broadcasts for `message`, in memory of the stage."""
     if not len(message.names) == len(message.dtypes) == len(message.shapes):
         raise ManifestMismatch(
             f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
@@ -33,13 +35,34 @@ def receive(group: UpdateGroup, message: Receive, timeout_s: float) -> list[Name
         for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
     ]
     if message.layout == "tensors":
-        tensors = group.receive_tensors(metas, timeout_s=timeout_s).result()
-        return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
-    return _receive_bucket(group, metas, timeout_s, aligned=message.layout == "bucket")
+        return _receive_tensors(group, metas, timeout_s, stage)
+    return _receive_bucket(group, metas, timeout_s, stage, aligned=message.layout == "bucket")
+
+
+def _receive_tensors(
+    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
+) -> list[NamedTensor]:
+    sizes = [align(meta.num_bytes) for meta in metas]
+    tensors: list[torch.Tensor] = []
+
+    def fill(landing: torch.Tensor) -> None:
+        for meta, raw in zip(metas, landing.split(sizes), strict=True):
+            tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
+        group.receive_tensors(
+            metas, timeout_s=timeout_s, into=tensors, scratch_behind=True
+        ).result()
+
+    stage.land(sum(sizes), fill)
+    return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
 
 
 def _receive_bucket(
-    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, *, aligned: bool
+    group: UpdateGroup,
+    metas: Sequence[TensorMeta],
+    timeout_s: float,
+    stage: Stage,
+    *,
+    aligned: bool,
 ) -> list[NamedTensor]:
     metadata, end = [], 0
     for meta in metas:
@@ -55,28 +78,30 @@ def _receive_bucket(
             )
         )
         end = align(end) if aligned else end
-    buffer = landing_buffer(end)
-    if end:
-        group.receive_into(buffer, [(0, end)], timeout_s=timeout_s, scratch_behind=True).result()
+
+    def fill(landing: torch.Tensor) -> None:
+        if end:
+            group.receive_into(
+                landing, [(0, end)], timeout_s=timeout_s, scratch_behind=True
+            ).result()
+
+    buffer = stage.land(end, fill)
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
 
 
 def stage_received(
     session: Session, info: EngineInfo, tensors: Sequence[NamedTensor]
 ) -> np.ndarray:
-    """Copy received tensors into the session's stage, cast to the engine's dtypes; the manifest rows that they fill.
+    """Take received tensors into the session's stage, cast to the engine's dtypes; their fingerprints, by row.
 
     `ManifestMismatch` lists every unknown, misshapen or doubled one; then nothing is staged.
     """
     layout = Layout(info, session.manifest.bucket_bytes)
-    views = session.manifest.views(session.stage)
-    selector = Selector(
-        layout, cast=True, packed=views.__getitem__, ignored=lambda names: frozenset()
-    )
+    selector = Selector(layout, cast=True, packed=_nothing, ignored=lambda names: frozenset())
     selection = selector.take(tensors)
     selector.finish(strict=False)
-    rows = sorted(selection.sources)
-    if rows:
-        with torch.no_grad():
-            torch._foreach_copy_([views[i] for i in rows], [selection.sources[i] for i in rows])
-    return np.array(rows, dtype=np.int64)
+    return session.stage_trusted(selection.sources)
+
+
+def _nothing(row: int) -> torch.Tensor:
+    raise AssertionError("a selector of one call has no tensors of earlier ones")

@@ -30,11 +30,11 @@ from .errors import (
     StaleVersionError,
     SyncError,
     TornWeightsError,
-    TransportError,
     WeightUpdateError,
 )
 from .fingerprints import name_key
 from .host import WeightHost
+from .kept_stage import StageMemory
 from .manifest import Manifest
 from .messages import (
     PROTOCOL_VERSION,
@@ -53,7 +53,8 @@ from .plan_cache import PlanCache
 from .process import current_process, why_dead
 from .received import receive, stage_received
 from .repair import Repair
-from .session import Phase, Session, as_uint64, column
+from .session import Phase, Session, column
+from .stage import as_uint64
 from .transports.process_group import UpdateGroup
 from .weight_map import WeightMap
 
@@ -94,6 +95,8 @@ class WeightReceiver:
         self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
         self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
+        self.stage_memory = StageMemory(weight_map, self.device)
+        """Of sessions whose bytes come over a group."""
         self._epoch = 0
         self._session: Session | None = None
         self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
@@ -190,12 +193,7 @@ class WeightReceiver:
         known = self._plans.find(request.manifest_digest, request.manifest)
         if known is None:
             return BeginReply(epoch=0, version=version, need_manifest=True)
-        needed = known.manifest.arena_bytes
-        if arena.buffer.numel() < needed:
-            raise TransportError(
-                f"the arena is too small: got {arena.buffer.numel()} bytes, expected "
-                f"{needed}; make one for this manifest"
-            )
+        stage = arena.stage(known.plan)
         self._epoch += 1
         self._session = Session(
             request=request,
@@ -203,8 +201,7 @@ class WeightReceiver:
             version=version,
             label=str(version) if request.label is None else request.label,
             known=known,
-            arena=arena,
-            stage=arena.buffer[:needed],
+            stage=stage,
         )
         return BeginReply(epoch=self._epoch, version=version, need_manifest=False)
 
@@ -240,9 +237,9 @@ class WeightReceiver:
                 raise ProtocolError(
                     "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
                 )
-            tensors = receive(group, message, min(message.timeout_s, session.request.lease_s))
-            rows = stage_received(session, self.info(), tensors)
-            values = self._agreement.gather(session.stage_trusted(rows))
+            timeout_s = min(message.timeout_s, session.request.lease_s)
+            tensors = receive(group, message, timeout_s, session.stage)
+            values = self._agreement.gather(stage_received(session, self.info(), tensors))
             if (values != values[0]).any():
                 raise FingerprintMismatch(
                     "the ranks received different bytes over the group; make a new group and send again"

@@ -197,7 +197,7 @@ class WeightService:
 
     def _open(self, handle: ArenaHandle) -> OpenedArena:
         if isinstance(handle, GroupHandle):
-            return OpenedGroupArena(self._groups, handle)
+            return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
         if not isinstance(handle, LocalHandle):
             return OpenedSharedMemoryArena(handle)
         buffer = self._lent.pop(handle.key, None)

@@ -2,18 +2,18 @@
 
 import enum
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .arena import OpenedArena
 from .errors import FingerprintMismatch, ProtocolError
 from .manifest import Manifest, mismatch
 from .messages import Begin
 from .plan import Plan
 from .plan_cache import KnownPlan
-from .spans import spans_of
+from .stage import Stage
 
 MAX_NAMED = 20
 """Tensors that an error about fingerprints names one by one."""
@@ -46,10 +46,8 @@ class Session:
     """Label to be."""
     known: KnownPlan
     """What may come, where it lies in the arena, and how it is written into the parameters."""
-    arena: OpenedArena
-    """Where the trainer's bytes are."""
-    stage: torch.Tensor
-    """The arena's bytes, uint8, `manifest.arena_bytes` long."""
+    stage: Stage
+    """Where its bytes are until the commit."""
     phase: Phase = Phase.STAGING
     """Where it stands."""
     began: float = field(default_factory=time.perf_counter)
@@ -57,7 +55,7 @@ class Session:
     lease_end: float = field(init=False)
     """When it ends by itself, `time.monotonic()`."""
     stage_s: float = 0.0
-    """Seconds spent on checking staged bytes."""
+    """Seconds spent on checking what was staged, and on putting it where the commit wants it."""
     present: np.ndarray = field(init=False)
     """Which tensors of the manifest are complete, bool."""
     declared: np.ndarray = field(init=False)
@@ -80,9 +78,9 @@ class Session:
         return self.known.plan
 
     def end(self) -> None:
-        """Let go of the arena, whoever still holds this object (a traceback, for one)."""
+        """Let go of the stage, whoever still holds this object (a traceback, for one)."""
         self.phase = Phase.ENDED
-        self.stage = torch.empty(0, dtype=torch.uint8)
+        self.stage.release()
 
     def renew(self) -> None:
         """A message of the session arrived: the lease starts again."""
@@ -105,23 +103,31 @@ class Session:
 
     def stage_bucket(self, indices: np.ndarray, declared: np.ndarray) -> None:
         """Check one bucket against what the trainer declared and count it as complete."""
-        self._check_indices(indices, declared)
-        self.arena.fill(spans_of(self.manifest, indices), self.lease_left_s)
-        start = time.perf_counter()
-        if len(indices):
-            values = self.plan.staged_fingerprints(self.stage, self._wanted(indices))
-            self.compare(as_uint64(values), indices, declared, "staged")
-            self.present[indices] = True
-            self.declared[indices] = declared
-        self.stage_s += time.perf_counter() - start
+        if len(indices) != len(declared):
+            raise ProtocolError(
+                f"a bucket has one fingerprint per tensor: got {len(indices)} indices and "
+                f"{len(declared)} fingerprints, expected as many of each; send both columns"
+            )
+        self._check_indices(indices)
+        if not len(indices):
+            return
+        self.declared[indices] = declared
+        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s)
+        self.present[indices] = True
 
-    def stage_trusted(self, indices: np.ndarray) -> np.ndarray:
-        """Count tensors as complete that nobody declared: what is staged is what was meant. Their fingerprints."""
-        values = as_uint64(self.plan.staged_fingerprints(self.stage, self._wanted(indices)))
-        self._check_indices(indices, values)
+    def stage_trusted(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        """Stage tensors, by row, that nobody declared: what came is what was meant. Their fingerprints, by row."""
+        indices = np.array(sorted(sources), dtype=np.int64)
+        self._check_indices(indices)
+        start = time.perf_counter()
+        values = self.stage.put(sources)
         self.present[indices] = True
         self.declared[indices] = values
+        self.stage_s += time.perf_counter() - start
         return values
+
+    def _check_staged(self, rows: np.ndarray, values: np.ndarray) -> None:
+        self.compare(values, rows, self.declared[rows], "staged")
 
     def compare(
         self, found: np.ndarray, indices: np.ndarray | None, declared: np.ndarray, where: str
@@ -144,19 +150,7 @@ class Session:
             + "\ndo not write into the arena between a bucket and the end of its session; send again"
         )
 
-    def _wanted(self, indices: np.ndarray) -> np.ndarray | None:
-        """None for the whole manifest in its order, which is much cheaper to ask for."""
-        whole = len(indices) == len(self.present) and bool(
-            (np.diff(indices.astype(np.int64)) == 1).all()
-        )
-        return None if whole else indices
-
-    def _check_indices(self, indices: np.ndarray, declared: np.ndarray) -> None:
-        if len(indices) != len(declared):
-            raise ProtocolError(
-                f"a bucket has one fingerprint per tensor: got {len(indices)} indices and "
-                f"{len(declared)} fingerprints, expected as many of each; send both columns"
-            )
+    def _check_indices(self, indices: np.ndarray) -> None:
         if not len(indices):
             return
         if int(indices.max()) >= len(self.present):
@@ -180,8 +174,3 @@ def column(data: bytes, dtype: str) -> np.ndarray:
             f"{np.dtype(dtype).itemsize}; both sides must run the same release"
         )
     return np.frombuffer(data, dtype=dtype)
-
-
-def as_uint64(values: torch.Tensor) -> np.ndarray:
-    """Fingerprints, which torch keeps as int64, as what they are."""
-    return values.cpu().contiguous().numpy().view(np.uint64)

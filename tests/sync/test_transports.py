@@ -1,4 +1,4 @@
-"""One conformance suite for all ways of the bytes: in a process, through shared memory, between processes, by disk."""
+"""One conformance suite for all ways of the bytes: in and between processes, through memory, a group, or by disk."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def far_engine() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     collect(process)
 
 
-@pytest.fixture(params=["local", "shared_memory", "served", "tcp", "other_process", "disk"])
+KINDS = ["local", "shared_memory", "served", "tcp", "other_process", "disk", "process_group"]
+
+
+@pytest.fixture(params=KINDS)
 def make_link(
     request: pytest.FixtureRequest,
     make_engine: Callable[..., ToyEngine],
@@ -100,8 +103,8 @@ def make_link(
             return state_of(engine)
 
     def make(**options: Any) -> Link:
-        if kind == "shared_memory":
-            options["transport"] = "shared_memory"
+        if kind in ("shared_memory", "process_group"):
+            options["transport"] = kind
         link = (DiskLink if kind == "disk" else Link)(target, state, **options)
         if isinstance(link, DiskLink):
             link.folder = tmp_path

@@ -1,7 +1,7 @@
-"""An arena that travels: the trainer's bytes are broadcast over an update group into a stage of every engine rank.
+"""An arena that travels: the trainer's bytes are broadcast over an update group, and every engine rank keeps its part.
 
-The trainer packs into ordinary memory and announces a bucket; each rank that hears of it receives those bytes at the
-same place of its own stage. Both ends cut the bytes alike, from the manifest and the announced tensors alone.
+The trainer packs into ordinary memory and announces a bucket; each rank that hears of it receives those bytes, chunk by
+chunk, into the stage of its session. Both ends cut the bytes alike, from the manifest and the announced tensors alone.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import torch
 
 from ..arena import Range
 from ..errors import TransportError
+from ..kept_stage import KeptStage, StageMemory
 from ..messages import GroupHandle, ProcessRef
+from ..plan import Plan
 from ..process import current_process
-from ..process_groups.landing import landing_buffer
 from .process_group import UpdateGroup
 
 
@@ -56,40 +57,33 @@ class GroupArena:
 
 
 class OpenedGroupArena:
-    """An engine rank's end: a stage as large as the arena. A publisher's own group goes with it."""
+    """An engine rank's end: holds the memory of stages, not the arena's bytes. A publisher's own group goes with it."""
 
-    def __init__(self, groups: "GroupTable", handle: GroupHandle) -> None:
+    def __init__(self, groups: "GroupTable", handle: GroupHandle, memory: StageMemory) -> None:
         self._groups = groups
-        self._group = group = groups.get(handle.group_name)
+        self._group = groups.get(handle.group_name)
+        self._num_bytes = handle.num_bytes
         self._owner = handle.owner
         self._ends_group = handle.ends_group
-        on_cpu = group.device.type == "cpu"
-        self._buffer: torch.Tensor | None = (
-            landing_buffer(handle.num_bytes)
-            if on_cpu
-            else torch.zeros(handle.num_bytes, dtype=torch.uint8, device=group.device)
-        )
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        assert self._buffer is not None, "the arena was closed"
-        return self._buffer
+        self._memory: StageMemory | None = memory
+        memory.hold()
 
     @property
     def owner(self) -> ProcessRef:
         return self._owner
 
-    def fill(self, spans: Sequence[Range], timeout_s: float) -> None:
-        """Receive these bytes; `DeadlineExceeded` or `TransportError` when they do not come."""
-        if spans:
-            self._group.receive_into(self.buffer, spans, timeout_s=timeout_s).result()
+    def stage(self, plan: Plan) -> KeptStage:
+        assert self._memory is not None, "the arena was closed"
+        return KeptStage(self._memory, self._group, self._num_bytes, plan)
 
     def given_up(self) -> bool:
         """Not to be seen from here: the trainer's memory is its own."""
         return False
 
     def close(self) -> None:
-        self._buffer = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.let_go()
         if self._ends_group:
             self._groups.drop(self._group)
 

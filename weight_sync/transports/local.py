@@ -6,7 +6,9 @@ import torch
 
 from ..arena import Mapping, SharedBytes
 from ..messages import LocalHandle, ProcessRef
+from ..plan import Plan
 from ..process import current_process
+from ..stage import ArenaStage
 
 
 class LocalArena(SharedBytes):
@@ -43,6 +45,9 @@ class OpenedLocalArena(SharedBytes):
     @property
     def owner(self) -> ProcessRef:
         return current_process()
+
+    def stage(self, plan: Plan) -> ArenaStage:
+        return ArenaStage(self.buffer, plan)
 
     def close(self) -> None:
         self._buffer = None

@@ -16,7 +16,9 @@ import torch
 from ..arena import Mapping, SharedBytes
 from ..errors import TransportError
 from ..messages import ProcessRef, SharedMemoryHandle
+from ..plan import Plan
 from ..process import current_process, host_id, why_dead
+from ..stage import ArenaStage
 
 HEADER_BYTES = 4096
 """One page in front of the tensors."""
@@ -93,6 +95,9 @@ class OpenedSharedMemoryArena(SharedBytes):
     @property
     def owner(self) -> ProcessRef:
         return self._owner
+
+    def stage(self, plan: Plan) -> ArenaStage:
+        return ArenaStage(self.buffer, plan)
 
     def given_up(self) -> bool:
         """The trainer's descriptor is closed, or is another file by now."""
