@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+_TOKEN = secrets.token_hex(32)
+"""For all clusters of this process: Ray goes on showing the first one that it was given."""
+
 
 @contextmanager
 def ray_cluster(*, num_nodes: int, cpus_per_node: int) -> Iterator[Any]:
@@ -27,7 +30,7 @@ def ray_cluster(*, num_nodes: int, cpus_per_node: int) -> Iterator[Any]:
         temporary = Path(folder) / "t"
         (temporary / "ray").mkdir(parents=True)  # Ray notes the current cluster there.
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        environment.setenv("RAY_AUTH_TOKEN", _TOKEN)
         environment.setenv("TMPDIR", str(temporary))
         import ray
         from ray.cluster_utils import Cluster

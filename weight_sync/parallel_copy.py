@@ -31,7 +31,8 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     if not destinations:
         return
     threads = torch.get_num_threads()
-    if threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
+    on_gpu = any(tensor.is_cuda for tensor in (*destinations, *sources))
+    if on_gpu or threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
         torch._foreach_copy_(destinations, sources)
         return
     others: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -94,6 +94,7 @@ def _engine(
         Engine(
             folder,
             executor="local",
+            device="cpu",  # It is the loopback that is measured.
             tp_size=tp_size,
             load_format="dummy",
             skip_tokenizer_init=True,

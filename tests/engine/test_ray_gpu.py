@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray_cluster import ray_cluster
 
 import weight_sync
 from rollout import Engine
@@ -27,27 +25,12 @@ NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 @pytest.fixture(scope="module", params=["Ray sets the visible GPUs", "Ray leaves them alone"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         if request.param != "Ray sets the visible GPUs":
             environment.setenv(NOSET, "1")
-        import ray
+        with ray_cluster(num_nodes=1, cpus_per_node=6):
+            import ray
 
-        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        ray.init(
-            num_cpus=6,
-            num_gpus=torch.cuda.device_count(),
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-        )
-        try:
             yield ray
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
