@@ -14,7 +14,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "faults"))
 
-from fault_matrix import ALL_LIES, CASES, DEATHS, PHASES, RESULTS, SECTIONS, Case  # noqa: E402
+from fault_matrix import (  # noqa: E402
+    ALL_LIES,
+    CASES,
+    DEATHS,
+    PHASES,
+    PROMPTLY_S,
+    RESULTS,
+    SECTIONS,
+    Case,
+)
 
 HEAD = """# Faults
 
@@ -36,8 +45,9 @@ rank 1 is, so that rank 0 is ahead of it.
 
 **Checked after each death.** Whoever serves, serves one version, whole: the fingerprint of the resident bytes, and
 greedy tokens and log-probabilities against transformers, on all ranks and replicas; every token that a client got was
-computed by the version that its span names. Nobody waits longer than {promptly:.0f} s, far below the deadlines in use.
-No process is left, no memory file of an arena, no shared segment, no socket file, and no descriptor more than before.
+computed by the version that its span names. Nobody waits longer than {promptly:.0f} s for an answer, far below the deadlines in
+use; a new replica serves when it has started. No process is left, no memory file of an arena, no shared segment, no
+socket file, and no descriptor more than before.
 
 An entry says what happened, and after how many seconds, counted from the fault, the next version served or nobody
 waited any more, on the machine of that run, which does other things at the same time. `·` is not a case. `make faults`
@@ -75,9 +85,9 @@ def grid(cases: Iterable[Case], rows: Mapping[Case, Mapping[str, float | str]]) 
     return lines
 
 
-def document(rows: Mapping[Case, Mapping[str, float | str]], promptly_s: float) -> str:
+def document(rows: Mapping[Case, Mapping[str, float | str]]) -> str:
     """The whole text; `rows` has an entry for every case."""
-    lines = [HEAD.format(promptly=promptly_s)]
+    lines = [HEAD.format(promptly=PROMPTLY_S)]
     lines += [f"| {name} | {meaning} |\n" for name, meaning in RESULTS.items()]
     for title, introduction, executors in SECTIONS:
         chosen = [case for case in DEATHS if case.executor in executors]
@@ -110,8 +120,6 @@ def documented(text: str) -> list[Case]:
 
 def main() -> int:
     """Returns the exit code: 1 when a case has no entry."""
-    from engine_faults import PROMPTLY_S
-
     folder = Path(sys.argv[1])
     rows = {}
     for number, case in enumerate(CASES):
@@ -120,7 +128,7 @@ def main() -> int:
             sys.stderr.write(f"no row for {case}: its test did not run or did not pass\n")
             return 1
         rows[case] = json.loads(file.read_text())
-    (HERE / "faults.md").write_text(document(rows, PROMPTLY_S))
+    (HERE / "faults.md").write_text(document(rows))
     sys.stdout.write(f"docs/faults.md: {len(rows)} cases\n")
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_zygote import ForkedRank, Zygote
+from fault_matrix import PROMPTLY_S
 from versions import TOLERANCE, Reference, output_logprobs, version_weights
 
 import weight_sync
@@ -30,8 +31,6 @@ from weight_sync.update import Update
 HERE = Path(__file__).parent
 PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
-PROMPTLY_S = 10.0
-"""Far below any deadline in use, far above what a loaded machine needs."""
 
 
 def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> float:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 ROWS_VARIABLE = "FAULT_ROWS"
 """Folder in which a test run leaves a file for each case that it passed."""
+PROMPTLY_S = 10.0
+"""Nobody waits longer: far below any deadline in use, far above what a loaded machine needs."""
 UPDATE = ("begin", "stage", "vote", "commit")
 PHASES = ("idle", "generating", *UPDATE)
 SHM, GROUP, DISK = "shared_memory", "process_group", "disk"

@@ -31,9 +31,16 @@ def test_the_committed_table_has_an_entry_for_every_case(writer: Any) -> None:
     assert set(found) == set(CASES), "run `make faults`"
 
 
+def test_what_the_committed_table_says_besides_is_what_would_be_written(writer: Any) -> None:
+    text = (DOCS / "faults.md").read_text()
+    rows: dict[Case, Any] = {case: {"result": "ends", "seconds": 0.1} for case in CASES}
+    prose = [line for line in writer.document(rows).splitlines() if not line.startswith("|")]
+    assert [line for line in text.splitlines() if not line.startswith("|")] == prose
+
+
 def test_what_is_written_is_what_is_read(writer: Any) -> None:
     rows: dict[Case, Any] = {case: {"result": "ends", "seconds": 0.1} for case in CASES}
-    text = writer.document(rows, 10.0)
+    text = writer.document(rows)
     assert set(writer.documented(text)) == set(CASES)
     assert len(writer.documented(text.replace("ends: 0.1", "·", 1))) == len(CASES) - 1
 
