@@ -45,9 +45,9 @@ rank 1 is, so that rank 0 is ahead of it.
 
 **Checked after each death.** Whoever serves, serves one version, whole: the fingerprint of the resident bytes, and
 greedy tokens and log-probabilities against transformers, on all ranks and replicas; every token that a client got was
-computed by the version that its span names. Nobody waits longer than {promptly:.0f} s for an answer, far below the deadlines in
-use; a new replica serves when it has started. No process is left, no memory file of an arena, no shared segment, no
-socket file, and no descriptor more than before.
+computed by the version that its span names. Nobody waits longer than {promptly:.0f} s for an answer, which is far
+below the deadlines in use; a new replica serves when it has started. No process is left, no memory file of an arena,
+no shared segment, no socket file, and no descriptor more than before.
 
 An entry says what happened, and after how many seconds, counted from the fault, the next version served or nobody
 waited any more, on the machine of that run, which does other things at the same time. `·` is not a case. `make faults`
