@@ -18,7 +18,7 @@ _TOKEN = secrets.token_hex(32)
 
 
 @contextmanager
-def ray_cluster(*, num_nodes: int, cpus_per_node: int) -> Iterator[Any]:
+def ray_cluster(*, num_nodes: int, cpus_per_node: int, gpus_per_node: int = 0) -> Iterator[Any]:
     """A `ray.cluster_utils.Cluster` to which this process is connected.
 
     Ports are the system's choice, and nothing is left in the usual folders. `cluster.temporary` is where processes of
@@ -35,7 +35,11 @@ def ray_cluster(*, num_nodes: int, cpus_per_node: int) -> Iterator[Any]:
         import ray
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": cpus_per_node, "object_store_memory": 80 << 20}
+        node = {
+            "num_cpus": cpus_per_node,
+            "num_gpus": gpus_per_node,
+            "object_store_memory": 80 << 20,
+        }
         cluster = Cluster(
             initialize_head=True,
             head_node_args={**node, "include_dashboard": False, "temp_dir": folder},

@@ -27,7 +27,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         if request.param != "Ray sets the visible GPUs":
             environment.setenv(NOSET, "1")
-        with ray_cluster(num_nodes=1, cpus_per_node=6):
+        with ray_cluster(num_nodes=1, cpus_per_node=6, gpus_per_node=torch.cuda.device_count()):
             import ray
 
             yield ray
