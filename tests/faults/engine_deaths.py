@@ -23,7 +23,6 @@ from engine_faults import (
     error_name,
     is_alive,
     kill_all,
-    num_descriptors,
     shm_names,
     wait_for,
 )
@@ -97,7 +96,7 @@ def trainer_dies(
     folder, address = engine.folder, engine.address
     publish(address, folder, OLD, case.transport)
     engine.holds_no_arena()
-    descriptors, names = [num_descriptors(pid) for pid in engine.pids], shm_names()
+    descriptors, names = engine.allowed_descriptors(), shm_names()
     stream = Stream(engine.engine)
     commits = case.phase not in ("begin", "stage")
     # Over a group the ranks themselves wait, for bytes that never come.

@@ -201,6 +201,10 @@ class FaultyEngine:
         for prompt, result in zip(PROMPT_SETS, results, strict=True):
             assert reference.greedy_problem(prompt, result) is None
 
+    def allowed_descriptors(self) -> list[int]:
+        """How many each of its processes may have open when a test that begins now has ended."""
+        return [num_descriptors(pid) for pid in self.pids]
+
     def holds_no_arena(self) -> None:
         """No rank maps memory of a trainer that is gone."""
         wait_for("the arena let go", lambda: all(num_arenas(pid) == 0 for pid in self.pids))
