@@ -61,6 +61,9 @@ class OpenedArena(Protocol):
     def stage(self, plan: "Plan") -> "Stage":
         """Where a session's bytes wait for its commit; `TransportError` when the arena is too small for the plan."""
 
+    def refuse(self) -> None:
+        """A bucket was announced and not taken. What carries it must not take its bytes for those of another one."""
+
     def given_up(self) -> bool:
         """The trainer has certainly closed its end, although it may not have been able to say so."""
 
@@ -76,6 +79,9 @@ class SharedBytes:
     def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """The engine sees the bytes."""
         return None
+
+    def refuse(self) -> None:
+        """Nothing is under way."""
 
     def given_up(self) -> bool:
         """Not to be seen from here."""

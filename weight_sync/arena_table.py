@@ -39,6 +39,12 @@ class ArenaTable:
             )
         return arena
 
+    def refuse(self, arena_id: int) -> None:
+        """A bucket of this arena is not taken; fine when there is none of that id."""
+        arena = self._arenas.get(arena_id)
+        if arena is not None:
+            arena.refuse()
+
     def close(self, arena_id: int) -> None:
         """Drop an arena; fine when there is none of that id."""
         arena = self._arenas.pop(arena_id, None)

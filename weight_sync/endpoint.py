@@ -72,12 +72,15 @@ class EngineEndpoint:
         transport: TransportChoice,
         group_host: str = "127.0.0.1",
         group_backend: GroupBackend = "auto",
+        gpu: int | None = None,
     ) -> None:
+        """`gpu`: the one that NCCL sends from; None: the calling thread's current one."""
         self._target = target
         self._bucket_bytes = bucket_bytes
         self._transport = transport
         self._group_host = group_host
         self._group_backend = group_backend
+        self._gpu = current_gpu() if gpu is None else gpu
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
         self._packed: PackedArena | None = None
@@ -188,7 +191,7 @@ class EngineEndpoint:
             group_name=f"publisher-{secrets.token_hex(6)}",
             host=self._group_host,
             backend=backend,
-            device=_current_gpu() if backend == "nccl" else "cpu",
+            device=_gpu(self._gpu) if backend == "nccl" else "cpu",
             timeout_s=deadline.left_s("join the group"),
         )
         try:
@@ -225,11 +228,16 @@ class EngineEndpoint:
         return frozenset(name for name in names if self._ignored.get(name, False))
 
 
-def _current_gpu() -> torch.device:
-    """The calling thread's CUDA device by number: the group works on a thread of its own, which has another default."""
+def current_gpu() -> int:
+    """Number of the calling thread's CUDA device. Each thread has its own, so ask on the trainer's."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+
+
+def _gpu(number: int) -> torch.device:
+    """That GPU, where there are any."""
     if not torch.cuda.is_available():
         raise TransportError(
             "cannot make an NCCL group: got a process without a GPU, expected one, as the engine has; use "
             "group_backend='gloo', or transport='shared_memory' on the engine's machine"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", number)

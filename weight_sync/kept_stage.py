@@ -13,10 +13,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from .errors import TransportError
 from .kept_plan import Chunk, KeptPlan
 from .plan import Plan
 from .process_groups.landing import landing_buffer
@@ -37,7 +39,7 @@ class StageMemory:
         self._device = device
         self._num_holders = 0
         self._shadow: Shadow | None = None
-        self._landings: dict[int, torch.Tensor] = {}
+        self._landings: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
 
     @property
@@ -57,17 +59,25 @@ class StageMemory:
         if not self._num_holders:
             self.forget()
 
-    def landing(self, which: int, num_bytes: int) -> torch.Tensor:
-        """Landing buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone."""
-        buffer = self._landings.get(which)
+    def landing(
+        self, which: int, num_bytes: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Landing buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone.
+
+        `device`: None for the rank's own. `TransportError` when there is no memory for it.
+        """
+        device = self._device if device is None else device
+        key = which, device
+        buffer = self._landings.get(key)
         if buffer is None or buffer.numel() < num_bytes:
-            self._landings.pop(which, None)
+            self._landings.pop(key, None)
             del buffer  # before there is another one
-            self._landings[which] = buffer = (
-                landing_buffer(num_bytes)
-                if self._device.type == "cpu"
-                else torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            )
+            with _no_memory_is_an_answer(num_bytes, device):
+                self._landings[key] = buffer = (
+                    landing_buffer(num_bytes)
+                    if device.type == "cpu"
+                    else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                )
         return buffer[:num_bytes]
 
     def forget(self) -> None:
@@ -94,8 +104,21 @@ class StageMemory:
 
     def _existing_shadow(self) -> Shadow:
         if self._shadow is None:
-            self._shadow = Shadow(self._weight_map)
+            num_bytes = sum(tensor.nbytes for tensor in self._weight_map.parameters.values())
+            with _no_memory_is_an_answer(num_bytes, self._device):
+                self._shadow = Shadow(self._weight_map)
         return self._shadow
+
+
+@contextmanager
+def _no_memory_is_an_answer(num_bytes: int, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TransportError(
+            f"no memory on {device} to stage an update over a group: got none for {num_bytes} bytes, expected room for "
+            "the rank's weights once more and two chunks; lower kv_cache_bytes or mem_fraction_static"
+        ) from error
 
 
 class KeptStage:
@@ -131,7 +154,8 @@ class KeptStage:
         return work_s
 
     def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
-        landing = self._memory.landing(0, num_bytes)
+        # Where the group guards against messages that are longer than announced: gloo's are on the CPU.
+        landing = self._memory.landing(0, num_bytes, self._group.device)
         self._receiving = True
         fill(landing)
         self._receiving = False
@@ -155,7 +179,8 @@ class KeptStage:
         self._plan.write(rows)
 
     def release(self) -> None:
-        if self._receiving:  # in vain: the group may be stuck
+        if self._receiving:  # in vain: what comes now belongs to nothing
+            self._group.destroy(wait_s=0.0)
             self._memory.forget()
         self._receiving, self._plan = False, None
 

@@ -82,16 +82,16 @@ class LocalHandle(
 class GroupHandle(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="process_group"
 ):
-    """A stage on every engine rank that an update group fills; the ranks have joined it before."""
+    """An arena whose bytes an update group brings to every engine rank; the ranks have joined it before."""
 
     owner: ProcessRef
-    """Who asked for it; the stage goes when it dies."""
+    """Who asked for it; the ranks' part of it goes when it dies."""
     group_name: Annotated[str, Meta(min_length=1, max_length=256)]
     """As in `JoinGroup`."""
     num_bytes: Count
-    """Bytes of the stage."""
+    """Bytes of the trainer's arena; a rank keeps only its own."""
     ends_group: bool = False
-    """The group is there for this stage alone: the rank leaves it when the stage goes."""
+    """The group is there for this arena alone: the rank leaves it when the arena goes."""
 
 
 ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle

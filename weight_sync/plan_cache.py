@@ -57,6 +57,10 @@ class PlanCache:
         self._plans: OrderedDict[str, KnownPlan] = OrderedDict()
         self.canonical = self._compile(canonical)
 
+    def knows(self, digest: str) -> bool:
+        """Whether that manifest is compiled."""
+        return digest == self._canonical.digest or digest in self._plans
+
     def find(self, digest: str, wire: WireManifest | None) -> KnownPlan | None:
         """The plan of the manifest with that digest; None when it is neither known nor given."""
         if digest == self._canonical.digest:

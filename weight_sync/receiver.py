@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,14 @@ logger = logging.getLogger(__name__)
 _KEPT_ENDINGS = 32
 
 
+class _Ending(NamedTuple):
+    """Why a session is over. Without the error's traceback, which would keep the arena mapped."""
+
+    kind: type[Exception]
+    args: tuple[Any, ...]
+    arena_id: int
+
+
 class WeightReceiver:
     """Holds the served version and the one session. See the module for its states.
 
@@ -99,7 +107,7 @@ class WeightReceiver:
         """Of sessions whose bytes come over a group."""
         self._epoch = 0
         self._session: Session | None = None
-        self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
+        self._endings: OrderedDict[str, _Ending] = OrderedDict()
 
     @property
     def version(self) -> int:
@@ -125,6 +133,11 @@ class WeightReceiver:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self._weight_map.parameters.values()), torch.empty(0)).device
+
+    @property
+    def updating(self) -> bool:
+        """A session is open: its thread may read or write the parameters at any moment. Any thread may ask."""
+        return self._session is not None
 
     @property
     def busy(self) -> bool:
@@ -153,7 +166,11 @@ class WeightReceiver:
         return IgnoredReply(names=tuple(n for n in names if self._weight_map.is_ignored(n)))
 
     def fingerprint(self) -> FingerprintReply:
-        """Read the resident bytes, all of them, now."""
+        """Read the resident bytes, all of them, now; `WeightUpdateError` while their memory is released."""
+        gone = self._host.unwritable()
+        # Together, because reading is: one rank may be ahead of another with a release.
+        if self._agreement.gather(np.array([gone is not None], dtype=np.uint64)).any():
+            raise WeightUpdateError(f"the parameters cannot be read: {gone or 'not on all ranks'}")
         values = self._read_resident()
         return FingerprintReply(
             version=self.version,
@@ -190,6 +207,9 @@ class WeightReceiver:
                 f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
             )
         arena = self._arenas.get(request.arena_id)
+        gone = self._host.unwritable()
+        if gone is not None and not self._plans.knows(request.manifest_digest):
+            raise WeightUpdateError(f"the parameters cannot be planned for: {gone}")
         known = self._plans.find(request.manifest_digest, request.manifest)
         if known is None:
             return BeginReply(epoch=0, version=version, need_manifest=True)
@@ -206,9 +226,13 @@ class WeightReceiver:
         return BeginReply(epoch=self._epoch, version=version, need_manifest=False)
 
     def stage(self, bucket: Bucket) -> BucketReply:
-        """Check that a bucket's bytes are what the trainer declared; a failure ends the session."""
-        session = self._require(bucket.session_id, bucket.epoch)
+        """Check that a bucket's bytes are what the trainer declared; a failure ends the session, and its group."""
         start = time.perf_counter()
+        try:
+            session = self._require(bucket.session_id, bucket.epoch)
+        except Exception:  # whatever ended it
+            self._refuse(bucket.session_id)
+            raise
         try:
             if session.phase is not Phase.STAGING:
                 raise SessionError(
@@ -219,6 +243,7 @@ class WeightReceiver:
             )
         except Exception as error:
             self._end(error)
+            self._refuse(bucket.session_id)
             raise
         session.renew()  # the next bucket may have waited for this one to be checked
         return BucketReply(
@@ -379,11 +404,17 @@ class WeightReceiver:
             )
         ending = self._endings.get(session_id)
         if ending is not None:
-            raise ending[0](*ending[1])
+            raise ending.kind(*ending.args)
         raise SessionError(
             f"no such session: got {session_id!r}, expected "
             f"{session.request.session_id if session else 'Begin first'!r}; begin a new one"
         )
+
+    def _refuse(self, session_id: str) -> None:
+        """A bucket of a session that is over is not taken; its bytes may be under way all the same."""
+        ending = self._endings.get(session_id)
+        if ending is not None:
+            self._arenas.refuse(ending.arena_id)
 
     def _end(self, reason: Exception) -> None:
         session = self._session
@@ -392,8 +423,8 @@ class WeightReceiver:
         logger.debug("session %s ends: %s", session.request.session_id, reason)
         session.end()
         self._session = None
-        # Without the traceback, which would keep the arena mapped.
-        self._endings[session.request.session_id] = type(reason), reason.args
+        request = session.request
+        self._endings[request.session_id] = _Ending(type(reason), reason.args, request.arena_id)
         while len(self._endings) > _KEPT_ENDINGS:
             self._endings.popitem(last=False)
 

@@ -11,7 +11,14 @@ import torch
 from .arena import SharedBytes
 from .channel import Channel
 from .deadline import Deadline
-from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, PackedArena, TransportChoice
+from .endpoint import (
+    EngineEndpoint,
+    GroupBackend,
+    HasWeightChannel,
+    PackedArena,
+    TransportChoice,
+    current_gpu,
+)
 from .errors import DeadlineExceeded, EngineDiedError, ManifestMismatch, TransportError
 from .manifest import Manifest
 from .messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle
@@ -77,6 +84,7 @@ class Engines:
         self._transport: TransportChoice = transport
         self._group_host = group_host
         self._group_backend = group_backend
+        self._gpu = current_gpu()
         self._endpoints: dict[object, _Endpoint] = {}
         self._updates: list[Update] = []
 
@@ -98,6 +106,7 @@ class Engines:
                     transport=self._transport,
                     group_host=self._group_host,
                     group_backend=self._group_backend,
+                    gpu=self._gpu,
                 )
                 self._endpoints[key].lend = self._lend
         for endpoint in self._endpoints.values():

@@ -84,6 +84,8 @@ class Update:
     casts: list[tuple[str, str, str]] = field(default_factory=list)
     _buckets: list[tuple[Bucket, "Future[Any]"]] = field(default_factory=list)
     _sent: list["Future[None]"] = field(default_factory=list)
+    _in_step: bool = True
+    """The engine has taken all that was sent into a group: the next bytes will be the next bucket's at both ends."""
 
     def begin(self, deadline: Deadline) -> None:
         """Open the session; sends the manifest where the engine has not seen it."""
@@ -167,6 +169,7 @@ class Update:
             spans_of(self.packed.layout.manifest, packed.indices), deadline.left_s("send")
         )
         if sent is not None:
+            self._in_step = False
             self._sent.append(sent)
         self._raise_early()
 
@@ -177,6 +180,7 @@ class Update:
             wait(future, bucket, deadline.left_s("stage"))
         while self._sent:
             self._sent.pop(0).result(deadline.left_s("send"))
+        self._in_step = True
 
     def commit(self, deadline: Deadline) -> SyncReport:
         """Make it the served version. The answer means that the bytes are verified and the arena is free again."""
@@ -187,13 +191,16 @@ class Update:
         return self._report(wait(future, request, deadline.left_s("commit")))
 
     def abort(self, reason: str) -> bool:
-        """End the session on the engine's side; False when that is not certain, and the arena still in use."""
+        """End the session on the engine's side; False when that is not certain, and the arena still in use.
+
+        Also when buckets of it were sent into a group and not all of them taken: that group cannot be used again.
+        """
         message = Abort(session_id=self.session_id, epoch=self.epoch, reason=reason[:4096])
         try:
             self.channel.call(message, _ABORT_TIMEOUT_S)
         except Exception:  # whatever it is, it must not hide why the update is being aborted
             return False
-        return True
+        return self._in_step
 
     def staged_report(self, num_tensors: int) -> SyncReport:
         """What an update call inside an explicit session answers: nothing is written yet."""

@@ -2,8 +2,8 @@
 
 Reads a `RankSpec` and an `EngineConfig`, a line of JSON each, from standard input, meets the other ranks, loads its
 part of the model, and writes one line of JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor
-FD. Then it serves until it is told to shut down or standard input ends, which means that its owner is gone. Only rank 0
-listens to clients; the address of another rank is empty.
+FD. Then it serves until it is told to shut down, gets a SIGTERM, or standard input ends, which means that its owner is
+gone. Only rank 0 listens to clients; the address of another rank is empty.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 
 import msgspec
 
@@ -81,10 +82,17 @@ def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, termi
         server.close_socket()
     if spec.socket_folder:
         shutil.rmtree(spec.socket_folder, ignore_errors=True)  # The other ranks are ending, too.
-    has_died = os.getppid() != owner  # Else it has only let go of this rank.
-    if spec.owner_folder and has_died:
+    if spec.owner_folder and _has_died(owner):  # Else it has only let go of this rank.
         shutil.rmtree(spec.owner_folder, ignore_errors=True)
     os._exit(128 + signal.SIGTERM if terminated in ready else 0)
+
+
+def _has_died(owner: int) -> bool:
+    """Whether our parent has. Its pipes end a moment before its children get another parent."""
+    deadline = time.monotonic() + 0.2
+    while os.getppid() == owner and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return os.getppid() != owner
 
 
 if __name__ == "__main__":

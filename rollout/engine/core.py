@@ -339,6 +339,10 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _get_weights(self, call: Call) -> None:
+        if "weights" in self.memory.released:
+            raise RolloutError(
+                "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
+            )
         tensor = read_weight(self.runner, call.body.name, self._ranks.order)
         first, size = call.body.first_row, call.body.truncate_size
         rows = tensor[first : first + size] if tensor.dim() else tensor
@@ -347,6 +351,10 @@ class EngineCore:
 
     def _release_memory(self, call: Call) -> None:
         tags = call.body.tags
+        if self._any_rank("weights" in tags and self.receiver.updating):
+            raise RolloutError(
+                "cannot release weights: an update is under way; end or abort it first"
+            )
         if "kv_cache" in tags:
             self.scheduler.retract_all()
             self.scheduler.kv.flush()
@@ -356,7 +364,23 @@ class EngineCore:
         self._memory_changed(call, changed, num_bytes)
 
     def _resume_memory(self, call: Call) -> None:
-        self._memory_changed(call, *self.memory.resume(call.body.tags))
+        failure: RolloutError | None = None
+        changed: list[cmd.MemoryTag] = []
+        num_bytes = 0
+        try:
+            changed, num_bytes = self.memory.resume(call.body.tags)
+        except RolloutError as error:
+            failure = error
+        if self._any_rank(failure is not None):
+            self.memory.release(changed)  # On all ranks or on none.
+            raise failure or RolloutError(
+                "cannot resume memory: another rank of the engine has none"
+            )
+        self._memory_changed(call, changed, num_bytes)
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank; all ranks ask at the same place in their order."""
+        return bool(self._ranks.order.all_reduce(torch.tensor([int(flag)])).any())
 
     def _memory_changed(self, call: Call, changed: list[cmd.MemoryTag], num_bytes: int) -> None:
         total = self._ranks.order.all_reduce(torch.tensor([num_bytes]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import RolloutError
 from ..runner.memory_regions import MemoryRegion, region_of
 from ..runner.model_runner import ModelRunner
 from .commands import MEMORY_TAGS, MemoryTag
@@ -27,11 +28,21 @@ class MemoryOccupation:
         return changed, sum(self._region(tag).num_bytes for tag in changed)
 
     def resume(self, tags: Sequence[MemoryTag]) -> tuple[list[MemoryTag], int]:
-        """Take memory again; returns the tags that changed and their bytes on this rank."""
+        """Take memory again; returns the tags that changed and their bytes on this rank.
+
+        `RolloutError` where there is not enough of it; then nothing has changed.
+        """
         changed = [tag for tag in MEMORY_TAGS if tag in tags and tag in self.released]
-        for tag in changed:
-            self._region(tag).resume()
-            self.released.discard(tag)
+        taken: list[MemoryTag] = []
+        try:
+            for tag in changed:
+                self._region(tag).resume()
+                taken.append(tag)
+        except RolloutError:
+            for tag in taken:
+                self._region(tag).release()
+            raise
+        self.released.difference_update(changed)
         return changed, sum(self._region(tag).num_bytes for tag in changed)
 
     def _region(self, tag: MemoryTag) -> MemoryRegion:

@@ -70,6 +70,10 @@ class RankProcess:
         self._report += chunk
         return reported_address(json.loads(self._report)) if self._report.endswith(b"\n") else None
 
+    def close_report(self) -> None:
+        """It has said all that it says there. Safe to repeat."""
+        self._ready_pipe.close()
+
     def why_dead(self) -> str | None:
         """Why the child is gone, or None while it lives."""
         code = self._process.poll()
@@ -83,7 +87,7 @@ class RankProcess:
 
     def let_go(self) -> None:
         """Close its lifeline: it ends by itself unless it hangs."""
-        self._ready_pipe.close()
+        self.close_report()
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -118,6 +122,7 @@ def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
                 if address is not None:
                     addresses[key.data] = address
                     selector.unregister(key.data)
+                    key.data.close_report()
     return [addresses[rank] for rank in ranks]
 
 

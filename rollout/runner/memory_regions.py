@@ -31,7 +31,7 @@ class MemoryRegion(Protocol):
         """Give the pages back; the content is lost. The memory must not be used until `resume`."""
 
     def resume(self) -> None:
-        """Make the memory usable again; it holds zeros, or anything."""
+        """Make the memory usable again; it holds zeros, or anything. `RolloutError` when there is none left."""
 
 
 class CpuRegion:
@@ -82,9 +82,17 @@ class CudaRegion:
         torch.cuda.empty_cache()
 
     def resume(self) -> None:
-        """Allocate again; holds anything. `torch.cuda.OutOfMemoryError` when another process has taken the memory."""
-        for storage, size in self._sizes:
-            storage.resize_(size)
+        """Allocate again; holds anything. `RolloutError` when another process has taken the memory."""
+        try:
+            for storage, size in self._sizes:
+                storage.resize_(size)
+        except torch.OutOfMemoryError as error:
+            self.release()
+            free = torch.cuda.mem_get_info(self._device)[0]
+            raise RolloutError(
+                f"cannot resume {self.num_bytes} bytes on {self._device}: {free} are free; have the trainer give "
+                "memory back (torch.cuda.empty_cache()), and try again"
+            ) from error
 
 
 def region_of(tensors: Iterable[torch.Tensor]) -> MemoryRegion:

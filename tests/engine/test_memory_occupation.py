@@ -13,7 +13,8 @@ import torch
 
 import weight_sync
 from rollout import Engine
-from rollout.errors import InvalidRequestError
+from rollout.errors import InvalidRequestError, RolloutError
+from rollout.runner.memory_regions import CpuRegion
 from weight_sync.errors import TornWeightsError, WeightUpdateError
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
@@ -145,3 +146,41 @@ def test_an_unknown_tag_is_refused(folder: Path) -> None:
         pytest.raises(InvalidRequestError, match="kv_cache"),
     ):
         engine.release_memory_occupation(["cuda_graphs"])  # type: ignore[list-item]
+
+
+def test_what_is_released_cannot_be_read(folder: Path) -> None:
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        engine.release_memory_occupation(["weights"])
+        with pytest.raises(WeightUpdateError, match="resume_memory_occupation"):
+            engine.weights_fingerprint()
+        with pytest.raises(RolloutError, match="resume_memory_occupation"):
+            engine.get_weights_by_name("model.norm.weight")
+
+
+def test_memory_that_cannot_be_had_again_is_an_error_and_stays_released(
+    folder: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: CpuRegion) -> None:
+        raise RolloutError("another process has it")
+
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        engine.release_memory_occupation()
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuRegion, "resume", fail)
+            with pytest.raises(RolloutError, match="another process"):
+                engine.resume_memory_occupation()
+        assert set(engine.status().released) == {"weights", "kv_cache"}
+        assert set(engine.resume_memory_occupation().tags) == {"weights", "kv_cache"}
+        engine.update_weights_from_tensor(trainer)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+
+
+def test_weights_stay_while_an_update_is_under_way(folder: Path, trainer: Any) -> None:
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        engine.begin_weight_update()
+        engine.update_weights_from_tensor(trainer)
+        with pytest.raises(RolloutError, match="an update is under way"):
+            engine.release_memory_occupation()
+        assert engine.status().released == []
+        engine.end_weight_update()
+        assert engine.release_memory_occupation().tags

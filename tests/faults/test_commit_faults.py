@@ -184,7 +184,7 @@ def test_an_overlapped_update_that_cannot_be_undone_is_torn(
 ) -> None:
     engine = make_engine(keep_previous=True)
     publisher = WeightPublisher(engine, timeout_s=1.0)
-    engine.host.looks = False
+    engine.host.look_away()
 
     def flip_and_block() -> None:
         flip_resident(engine)

@@ -38,7 +38,8 @@ class Fleet:
     def add(self, *, looks: bool = True) -> ToyEngine:
         """One more engine; raises when it cannot be brought to the served version. looks: out for mixtures."""
         engine = self._make_engine(serve=True)
-        engine.host.looks = looks
+        if not looks:
+            engine.host.look_away()
         self.engines.append(engine)
         self.members.append(
             Member(
@@ -278,7 +279,7 @@ def test_a_newcomer_gets_it_although_only_parts_were_published(
     tensors = weights(1.0)
     half = dict(list(tensors.items())[:4])
     for engine in fleet.engines:
-        engine.host.looks = False
+        engine.host.look_away()
     publisher.publish(half, strict=False)
     newcomer = fleet.add(looks=False)
     assert newcomer.values() == {0.0, 1.0} == fleet.engines[0].values()
@@ -298,12 +299,12 @@ def test_a_parameter_is_read_from_a_peer_in_pieces(
         for name, tensor in weights(0.0).items()
     }
     for engine in fleet.engines:
-        engine.host.looks = False
+        engine.host.look_away()
     with WeightPublisher(fleet) as other:
         report = other.publish(tensors)
     monkeypatch.setattr("rollout.pool.catch_up.CHUNK_BYTES", 100)
     engine = fleet._make_engine(serve=True)
-    engine.host.looks = False
+    engine.host.look_away()
     fleet.engines.append(engine)
     fleet.members.append(
         Member(number=3, channel=engine.weight_channel(), ask=lambda body, timeout_s: None)
@@ -336,7 +337,7 @@ def test_a_newcomer_that_loads_other_weights_than_the_others_does_not_serve(
     make_engine: Callable[..., ToyEngine], fleet: Fleet
 ) -> None:
     engine = make_engine(serve=True)
-    engine.host.looks = False
+    engine.host.look_away()
     for parameter in engine.weight_map.parameters.values():
         parameter.fill_(6.0)
     member = Member(number=9, channel=engine.weight_channel(), ask=lambda body, timeout_s: None)
@@ -350,7 +351,7 @@ def test_an_update_of_parts_leaves_out_who_is_behind(
     fleet: Fleet, publisher: WeightPublisher
 ) -> None:
     for engine in fleet.engines:
-        engine.host.looks = False
+        engine.host.look_away()
     publisher.publish(weights(1.0))
     fleet.engines[0].host.fail_in = "between_steps"
     publisher.publish(weights(2.0))
@@ -365,7 +366,7 @@ def test_a_replica_whose_memory_differs_after_an_update_of_parts_does_not_serve(
     fleet: Fleet, publisher: WeightPublisher
 ) -> None:
     for engine in fleet.engines:
-        engine.host.looks = False
+        engine.host.look_away()
     next(iter(fleet.engines[2].weight_map.parameters.values())).view(-1)[0] = 5.0
     publisher.publish([("norm.weight", torch.full((7,), 3.0))], strict=False)
     assert fleet.versions == [1, 1, 1] and fleet.weights.serving == {0, 1}

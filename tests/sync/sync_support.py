@@ -112,6 +112,11 @@ class ToyHost:
                 time.sleep(0.001)
             action()
 
+    def look_away(self) -> None:
+        """From the next step on, do not look for mixtures; returns when the last look is over."""
+        self.looks = False
+        self.between_steps(lambda: None, 5.0)
+
     def _step(self) -> None:
         if self.looks and self.torn is None:
             values = sorted({float(p.flatten()[i]) for p in self._parameters for i in (0, -1)})

@@ -25,6 +25,7 @@ from weight_sync.fingerprints import ArenaFingerprints
 from weight_sync.kept_stage import KeptStage, StageMemory
 from weight_sync.manifest import Manifest
 from weight_sync.plan import Plan, compile_plan
+from weight_sync.process_groups.landing import landing_buffer
 from weight_sync.spans import chunks_of, spans_of
 from weight_sync.update import Update
 from weight_sync.weight_map import WeightMap
@@ -48,6 +49,11 @@ class Wire:
         self._coming: list[tuple[int, int]] = []
         self.posted: list[torch.Tensor] = []
         self.fail_at = -1
+        self.device = CPU
+        self.destroyed = False
+
+    def destroy(self, *, wait_s: float) -> None:
+        self.destroyed = True
 
     def announce(self, rows: np.ndarray) -> None:
         self._coming += spans_of(self._manifest, rows)
@@ -422,3 +428,53 @@ def test_torn_weights_are_repaired_by_parts_under_one_label(
     report = publisher.publish(dict(named[4:]), strict=False, label="four")
     assert engine.receiver.torn is None and engine.values() == {4.0}
     assert report.fingerprint == weight_sync.fingerprint(weights(4.0))
+
+
+def test_updates_after_a_refused_bucket_get_their_own_bytes(
+    make_publisher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buckets behind the refused one are under way already; nobody may take them for those of the next update."""
+    engine, publisher = make_publisher()
+    publisher.publish(weights(1.0))
+    finish, packed_buckets = Update.finish, itertools.count()
+
+    def lie(self: Update, rows: list[int]) -> Any:
+        packed = finish(self, rows)
+        if next(packed_buckets) == 0:
+            packed.fingerprints[0] ^= 1
+        return packed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "finish", lie)
+        with pytest.raises(FingerprintMismatch):
+            publisher.publish(weights(2.0))
+    assert next(packed_buckets) > 3 and engine.values() == {1.0}
+    for value in (3.0, 4.0, 5.0):
+        publisher.publish(weights(value))
+        assert engine.values() == {value}
+
+
+def test_no_memory_for_a_landing_buffer_is_an_error_and_the_next_update_works(
+    make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weight_sync.spans.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("weight_sync.spans.PART_BYTES", 700)
+    engine = make_engine()
+    calls = itertools.count()
+
+    def scarce(num_bytes: int) -> torch.Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("nothing is left")
+        return landing_buffer(num_bytes)
+
+    with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
+        publisher.publish(weights(1.0))
+        with monkeypatch.context() as patch:
+            patch.setattr("weight_sync.kept_stage.landing_buffer", scarce)
+            engine.receiver.stage_memory._landings.clear()
+            with pytest.raises(TransportError, match="no memory on cpu"):
+                publisher.publish(weights(2.0))
+        assert engine.values() == {1.0}
+        for value in (3.0, 4.0):
+            publisher.publish(weights(value))
+            assert engine.values() == {value}

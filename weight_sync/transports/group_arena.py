@@ -76,6 +76,9 @@ class OpenedGroupArena:
         assert self._memory is not None, "the arena was closed"
         return KeptStage(self._memory, self._group, self._num_bytes, plan)
 
+    def refuse(self) -> None:
+        self._group.destroy(wait_s=0.0)
+
     def given_up(self) -> bool:
         """Not to be seen from here: the trainer's memory is its own."""
         return False
