@@ -4,7 +4,8 @@
 
 While one chunk is checked and moved, the next one arrives in the other buffer. What this takes is the bytes that the
 rank keeps and two chunks, however large the model is: a rank receives every byte and keeps its part. A chunk that the
-rank keeps as it travels (one rank alone, as a rule) lands in the shadow itself.
+rank keeps as it travels (one rank alone, as a rule) lands in the shadow itself. A trainer that declares nothing needs a
+landing buffer for its largest call.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def compile_plan(manifest: Manifest, weight_map: WeightMap) -> Plan:
 class Plan:
     """One manifest against one model, on one rank; made by `compile_plan`.
 
-    Holds the parameters' memory, which must stay where it is. Not safe for two threads at once on one method; staging
+    Holds the parameters' memory, by views that stay valid. Not safe for two threads at once on one method; staging
     and resident calls may overlap.
     """
 

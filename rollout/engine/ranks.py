@@ -44,7 +44,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     device: str | None = None
     """Device of this rank; None: as configured."""
     socket_folder: str = ""
-    """Folder of whoever started the rank, where its socket files go; empty: no files, addresses on loopback."""
+    """Folder of whoever started the rank, where its socket files go; empty: see `bind`."""
     owner_folder: str = ""
     """A folder of its owner's, which the rank removes when the owner has died and cannot; empty: none."""
 
