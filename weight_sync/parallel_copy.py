@@ -27,7 +27,10 @@ Job = Callable[[], None]
 
 @torch.no_grad()
 def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """`destination.copy_(source)` for all pairs; dtypes, strides and devices may differ. Returns when all is copied, or issued on a GPU."""
+    """`destination.copy_(source)` for all pairs; dtypes, strides and devices may differ.
+
+    Returns when all is copied, or issued where both are on a GPU.
+    """
     if not destinations:
         return
     threads = torch.get_num_threads()
