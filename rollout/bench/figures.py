@@ -121,9 +121,7 @@ def _group(numbers: dict[str, Any], caption: str) -> Figure:
         targets = {words[name]: bound for name in held if name in seconds}
         _bars(ax, rows, digits=0, targets=targets)
         _title(ax, f"{numbers['num_bytes'] / 1e9:.2f} GB over gloo to {tp_size} rank(s)")
-        ax.set_xlabel(
-            f"median ms; mark: the larger of {numbers['target_copies']:g} copies and sockets"
-        )
+        ax.set_xlabel(f"median ms; mark: {numbers['target_copies']:g} copies or sockets")
     return figure
 
 
