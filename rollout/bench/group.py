@@ -12,10 +12,11 @@ import torch
 
 import weight_sync
 from rollout import Engine
-from weight_sync import SyncReport, WeightPublisher
+from weight_sync import WeightPublisher
 
 from .floor import PlainCopy
 from .loopback import LoopbackPeer
+from .parts import parts_of
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
 from .settings import GroupBench
@@ -134,7 +135,10 @@ def _rounds(
             report = publisher.publish(tensors)
             series["publish"].append(time.perf_counter() - start)
             series["plain_copy"].append((before + copy.run()) / 2)
-            _note(series, report)
+            for name, seconds in parts_of(report).items():
+                series[name].append(seconds)
+            # What neither checks nor copies: the bytes under way, messages, the wait for a step boundary.
+            series["wire"].append(report.begin_to_committed_s - report.stage_s - report.copy_s)
             for num in settings.stream_counts:
                 series[f"sockets_{num}"].append(peer.sockets(num))
             if others:
@@ -149,18 +153,6 @@ def _rounds(
 def _loopback(series: Series, settings: GroupBench, i: int) -> list[float]:
     """Round `i`'s seconds for each number of sockets."""
     return [series[f"sockets_{num}"][i] for num in settings.stream_counts]
-
-
-def _note(series: Series, report: SyncReport) -> None:
-    series["pack"].append(report.pack_s)
-    series["check_staged"].append(report.stage_s)
-    series["copy"].append(report.copy_s)
-    series["verify"].append(report.verify_s)
-    series["pause"].append(report.pause_s)
-    series["begin_to_committed"].append(report.begin_to_committed_s)
-    series["begin_to_verified"].append(report.begin_to_verified_s)
-    # What neither checks nor copies: the bytes under way, messages, the wait for a step boundary.
-    series["wire"].append(report.begin_to_committed_s - report.stage_s - report.copy_s)
 
 
 def _numbers(series: Series, tp_size: int, settings: GroupBench) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 
 import weight_sync
 from rollout import Engine
-from weight_sync import SyncReport, WeightPublisher
+from weight_sync import WeightPublisher
 
 from .floor import PlainCopy, UsualWay
+from .parts import parts_of
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
 from .settings import SyncBench
@@ -133,7 +134,8 @@ def _rounds(
             report = publisher.publish(tensors)
             publish_s = time.perf_counter() - start
             after = copy.run()
-            _note(series, report, publish_s)
+            for name, seconds in {"publish": publish_s, **parts_of(report)}.items():
+                series[name].append(seconds)
             series["plain_copy"].append((before + after) / 2)
             cat_s, out_s = usual.run()
             series["usual_cat"].append(cat_s)
@@ -141,17 +143,6 @@ def _rounds(
             series["usual"].append(cat_s + out_s)
             advance(f"{publish_s * 1e3:.1f} ms, {publish_s / series['plain_copy'][-1]:.2f} copies")
     return series
-
-
-def _note(series: Series, report: SyncReport, publish_s: float) -> None:
-    series["publish"].append(publish_s)
-    series["pack"].append(report.pack_s)
-    series["check_staged"].append(report.stage_s)
-    series["begin_to_committed"].append(report.begin_to_committed_s)
-    series["begin_to_verified"].append(report.begin_to_verified_s)
-    series["copy"].append(report.copy_s)
-    series["verify"].append(report.verify_s)
-    series["pause"].append(report.pause_s)
 
 
 def _numbers(series: Series) -> dict[str, Any]:

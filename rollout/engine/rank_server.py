@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import torch
 
 from weight_sync.rpc import RpcServer
@@ -24,7 +25,8 @@ class RankServer:
     """
 
     def __init__(self, config: EngineConfig, spec: RankSpec) -> None:
-        device = torch.device(device_of(spec, config.device))
+        spec = msgspec.structs.replace(spec, device=device_of(spec, config.device))
+        device = torch.device(spec.device or "cpu")
         if device.type == "cuda":
             # Else what names no GPU would take up memory on the first one.
             torch.cuda.set_device(device)

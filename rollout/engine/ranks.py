@@ -152,6 +152,11 @@ def device_of(spec: RankSpec, configured: str) -> str:
         configured = "cuda" if torch.cuda.is_available() else "cpu"
     device = f"cuda:{spec.rank}" if configured == "cuda" else configured
     number, num_gpus = torch.device(device).index or 0, torch.cuda.device_count()
+    if device.startswith("cuda") and not num_gpus:
+        raise ConfigError(
+            f"device: got {configured!r}, expected 'cpu': this process sees no GPU; look at CUDA_VISIBLE_DEVICES, and "
+            "whether torch was built for CUDA"
+        )
     if device.startswith("cuda") and number >= num_gpus:
         raise ConfigError(
             f"device: got {configured!r} for rank {spec.rank} of {spec.size}, expected at most {num_gpus} ranks, one "

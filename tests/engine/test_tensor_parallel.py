@@ -183,3 +183,6 @@ def test_more_ranks_than_gpus_are_refused_at_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="'cuda:3'"):
         device_of(RankSpec(), "cuda:3")
     assert device_of(RankSpec(rank=1, size=2), "cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="'cuda', expected 'cpu': this process sees no GPU"):
+        device_of(RankSpec(), "cuda")
