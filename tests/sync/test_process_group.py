@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -119,86 +118,16 @@ def test_one_update_after_another_arrives_whole_at_every_engine_rank(peers):
         assert group.peer_is_ours
         for update in range(10):
             num_bytes = 3 * MIB + 1000 * update + update % 2
-            seen: list[int] = []
             buffer = torch.zeros(num_bytes, dtype=torch.uint8)
             spans = [(start, min(start + MIB, num_bytes)) for start in range(0, num_bytes, MIB)]
             trainer.start("broadcast", num_bytes=num_bytes, seed=update, spans=spans)
             other.start("receive", num_bytes=num_bytes, seed=update, spans=spans)
-            group.receive_into(buffer, spans, timeout_s=10, on_bucket=seen.append).result()
+            group.receive_into(buffer, spans, timeout_s=10).result()
             assert torch.equal(buffer, content(num_bytes, update))
-            assert seen == list(range(len(spans)))
             trainer.finish()
             assert other.finish() is True
     for member in (trainer, other):
         member.do("destroy")
-
-
-def test_two_buffers_take_turns_and_none_is_filled_while_it_is_read(peers):
-    [trainer] = peers(1)
-    port = trainer.do("serve", world_size=2, group_name=NAME)
-    with join(port) as group:
-        sent = content(8 * MIB, 3)
-        stage = torch.zeros(2 * MIB, dtype=torch.uint8)
-        spans = [((i % 2) * MIB, (i % 2 + 1) * MIB) for i in range(8)]
-        seen: list[torch.Tensor] = []
-
-        def read_slowly(i: int) -> None:
-            first = stage[slice(*spans[i])].clone()
-            time.sleep(0.02)
-            assert torch.equal(first, stage[slice(*spans[i])])
-            seen.append(first)
-
-        trainer.start(
-            "broadcast",
-            num_bytes=8 * MIB,
-            seed=3,
-            spans=[(i * MIB, (i + 1) * MIB) for i in range(8)],
-        )
-        group.receive_into(stage, spans, timeout_s=10, on_bucket=read_slowly).result()
-        assert torch.equal(torch.cat(seen), sent)
-        trainer.finish()
-
-
-def test_a_bucket_is_worked_on_while_the_next_one_arrives(peers):
-    [trainer] = peers(1)
-    port = trainer.do("serve", world_size=2, group_name=NAME)
-    with join(port) as group:
-        buffer = torch.zeros(4 * MIB, dtype=torch.uint8)
-        spans = [(i * MIB, (i + 1) * MIB) for i in range(4)]
-        all_here = threading.Event()
-
-        def watch(i: int) -> None:
-            if i == 0:  # the last bucket comes although this one is still worked on
-                end = time.monotonic() + 5
-                while not buffer[-8:].any() and time.monotonic() < end:
-                    time.sleep(0.001)
-                if buffer[-8:].any():
-                    all_here.set()
-
-        trainer.start("broadcast", num_bytes=4 * MIB, seed=9, spans=spans)
-        group.receive_into(buffer, spans, timeout_s=10, on_bucket=watch).result()
-        assert all_here.is_set()
-        trainer.finish()
-
-
-def test_the_trainer_packs_a_bucket_just_before_it_is_sent(peers):
-    [engine] = peers(1)
-    with UpdateGroup.serve(world_size=2, group_name=NAME, timeout_s=20) as group:
-        engine.do("join", master_port=group.master_port, rank=1, world_size=2, group_name=NAME)
-        group.joined.result()
-        ready, buffer = content(MIB, 5), torch.zeros(MIB, dtype=torch.uint8)
-        spans = [(0, 1000), (1000, MIB // 2), (MIB // 2, MIB)]
-        packed: list[int] = []
-
-        def pack(i: int) -> None:
-            buffer[slice(*spans[i])] = ready[slice(*spans[i])]
-            packed.append(i)
-
-        engine.start("receive", num_bytes=MIB, seed=5, spans=spans)
-        group.broadcast(buffer, spans, timeout_s=10, prepare=pack).result()
-        assert engine.finish() is True
-        assert packed == [0, 1, 2]
-        engine.do("destroy")
 
 
 def test_ten_groups_one_after_another_leave_nothing_behind(peers):

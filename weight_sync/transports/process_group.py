@@ -166,20 +166,13 @@ class UpdateGroup:
         spans: Sequence[Span] | None = None,
         *,
         timeout_s: float,
-        prepare: Callable[[int], None] | None = None,
     ) -> Future[None]:
-        """Trainer: send the `spans` of a uint8 `buffer` (None: all of it, in parts of 64 MiB).
-
-        `prepare(i)` runs on the group's thread before span i is sent, while earlier ones travel: pack it there (on CUDA
-        it runs on the group's stream).
-        """
+        """Trainer: send the `spans` of a uint8 `buffer` (None: all of it, in parts of 64 MiB)."""
         parts = cut(buffer, spans)
         return self._submit(
             f"a broadcast of {sum(part.numel() for part in parts)} bytes",
             timeout_s,
-            lambda end: send_parts(
-                self._connected(end), parts, depth=self._depth, end=end, prepare=prepare
-            ),
+            lambda end: send_parts(self._connected(end), parts, depth=self._depth, end=end),
         )
 
     def receive_into(
@@ -188,16 +181,14 @@ class UpdateGroup:
         spans: Sequence[Span] | None = None,
         *,
         timeout_s: float,
-        on_bucket: Callable[[int], None] | None = None,
         scratch_behind: bool = False,
     ) -> Future[None]:
         """Engine rank: fill the `spans` of a uint8 `buffer` with what the trainer broadcasts, one part each.
 
-        The spans must be as long as the trainer's. None is what `broadcast` makes of None if the trainer is ours, and
-        the whole buffer in one part if it is not. `on_bucket(i)` runs on another thread when span i is whole, while
-        later ones arrive. Spans may overlap (two buffers that take turns): one is received after `on_bucket` of those
-        that it overlaps has returned. `scratch_behind` says that what follows a span in the buffer's allocation may be
-        overwritten (see `landing_buffer`): then a part of another length than announced is an error, and no crash.
+        The spans must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
+        trainer is ours, and the whole buffer in one part if it is not. `scratch_behind` says that what follows a span
+        in the buffer's allocation may be overwritten (see `landing_buffer`): then a part of another length than
+        announced is an error, and no crash.
         """
         whole = [(0, buffer.numel())]
 
@@ -209,7 +200,6 @@ class UpdateGroup:
                 cut(buffer, default if spans is None else spans),
                 depth=self._depth,
                 end=end,
-                on_part=on_bucket,
                 scratch_behind=scratch_behind,
             )
 
@@ -221,7 +211,6 @@ class UpdateGroup:
         *,
         timeout_s: float,
         into: Sequence[torch.Tensor] | None = None,
-        on_tensor: Callable[[int], None] | None = None,
         scratch_behind: bool = False,
     ) -> Future[list[torch.Tensor]]:
         """Engine rank: one broadcast for each of `metas`, in that order, as a plain trainer sends them.
@@ -239,7 +228,6 @@ class UpdateGroup:
                 parts,
                 depth=self._depth,
                 end=end,
-                on_part=on_tensor,
                 scratch_behind=scratch_behind or into is None,
             )
             return tensors
