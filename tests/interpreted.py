@@ -1,0 +1,96 @@
+"""Checks of kernels that run under triton's interpreter, in a process of their own, and on a GPU in this one.
+
+The interpreter is chosen when triton is imported. So a test file keeps its checks in a `Checks`, asks `verdicts` for
+what they say under the interpreter (that runs the file as a script, which ends with `CHECKS.main()`), and calls them
+with a CUDA device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Check = Callable[..., None]
+
+
+class Checks(dict[str, Callable[[torch.device], None]]):
+    """Named checks; each takes the device to run on and raises where something is wrong."""
+
+    def add(self, *cases: dict[str, Any]) -> Callable[[Check], Check]:
+        """Register a function, once for each set of keyword arguments (once without any)."""
+
+        def register(function: Check) -> Check:
+            for case in cases or ({},):
+                words = [function.__name__, *(f"{key}={value}" for key, value in case.items())]
+
+                def check(device: torch.device, case: dict[str, Any] = case) -> None:
+                    function(device, **case)
+
+                self["-".join(words).replace("torch.", "")] = check
+            return function
+
+        return register
+
+    def verdicts(self, file: str, timeout_s: float = 240) -> dict[str, str]:
+        """What each check says under the interpreter: "ok", or its traceback."""
+        done = subprocess.run(
+            [sys.executable, file],
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    def main(self) -> None:
+        """Run all on the CPU, or those whose names hold an argument, and print the verdicts."""
+        _round_bfloat16_to_nearest()
+        verdicts = {}
+        for name, check in self.items():
+            if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
+                continue
+            try:
+                check(torch.device("cpu"))
+                verdicts[name] = "ok"
+            except Exception:
+                verdicts[name] = traceback.format_exc()
+                print(name, verdicts[name], file=sys.stderr)
+        print(json.dumps(verdicts))
+
+
+def _round_bfloat16_to_nearest() -> None:
+    """The interpreter cuts the low half of a float32 off, where hardware rounds to nearest, ties to even."""
+    from triton.runtime import interpreter
+
+    convert: Callable[..., Any] = interpreter._convert_float
+
+    def convert_float(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(data, source, target, mode)
+        wide = torch.from_numpy(np.array(data, np.float32, copy=True))
+        return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = convert_float
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory whose contents would show in a result: NaN, or a large negative integer."""
+    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min + 7
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Euclidean norm of the difference over that of `want`, in float64; NaN where anything is."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).norm() / want.norm().clamp(min=1e-300))
