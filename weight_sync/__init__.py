@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bucket import FlattenedTensorBucket, FlattenedTensorMetadata
     from .errors import (
         DeadlineExceeded,
         EngineDiedError,
@@ -27,19 +26,20 @@ if TYPE_CHECKING:
         TransportError,
         WeightUpdateError,
     )
-    from .fingerprints import combine, fingerprint, tensor_fingerprint
-    from .manifest import Manifest, TensorMeta
-    from .mesh_update import close_mesh, update_weights
-    from .plan import Plan, compile_plan
-    from .publisher import WeightPublisher
-    from .receiver import WeightReceiver
+    from .layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+    from .layout.fingerprints import combine, fingerprint, tensor_fingerprint
+    from .layout.manifest import Manifest, TensorMeta
+    from .layout.weight_map import Placement, WeightMap
+    from .plan.plan import Plan, compile_plan
+    from .publisher.publisher import WeightPublisher
+    from .receiver.receiver import WeightReceiver
     from .report import SyncReport
-    from .spmd_publisher import SpmdPublisher
+    from .spmd.mesh_update import close_mesh, update_weights
+    from .spmd.publisher import SpmdPublisher
     from .transports.disk import read_checkpoint, write_checkpoint
-    from .weight_map import Placement, WeightMap
 
 _MODULES = {
-    "bucket": ("FlattenedTensorBucket", "FlattenedTensorMetadata"),
+    "layout.bucket": ("FlattenedTensorBucket", "FlattenedTensorMetadata"),
     "errors": (
         "DeadlineExceeded",
         "EngineDiedError",
@@ -56,16 +56,16 @@ _MODULES = {
         "TransportError",
         "WeightUpdateError",
     ),
-    "fingerprints": ("combine", "fingerprint", "tensor_fingerprint"),
-    "manifest": ("Manifest", "TensorMeta"),
-    "mesh_update": ("close_mesh", "update_weights"),
-    "plan": ("Plan", "compile_plan"),
-    "publisher": ("WeightPublisher",),
-    "receiver": ("WeightReceiver",),
+    "layout.fingerprints": ("combine", "fingerprint", "tensor_fingerprint"),
+    "layout.manifest": ("Manifest", "TensorMeta"),
+    "spmd.mesh_update": ("close_mesh", "update_weights"),
+    "plan.plan": ("Plan", "compile_plan"),
+    "publisher.publisher": ("WeightPublisher",),
+    "receiver.receiver": ("WeightReceiver",),
     "report": ("SyncReport",),
-    "spmd_publisher": ("SpmdPublisher",),
+    "spmd.publisher": ("SpmdPublisher",),
     "transports.disk": ("read_checkpoint", "write_checkpoint"),
-    "weight_map": ("Placement", "WeightMap"),
+    "layout.weight_map": ("Placement", "WeightMap"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

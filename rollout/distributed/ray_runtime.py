@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError
-from weight_sync.process import host_id
+from weight_sync.wire.process import host_id
 
 from ..errors import ConfigError, RolloutError
 from .placement import Node, Place, Reservation

@@ -6,7 +6,7 @@ import msgspec
 import torch
 from msgspec import Meta
 
-from weight_sync.manifest import align, dtype_name, parse_dtype
+from weight_sync.layout.manifest import align, dtype_name, parse_dtype
 
 TensorDict = dict[str, Any]
 """Names to tensors, or to plain values: None, bool, int, float, str, bytes, and lists and dicts of them."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
-from .executor import Executor, wait
-from .tokenizer import Tokenizer
+from ..tokenizer import Tokenizer
+from .executors.executor import Executor, wait
 
 
 class EngineClient:

@@ -14,7 +14,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..errors import ConfigError, InvalidRequestError
-from .commands import (
+from ..protocol.commands import (
     MEMORY_TAGS,
     AbortRequests,
     ContinueGeneration,
@@ -29,10 +29,10 @@ from .commands import (
     ResumeMemory,
     Status,
 )
-from .executor import Executor, make_executor
+from ..tokenizer import Tokenizer
+from .executors.executor import Executor, make_executor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
-from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..errors import InvalidRequestError
+from ..protocol.commands import AbortRequests, SampleUpdate
 from .client import EngineClient
-from .commands import AbortRequests, SampleUpdate
-from .executor import wait
+from .executors.executor import wait
 from .prepare import PreparedGenerate, prepare
 
 Result = dict[str, Any]

@@ -9,10 +9,10 @@ from typing import Any, cast, get_args
 import torch
 
 from weight_sync.errors import WeightUpdateError
-from weight_sync.group_updates import Backend, GroupLayout
-from weight_sync.messages import KvPolicyName
+from weight_sync.publisher.group_updates import Backend, GroupLayout
+from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
-from weight_sync.update import UpdateOptions
+from weight_sync.wire.messages import KvPolicyName
 
 from .weights import WeightCalls, check_extras, label_of, policy_of
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequestError
+from ..protocol.commands import Generate, PromptSpec, SampleUpdate
 from ..sampling_params import SamplingParams
-from .commands import Generate, PromptSpec, SampleUpdate
+from ..tokenizer import Tokenizer, encode_prompts
 from .results import ResultBuilder
-from .tokenizer import Tokenizer, encode_prompts
 
 #: Arguments of `generate` in the common dialect that this engine cannot honour; only neutral values pass.
 UNSUPPORTED = {

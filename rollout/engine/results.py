@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from ..protocol.commands import SampleUpdate, TopLogprobs
 from ..sampling_params import SamplingParams
-from .commands import SampleUpdate, TopLogprobs
-from .tokenizer import Tokenizer
+from ..tokenizer import Tokenizer
 
 LogprobEntry = tuple[float | None, int, str | None]
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from weight_sync.bucket import FlattenedTensorBucket
-from weight_sync.channel import Channel
 from weight_sync.errors import SessionError, WeightUpdateError
-from weight_sync.group_updates import GroupUpdates
-from weight_sync.messages import KvPolicyName, VerifyMode
-from weight_sync.publisher import WeightPublisher
+from weight_sync.layout.bucket import FlattenedTensorBucket
+from weight_sync.publisher.channel import Channel
+from weight_sync.publisher.group_updates import GroupUpdates
+from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
-from weight_sync.update import UpdateOptions
+from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
+from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
 from .client import EngineClient
-from .commands import GetStatus, GetWeights, Status, WeightValues
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from weight_sync.weight_map import Placement
+from weight_sync.layout.weight_map import Placement
 
 from .shards import OutputRows, split_evenly
 from .single_group import TensorParallelGroup

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from weight_sync.weight_map import Placement
+from weight_sync.layout.weight_map import Placement
 
 from .workspace import Workspace
 

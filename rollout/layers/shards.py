@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weight_sync.weight_map import Placement
+from weight_sync.layout.weight_map import Placement
 
 from ..errors import ConfigError
 from .single_group import TensorParallelGroup

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from weight_sync.manifest import ALIGNMENT, align
+from weight_sync.layout.manifest import ALIGNMENT, align
 
 
 class ParameterArena:

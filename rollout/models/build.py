@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from weight_sync.weight_map import WeightMap
+from weight_sync.layout.weight_map import WeightMap
 
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from .arena import ParameterArena

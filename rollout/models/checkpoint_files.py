@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from weight_sync.weight_map import WeightMap
+from weight_sync.layout.weight_map import WeightMap
 
 from ..errors import CheckpointError
 

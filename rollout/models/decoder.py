@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from weight_sync.weight_map import Placement, WeightMap
+from weight_sync.layout.weight_map import Placement, WeightMap
 
 from ..layers.attention import PagedAttention, PagedStep
 from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from weight_sync.weight_map import Placement
+from weight_sync.layout.weight_map import Placement
 
 from ..errors import CheckpointError, ConfigError
 from .checkpoint_files import CheckpointFiles, Source

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..distributed import ray_runtime
 from ..engine.engine import Engine
-from ..engine.ray_rank import device_in_actor
+from ..engine.executors.ray_rank import device_in_actor
 
 #: Methods of `Engine` that the actor has under the same names; all of them are awaited there, so that calls overlap.
 FORWARDED = (

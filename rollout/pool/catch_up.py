@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 import torch
 
-from weight_sync.channel import Channel
 from weight_sync.errors import (
     FingerprintMismatch,
     StaleVersionError,
@@ -26,8 +25,10 @@ from weight_sync.errors import (
     TornWeightsError,
     TransportError,
 )
-from weight_sync.manifest import Manifest
-from weight_sync.messages import (
+from weight_sync.layout.manifest import Manifest
+from weight_sync.publisher.channel import Channel
+from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.wire.messages import (
     ArenaHandle,
     Begin,
     BeginReply,
@@ -40,10 +41,9 @@ from weight_sync.messages import (
     GroupHandle,
     OpenArena,
 )
-from weight_sync.process import current_process, host_id
-from weight_sync.publisher import WeightPublisher
+from weight_sync.wire.process import current_process, host_id
 
-from ..engine.commands import GetWeights, WeightValues
+from ..protocol.commands import GetWeights, WeightValues
 from .fleet_update import FleetUpdate
 from .members import GONE, Member, left
 

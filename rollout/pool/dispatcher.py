@@ -15,8 +15,8 @@ import msgspec
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
 
-from ..engine.commands import PromptSpec, SampleUpdate
 from ..errors import EngineClosedError
+from ..protocol.commands import PromptSpec, SampleUpdate
 from ..sampling_params import mix64
 from .job import Job, PoolCall
 from .routing import Router

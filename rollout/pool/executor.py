@@ -19,15 +19,15 @@ from typing import Any, get_args
 
 import msgspec
 
-from weight_sync.channel import Channel
-from weight_sync.messages import WeightRequest
-from weight_sync.rpc import Call, RpcServer
+from weight_sync.publisher.channel import Channel
+from weight_sync.wire.messages import WeightRequest
+from weight_sync.wire.rpc import Call, RpcServer
 
 from ..config import EngineConfig
-from ..engine import commands as cmd
-from ..engine.executor import OnChunk, wait
-from ..engine.wire import REQUEST_TYPES
+from ..engine.executors.executor import OnChunk, wait
 from ..errors import EngineClosedError, RolloutError
+from ..protocol import commands as cmd
+from ..protocol.wire import REQUEST_TYPES
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights

@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 
-from weight_sync import messages as msg
 from weight_sync.errors import (
     DeadlineExceeded,
     EngineDiedError,
@@ -30,8 +29,9 @@ from weight_sync.errors import (
     TornWeightsError,
     WeightUpdateError,
 )
-from weight_sync.process import current_process
-from weight_sync.rpc import Call
+from weight_sync.wire import messages as msg
+from weight_sync.wire.process import current_process
+from weight_sync.wire.rpc import Call
 
 from .catch_up import Served, Source, catch_up
 from .fleet_arenas import FleetArenas

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import msgspec
 
 from weight_sync.errors import SyncError, TransportError
-from weight_sync.messages import (
+from weight_sync.wire.messages import (
     Ack,
     ArenaHandle,
     ArenaOpened,

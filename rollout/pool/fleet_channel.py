@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from weight_sync.channel import wait
 from weight_sync.errors import TransportError
+from weight_sync.publisher.channel import wait
 
-from ..engine.executor import InlineCall
+from ..engine.executors.executor import InlineCall
 from .fleet import FleetWeights
 
 
 class FleetChannel:
-    """`weight_sync.channel.Channel` to a fleet; tensors go through memory that the replicas map."""
+    """`weight_sync.publisher.channel.Channel` to a fleet; tensors go through memory that the replicas map."""
 
     def __init__(self, fleet: FleetWeights) -> None:
         self._fleet = fleet

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from weight_sync.errors import EngineDiedError, SessionError, WeightUpdateError
-from weight_sync.messages import (
+from weight_sync.wire.messages import (
     Abort,
     Ack,
     Begin,

@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.commands import Done, FinishReason, Generate, PromptSpec, SampleUpdate, Span
+from ..protocol.commands import Done, FinishReason, Generate, PromptSpec, SampleUpdate, Span
 
 OnChunk = Callable[[Any], None]
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from weight_sync.channel import Channel
 from weight_sync.errors import DeadlineExceeded, EngineDiedError
+from weight_sync.publisher.channel import Channel
 
 from ..errors import EngineClosedError
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 
-from weight_sync.fingerprints import NamedTensors
+from weight_sync.layout.fingerprints import NamedTensors
 from weight_sync.report import SyncReport
-from weight_sync.rpc_server import private_folder
+from weight_sync.wire.rpc_server import private_folder
 
 from ..config import EngineConfig
 from ..distributed import ray_runtime
 from ..distributed.placement import spread_over
-from ..engine.build import check_config
 from ..engine.engine import Engine
-from ..engine.executor_local import LocalExecutor
-from ..engine.executor_ray import RayExecutor, reservation
+from ..engine.executors.local import LocalExecutor
+from ..engine.executors.ray import RayExecutor, reservation
+from ..engine.loop.build import check_config
 from ..errors import ConfigError
 from .config import POOL_OPTIONS, PoolConfig
 from .executor import PoolExecutor

@@ -11,8 +11,8 @@ import msgspec
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError
 
-from ..engine.commands import AbortRequests, GetStatus, SampleUpdate, Status
-from ..engine.executor import Executor
+from ..engine.executors.executor import Executor
+from ..protocol.commands import AbortRequests, GetStatus, SampleUpdate, Status
 from .dispatcher import Dispatcher
 from .job import Job
 from .members import GONE

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, ProtocolError, SyncError
-from weight_sync.rpc import Call
+from weight_sync.wire.rpc import Call
 
 logger = logging.getLogger(__name__)
 

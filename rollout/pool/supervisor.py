@@ -17,7 +17,7 @@ from typing import Any
 
 from weight_sync.errors import EngineDiedError, TornWeightsError
 
-from ..engine.commands import GetStatus, PauseGeneration
+from ..protocol.commands import GetStatus, PauseGeneration
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weight_sync.weight_map import WeightMap
+from weight_sync.layout.weight_map import WeightMap
 
 from ..layers.attention import PagedStep
 from ..layers.single_group import SingleGroup, TensorParallelGroup

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.bench.figures import figure_of
-from rollout.bench.generate import run_generate
-from rollout.bench.gpu import run_gpu
-from rollout.bench.group import OURS, run_group
-from rollout.bench.pause import Arrivals, run_pause
-from rollout.bench.results import BenchResult, write_result
-from rollout.bench.screen import Screen
-from rollout.bench.settings import QUICK, BenchSettings, GenerateBench, GpuBench
-from rollout.bench.sync import run_sync
-from rollout.bench.workload import make_jobs, representative
 from rollout.errors import ConfigError
 from rollout.settings import load_settings
+from rollout_benchmarks.figures import figure_of
+from rollout_benchmarks.generate import run_generate
+from rollout_benchmarks.gpu import run_gpu
+from rollout_benchmarks.group import OURS, run_group
+from rollout_benchmarks.pause import Arrivals, run_pause
+from rollout_benchmarks.results import BenchResult, write_result
+from rollout_benchmarks.screen import Screen
+from rollout_benchmarks.settings import QUICK, BenchSettings, GenerateBench, GpuBench
+from rollout_benchmarks.sync import run_sync
+from rollout_benchmarks.workload import make_jobs, representative
 
 RUNS = {
     "sync": lambda settings: run_sync(settings.sync, Screen()),

@@ -7,7 +7,7 @@ import torch
 
 from rollout.models.build import build_model
 from rollout.models.model_config import ModelConfig
-from weight_sync.manifest import Manifest
+from weight_sync.layout.manifest import Manifest
 
 #: All parts of fused parameters are multiples of 256 bytes, as in any model of real size.
 EVEN = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}

@@ -19,7 +19,7 @@ import weight_sync
 from rollout import Engine, RolloutPool
 from rollout.errors import ConfigError, InvalidRequestError, RolloutError
 from weight_sync.errors import TornWeightsError
-from weight_sync.publisher import WeightPublisher
+from weight_sync.publisher.publisher import WeightPublisher
 
 PROMPTS = [[i % 250, 7, 3 * i % 250, *range(i % 30)] for i in range(24)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}

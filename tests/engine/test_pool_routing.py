@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from rollout.engine.commands import FinishReason, PromptSpec, SampleUpdate, Span
 from rollout.errors import ConfigError, InvalidRequestError
 from rollout.pool.config import PoolConfig
 from rollout.pool.dispatcher import Dispatcher
 from rollout.pool.job import Job, PoolCall
 from rollout.pool.routing import Router
+from rollout.protocol.commands import FinishReason, PromptSpec, SampleUpdate, Span
 from rollout.sampling_params import SamplingParams
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rollout.config import EngineConfig
-from rollout.engine.commands import GetStatus, PauseGeneration, Status
-from rollout.engine.executor import InlineExecutor
+from rollout.engine.executors.executor import InlineExecutor
 from rollout.errors import CheckpointError
 from rollout.pool import supervisor
 from rollout.pool.config import PoolConfig
 from rollout.pool.executor import PoolExecutor
+from rollout.protocol.commands import GetStatus, PauseGeneration, Status
 from weight_sync import EngineDiedError, WeightPublisher
 from weight_sync.errors import DeadlineExceeded, TornWeightsError
 
@@ -251,7 +251,7 @@ def test_a_replica_that_cannot_write_catches_up_by_itself(
 def test_when_everything_is_lost_the_pool_says_so_until_a_complete_update(
     nursery: Nursery,
 ) -> None:
-    from rollout.engine.commands import Generate, PromptSpec
+    from rollout.protocol.commands import Generate, PromptSpec
     from rollout.sampling_params import SamplingParams
 
     pool = nursery.pool(num_replicas=1)

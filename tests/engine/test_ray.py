@@ -20,7 +20,7 @@ import weight_sync
 from rollout import Engine, RolloutActor, RolloutPool
 from rollout.errors import ConfigError
 from weight_sync.errors import EngineDiedError
-from weight_sync.publisher import WeightPublisher
+from weight_sync.publisher.publisher import WeightPublisher
 
 PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}

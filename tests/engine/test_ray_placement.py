@@ -11,8 +11,8 @@ import pytest
 from rollout.config import EngineConfig
 from rollout.distributed.placement import Node, Place, Reservation, spread_over
 from rollout.distributed.ray_runtime import runtime_environment
-from rollout.engine.executor_ray import check_places, reservation
-from rollout.engine.ray_rank import device_in_actor
+from rollout.engine.executors.ray import check_places, reservation
+from rollout.engine.executors.ray_rank import device_in_actor
 from rollout.errors import ConfigError
 
 

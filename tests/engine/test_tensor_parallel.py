@@ -16,8 +16,8 @@ import torch
 from versions import TOLERANCE, output_logprobs
 
 from rollout import Engine
-from rollout.engine import rank_process
-from rollout.engine.ranks import RankSpec, device_of
+from rollout.engine.executors import rank_process
+from rollout.engine.loop.ranks import RankSpec, device_of
 from rollout.errors import ConfigError, InvalidRequestError
 from weight_sync.errors import EngineDiedError
 

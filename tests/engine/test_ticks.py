@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rollout.engine.ticks import Action, Boundaries
+from rollout.engine.loop.ticks import Action, Boundaries
 from weight_sync.errors import DeadlineExceeded
 
 

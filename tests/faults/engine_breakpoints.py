@@ -56,9 +56,9 @@ def install(folder: Path) -> None:
     """Put all points into this process, before it makes an engine."""
     import torch
 
-    from rollout.engine.core import EngineCore
-    from weight_sync.commit import WeightCommit
-    from weight_sync.receiver import WeightReceiver
+    from rollout.engine.loop.core import EngineCore
+    from weight_sync.receiver.commit import WeightCommit
+    from weight_sync.receiver.receiver import WeightReceiver
 
     points = Points(folder)
     _before(points, WeightReceiver, "begin", "begin")

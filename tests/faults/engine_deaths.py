@@ -29,14 +29,14 @@ from engine_faults import (
 from fault_matrix import DISK, GROUP, UPDATE, Case, Outcome
 from versions import Reference, version_weights
 
-from rollout.engine.commands import Generate, PromptSpec
-from rollout.engine.wire import REPLY_TYPES
 from rollout.errors import ERRORS
+from rollout.protocol.commands import Generate, PromptSpec
+from rollout.protocol.wire import REPLY_TYPES
 from rollout.sampling_params import SamplingParams
 from weight_sync import WeightPublisher
 from weight_sync.errors import EngineDiedError
-from weight_sync.rpc import RpcClient
 from weight_sync.transports.disk import write_checkpoint
+from weight_sync.wire.rpc import RpcClient
 
 OLD, NEW, NEXT = 1, 2, 3
 SWEEP_S = 0.4

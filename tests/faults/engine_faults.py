@@ -21,12 +21,13 @@ from versions import TOLERANCE, Reference, output_logprobs, version_weights
 
 import weight_sync
 from rollout import Engine
-from rollout.engine import executor_ray, rank_process
-from rollout.engine.ray_rank import RankHost
+from rollout.engine.executors import rank_process
+from rollout.engine.executors import ray as executor_ray
+from rollout.engine.executors.ray_rank import RankHost
 from rollout.pool import actor as pool_actor
 from rollout.pool.actor import EngineHost
 from weight_sync.errors import SyncError, TornWeightsError
-from weight_sync.update import Update
+from weight_sync.publisher.update import Update
 
 HERE = Path(__file__).parent
 PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
@@ -102,7 +103,7 @@ def use_breakpoints(folder: Path, zygote: Zygote) -> None:
             return start if name == "Popen" else getattr(subprocess, name)
 
     def start(command: list[str], *, env: dict[str, str], **options: Any) -> ForkedRank:
-        assert command[1:3] == ["-m", "rollout.engine.child"]
+        assert command[1:3] == ["-m", "rollout.engine.executors.child"]
         return ForkedRank(zygote, folder, int(command[3]), env)
 
     rank_process.subprocess = Patched()  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """Starts ranks of engines as forks of a process that has imported everything, with breakpoints in them.
 
-A rank that is started so does what `python -m rollout.engine.child` does, a second earlier. It becomes a child of the
+A rank started so does what `python -m rollout.engine.executors.child` does, a second earlier. It becomes a child of the
 process that asked for it, so that this one can wait for it and see how it ended.
 """
 
@@ -58,7 +58,7 @@ class Zygote:
 
 
 class ForkedRank:
-    """What `subprocess.Popen` would be for a rank: as much of it as `rollout.engine.rank_process` uses."""
+    """What `subprocess.Popen` would be for a rank: as much of it as `rollout.engine.executors.rank_process` uses."""
 
     def __init__(self, zygote: Zygote, points: Path, ready: int, env: Mapping[str, str]) -> None:
         read_end, write_end = os.pipe()
@@ -99,7 +99,7 @@ def serve(connection: socket.socket) -> NoReturn:
     """Fork a rank for each request, until the other end is closed."""
     import torch
 
-    import weight_sync.receiver  # noqa: F401
+    import weight_sync.receiver.receiver  # noqa: F401
 
     torch.set_num_threads(1)
     while True:
@@ -131,10 +131,10 @@ def serve(connection: socket.socket) -> NoReturn:
 
 
 def become_rank(request: dict[str, Any], stdin: int, ready: int) -> NoReturn:
-    """Be `python -m rollout.engine.child FD` with breakpoints."""
+    """Be `python -m rollout.engine.executors.child FD` with breakpoints."""
     from engine_breakpoints import install
 
-    from rollout.engine import child
+    from rollout.engine.executors import child
 
     code = 1
     try:

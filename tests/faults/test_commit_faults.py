@@ -21,7 +21,7 @@ from weight_sync import (
     WeightPublisher,
     WeightUpdateError,
 )
-from weight_sync.plan import Plan
+from weight_sync.plan.plan import Plan
 
 VERIFY = ("pause", "overlapped")
 
@@ -217,7 +217,7 @@ def test_a_byte_that_changes_in_the_arena_before_the_check_is_refused_by_name(
         packed.views[row].view(torch.uint8)[2, 5] ^= 1
         return stage(bucket)
 
-    monkeypatch.setitem(engine.service._actions, weight_sync.messages.Bucket, corrupt_first)
+    monkeypatch.setitem(engine.service._actions, weight_sync.wire.messages.Bucket, corrupt_first)
     with pytest.raises(
         FingerprintMismatch, match=r"staged bytes of 1 tensors(.|\n)*layers.0.v.weight"
     ):
@@ -272,7 +272,10 @@ def test_a_receiver_that_raises_in_any_phase_is_an_error_and_no_more(
             type(engine.receiver), "prepare", lambda *_: raise_error(), raising=True
         )
     else:
-        kind = {"begin": weight_sync.messages.Begin, "stage": weight_sync.messages.Bucket}[phase]
+        kind = {
+            "begin": weight_sync.wire.messages.Begin,
+            "stage": weight_sync.wire.messages.Bucket,
+        }[phase]
         monkeypatch.setitem(engine.service._actions, kind, lambda _: raise_error())
     with pytest.raises((SyncError, RuntimeError), match="the copy broke"):
         publisher.publish(weights(2.0))

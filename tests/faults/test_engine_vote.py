@@ -14,13 +14,13 @@ import pytest
 from sync_support import ToyHost, toy_map, weights
 
 from weight_sync.errors import DeadlineExceeded, SessionBusy
-from weight_sync.manifest import Manifest
-from weight_sync.messages import Begin, Bucket, GetFingerprint
-from weight_sync.process import current_process
-from weight_sync.ranked_service import RankedService
-from weight_sync.receiver import WeightReceiver
-from weight_sync.session import Phase, Session
+from weight_sync.layout.manifest import Manifest
+from weight_sync.receiver.ranked_service import RankedService
+from weight_sync.receiver.receiver import WeightReceiver
+from weight_sync.receiver.session import Phase, Session
 from weight_sync.transports.local import OpenedLocalArena
+from weight_sync.wire.messages import Begin, Bucket, GetFingerprint
+from weight_sync.wire.process import current_process
 
 
 class TwoRanks:
@@ -98,7 +98,7 @@ def voted_alone() -> Iterator[tuple[WeightReceiver, Begin]]:
 def voted_receiver(**options: Any) -> Iterator[tuple[WeightReceiver, Begin]]:
     import torch
 
-    from weight_sync.fingerprints import ArenaFingerprints
+    from weight_sync.layout.fingerprints import ArenaFingerprints
 
     weight_map = toy_map()
     host = ToyHost(weight_map)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from sync_support import ToyEngine, eventually, weights
 
-from rollout.engine.commands import GetWeights, WeightValues
 from rollout.pool.fleet import FleetWeights
 from rollout.pool.fleet_channel import FleetChannel
 from rollout.pool.members import Member
+from rollout.protocol.commands import GetWeights, WeightValues
 from weight_sync import EngineDiedError, WeightPublisher, WeightUpdateError
 from weight_sync.errors import (
     FingerprintMismatch,

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rollout import Engine
-from rollout.engine import commands as cmd
-from rollout.engine.wire import REPLY_TYPES, REQUEST_TYPES
 from rollout.errors import ERRORS
+from rollout.protocol import commands as cmd
+from rollout.protocol.wire import REPLY_TYPES, REQUEST_TYPES
 from rollout.sampling_params import SamplingParams
-from weight_sync import messages as wm
-from weight_sync.process import current_process
-from weight_sync.rpc import RpcClient
-from weight_sync.rpc_wire import PROTOCOL_VERSION, RequestHeader
+from weight_sync.wire import messages as wm
+from weight_sync.wire.process import current_process
+from weight_sync.wire.rpc import RpcClient
+from weight_sync.wire.rpc_wire import PROTOCOL_VERSION, RequestHeader
 
 PROMPT = [5, 9, 2]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}

@@ -13,13 +13,14 @@ PACKAGES = {
     "rollout": "rollout",
     "weight_sync": "weight_sync",
     "trainers_integration": "trainers_integration",
+    "rollout_benchmarks": "benchmarks",
     "rollout_kernels": "kernels",
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Python file of the four packages."""
+    """One Python file of our packages."""
 
     path: Path
     """Relative to the checkout."""
@@ -57,7 +58,7 @@ def packages() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def sources() -> list[Source]:
-    """Every Python file of the four packages, in the order of their names."""
+    """Every Python file of our packages, in the order of their names."""
     found = []
     for name, folder in PACKAGES.items():
         for path in sorted((CHECKOUT / folder).rglob("*.py")):

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from rollout.bench.machine import measure_copy
-from rollout.bench.results import Headline, summary, write_result
+from rollout_benchmarks.machine import measure_copy
+from rollout_benchmarks.results import Headline, summary, write_result
 
 
 @pytest.fixture

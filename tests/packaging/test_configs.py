@@ -1,9 +1,9 @@
 """The files in `configs/` are valid, and those that say they are the defaults are."""
 
-from rollout.bench.settings import BenchSettings
 from rollout.cli.generate import GenerateSettings
 from rollout.cli.options import as_toml
 from rollout.settings import load_settings
+from rollout_benchmarks.settings import BenchSettings
 from trainers_integration.demo.config import DemoConfig
 
 SCHEMAS = {"bench": BenchSettings, "demo": DemoConfig, "generate": GenerateSettings}

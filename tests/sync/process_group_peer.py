@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from weight_sync.errors import SyncError
-from weight_sync.transports.process_group import UpdateGroup
+from weight_sync.transports.group.process_group import UpdateGroup
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
 

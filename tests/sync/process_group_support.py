@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weight_sync.transports.process_group import UpdateGroup
+from weight_sync.transports.group.process_group import UpdateGroup
 
 NAME = "update"
 REPLY_S = 30.0

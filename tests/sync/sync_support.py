@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from weight_sync.channel import LocalChannel, RpcChannel
 from weight_sync.errors import ERRORS, DeadlineExceeded
-from weight_sync.messages import WeightReply, WeightRequest
-from weight_sync.receiver import WeightReceiver
-from weight_sync.rpc import RpcClient, RpcServer
-from weight_sync.service import WeightService
-from weight_sync.weight_map import Placement, WeightMap
+from weight_sync.layout.weight_map import Placement, WeightMap
+from weight_sync.publisher.channel import LocalChannel, RpcChannel
+from weight_sync.receiver.receiver import WeightReceiver
+from weight_sync.receiver.service import WeightService
+from weight_sync.wire.messages import WeightReply, WeightRequest
+from weight_sync.wire.rpc import RpcClient, RpcServer
 
 FOLDER = Path(__file__).parent
 ALIAS = "lm_head.weight"

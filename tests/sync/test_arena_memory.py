@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from weight_sync import arena
+from weight_sync.transports import arena
 
 
 class Recorder:

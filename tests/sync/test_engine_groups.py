@@ -20,8 +20,8 @@ from weight_sync.errors import (
     TransportError,
     WeightUpdateError,
 )
-from weight_sync.publisher import WeightPublisher
-from weight_sync.transports.process_group import UpdateGroup
+from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.transports.group.process_group import UpdateGroup
 
 NAME = "updates"
 GLOO: dict[str, Any] = {"transport": "process_group", "group_backend": "gloo"}

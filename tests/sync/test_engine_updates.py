@@ -13,7 +13,7 @@ import torch
 import weight_sync
 from rollout import Engine
 from weight_sync.errors import ManifestMismatch, SessionBusy, SessionError
-from weight_sync.publisher import WeightPublisher
+from weight_sync.publisher.publisher import WeightPublisher
 
 PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}

@@ -14,7 +14,7 @@ from torch import nn
 import weight_sync
 from rollout_kernels.fingerprint import reference
 from weight_sync.errors import ManifestMismatch
-from weight_sync.fingerprints import (
+from weight_sync.layout.fingerprints import (
     ArenaFingerprints,
     combine,
     fingerprint,
@@ -22,7 +22,7 @@ from weight_sync.fingerprints import (
     tensor_fingerprint,
     unsigned,
 )
-from weight_sync.manifest import Manifest, TensorMeta
+from weight_sync.layout.manifest import Manifest, TensorMeta
 
 DTYPES = [torch.bfloat16, torch.float32, torch.int8, torch.float64, torch.bool]
 
@@ -133,8 +133,8 @@ def test_large_and_small_tensors_and_more_than_one_batch_agree(
     named = {f"t{i}": noise((i * 700 + 1, 9), torch.float32, seed=i) for i in range(8)}
     expected = combine(named, [tensor_fingerprint(value) for value in named.values()])
     for batch, direct in ((1 << 30, 1 << 30), (1 << 16, 1 << 30), (1 << 16, 1 << 15), (1, 1)):
-        monkeypatch.setattr("weight_sync.fingerprints._BATCH_BYTES", batch)
-        monkeypatch.setattr("weight_sync.fingerprints._DIRECT_BYTES", direct)
+        monkeypatch.setattr("weight_sync.layout.fingerprints._BATCH_BYTES", batch)
+        monkeypatch.setattr("weight_sync.layout.fingerprints._DIRECT_BYTES", direct)
         assert fingerprint(named) == expected
 
 
@@ -207,7 +207,7 @@ def test_many_different_subsets_stay_right_when_their_tables_are_dropped() -> No
 
 def test_the_public_name_is_the_function() -> None:
     # A module of that name would hide it.
-    importlib.import_module("weight_sync.fingerprints")
+    importlib.import_module("weight_sync.layout.fingerprints")
     model = Tied()
     assert weight_sync.fingerprint(model) == fingerprint(model)
     assert unsigned(-1) == 2**64 - 1

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_sync.errors import ManifestMismatch
-from weight_sync.manifest import (
+from weight_sync.layout.manifest import (
     ALIGNMENT,
     DTYPES,
     Manifest,

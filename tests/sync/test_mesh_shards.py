@@ -13,14 +13,14 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Shard
 
 from weight_sync import WeightPublisher
-from weight_sync import region as regions
 from weight_sync.errors import ManifestMismatch
-from weight_sync.fingerprints import tensor_fingerprint
-from weight_sync.selection import Layout
-from weight_sync.shards import Piece, share
-from weight_sync.spmd_messages import Tensor
-from weight_sync.spmd_plan import Decision, decide
-from weight_sync.spmd_share import RankShare
+from weight_sync.layout import region as regions
+from weight_sync.layout.fingerprints import tensor_fingerprint
+from weight_sync.layout.shards import Piece, share
+from weight_sync.publisher.selection import Layout
+from weight_sync.spmd.messages import Tensor
+from weight_sync.spmd.plan import Decision, decide
+from weight_sync.spmd.share import RankShare
 
 
 @given(size=st.integers(0, 40), outer=st.integers(1, 5), inner=st.integers(1, 4))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_sync.errors import ManifestMismatch
-from weight_sync.fingerprints import tensor_fingerprint, unsigned
-from weight_sync.manifest import Manifest, TensorMeta
-from weight_sync.plan import Plan, compile_plan
-from weight_sync.weight_map import Placement, WeightMap
+from weight_sync.layout.fingerprints import tensor_fingerprint, unsigned
+from weight_sync.layout.manifest import Manifest, TensorMeta
+from weight_sync.layout.weight_map import Placement, WeightMap
+from weight_sync.plan.plan import Plan, compile_plan
 
 
 def noise(manifest: Manifest, seed: int = 0) -> torch.Tensor:

@@ -24,12 +24,12 @@ from process_group_support import (
 )
 
 from weight_sync.errors import ManifestMismatch, TransportError
-from weight_sync.manifest import TensorMeta
+from weight_sync.layout.manifest import TensorMeta
 from weight_sync.process_groups.backends import open_gloo
 from weight_sync.process_groups.landing import forwards, landing_buffer
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
 from weight_sync.process_groups.streams import receive_parts, send_parts
-from weight_sync.transports.process_group import UpdateGroup
+from weight_sync.transports.group.process_group import UpdateGroup
 
 MIB = 1 << 20
 TENSORS: list[tuple[str, list[int], int]] = [

@@ -16,12 +16,12 @@ from process_group_peer import content
 from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, group_threads, join
 
 from weight_sync.errors import DeadlineExceeded, TransportError
-from weight_sync.manifest import TensorMeta
+from weight_sync.layout.manifest import TensorMeta
 from weight_sync.process_groups.calls import GRACE_S, CallThread
 from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.meeting import PROTOCOL_VERSION, Offer, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.transports.process_group import UpdateGroup
+from weight_sync.transports.group.process_group import UpdateGroup
 
 MIB = 1 << 20
 SLACK_S = 1.5

@@ -55,10 +55,10 @@ def test_a_mapping_pairs_and_a_one_shot_iterator_all_arrive_bit_for_bit(
 def test_a_module_is_sent_with_its_parameters_and_its_tied_head_once(
     make_engine: Callable[..., ToyEngine],
 ) -> None:
-    from weight_sync.channel import LocalChannel
-    from weight_sync.receiver import WeightReceiver
-    from weight_sync.service import WeightService
-    from weight_sync.weight_map import Placement, WeightMap
+    from weight_sync.layout.weight_map import Placement, WeightMap
+    from weight_sync.publisher.channel import LocalChannel
+    from weight_sync.receiver.receiver import WeightReceiver
+    from weight_sync.receiver.service import WeightService
 
     def build() -> nn.Module:
         model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "lm_head": nn.Linear(4, 8, bias=False)})

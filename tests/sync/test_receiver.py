@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from sync_support import ToyEngine, eventually, weights
 
 from weight_sync import WeightPublisher
-from weight_sync.channel import LocalChannel
 from weight_sync.errors import (
     ERRORS,
     DeadlineExceeded,
@@ -29,9 +28,11 @@ from weight_sync.errors import (
     SyncError,
     TransportError,
 )
-from weight_sync.fingerprints import ArenaFingerprints
-from weight_sync.manifest import Manifest, TensorMeta
-from weight_sync.messages import (
+from weight_sync.layout.fingerprints import ArenaFingerprints
+from weight_sync.layout.manifest import Manifest, TensorMeta
+from weight_sync.publisher.channel import LocalChannel
+from weight_sync.transports.local import LocalArena
+from weight_sync.wire.messages import (
     Abort,
     Begin,
     BeginReply,
@@ -48,9 +49,8 @@ from weight_sync.messages import (
     Vote,
     WeightRequest,
 )
-from weight_sync.process import current_process
-from weight_sync.rpc import RpcClient
-from weight_sync.transports.local import LocalArena
+from weight_sync.wire.process import current_process
+from weight_sync.wire.rpc import RpcClient
 
 
 class Trainer:

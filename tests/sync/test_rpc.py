@@ -26,8 +26,8 @@ from weight_sync.errors import (
     ProtocolError,
     RemoteError,
 )
-from weight_sync.rpc import Call, RpcClient, RpcServer
-from weight_sync.rpc_wire import PROTOCOL_VERSION, ReplyHeader, RequestHeader
+from weight_sync.wire.rpc import Call, RpcClient, RpcServer
+from weight_sync.wire.rpc_wire import PROTOCOL_VERSION, ReplyHeader, RequestHeader
 
 
 class Echo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -21,14 +21,14 @@ from rollout.models.build import build_model
 from rollout.models.model_config import ModelConfig
 from weight_sync import WeightPublisher
 from weight_sync.errors import FingerprintMismatch, TornWeightsError, TransportError
-from weight_sync.fingerprints import ArenaFingerprints
-from weight_sync.kept_stage import KeptStage, StageMemory
-from weight_sync.manifest import Manifest
-from weight_sync.plan import Plan, compile_plan
+from weight_sync.layout.fingerprints import ArenaFingerprints
+from weight_sync.layout.manifest import Manifest
+from weight_sync.layout.weight_map import WeightMap
+from weight_sync.plan.plan import Plan, compile_plan
 from weight_sync.process_groups.landing import landing_buffer
-from weight_sync.spans import chunks_of, spans_of
-from weight_sync.update import Update
-from weight_sync.weight_map import WeightMap
+from weight_sync.publisher.update import Update
+from weight_sync.transports.group.kept_stage import KeptStage, StageMemory
+from weight_sync.transports.spans import chunks_of, spans_of
 
 CHUNK_BYTES = 20_000
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models in as many pieces as large ones."""
-    monkeypatch.setattr("weight_sync.spans.CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr("weight_sync.spans.PART_BYTES", 7_000)
+    monkeypatch.setattr("weight_sync.transports.spans.CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr("weight_sync.transports.spans.PART_BYTES", 7_000)
 
 
 class Wire:
@@ -299,7 +299,7 @@ def test_memory_that_a_broken_group_may_still_write_is_never_used_again() -> Non
 def test_a_chunk_arrives_while_the_one_before_it_is_checked_in_another_buffer(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weight_sync.kept_plan.Chunk._find_home", lambda *_: None)
+    monkeypatch.setattr("weight_sync.transports.group.kept_plan.Chunk._find_home", lambda *_: None)
     config = ModelConfig.from_folder(tiny_checkpoint("llama", tie_word_embeddings=False))
     rank = Rank(build_model(config, torch.float32, "cpu").weight_map)
     seen: list[tuple[int, int]] = []
@@ -457,8 +457,8 @@ def test_updates_after_a_refused_bucket_get_their_own_bytes(
 def test_no_memory_for_a_landing_buffer_is_an_error_and_the_next_update_works(
     make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weight_sync.spans.CHUNK_BYTES", 2_000)
-    monkeypatch.setattr("weight_sync.spans.PART_BYTES", 700)
+    monkeypatch.setattr("weight_sync.transports.spans.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("weight_sync.transports.spans.PART_BYTES", 700)
     engine = make_engine()
     calls = itertools.count()
 
@@ -470,7 +470,7 @@ def test_no_memory_for_a_landing_buffer_is_an_error_and_the_next_update_works(
     with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
         publisher.publish(weights(1.0))
         with monkeypatch.context() as patch:
-            patch.setattr("weight_sync.kept_stage.landing_buffer", scarce)
+            patch.setattr("weight_sync.transports.group.kept_stage.landing_buffer", scarce)
             engine.receiver.stage_memory._landings.clear()
             with pytest.raises(TransportError, match="no memory on cpu"):
                 publisher.publish(weights(2.0))

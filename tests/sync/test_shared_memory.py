@@ -16,13 +16,13 @@ import torch
 from sync_support import arenas_mapped, eventually, kill, num_descriptors, read_line
 
 from weight_sync.errors import TransportError
-from weight_sync.messages import SharedMemoryHandle
-from weight_sync.process import current_process, why_dead
 from weight_sync.transports.shared_memory import (
     HEADER_BYTES,
     OpenedSharedMemoryArena,
     SharedMemoryArena,
 )
+from weight_sync.wire.messages import SharedMemoryHandle
+from weight_sync.wire.process import current_process, why_dead
 
 
 def changed(handle: SharedMemoryHandle, **fields: Any) -> SharedMemoryHandle:

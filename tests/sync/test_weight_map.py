@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from weight_sync.errors import ManifestMismatch
-from weight_sync.region import runs
-from weight_sync.weight_map import Placement, WeightMap
+from weight_sync.layout.region import runs
+from weight_sync.layout.weight_map import Placement, WeightMap
 
 
 def place(name: str, shape: tuple[int, ...], region: object, destination: object) -> Placement:

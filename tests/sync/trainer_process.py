@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sync_support import weights
 
 from weight_sync import WeightPublisher
-from weight_sync.messages import Commit
+from weight_sync.wire.messages import Commit
 
 
 def main() -> None:

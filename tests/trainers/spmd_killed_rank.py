@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parent))
 import spmd_support as support
 
-from weight_sync.spmd_publisher import SpmdPublisher
-from weight_sync.spmd_share import RankShare
+from weight_sync.spmd.publisher import SpmdPublisher
+from weight_sync.spmd.share import RankShare
 
 
 def main() -> None:

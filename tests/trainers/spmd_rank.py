@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import spmd_support as support
 
 import weight_sync
-import weight_sync.mesh_update
+import weight_sync.spmd.mesh_update
 from rollout import Engine
-from weight_sync.publisher import WeightPublisher
-from weight_sync.spmd_publisher import SpmdPublisher
-from weight_sync.spmd_share import RankShare
+from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.spmd.publisher import SpmdPublisher
+from weight_sync.spmd.share import RankShare
 
 
 class Trainer:
@@ -195,7 +195,7 @@ def the_call_of_existing_trainers(t: Trainer) -> None:
         )
         assert report.updated == len(batch)
     assert report.fingerprint == weight_sync.fingerprint(model)
-    publisher = weight_sync.mesh_update._PUBLISHERS[t.row, "shards"]
+    publisher = weight_sync.spmd.mesh_update._PUBLISHERS[t.row, "shards"]
     assert len(publisher._plans) == len(batches)
     weight_sync.close_mesh(t.row)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import TransportError
-from ..manifest import TensorMeta, align, mismatch
+from ..layout.manifest import TensorMeta, align, mismatch
 from .landing import landing_buffer
 
 DEFAULT_PART_BYTES = 64 << 20

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FingerprintMismatch, TransportError
-from ..fingerprints import NamedTensors, tensor_fingerprint
-from ..manifest import dtype_name, mismatch
+from ..layout.fingerprints import NamedTensors, tensor_fingerprint
+from ..layout.manifest import dtype_name, mismatch
 
 MANIFEST_NAME = "manifest.json"
 _INDEX_NAME = "model.safetensors.index.json"

@@ -4,11 +4,11 @@ import mmap
 
 import torch
 
-from ..arena import Mapping, SharedBytes
-from ..messages import LocalHandle, ProcessRef
-from ..plan import Plan
-from ..process import current_process
-from ..stage import ArenaStage
+from ..plan.plan import Plan
+from ..plan.stage import ArenaStage
+from ..wire.messages import LocalHandle, ProcessRef
+from ..wire.process import current_process
+from .arena import Mapping, SharedBytes
 
 
 class LocalArena(SharedBytes):

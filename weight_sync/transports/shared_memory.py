@@ -13,12 +13,12 @@ import struct
 
 import torch
 
-from ..arena import Mapping, SharedBytes
 from ..errors import TransportError
-from ..messages import ProcessRef, SharedMemoryHandle
-from ..plan import Plan
-from ..process import current_process, host_id, why_dead
-from ..stage import ArenaStage
+from ..plan.plan import Plan
+from ..plan.stage import ArenaStage
+from ..wire.messages import ProcessRef, SharedMemoryHandle
+from ..wire.process import current_process, host_id, why_dead
+from .arena import Mapping, SharedBytes
 
 HEADER_BYTES = 4096
 """One page in front of the tensors."""

@@ -1,0 +1,198 @@
+"""`rollout bench sync`: what an update of another process costs, next to a plain copy and to the usual way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import weight_sync
+from rollout import Engine
+from weight_sync import WeightPublisher
+
+from .floor import PlainCopy, UsualWay
+from .parts import parts_of
+from .results import BenchResult, Headline, Table, summary
+from .screen import Screen
+from .settings import SyncBench
+from .shapes import DTYPES, model_folder, move_a_little, num_bytes, trainer_tensors
+from .small_host import tensor_name
+
+Series = defaultdict[str, list[float]]
+
+TARGETS_X = {"pack": 3.0, "begin_to_committed": 3.0, "begin_to_verified": 6.0}
+"""Most that a part may take, in plain copies of the same bytes."""
+TARGET_US = 10.0
+"""Most that a whole update of small tensors may take, microseconds per tensor."""
+_CONTEXT = 512
+
+
+def run_sync(settings: SyncBench, screen: Screen) -> BenchResult:
+    """Both models, one after the other."""
+    large, about = _large(settings, screen)
+    small = _small(settings, screen)
+    numbers: dict[str, Any] = {
+        "large": {**about, **_numbers(large)},
+        "small": {"num_tensors": settings.num_small, **_numbers(small)},
+        "targets_in_plain_copies": TARGETS_X,
+        "target_us_per_tensor": TARGET_US,
+    }
+    per_tensor = [seconds * 1e6 / settings.num_small for seconds in small["publish"]]
+    numbers["small"]["us_per_tensor"] = summary(per_tensor)
+    return BenchResult(
+        benchmark="sync",
+        config={"settings": settings, "num_threads": torch.get_num_threads()},
+        numbers=numbers,
+        headline=tuple(_headline(numbers, settings)),
+        tables=(_table("the large model", numbers["large"]), _table("small", numbers["small"])),
+        has_picture=True,
+    )
+
+
+def _large(settings: SyncBench, screen: Screen) -> tuple[Series, dict[str, Any]]:
+    """The engine in a process of its own."""
+    screen.say("making the model, and an engine for it in another process")
+    tensors = trainer_tensors(settings.model, DTYPES[settings.dtype])
+    with (
+        model_folder(settings.model, settings.dtype, _CONTEXT) as folder,
+        Engine(
+            folder,
+            executor="local",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            kv_cache_bytes=64 << 20,
+        ) as engine,
+        WeightPublisher(engine) as publisher,
+    ):
+        series = _rounds(settings, screen, f"{len(tensors)} tensors", tensors, publisher)
+        assert engine.weights_fingerprint() == weight_sync.fingerprint(tensors)
+    return series, {"num_tensors": len(tensors), "num_bytes": num_bytes(tensors)}
+
+
+def _small(settings: SyncBench, screen: Screen) -> Series:
+    """Many small tensors, received by a process that is no engine."""
+    size = settings.small_size
+    tensors = {
+        tensor_name(i): torch.full((size, size), float(i % 251), dtype=torch.bfloat16)
+        for i in range(settings.num_small)
+    }
+    with _small_host(settings) as address, WeightPublisher(address) as publisher:
+        title = f"{settings.num_small:,} tensors of {size} x {size}"
+        series = _rounds(settings, screen, title, tensors, publisher)
+        assert publisher.fingerprint() == weight_sync.fingerprint(tensors)
+    return series
+
+
+@contextmanager
+def _small_host(settings: SyncBench) -> Iterator[str]:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rollout_benchmarks.small_host"),
+            *(str(settings.num_small), str(settings.small_size)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        if not address:
+            raise RuntimeError("the process with the small tensors ended; its messages are above")
+        yield address
+    finally:
+        process.stdin.close()
+        process.wait(timeout=30)
+        process.stdout.close()
+
+
+def _rounds(
+    settings: SyncBench,
+    screen: Screen,
+    title: str,
+    tensors: dict[str, torch.Tensor],
+    publisher: WeightPublisher,
+) -> Series:
+    """Plain copy, update, plain copy, usual way, and again: what is compared is measured side by side."""
+    copy = PlainCopy(num_bytes(tensors))
+    usual = UsualWay(tensors, copy.target)
+    series: Series = defaultdict(list)
+    total = settings.warmup + settings.repetitions
+    with screen.progress(title, total) as advance:
+        for i in range(total):
+            if i == settings.warmup:
+                series.clear()
+            move_a_little(tensors)
+            before = copy.run()
+            start = time.perf_counter()
+            report = publisher.publish(tensors)
+            publish_s = time.perf_counter() - start
+            after = copy.run()
+            for name, seconds in {"publish": publish_s, **parts_of(report)}.items():
+                series[name].append(seconds)
+            series["plain_copy"].append((before + after) / 2)
+            cat_s, out_s = usual.run()
+            series["usual_cat"].append(cat_s)
+            series["usual_copy_out"].append(out_s)
+            series["usual"].append(cat_s + out_s)
+            advance(f"{publish_s * 1e3:.1f} ms, {publish_s / series['plain_copy'][-1]:.2f} copies")
+    return series
+
+
+def _numbers(series: Series) -> dict[str, Any]:
+    """Seconds, and multiples of the plain copies of the same round."""
+    floor = series["plain_copy"]
+    return {
+        "seconds": {name: summary(values) for name, values in series.items()},
+        "plain_copies": {
+            name: summary([value / copy for value, copy in zip(values, floor, strict=True)])
+            for name, values in series.items()
+        },
+    }
+
+
+def _headline(numbers: dict[str, Any], settings: SyncBench) -> Iterator[Headline]:
+    large = numbers["large"]
+    seconds, copies = large["seconds"], large["plain_copies"]
+    floor = f"{seconds['plain_copy']['p50'] * 1e3:.1f} ms"
+    size = f"{large['num_bytes'] / 1e9:.2f} GB, {large['num_tensors']} tensors"
+    for name, words in (
+        ("pack", "pack"),
+        ("begin_to_committed", "begin to committed"),
+        ("begin_to_verified", "begin to verified"),
+        ("usual", "the usual way: concatenate, copy out, no check"),
+    ):
+        target = f" (at most {TARGETS_X[name]:g})" if name in TARGETS_X else ""
+        yield Headline(
+            what=f"update of {size}: {words}",
+            measured=f"{seconds[name]['p50'] * 1e3:.1f} ms",
+            floor=floor,
+            ratio=f"{copies[name]['p50']:.2f}{target}",
+        )
+    small = numbers["small"]
+    side, usual = settings.small_size, small["seconds"]["usual"]["p50"]
+    yield Headline(
+        what=f"update of {settings.num_small:,} tensors of {side} x {side}, per tensor (at most {TARGET_US:g} us)",
+        measured=f"{small['us_per_tensor']['p50']:.2f} us",
+        floor=f"{usual * 1e6 / settings.num_small:.2f} us (usual way)",
+        ratio=f"{small['seconds']['publish']['p50'] / usual:.2f}",
+    )
+
+
+def _table(title: str, numbers: dict[str, Any]) -> Table:
+    """Every series of one model."""
+    rows: list[tuple[str, ...]] = [
+        (
+            name.replace("_", " "),
+            *(f"{values[key] * 1e3:.1f}" for key in ("min", "p10", "p50", "p90")),
+            f"{numbers['plain_copies'][name]['p50']:.2f}",
+        )
+        for name, values in numbers["seconds"].items()
+    ]
+    return f"{title}, ms", ("", "min", "p10", "p50", "p90", "plain copies, p50"), rows

@@ -1,0 +1,1 @@
+"""Where the engine loop runs: this process, child processes, Ray actors."""

@@ -1,0 +1,143 @@
+"""Where the engine loop runs: a thread of this process ("inline"), child processes ("local"), or Ray actors ("ray").
+
+An executor takes commands and gives futures. It decides where the loop runs and never what it does, so everything
+above it is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from weight_sync.errors import DeadlineExceeded
+from weight_sync.publisher.channel import Channel
+from weight_sync.wire.rpc import RpcServer
+
+from ...config import EngineConfig
+from ...protocol.wire import REQUEST_TYPES
+from ..loop.build import build_core
+
+logger = logging.getLogger(__name__)
+OnChunk = Callable[[Any], None]
+
+
+class Executor(Protocol):
+    """Carries commands to an engine loop."""
+
+    def submit(
+        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
+    ) -> Future[Any]:
+        """Send a command; `on_chunk` sees intermediate answers, on another thread, and must be quick."""
+        ...
+
+    def weight_channel(self) -> Channel:
+        """The way for weight messages and, in the same process, for tensors."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Where trainers and clients in other processes connect."""
+        ...
+
+    def close(self) -> None:
+        """End the loop and give back everything it holds; safe to call twice."""
+        ...
+
+
+@dataclass(eq=False)
+class InlineCall:
+    """A command whose caller is in this process."""
+
+    body: Any
+    deadline: float
+    on_chunk: OnChunk | None
+    future: Future[Any] = field(default_factory=Future)
+    peer: str = "inline"
+
+    def reply(self, body: Any) -> None:
+        with contextlib.suppress(InvalidStateError):  # The caller has cancelled.
+            self.future.set_result(body)
+
+    def stream(self, body: Any) -> None:
+        if self.on_chunk is None:
+            return
+        try:
+            self.on_chunk(body)
+        except RuntimeError:  # The caller's event loop is closed; the engine's loop must not care.
+            logger.debug("a caller is gone", exc_info=True)
+
+    def fail(self, error: BaseException) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+class InlineExecutor:
+    """Runs the loop on a thread of this process; the socket for other processes opens when it is first asked for."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._core = build_core(config)
+        self._server: RpcServer | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._core.run, name="rollout-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
+    ) -> Future[Any]:
+        call = InlineCall(body, time.monotonic() + timeout_s, on_chunk)
+        self._core.submit(call)
+        return call.future
+
+    def weight_channel(self) -> Channel:
+        return self._core.local_channel()
+
+    @property
+    def address(self) -> str:
+        with self._lock:
+            if self._server is None:
+                self._server = RpcServer(self._core.submit, REQUEST_TYPES, bind=self._config.listen)
+                self._server.start()
+            return self._server.address
+
+    def close(self) -> None:
+        from ...protocol.commands import Shutdown
+
+        if self._thread.is_alive():
+            self.submit(Shutdown(), timeout_s=30.0)
+            self._thread.join(timeout=30.0)
+        with self._lock:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+
+
+def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
+    """Result of `future`; `DeadlineExceeded` when the engine does not answer in time."""
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        if isinstance(error, DeadlineExceeded):
+            raise
+        raise DeadlineExceeded(
+            f"{what}: no answer within {timeout_s:.3g} s; the engine is busy or hangs; raise timeout_s or shut it down"
+        ) from None
+
+
+def make_executor(config: EngineConfig) -> Executor:
+    """The executor that `config.executor` names."""
+    if config.executor == "inline":
+        return InlineExecutor(config)
+    if config.executor == "local":
+        from .local import LocalExecutor
+
+        return LocalExecutor(config)
+    from .ray import RayExecutor
+
+    return RayExecutor(config)

@@ -1,0 +1,116 @@
+"""The engine in child processes, one per rank, behind the same surface, over ZMQ with typed messages.
+
+A child gets its configuration as JSON on its standard input, which then stays open as a lifeline: when this process
+goes away, however it does, the children read end-of-file and end themselves. When one rank dies, the others are ended
+too: an engine without a rank computes nothing. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from weight_sync.errors import SyncError
+from weight_sync.process_groups.rendezvous import StoreServer
+from weight_sync.publisher.channel import Channel, RpcChannel
+from weight_sync.wire.rpc import RpcClient
+from weight_sync.wire.rpc_server import private_folder
+
+from ...config import EngineConfig
+from ...errors import ERRORS
+from ...protocol.commands import Shutdown
+from ...protocol.wire import REPLY_TYPES
+from ..loop.ranks import RankSpec
+from .executor import OnChunk
+from .rank_process import RankProcess, await_ready
+
+
+class LocalExecutor:
+    """Starts the ranks, waits until the model is loaded, and notices when one dies."""
+
+    def __init__(self, config: EngineConfig, owner_folder: str = "") -> None:
+        """`owner_folder`: see `RankSpec`."""
+        self._owner_folder = owner_folder
+        self._lock = threading.Lock()
+        self._store = StoreServer(timeout_s=config.start_timeout_s) if config.tp_size > 1 else None
+        self._ranks: list[RankProcess] = []
+        self._sockets = private_folder()  # Ours to remove: a rank that is killed cannot.
+        try:
+            for rank in range(config.tp_size):
+                self._ranks.append(RankProcess(config, self._spec(config, rank)))
+            deadline = time.monotonic() + config.start_timeout_s
+            self._address = await_ready(self._ranks, deadline)[0]
+            self._client = RpcClient(
+                self._address, REPLY_TYPES, errors=ERRORS, liveness=self._why_dead
+            )
+        except BaseException:
+            self._stop(grace_s=0.0)
+            raise
+
+    def submit(
+        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
+    ) -> Future[Any]:
+        return self._client.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
+
+    def weight_channel(self) -> Channel:
+        return RpcChannel(self._client)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [rank.pid for rank in self._ranks]
+
+    def close(self) -> None:
+        if self._why_dead() is None:
+            with contextlib.suppress(SyncError, OSError):
+                self._client.call(Shutdown(), timeout_s=5.0)
+        self._client.close()
+        self._stop(grace_s=10.0)
+
+    def kill(self) -> None:
+        """End the ranks now, whatever they do, and give everything back."""
+        for rank in self._ranks:
+            rank.kill()
+        self._client.close()
+        self._stop(grace_s=0.0)
+
+    def _spec(self, config: EngineConfig, rank: int) -> RankSpec:
+        if self._store is None:
+            return RankSpec(socket_folder=self._sockets, owner_folder=self._owner_folder)
+        return RankSpec(
+            rank=rank,
+            size=config.tp_size,
+            store_host=self._store.host,
+            store_port=self._store.port,
+            socket_folder=self._sockets,
+            owner_folder=self._owner_folder,
+        )
+
+    def _why_dead(self) -> str | None:
+        """Why the engine is gone: one of its ranks is; then the others are ended as well."""
+        for rank in self._ranks:
+            reason = rank.why_dead()
+            if reason is not None:
+                for other in self._ranks:
+                    other.kill()
+                return f"{reason}; start a new Engine"
+        return None
+
+    def _stop(self, grace_s: float) -> None:
+        with self._lock:
+            deadline = time.monotonic() + grace_s
+            for rank in self._ranks:
+                rank.let_go()
+            for rank in self._ranks:
+                rank.stop(max(0.0, deadline - time.monotonic()))
+            if self._store is not None:
+                self._store.close()
+            shutil.rmtree(self._sockets, ignore_errors=True)

@@ -1,0 +1,157 @@
+"""Checks a `Generate` command and turns it into scheduler requests.
+
+Everything that can be wrong with a request is found here, before the scheduler hears of it: a bad request gets a
+`ValueError` that says what, got, expected, and no other request notices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable
+
+import msgspec
+
+from weight_sync.wire.rpc import Call
+
+from ...config import ResolvedConfig
+from ...errors import InvalidRequestError
+from ...protocol.commands import Done, Generate, PromptSpec
+from ...sampling_params import SamplingParams
+from ...scheduling.request import Request
+from ...tokenizer import StopStringWatcher, Tokenizer
+from .sample_state import GenerateGroup, InputLogprobs, SampleState
+
+
+class Admission:
+    """Makes requests; counts arrivals so that requests without a seed get one that the engine's seed determines."""
+
+    def __init__(
+        self, config: ResolvedConfig, tokenizer: Tokenizer | None, end_ids: frozenset[int]
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._num_prompts = 0
+        self._num_groups = 0
+        self.pid = os.getpid()
+
+    def open(self, call: Call) -> tuple[GenerateGroup, list[list[Request]]]:
+        """Validate the whole command and build its requests, one list per distinct prompt: its n samples.
+
+        Trainers also send a prompt n times; where the same is asked about it, all its samples are one list, so it is
+        computed once. Raises `InvalidRequestError` for the first prompt that cannot be run; then none of them is.
+        """
+        command: Generate = call.body
+        for i, spec in enumerate(command.prompts):
+            self._check(spec, f"prompt {i}" if len(command.prompts) > 1 else "the prompt")
+        self._num_groups += 1
+        group = GenerateGroup(
+            number=self._num_groups,
+            channel=call,
+            finish=lambda count: call.reply(Done(count=count)),
+            stream=command.stream,
+            deadline=call.deadline,
+            num_samples=sum(spec.params.n for spec in command.prompts),
+        )
+        prompts: dict[Hashable, list[Request]] = {}
+        index = 0
+        for spec in command.prompts:
+            twins = prompts.setdefault(_asked_of_prompt(spec), [])
+            inputs = twins[0].outputs.inputs if twins else self._inputs(spec)
+            twins += self._samples(spec, group, index, inputs)
+            index += spec.params.n
+        return group, list(prompts.values())
+
+    @staticmethod
+    def _inputs(spec: PromptSpec) -> InputLogprobs | None:
+        if not spec.return_logprob or spec.logprob_start_len < 0:
+            return None
+        return InputLogprobs.for_prompt(spec.input_ids, spec.logprob_start_len)
+
+    def _samples(
+        self, spec: PromptSpec, group: GenerateGroup, index: int, inputs: InputLogprobs | None
+    ) -> list[Request]:
+        params = self._within_context(spec)
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._end_ids
+        self._num_prompts += 1
+        samples = []
+        for i in range(params.n):
+            watcher = None
+            if params.stop and self._tokenizer is not None:
+                watcher = StopStringWatcher(
+                    self._tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
+                )
+            state = SampleState(group, spec, index + i, frozenset(stop_ids), watcher, inputs)
+            samples.append(
+                Request(
+                    rid=f"{spec.rid}-{i}" if params.n > 1 else spec.rid,
+                    prompt_ids=spec.input_ids,
+                    params=params,
+                    seed=params.seed_for_sample(i, self._config.user.seed, self._num_prompts),
+                    return_logprob=spec.return_logprob,
+                    logprob_start_len=-1 if inputs is None else inputs.start,
+                    top_logprobs_num=spec.top_logprobs_num,
+                    token_ids_logprob=spec.token_ids_logprob,
+                    stop_ids=sorted(stop_ids),
+                    outputs=state,
+                )
+            )
+        return samples
+
+    def _within_context(self, spec: PromptSpec) -> SamplingParams:
+        """The parameters, with no more output tokens than the context has room for."""
+        room = self._config.context_length - len(spec.input_ids)
+        params = spec.params
+        if params.max_new_tokens <= room:
+            return params
+        return msgspec.structs.replace(
+            params, max_new_tokens=room, min_new_tokens=min(params.min_new_tokens, room)
+        )
+
+    def _check(self, spec: PromptSpec, what: str) -> None:
+        limit, vocab = self._config.context_length, self._config.vocab_size
+        SamplingParams.from_dict(spec.params, vocab_size=vocab)
+        num = len(spec.input_ids)
+        if num == 0:
+            raise InvalidRequestError(f"{what}: got no tokens, expected at least one")
+        if num > limit or (num == limit and spec.params.max_new_tokens > 0):
+            raise InvalidRequestError(
+                f"{what}: got {num} tokens, expected fewer than the context length {limit}; shorten it or start the "
+                "engine with a larger context_length"
+            )
+        self._check_tokens(spec.input_ids, vocab, what)
+        self._check_tokens(spec.token_ids_logprob or (), vocab, f"{what}, token_ids_logprob")
+        if spec.logprob_start_len > num:
+            raise InvalidRequestError(
+                f"{what}: got logprob_start_len {spec.logprob_start_len}, expected at most the prompt's {num} tokens"
+            )
+        if spec.top_logprobs_num > vocab:
+            raise InvalidRequestError(
+                f"{what}: got top_logprobs_num {spec.top_logprobs_num}, expected at most the vocabulary size {vocab}"
+            )
+        if spec.params.stop and self._tokenizer is None:
+            raise InvalidRequestError(
+                f"{what}: got stop strings without a tokenizer; use stop_token_ids or drop skip_tokenizer_init"
+            )
+
+    @staticmethod
+    def _check_tokens(ids: Iterable[int], vocab: int, what: str) -> None:
+        worst = max(ids, default=0)
+        if worst >= vocab:
+            raise InvalidRequestError(
+                f"{what}: got token id {worst}, expected ids within the vocabulary [0, {vocab}); "
+                "is this the model's tokenizer?"
+            )
+
+
+def _asked_of_prompt(spec: PromptSpec) -> Hashable:
+    """Equal for prompts that can share their computation: the same tokens, and the same log-probabilities of them."""
+    return (
+        tuple(spec.input_ids),
+        spec.return_logprob,
+        spec.logprob_start_len,
+        spec.top_logprobs_num,
+        None if spec.token_ids_logprob is None else tuple(spec.token_ids_logprob),
+    )

@@ -1,0 +1,154 @@
+"""Puts an engine together: reads the model's configuration, sizes the KV pool, loads the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from ...cache.kv_cache_manager import KVCacheManager
+from ...config import EngineConfig, ResolvedConfig, free_memory_bytes
+from ...errors import ConfigError
+from ...layers.sampler import Sampler
+from ...models.loader import LoadConfig, get_model_loader
+from ...models.model_config import ModelConfig
+from ...runner.kv_pool import KVPool
+from ...runner.model_runner import ModelRunner
+from ...scheduling.scheduler import Scheduler, SchedulerConfig
+from ...tokenizer import Tokenizer, end_token_ids
+from .admission import Admission
+from .core import EngineCore
+from .ranks import RankGroups, RankSpec, device_of
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore:
+    """The engine loop of one rank, ready to run; all ranks call it at about the same time.
+
+    Raises `ConfigError` or `CheckpointError` for what cannot be served.
+    """
+    check_config(config)
+    spec = spec or RankSpec()
+    model_config = ModelConfig.from_folder(config.model_path)
+    resolved = resolve(config, model_config, device_of(spec, config.device))
+    ranks = RankGroups.join(spec, resolved.device, config.start_timeout_s)
+    # Free memory differs between ranks; their block tables must not.
+    num_blocks = ranks.order.broadcast_object(resolved.num_blocks, int, src=0)
+    resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
+    runner = ModelRunner(
+        model_config,
+        dtype=DTYPES[resolved.dtype],
+        device=resolved.device,
+        block_size=resolved.block_size,
+        num_blocks=resolved.num_blocks,
+        tp=ranks.tp,
+    )
+    loader = get_model_loader(LoadConfig(load_format=config.load_format, seed=config.seed))
+    loader.load(runner.model, config.model_path)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_running_requests=config.max_running_requests,
+            chunked_prefill_size=config.chunked_prefill_size,
+        ),
+        KVCacheManager(
+            num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size,
+            enable_prefix_cache=config.enable_prefix_cache,
+        ),
+    )
+    end_ids = end_token_ids(config.model_path, tokenizer)
+    logger.info("resolved configuration: %s", resolved)
+    return EngineCore(
+        resolved,
+        runner=runner,
+        scheduler=scheduler,
+        sampler=Sampler(),
+        admission=Admission(resolved, tokenizer, end_ids),
+        ranks=ranks,
+    )
+
+
+def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedConfig:
+    """Settle everything that `config` leaves open, from the model and from this machine."""
+    dtype = (config.dtype if config.dtype != "auto" else model.dtype or "float32").removeprefix(
+        "torch."
+    )
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype: got {config.dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}"
+        )
+    context = config.context_length or model.max_position_embeddings
+    if context > model.max_position_embeddings:
+        raise ConfigError(
+            f"context_length: got {context}, expected at most the model's {model.max_position_embeddings} positions"
+        )
+    block_bytes = KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=config.block_size,
+        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
+        head_dim=model.head_dim,
+        dtype=DTYPES[dtype],
+    )
+    num_blocks = _num_blocks(config, context, block_bytes, device)
+    return ResolvedConfig(
+        user=config,
+        dtype=dtype,
+        device=device,
+        context_length=context,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        kv_cache_bytes=num_blocks * block_bytes,
+        vocab_size=model.vocab_size,
+        weight_version=config.weight_version if config.weight_version is not None else "0",
+    )
+
+
+def _num_blocks(config: EngineConfig, context: int, block_bytes: int, device: str) -> int:
+    """Blocks that fit the budget, and no more than all running requests at full length can use."""
+    budget = config.kv_cache_bytes
+    if budget is None:
+        on_gpu = device.startswith("cuda")
+        fraction = config.mem_fraction_static or (0.8 if on_gpu else 0.25)
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory_bytes()
+        budget = int(fraction * free)
+        useful = config.max_running_requests * -(-context // config.block_size) * block_bytes
+        budget = min(budget, useful)
+    num = budget // block_bytes
+    if num < 2:
+        raise ConfigError(
+            f"KV pool: got {budget} bytes, expected at least two blocks of {block_bytes} bytes; raise kv_cache_bytes "
+            "or mem_fraction_static"
+        )
+    return num
+
+
+def check_config(config: EngineConfig) -> None:
+    """Ranges that a type cannot express; one error for each field."""
+    if not Path(config.model_path).is_dir():
+        raise ConfigError(
+            f"model_path: got {config.model_path!r}, expected a folder with config.json; there is no model hub here: "
+            "download the checkpoint first"
+        )
+    for name in ("max_running_requests", "chunked_prefill_size", "block_size", "tp_size"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1")
+    for name in ("context_length", "kv_cache_bytes", "num_threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
+    if config.tp_size > 1 and config.executor == "inline":
+        raise ConfigError(
+            f"tp_size: got {config.tp_size} with executor 'inline', expected 1; use executor='local' or 'ray'"
+        )
+    fraction = config.mem_fraction_static
+    if fraction is not None and not 0 < fraction < 1:
+        raise ConfigError(f"mem_fraction_static: got {fraction}, expected a number within (0, 1)")

@@ -1,0 +1,422 @@
+"""The engine loop: one ordered stream of commands, one step after another.
+
+`EngineCore` runs on one thread of one process; which one is the executor's business. Between two steps it carries out
+whatever has arrived, in order: requests, aborts, pauses, and the write of a weight update. That order is what makes a
+commit atomic: no step ever sees it half done.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+
+from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
+from weight_sync.publisher.channel import LocalChannel
+from weight_sync.receiver.receiver import WeightReceiver
+from weight_sync.receiver.service import WeightService
+from weight_sync.wire.rpc import Call
+
+from ...config import ResolvedConfig
+from ...errors import EngineClosedError, EngineStepError, RolloutError
+from ...layers.sampler import Sampler
+from ...protocol import commands as cmd
+from ...protocol.tick_messages import Boundary, Disarm, EndPause, Expire, Item, Tick
+from ...runner.model_runner import ModelRunner
+from ...scheduling.batch import ScheduledBatch
+from ...scheduling.scheduler import Scheduler
+from .admission import Admission
+from .inbox import Inbox
+from .memory import MemoryOccupation
+from .postprocess import Postprocessor
+from .rank_weights import connect_ranks
+from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
+from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
+from .weight_host import EngineWeightHost, read_weight
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineCore:
+    """One rank's scheduler, runner and receiver; everything but `submit` and `between_steps` is the loop's.
+
+    Rank 0 takes commands and shares its ticks with the other ranks; those take theirs from it and answer nobody.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        *,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        admission: Admission,
+        ranks: RankGroups,
+    ) -> None:
+        self.config = config
+        self.runner = runner
+        self.scheduler = scheduler
+        self.admission = admission
+        self.post = Postprocessor(scheduler, runner, sampler)
+        self.post.version = config.weight_version
+        self.memory = MemoryOccupation(runner)
+        self.host = EngineWeightHost(
+            self,
+            runner=runner,
+            scheduler=scheduler,
+            post=self.post,
+            memory=self.memory,
+            kv_policy=config.user.kv_policy,
+        )
+        self.receiver = WeightReceiver(
+            runner.weight_map,
+            self.host,
+            keep_previous=config.user.keep_previous_weights,
+            label=config.weight_version,
+            agreement=GroupAgreement(ranks.weights),
+        )
+        self._service = WeightService(self.receiver)
+        self.weights = connect_ranks(self._service, ranks)
+        self._ranks = ranks
+        self._follows = ranks.spec.rank > 0
+        self._ticks: TickLink = TickGroup(ranks.order)
+        self._inbox = Inbox()
+        self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
+        self._num_boundaries = 0
+        self._thread: threading.Thread | None = None
+        self._paused: cmd.PauseMode | None = None
+        self._pause_ends = 0.0
+        self._closed = threading.Event()
+        self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
+        self._handlers: dict[type, Callable[[Call], None]] = {
+            cmd.Generate: self._generate,
+            cmd.AbortRequests: self._abort,
+            cmd.PauseGeneration: self._pause,
+            cmd.ContinueGeneration: self._continue,
+            cmd.FlushCache: self._flush,
+            cmd.GetWeights: self._get_weights,
+            cmd.ReleaseMemory: self._release_memory,
+            cmd.ResumeMemory: self._resume_memory,
+            cmd.GetStatus: self._status,
+            cmd.Shutdown: self._shutdown,
+        }
+
+    # ---- any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """Put a command into the order; returns at once. Weight messages go to the receiver's own thread."""
+        if self._closed.is_set():
+            call.fail(self._ending)
+        elif type(call.body) in self._handlers:
+            self._inbox.put_call(call)
+        else:
+            self.weights.handle(call)
+
+    def local_channel(self) -> LocalChannel:
+        """How a publisher in this process reaches an engine of one rank."""
+        return LocalChannel(self._service)
+
+    def between_steps(
+        self, action: Callable[[], T], timeout_s: float, name: str | None = None
+    ) -> T:
+        """Run `action` on the loop's thread at the next step boundary and return what it returns.
+
+        Raises `DeadlineExceeded` if the boundary does not come in time; then `action` never runs. `name`: where there
+        are several ranks, each arms its own action under the same name, and all run them at the same place in the
+        order; rank 0 must come last.
+        """
+        if threading.current_thread() is self._thread:
+            return action()
+        armed = self._arm(action, name)
+        # Other ranks run it, or give it up, when rank 0 does; they wait longer, lest they part ways with it.
+        result: T = armed.wait(timeout_s + FOLLOW_S if self._follows else timeout_s)
+        return result
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
+        if threading.current_thread() is self._thread:
+            action()
+        else:
+            self._arm(action)
+
+    def _arm(self, action: Callable[[], Any], name: str | None = None) -> Action:
+        if name is None:
+            self._num_boundaries += 1
+            name = f"{threading.get_ident()}/{self._num_boundaries}"
+        armed = Action(action)
+        self._boundaries.arm(name, armed)
+        if not self._follows:
+            self._inbox.put(Boundary(name=name))
+        return armed
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `Shutdown`; the thread that calls this is the loop's thread."""
+        self._thread = threading.current_thread()
+        try:
+            while not self._closed.is_set():
+                for item, call in self._next_tick():
+                    self._carry_out(item, call)
+                if self._may_step and not self._closed.is_set():
+                    self.step()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
+        finally:
+            self._close()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """The loop cannot go on: nobody must take what they have for a result."""
+        died = EngineDiedError(
+            f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
+        )
+        self._ending = died
+        for group in list(self.post.groups):
+            self.post.fail(group, died)
+
+    def step(self) -> bool:
+        """Compute one batch and hand out its tokens; False if there was nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        try:
+            hidden = self.runner.forward(batch)
+            rows = self.scheduler.complete(batch)
+            self.post.input_logprobs(batch, hidden)
+            self.post.sample(batch, hidden, rows)
+        except Exception as error:
+            self._fail_step(batch, error)
+        return True
+
+    def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
+        """End the calls of a batch that could not be computed; the engine and all other calls go on."""
+        if self.runner.tp.size > 1:
+            raise error  # The ranks may have parted ways: only a new engine is sound.
+        logger.exception("a step with %d requests failed", len(batch.items))
+        failure = EngineStepError(
+            f"the step failed: {type(error).__name__}: {error}; other requests go on"
+        )
+        for item in batch.items:
+            self.post.fail(item.request.outputs.group, failure)
+
+    @property
+    def _may_step(self) -> bool:
+        usable = self.host.torn is None and not self.memory.released
+        return usable and self._paused is None and self.scheduler.has_work
+
+    def _next_tick(self) -> list[tuple[Item, Call]]:
+        """What comes before the next step; waits while there is nothing to compute."""
+        if self._follows:
+            return for_nobody(self._ticks.receive())
+        items = self._due()
+        items += self._inbox.take(0.0 if items or self._may_step else self._patience())
+        items = [(self._settled(item), call) for item, call in items]
+        self._ticks.send(Tick(items=[item for item, _ in items]))
+        return items
+
+    def _settled(self, item: Item) -> Item:
+        """Whether a boundary is still wanted is decided once, by rank 0, for all ranks."""
+        if isinstance(item, Boundary) and not self._boundaries.claim(item.name):
+            return Disarm(name=item.name)
+        return item
+
+    def _carry_out(self, item: Item, call: Call) -> None:
+        if isinstance(item, Boundary):
+            self._boundaries.run(item.name)
+        elif isinstance(item, Disarm):
+            self._boundaries.disarm(item.name)
+        elif isinstance(item, Expire):
+            self._expire(item.numbers)
+        elif isinstance(item, EndPause):
+            logger.warning(
+                "the lease of the pause (mode %s) ended; generation continues", self._paused
+            )
+            self._paused = None
+        else:
+            self._command(call)
+
+    def _command(self, call: Call) -> None:
+        if self._closed.is_set():
+            call.fail(self._ending)
+            return
+        try:
+            self._handlers[type(call.body)](call)
+        except Exception as error:
+            if not isinstance(error, (ValueError, RolloutError, TornWeightsError)):
+                logger.exception("%s failed", type(call.body).__name__)
+            call.fail(error)
+
+    # ---- clocks, on rank 0 -----------------------------------------------------------------------------------------
+
+    def _due(self) -> list[tuple[Item, Call]]:
+        """What the clock asks for now."""
+        now = time.monotonic()
+        due: list[Item] = []
+        if self._paused is not None and now >= self._pause_ends:
+            due.append(EndPause())
+        late = [group.number for group in self.post.groups if now >= group.deadline]
+        if late:
+            due.append(Expire(numbers=sorted(late)))
+        return [(item, NullCall(item)) for item in due]
+
+    def _patience(self) -> float:
+        """Seconds that the loop may sleep before a lease or a deadline needs it."""
+        ends = [self._pause_ends] if self._paused is not None else []
+        ends += [group.deadline for group in self.post.groups]
+        longest = HEARTBEAT_S if self._ranks.spec.size > 1 else 3600.0
+        return min(max(0.0, min(ends) - time.monotonic()), longest) if ends else longest
+
+    def _expire(self, numbers: Sequence[int]) -> None:
+        for group in [group for group in self.post.groups if group.number in numbers]:
+            missing = group.num_samples - group.num_finished
+            self.post.fail(
+                group,
+                DeadlineExceeded(
+                    f"generate: {missing} of {group.num_samples} samples were not finished by the deadline; "
+                    "raise timeout_s, or stream to keep partial results"
+                ),
+            )
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def _generate(self, call: Call) -> None:
+        self.host.check_whole()
+        group, prompts = self.admission.open(call)
+        try:
+            for requests in prompts:
+                self.scheduler.add(requests)
+                group.requests.extend(requests)
+        except ValueError:
+            self.post.discard(group)
+            raise
+        self.post.groups.add(group)
+
+    def _abort(self, call: Call) -> None:
+        rids = set(call.body.rids)
+        chosen = [
+            request
+            for group in self.post.groups
+            for request in group.requests
+            if call.body.abort_all or request.rid in rids or request.outputs.spec.rid in rids
+        ]
+        for request in chosen:
+            self.post.abort(request, "aborted by the caller")
+        call.reply(cmd.Done(count=len(chosen)))
+
+    def _pause(self, call: Call) -> None:
+        body: cmd.PauseGeneration = call.body
+        num = 0
+        if body.mode == "abort":
+            num = self.post.abort_all(
+                "generation was paused (mode abort); resubmit prompt plus partial output"
+            )
+        elif body.mode == "retract":
+            num = self.scheduler.num_running
+            self.scheduler.retract_all()
+        self._paused = body.mode
+        self._pause_ends = time.monotonic() + body.lease_s
+        call.reply(cmd.Done(count=num))
+
+    def _continue(self, call: Call) -> None:
+        self._paused = None
+        call.reply(cmd.Done())
+
+    def _flush(self, call: Call) -> None:
+        pending = self.scheduler.num_running + self.scheduler.num_waiting
+        if pending:
+            raise RolloutError(
+                f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "
+                "or push weights with kv_policy='flush'"
+            )
+        self.scheduler.kv.flush()
+        call.reply(cmd.Done())
+
+    def _get_weights(self, call: Call) -> None:
+        if "weights" in self.memory.released:
+            raise RolloutError(
+                "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
+            )
+        tensor = read_weight(self.runner, call.body.name, self._ranks.order)
+        first, size = call.body.first_row, call.body.truncate_size
+        rows = tensor[first : first + size] if tensor.dim() else tensor
+        rows = rows.float().cpu().contiguous()
+        call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
+
+    def _release_memory(self, call: Call) -> None:
+        tags = call.body.tags
+        if self._any_rank("weights" in tags and self.receiver.updating):
+            raise RolloutError(
+                "cannot release weights: an update is under way; end or abort it first"
+            )
+        if "kv_cache" in tags:
+            self.scheduler.retract_all()
+            self.scheduler.kv.flush()
+        changed, num_bytes = self.memory.release(tags)
+        if "weights" in changed:
+            self.receiver.lose_weights("their memory was released")
+        self._memory_changed(call, changed, num_bytes)
+
+    def _resume_memory(self, call: Call) -> None:
+        failure: RolloutError | None = None
+        changed: list[cmd.MemoryTag] = []
+        num_bytes = 0
+        try:
+            changed, num_bytes = self.memory.resume(call.body.tags)
+        except RolloutError as error:
+            failure = error
+        if self._any_rank(failure is not None):
+            self.memory.release(changed)  # On all ranks or on none.
+            raise failure or RolloutError(
+                "cannot resume memory: another rank of the engine has none"
+            )
+        self._memory_changed(call, changed, num_bytes)
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank; all ranks ask at the same place in their order."""
+        return bool(self._ranks.order.all_reduce(torch.tensor([int(flag)])).any())
+
+    def _memory_changed(self, call: Call, changed: list[cmd.MemoryTag], num_bytes: int) -> None:
+        total = self._ranks.order.all_reduce(torch.tensor([num_bytes]))
+        call.reply(cmd.MemoryChanged(tags=changed, num_bytes=int(total)))
+
+    def _status(self, call: Call) -> None:
+        call.reply(self.status())
+
+    def status(self) -> cmd.Status:
+        """Counts, versions and sizes as of now."""
+        resolved = msgspec.to_builtins(self.config)
+        user = resolved.pop("user")
+        kv = self.scheduler.kv
+        return cmd.Status(
+            weight_version=self.post.version,
+            version=self.receiver.version,
+            torn=self.receiver.torn,
+            paused=self._paused,
+            released=sorted(self.memory.released),
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_free_blocks=kv.num_available,
+            num_blocks=self.config.num_blocks,
+            resolved={**user, **resolved},
+            pid=self.admission.pid,
+        )
+
+    def _shutdown(self, call: Call) -> None:
+        self._closed.set()
+        call.reply(cmd.Done())
+
+    def _close(self) -> None:
+        """End what is left; after this `submit` refuses."""
+        self._closed.set()
+        self.post.release(True)
+        self.post.abort_all("the engine was shut down")
+        self.weights.close()
+        self._ranks.close()
+        self._inbox.drain(lambda call: call.fail(self._ending))

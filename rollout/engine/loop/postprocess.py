@@ -1,0 +1,258 @@
+"""What follows the forward of a step: draw tokens, note log-probabilities, finish samples, send the news."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...layers.logprobs import token_logprobs, top_logprobs
+from ...layers.sampler import NonFiniteLogitsError, Sampler
+from ...protocol.commands import FinishReason, SampleUpdate, TopLogprobs
+from ...runner.model_runner import ModelRunner
+from ...scheduling.batch import SampleRow, ScheduledBatch
+from ...scheduling.request import Request
+from ...scheduling.scheduler import Scheduler
+from .output_hold import OutputHold
+from .sample_state import GenerateGroup, SampleState
+
+LOGITS_BYTES = 64 << 20
+"""Prompt log-probabilities are computed in pieces of at most this many bytes of logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Extra log-probabilities of some rows of logits, by row."""
+
+    top: dict[int, TopLogprobs]
+    selected: dict[int, TopLogprobs]
+
+
+class Postprocessor:
+    """Owns the output side of all requests under way; used on the engine loop's thread alone."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._max_rows = max(1, LOGITS_BYTES // (4 * runner.model_config.vocab_size))
+        self.groups: set[GenerateGroup] = set()
+        self.version = ""
+        """Label of the weights that compute the next step."""
+        self._hold: OutputHold | None = None
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def input_logprobs(self, batch: ScheduledBatch, hidden: torch.Tensor) -> None:
+        """Log-probabilities of prompt tokens that this batch's logits give; position p gives token p + 1."""
+        rows, owners = [], []
+        offset = 0
+        for item in batch.items:
+            if item.input_logprobs is not None:
+                rows += [offset + position - item.start for position in item.input_logprobs]
+                owners += [(item.request, position) for position in item.input_logprobs]
+            offset += item.length
+        for first in range(0, len(rows), self._max_rows):
+            piece = slice(first, first + self._max_rows)
+            logits = self._runner.compute_logits(
+                hidden[torch.tensor(rows[piece], device=hidden.device)]
+            )
+            self._note_inputs(logits, owners[piece])
+
+    def _note_inputs(self, logits: torch.Tensor, owners: Sequence[tuple[Request, int]]) -> None:
+        targets = [request.token_ids[position + 1] for request, position in owners]
+        values = token_logprobs(logits, 1.0, torch.tensor(targets)).tolist()
+        tables = self._tables(logits, [request for request, _ in owners], temperature=1.0)
+        for row, ((request, position), value) in enumerate(zip(owners, values, strict=True)):
+            inputs = request.outputs.inputs
+            index = position + 1 - inputs.start
+            if index < 0:
+                continue
+            inputs.values[index] = value
+            inputs.top[index] = tables.top.get(row)
+            inputs.selected[index] = tables.selected.get(row)
+
+    def sample(
+        self, batch: ScheduledBatch, hidden: torch.Tensor, rows: Sequence[SampleRow]
+    ) -> None:
+        """Draw a token for every request whose known tokens are all computed, and finish those that end."""
+        last_rows, offset = [], 0
+        for item in batch.items:
+            offset += item.length
+            last_rows.append(offset - 1)
+        for row in rows:
+            if not row.draws:
+                self._finish(row.request, FinishReason(type="length", length=0))
+        drawing = [row for row in rows if row.draws]
+        for first in range(0, len(drawing), self._max_rows):
+            piece = drawing[first : first + self._max_rows]
+            # Samples of one prompt draw their first token from one row of logits.
+            items = list(dict.fromkeys(row.item_index for row in piece))
+            picked = torch.tensor([last_rows[item] for item in items], device=hidden.device)
+            logits = self._runner.compute_logits(hidden.index_select(0, picked))
+            requests = [row.request for row in piece]
+            if len(items) == len(piece):
+                self._draw(logits, requests, None)
+            else:
+                place = {item: i for i, item in enumerate(items)}
+                self._draw(logits, requests, [place[row.item_index] for row in piece])
+
+    def _draw(
+        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
+    ) -> None:
+        try:
+            drawn = self._sampler.sample(logits, requests, shared)
+        except NonFiniteLogitsError as error:
+            self._draw_the_rest(logits, requests, shared, error)
+            return
+        logprobs = [] if drawn.logprobs is None else drawn.logprobs.tolist()
+        tables = self._output_tables(logits, requests, shared)
+        now, version = time.time(), self.version
+        append = self._scheduler.append_token
+        for row, (request, token) in enumerate(zip(requests, drawn.token_ids, strict=True)):
+            state: SampleState = request.outputs
+            state.note_token(request.num_output_tokens, version)
+            append(request, token)
+            if request.return_logprob:
+                state.logprobs.append(logprobs[row])
+                if tables is not None:
+                    state.top.append(tables.top.get(row, []))
+                    state.selected.append(tables.selected.get(row, []))
+            if state.spec.return_token_times:
+                state.token_times.append(now)
+            reason = state.finish_reason(request)
+            if reason is not None:
+                self._finish(request, reason)
+            elif state.group.stream:
+                self._send(state.group, state.update(request, None, version))
+
+    def _draw_the_rest(
+        self,
+        logits: torch.Tensor,
+        requests: Sequence[Request],
+        shared: Sequence[int] | None,
+        error: NonFiniteLogitsError,
+    ) -> None:
+        """End the calls whose logits are no distribution, and draw for the others."""
+        shared = range(len(requests)) if shared is None else shared
+        for row in error.rows:
+            self.fail(requests[row].outputs.group, error)
+        good = [row for row, request in enumerate(requests) if not request.outputs.finished]
+        if good:
+            self._draw(logits, [requests[row] for row in good], [shared[row] for row in good])
+
+    def _output_tables(
+        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
+    ) -> _Tables | None:
+        if not any(request.top_logprobs_num or request.token_ids_logprob for request in requests):
+            return None
+        if shared is not None:
+            logits = logits.index_select(0, torch.tensor(list(shared), device=logits.device))
+        temperature = torch.tensor([request.params.logprob_temperature for request in requests])
+        return self._tables(logits, requests, temperature)
+
+    @staticmethod
+    def _tables(
+        logits: torch.Tensor, requests: Sequence[Request], temperature: float | torch.Tensor
+    ) -> _Tables:
+        """Most likely and selected tokens of the rows that asked for them, by row."""
+        top: dict[int, TopLogprobs] = {}
+        selected: dict[int, TopLogprobs] = {}
+        most = max(request.top_logprobs_num for request in requests)
+        if most:
+            values, ids = (part.tolist() for part in top_logprobs(logits, temperature, most))
+            for row, request in enumerate(requests):
+                num = request.top_logprobs_num
+                top[row] = list(zip(values[row][:num], ids[row][:num], strict=True))
+        for row, request in enumerate(requests):
+            wanted = request.token_ids_logprob
+            if wanted:
+                divisor = (
+                    temperature[row : row + 1]
+                    if isinstance(temperature, torch.Tensor)
+                    else temperature
+                )
+                found = token_logprobs(logits[row : row + 1], divisor, torch.tensor([wanted]))
+                selected[row] = list(zip(found[0].tolist(), wanted, strict=True))
+        return _Tables(top, selected)
+
+    # ---- ends --------------------------------------------------------------------------------------------------------
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.finish(request)
+        self._end(request, reason)
+
+    def abort(self, request: Request, message: str) -> None:
+        """End `request` with what it has; its caller sees finish reason "abort". Nothing happens if it has ended."""
+        if not request.outputs.finished:
+            self._scheduler.abort(request)
+            request.outputs.aborted = True
+            self._end(request, FinishReason(type="abort", message=message))
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        state: SampleState = request.outputs
+        group = state.group
+        state.finished = True
+        group.num_finished += 1
+        self._send(group, state.update(request, reason, self.version))
+        if group.num_finished == group.num_samples:
+            self._send(group, None)
+            self.groups.discard(group)
+
+    def abort_all(self, message: str) -> int:
+        """End every request with what it has; returns how many there were."""
+        pending = [
+            request
+            for group in self.groups
+            for request in group.requests
+            if not request.outputs.finished
+        ]
+        for request in pending:
+            self.abort(request, message)
+        return len(pending)
+
+    def fail(self, group: GenerateGroup, error: Exception) -> None:
+        """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
+        if group in self.groups:
+            self.discard(group)
+            group.channel.fail(error)
+
+    def discard(self, group: GenerateGroup) -> None:
+        """Forget a call and all its requests without news."""
+        self.groups.discard(group)
+        for other in group.requests:
+            if not other.outputs.finished:
+                other.outputs.finished = other.outputs.aborted = True
+                self._scheduler.abort(other)
+
+    # ---- news --------------------------------------------------------------------------------------------------------
+
+    def _send(self, group: GenerateGroup, update: SampleUpdate | None) -> None:
+        """Hand out an update, or the final answer (None); in order, and not before the version is verified."""
+        if self._hold is not None:
+            self._hold.news.append((group, update))
+        elif update is None:
+            group.finish(group.num_samples)
+        else:
+            group.channel.stream(update)
+
+    def hold(self) -> None:
+        """Keep news back until `release`: the version that makes it is not verified yet."""
+        self._hold = OutputHold(self.groups)
+
+    def release(self, ok: bool) -> None:
+        """Hand out what was held; with `ok` False undo it: those tokens were never sampled, their requests go on."""
+        hold, self._hold = self._hold, None
+        if hold is None:
+            return
+        news = hold.news
+        if not ok:
+            self._scheduler.retract_all()
+            for request in hold.undo(self.groups):
+                self.groups.add(request.outputs.group)
+                self._scheduler.revive(request)
+            news = hold.kept_news()
+        for group, update in news:
+            self._send(group, update)

@@ -1,0 +1,165 @@
+"""How the ranks of one engine find each other, and the groups that they share.
+
+tp        collectives of the layers, on the model's device
+order     rank 0's ticks (`ticks`), on the CPU
+weights   agreement on a weight update, on the CPU
+
+They are separate because different threads use them. Every rank joins with the same `RankSpec` but for its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+import numpy as np
+import torch
+
+from ...distributed.group_coordinator import GroupCoordinator
+from ...distributed.stateless_process_group import StatelessProcessGroup
+from ...errors import ConfigError
+from ...protocol.tick_messages import Tick
+
+HEARTBEAT_S = 10.0
+"""Rank 0 sends a tick at least this often, so that the others can tell an idle engine from a dead one."""
+FOLLOW_S = 60.0
+"""How much longer than rank 0 another rank waits for a step boundary, because rank 0 decides whether it comes."""
+SILENCE_S = 120.0
+"""Silence after which a rank gives rank 0 up; a step, a load or a commit may take long."""
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rank's place among the ranks of an engine."""
+
+    rank: int = 0
+    """From 0; rank 0 talks to clients."""
+    size: int = 1
+    """Number of ranks."""
+    store_host: str = ""
+    """Host of the rendezvous; empty with one rank."""
+    store_port: int = 0
+    """Its port."""
+    device: str | None = None
+    """Device of this rank; None: as configured."""
+    socket_folder: str = ""
+    """Folder of whoever started the rank, where its socket files go; empty: see `bind`."""
+    owner_folder: str = ""
+    """A folder of its owner's, which the rank removes when the owner has died and cannot; empty: none."""
+
+    def bind(self, name: str) -> str | None:
+        """Address for a socket of this rank; None: the only rank of an engine may do as it likes."""
+        if self.socket_folder:
+            return f"ipc://{self.socket_folder}/{name}"
+        # A rank that is killed removes no file, and its owner may be on another machine.
+        return "tcp://127.0.0.1:0" if self.size > 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroups:
+    """The groups of one rank."""
+
+    spec: RankSpec
+    tp: GroupCoordinator
+    order: GroupCoordinator
+    weights: GroupCoordinator
+
+    @classmethod
+    def join(cls, spec: RankSpec, device: str, timeout_s: float) -> Self:
+        """Meet the other ranks; returns when all have come, or raises `DeadlineExceeded`."""
+
+        def group(name: str, on: str) -> GroupCoordinator:
+            if spec.size == 1:
+                return GroupCoordinator.single(device=on, name=name)
+            meeting = StatelessProcessGroup.create(
+                spec.store_host,
+                spec.store_port,
+                spec.rank,
+                spec.size,
+                name=name,
+                timeout_s=timeout_s,
+                served=True,
+            )
+            with contextlib.closing(meeting):
+                return GroupCoordinator.create(meeting, device=on, timeout_s=SILENCE_S)
+
+        return cls(
+            spec=spec,
+            tp=group("tp", device),
+            order=group("order", "cpu"),
+            weights=group("weights", "cpu"),
+        )
+
+    def close(self) -> None:
+        """Leave all groups; what the other ranks wait for then fails."""
+        for group in (self.tp, self.order, self.weights):
+            group.destroy()
+
+
+@dataclass(frozen=True, slots=True)
+class TickGroup:
+    """Ticks over the group `order`."""
+
+    group: GroupCoordinator
+
+    def send(self, tick: Tick) -> None:
+        """Rank 0: tell all other ranks."""
+        if self.group.size > 1:
+            self.group.broadcast_object(tick, Tick, src=0)
+
+    def receive(self) -> Tick:
+        """Another rank: wait for what rank 0 tells."""
+        tick: Tick = self.group.broadcast_object(None, Tick, src=0, timeout_s=SILENCE_S)
+        return tick
+
+
+class GroupAgreement:
+    """`weight_sync.receiver.agreement.RankAgreement` over the group `weights`."""
+
+    _TEXT_BYTES = 4096
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+        self.rank = group.rank
+        self.size = group.size
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Every rank's uint64 array of one shape, stacked in rank order, on every rank."""
+        tensor = torch.from_numpy(values.astype(np.uint64).view(np.int64))
+        gathered: np.ndarray = self._group.all_gather(tensor[None], dim=0).numpy().view(np.uint64)
+        return gathered
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, cut where it is very long."""
+        data = text.encode()[: self._TEXT_BYTES]
+        frame = torch.zeros(self._TEXT_BYTES, dtype=torch.uint8)
+        frame[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
+            : len(data)
+        ]
+        rows = self._group.all_gather(frame[None], dim=0)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def device_of(spec: RankSpec, configured: str) -> str:
+    """The device of a rank: its own where it was given one, else one GPU a rank, or the CPU.
+
+    Raises `ConfigError` where there are fewer GPUs than ranks, or none of the configured number.
+    """
+    if spec.device is not None:
+        return spec.device
+    if configured == "auto":
+        configured = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{spec.rank}" if configured == "cuda" else configured
+    number, num_gpus = torch.device(device).index or 0, torch.cuda.device_count()
+    if device.startswith("cuda") and not num_gpus:
+        raise ConfigError(
+            f"device: got {configured!r}, expected 'cpu': this process sees no GPU; look at CUDA_VISIBLE_DEVICES, and "
+            "whether torch was built for CUDA"
+        )
+    if device.startswith("cuda") and number >= num_gpus:
+        raise ConfigError(
+            f"device: got {configured!r} for rank {spec.rank} of {spec.size}, expected at most {num_gpus} ranks, one "
+            "for each GPU that this process sees; set device='cpu', a smaller tp_size, or CUDA_VISIBLE_DEVICES"
+        )
+    return device

@@ -1,0 +1,118 @@
+"""What the weight receiver may do to a running engine (`weight_sync.receiver.host.WeightHost`), on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+from weight_sync.errors import TornWeightsError
+
+from ...config import KvPolicy
+from ...distributed.group_coordinator import GroupCoordinator
+from ...runner.model_runner import ModelRunner
+from ...scheduling.scheduler import Scheduler
+from .memory import MemoryOccupation
+from .postprocess import Postprocessor
+
+T = TypeVar("T")
+
+
+class Loop(Protocol):
+    """The engine loop, as far as the host needs it."""
+
+    def between_steps(
+        self, action: Callable[[], T], timeout_s: float, name: str | None = None
+    ) -> T:
+        """Run `action` at a step boundary and wait for it."""
+        ...
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Run `action` at a step boundary (now, on the loop's thread) without waiting for it."""
+        ...
+
+
+class EngineWeightHost:
+    """Refreshes what depends on the weights when they change; refuses to generate while they are a mixture."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        post: Postprocessor,
+        memory: MemoryOccupation,
+        kv_policy: KvPolicy,
+    ) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._scheduler = scheduler
+        self._post = post
+        self._memory = memory
+        self._kv_policy = kv_policy
+        self.torn: str | None = None
+        """Why nothing may be generated, or None."""
+
+    def between_steps(
+        self, action: Callable[[], T], timeout_s: float, name: str | None = None
+    ) -> T:
+        """Run `action` at a step boundary; ranks that pass the same name do so at the same one."""
+        return self._loop.between_steps(action, timeout_s, name)
+
+    def unwritable(self) -> str | None:
+        """Why parameters cannot be written at present, or None."""
+        if "weights" in self._memory.released:
+            return "their memory is released; call resume_memory_occupation(['weights']) first"
+        return None
+
+    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
+        """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
+        self.torn = None
+        self._runner.refresh_derived_state()
+        self._post.version = label if label is not None else str(version)
+        if (kv_policy or self._kv_policy) in ("recompute", "flush"):
+            self._scheduler.recompute_all()
+        # Prefixes of older versions are never found again, whatever the policy.
+        self._scheduler.kv.set_weight_version(version)
+
+    def hold_outputs(self) -> None:
+        """Keep tokens back until `release_outputs` (overlapped verification)."""
+        self._post.hold()
+
+    def release_outputs(self, ok: bool) -> None:
+        """Hand out the tokens that were held, or undo them where the new version turned out wrong."""
+        self._loop.soon(lambda: self._post.release(ok))
+
+    def weights_torn(self, reason: str) -> None:
+        """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
+
+        def end_all() -> None:
+            self.torn = reason
+            self._post.release(False)
+            self._post.abort_all(f"the weights cannot be used: {reason}")
+
+        self._loop.soon(end_all)
+
+    def check_whole(self) -> None:
+        """`TornWeightsError` while nothing may be generated."""
+        if self.torn is not None:
+            raise TornWeightsError(
+                f"cannot generate: the weights are not whole ({self.torn}); push a complete update first"
+            )
+
+
+def read_weight(runner: ModelRunner, name: str, group: GroupCoordinator) -> torch.Tensor:
+    """A whole parameter in the trainer's shape; all ranks of `group` read it together."""
+    located = runner.weight_map.locate(name)
+    tensor = located.read()
+    if group.size == 1:
+        return tensor
+    # Parts may be on several ranks (replicated heads): take each element from the last rank that holds it.
+    held = group.all_gather(located.mask()[None].to(torch.uint8), dim=0)
+    parts = group.all_gather(tensor.cpu()[None], dim=0)
+    result = torch.zeros_like(parts[0])
+    for part, mask in zip(parts, held, strict=True):
+        result = torch.where(mask.bool(), part, result)
+    return result

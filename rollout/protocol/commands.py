@@ -1,0 +1,249 @@
+"""What a client may ask of an engine process, and what it answers.
+
+These structs travel over ZMQ as MessagePack with their class name as tag; they are the same objects in the caller's
+process and in a child's, so every executor serves the same surface. Weight updates have their own messages in
+`weight_sync.wire.messages`; the two unions together are the engine's command stream. Sizes are bounded here, meaning is
+checked where a command is carried out.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from rollout.sampling_params import SamplingParams
+
+MAX_PROMPTS = 65_536
+MAX_TOKENS = 1 << 22
+
+Text = Annotated[str, Meta(max_length=1 << 16)]
+Ident = Annotated[str, Meta(max_length=256)]
+TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=MAX_TOKENS)]
+PauseMode = Literal["abort", "retract", "in_place"]
+MemoryTag = Literal["weights", "kv_cache"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of every command and answer: immutable, tagged with its class name, unknown fields refused."""
+
+
+class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt of a `Generate`; its `params.n` samples share the prompt's KV."""
+
+    rid: Ident
+    """Request id; with n > 1 the samples are `rid`-0, `rid`-1, and so on."""
+    input_ids: TokenIds
+    """Prompt tokens, at least one."""
+    params: SamplingParams
+    """How to sample."""
+    return_logprob: bool = False
+    """Return the log-probability of every output token."""
+    logprob_start_len: Annotated[int, Meta(ge=-1)] = -1
+    """First prompt position whose log-probability is wanted; -1: none."""
+    top_logprobs_num: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """How many of the most likely tokens to return per position."""
+    token_ids_logprob: TokenIds | None = None
+    """Tokens whose log-probability is wanted at every position; None: none."""
+    return_token_times: bool = False
+    """Return the wall-clock time (seconds since the epoch) of each output token."""
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Run prompts; answered by a `SampleUpdate` per finished sample (or per step, streaming), then `Done`."""
+
+    prompts: Annotated[list[PromptSpec], Meta(min_length=1, max_length=MAX_PROMPTS)]
+    """Prompts in the order of the result."""
+    stream: bool = False
+    """Send every token as it comes."""
+
+
+class AbortRequests(Message, frozen=True, kw_only=True):
+    """End requests early; their partial results are delivered with finish reason "abort"."""
+
+    rids: list[Ident] = []
+    """Request ids; the id of an n > 1 prompt ends all its samples."""
+    abort_all: bool = False
+    """End every request, running or queued."""
+
+
+class PauseGeneration(Message, frozen=True, kw_only=True):
+    """Stop generating until `ContinueGeneration` or until the lease ends."""
+
+    mode: PauseMode = "abort"
+    """abort: end all requests; retract: drop their KV and queue them again; in_place: freeze them."""
+    lease_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    """Seconds after which the pause ends by itself."""
+
+
+class ContinueGeneration(Message, frozen=True, kw_only=True):
+    """End a pause; no error if there is none."""
+
+
+class FlushCache(Message, frozen=True, kw_only=True):
+    """Drop every cached prefix; refused while requests are pending."""
+
+
+class GetWeights(Message, frozen=True, kw_only=True):
+    """Read one parameter back by its Hugging Face name."""
+
+    name: Annotated[str, Meta(max_length=512)]
+    """Trainer-side name; aliases and fused names work too."""
+    truncate_size: Annotated[int, Meta(ge=0)] = 100
+    """Rows (entries of dimension 0) to return at most."""
+    first_row: Annotated[int, Meta(ge=0)] = 0
+    """The row to begin with."""
+
+
+class ReleaseMemory(Message, frozen=True, kw_only=True):
+    """Give memory back to the system; requests wait until it is resumed."""
+
+    tags: list[MemoryTag]
+    """What to release."""
+
+
+class ResumeMemory(Message, frozen=True, kw_only=True):
+    """Make released memory usable again."""
+
+    tags: list[MemoryTag]
+    """What to resume."""
+
+
+class GetStatus(Message, frozen=True, kw_only=True):
+    """Ask for counts, versions and sizes; answered between two steps."""
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """End the engine process; running requests end with finish reason "abort"."""
+
+
+class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a sample ended."""
+
+    type: Literal["stop", "length", "abort"]
+    """stop: an end token or stop string; length: a limit; abort: someone or something ended it."""
+    matched: int | str | None = None
+    """Token id or string that matched (type "stop")."""
+    length: int | None = None
+    """The limit that was reached, in output tokens (type "length")."""
+    message: str | None = None
+    """Reason in words (type "abort")."""
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Output tokens [start, end) were sampled by the weight version with this label."""
+
+    version: str
+    start: int
+    end: int
+
+
+TopLogprobs = list[tuple[float, int]]
+
+
+class SampleUpdate(Message, frozen=True, kw_only=True):
+    """News of one sample: all of it when it finished, or what is new since the last update when streaming."""
+
+    index: int
+    """Prompt-major position: prompt number x n + sample number."""
+    rid: str
+    """The sample's id."""
+    output_ids: list[int]
+    """Output tokens (new ones only, when streaming)."""
+    finish_reason: FinishReason | None
+    """None while it runs."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    cached_tokens: int
+    """Prompt tokens that came from the prefix cache."""
+    weight_version: str
+    """Label of the version that serves now."""
+    weight_versions: list[Span] = []
+    """Spans over all output tokens; only with a finish reason."""
+    output_logprobs: list[float] | None = None
+    """Log-probability per token of `output_ids`; None: not asked for."""
+    output_top_logprobs: list[TopLogprobs] | None = None
+    """Most likely tokens per output position."""
+    output_ids_logprobs: list[TopLogprobs] | None = None
+    """Log-probabilities of the asked token ids per output position."""
+    input_logprobs: list[tuple[float | None, int]] | None = None
+    """(log-probability, token) per prompt position from `logprob_start_len`; None for position 0."""
+    input_top_logprobs: list[TopLogprobs | None] | None = None
+    """Most likely tokens per prompt position."""
+    input_ids_logprobs: list[TopLogprobs | None] | None = None
+    """Log-probabilities of the asked token ids per prompt position."""
+    token_times: list[float] | None = None
+    """Seconds since the epoch of each token of `output_ids`."""
+    e2e_latency: float = 0.0
+    """Seconds from arrival in the engine process until this update."""
+    num_retractions: int = 0
+    """How often its KV was dropped and computed again."""
+    num_reruns: int = 0
+    """How often it began anew because its replica died (pools); what came before a new beginning is void."""
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """A command was carried out."""
+
+    count: int = 0
+    """How many things it touched: samples delivered, requests ended, blocks dropped."""
+
+
+class MemoryChanged(Message, frozen=True, kw_only=True):
+    """Answer to `ReleaseMemory` and `ResumeMemory`; a tag that was in that state already counts nothing."""
+
+    tags: list[MemoryTag]
+    """What changed its state."""
+    num_bytes: int
+    """Bytes that were given back or taken, all ranks together."""
+
+
+class WeightValues(Message, frozen=True, kw_only=True):
+    """Answer to `GetWeights`: the leading rows as float32."""
+
+    shape: list[int]
+    """Shape of `data`, after truncation."""
+    data: bytes
+    """Little-endian float32, row-major."""
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """Answer to `GetStatus`."""
+
+    weight_version: str
+    """Label of the version that serves."""
+    version: int
+    """Its monotone number."""
+    torn: str | None
+    """Why the weights are a mixture; None: they are whole."""
+    paused: str | None
+    """Mode of the pause; None: not paused."""
+    released: list[MemoryTag]
+    """Memory that is given back at present."""
+    num_running: int
+    """Requests that hold KV blocks."""
+    num_waiting: int
+    """Requests in the queue."""
+    num_free_blocks: int
+    """KV blocks free or reclaimable."""
+    num_blocks: int
+    """KV blocks in the pool."""
+    resolved: dict[str, int | float | str | bool | None]
+    """The resolved configuration."""
+    pid: int
+    """Process that runs the engine loop."""
+
+
+Command = (
+    Generate
+    | AbortRequests
+    | PauseGeneration
+    | ContinueGeneration
+    | FlushCache
+    | GetWeights
+    | ReleaseMemory
+    | ResumeMemory
+    | GetStatus
+    | Shutdown
+)
+Answer = SampleUpdate | Done | MemoryChanged | WeightValues | Status

@@ -1,0 +1,116 @@
+"""Text in, text out: the tokenizer, the end tokens of a checkpoint, and stop strings.
+
+The engine loop works on token ids alone. It decodes only for requests that have stop strings, and then only the tail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, InvalidRequestError
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, loaded from a folder; every engine process has its own."""
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot load a tokenizer from {path}: {error}; pass tokenizer_path=..., or "
+                "skip_tokenizer_init=True to work on token ids"
+            ) from error
+
+    @property
+    def inner(self) -> Any:
+        """The Hugging Face tokenizer itself."""
+        return self._tokenizer
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end token, None if it has none."""
+        return self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with the tokenizer's own special tokens."""
+        return list(self._tokenizer.encode(text))
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool, spaces: bool = True
+    ) -> str:
+        """Text of `token_ids`."""
+        return self._tokenizer.decode(
+            list(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces,
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, as log-probability entries show it."""
+        return self._tokenizer.decode([token_id])
+
+
+def end_token_ids(model_path: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Tokens that end a sequence: those of `generation_config.json`, `config.json` and the tokenizer."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(model_path) / name
+        if file.is_file():
+            value = json.loads(file.read_text()).get("eos_token_id")
+            found.update([value] if isinstance(value, int) else value or [])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return frozenset(found)
+
+
+class StopStringWatcher:
+    """Looks for stop strings at the end of a growing output.
+
+    Each check decodes only as many tokens as the longest stop string can span, plus a few for characters that take
+    several tokens, so the cost per token does not grow with the output.
+    """
+
+    _SLACK = 8
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], *, skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._skip_special_tokens = skip_special_tokens
+        # A token adds at least one byte, and a character takes up to four.
+        self._window = 4 * max(len(stop) for stop in stops) + self._SLACK
+
+    def match(self, output_ids: Sequence[int]) -> str | None:
+        """The stop string that the end of `output_ids` completes, or None; call it after every token."""
+        tail = self._tokenizer.decode(
+            output_ids[-self._window :], skip_special_tokens=self._skip_special_tokens
+        )
+        return next((stop for stop in self._stops if stop in tail), None)
+
+
+def encode_prompts(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt; `InvalidRequestError` where the engine has no tokenizer or a prompt is empty."""
+    if tokenizer is None:
+        raise InvalidRequestError(
+            "cannot encode a text prompt: got skip_tokenizer_init=True, expected a tokenizer; pass input_ids instead"
+        )
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(
+                f"prompt {i}: got {type(prompt).__name__}, expected str; pass token ids as input_ids"
+            )
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            raise InvalidRequestError(
+                f"prompt {i}: got no tokens, expected at least one; prompts must not be empty"
+            )
+        encoded.append(ids)
+    return encoded

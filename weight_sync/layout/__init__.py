@@ -1,0 +1,1 @@
+"""What both ends compute from names and shapes alone: manifests, byte layouts, weight maps, fingerprints."""

@@ -1,0 +1,186 @@
+"""Copies out of an arena: neighbours at both ends joined into one range of bytes, the rest through strided views."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..layout import region as regions
+from ..layout.manifest import ALIGNMENT, Manifest
+from ..layout.memory import Storage, byte_range, storage_key, storage_view
+from ..layout.region import Region
+
+Indices = Sequence[int] | np.ndarray
+Occupied = Mapping[Storage, Sequence[tuple[int, int]]]
+
+_CACHED_SUBSETS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One row of a plan: a part of a tensor of the manifest, and where it goes."""
+
+    index: int
+    """The tensor's position in the manifest."""
+    region: Region
+    """Part of it."""
+    destination: torch.Tensor
+    """Memory of the part's shape, not empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """Bytes that are contiguous at both ends."""
+
+    index: int
+    """The tensor's position in the manifest; of joined ranges, the first one's."""
+    source: int
+    """First byte in the arena."""
+    storage: Storage
+    """Allocation that they go to."""
+    target: int
+    """First byte there."""
+    num_bytes: int
+    """How many."""
+
+
+class Replay:
+    """The compiled copies of a plan: all of them, and those of subsets that were asked for lately."""
+
+    def __init__(self, manifest: Manifest, copies: Sequence[Copy], occupied: Occupied) -> None:
+        """`occupied`: all bytes of the model's tensors, sorted; only what lies between them may take padding."""
+        self._manifest = manifest
+        self._occupied = occupied
+        self._memory = {
+            storage_key(copy.destination): storage_view(copy.destination, torch.uint8)
+            for copy in copies
+        }
+        self._ranges: list[ByteRange] = []
+        self._strided: list[Copy] = []
+        for copy in copies:
+            found = _byte_range(manifest, copy)
+            if found is None:
+                self._strided.append(copy)
+            else:
+                self._ranges.append(found)
+        self._all = self._compile(None)
+        self._some: OrderedDict[bytes, _Batch] = OrderedDict()
+
+    @property
+    def num_rows(self) -> int:
+        """Copies before neighbours were joined."""
+        return len(self._ranges) + len(self._strided)
+
+    @property
+    def num_copies(self) -> int:
+        """Plain copies of all tensors."""
+        return len(self._all.targets)
+
+    @property
+    def num_strided(self) -> int:
+        """Copies through strided views, of all tensors."""
+        return len(self._strided)
+
+    @torch.no_grad()
+    def run(self, stage: torch.Tensor, present: Indices | None) -> None:
+        """Copy from `stage` (uint8); only the tensors `present`, unless it is None."""
+        batch = self._all if present is None else self._subset(present)
+        sources = [stage[first:last] for first, last in batch.sources]
+        targets = batch.targets
+        if batch.strided:
+            targets = targets + [copy.destination for copy in batch.strided]
+            sources += [
+                regions.part(self._manifest.view(stage, copy.index), copy.region)
+                for copy in batch.strided
+            ]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _subset(self, present: Indices) -> _Batch:
+        wanted = np.unique(np.asarray(present, dtype=np.int64))
+        key = wanted.tobytes()
+        batch = self._some.get(key)
+        if batch is None:
+            batch = self._some[key] = self._compile(set(wanted.tolist()))
+            if len(self._some) > _CACHED_SUBSETS:
+                self._some.popitem(last=False)
+        self._some.move_to_end(key)
+        return batch
+
+    @torch.inference_mode(False)
+    def _compile(self, wanted: set[int] | None) -> _Batch:
+        ranges = [r for r in self._ranges if wanted is None or r.index in wanted]
+        joined = list(_joined(ranges, self._occupied))
+        return _Batch(
+            sources=[(r.source, r.source + r.num_bytes) for r in joined],
+            targets=[self._memory[r.storage][r.target : r.target + r.num_bytes] for r in joined],
+            strided=[copy for copy in self._strided if wanted is None or copy.index in wanted],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """What one call copies."""
+
+    sources: list[tuple[int, int]]
+    targets: list[torch.Tensor]
+    strided: list[Copy]
+
+
+def _byte_range(manifest: Manifest, copy: Copy) -> ByteRange | None:
+    """The copy as one range of bytes at both ends, or None where either is strided."""
+    if not copy.destination.is_contiguous():
+        return None
+    meta = manifest.tensors[copy.index]
+    starts, run_bytes = regions.runs(meta.shape, copy.region, meta.dtype.itemsize)
+    if len(starts) > 1:
+        return None
+    return ByteRange(
+        index=copy.index,
+        source=manifest.offsets[copy.index] + int(starts[0]),
+        storage=storage_key(copy.destination),
+        target=byte_range(copy.destination)[0],
+        num_bytes=run_bytes,
+    )
+
+
+def _joined(ranges: Iterable[ByteRange], occupied: Occupied) -> Iterable[ByteRange]:
+    """The same copies in as few ranges as there can be, in the arena's order."""
+    held: ByteRange | None = None
+    for new in sorted(ranges, key=lambda r: r.source):
+        if held is not None and _follows(held, new, occupied):
+            num_bytes = new.source + new.num_bytes - held.source
+            held = ByteRange(
+                index=held.index,
+                source=held.source,
+                storage=held.storage,
+                target=held.target,
+                num_bytes=num_bytes,
+            )
+            continue
+        if held is not None:
+            yield held
+        held = new
+    if held is not None:
+        yield held
+
+
+def _follows(held: ByteRange, new: ByteRange, occupied: Occupied) -> bool:
+    """Whether `new` continues `held` at both ends, at once or after the same padding."""
+    if held.storage != new.storage or new.target - held.target != new.source - held.source:
+        return False
+    end = held.target + held.num_bytes
+    gap = new.target - end
+    if gap == 0:
+        return True
+    if not 0 < gap < ALIGNMENT or new.source % ALIGNMENT or new.target % ALIGNMENT:
+        return False
+    # Another tensor of the model may live in the gap, when this manifest does not send it.
+    ranges = occupied[new.storage]
+    at = bisect_left(ranges, (end, end))
+    return ranges[at][0] >= new.target and (at == 0 or ranges[at - 1][1] <= end)

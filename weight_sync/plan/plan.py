@@ -1,0 +1,209 @@
+"""The compiled update: from the bytes of an arena to the memory of a model, and the fingerprints of both ends.
+
+Everything that depends on names and shapes is worked out once per (manifest, model). After that an update is a few
+operations: ranges that are neighbours at both ends are one copy, and fingerprints are tables.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rollout_kernels.span_table import Span
+
+from ..errors import ManifestMismatch
+from ..layout import region as regions
+from ..layout.fingerprints import ArenaFingerprints, Indices, SubsetSums, region_sum
+from ..layout.manifest import Manifest, dtype_name, mismatch
+from ..layout.memory import Storage, byte_range, storage_key, storage_view, writable
+from ..layout.weight_map import Located, Placement, WeightMap
+from .copies import Copy, Replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """How much work a plan is."""
+
+    num_tensors: int
+    """Tensors of the manifest."""
+    num_bytes: int
+    """Their bytes that this rank holds."""
+    num_rows: int
+    """Parts to copy before neighbours are joined."""
+    num_copies: int
+    """Copies of a full replay that are plain ranges of bytes."""
+    num_strided: int
+    """Copies of a full replay into strided memory, or from a strided part of a tensor."""
+    num_exact: int
+    """Parts whose resident fingerprint takes the slow path: strided, or starting inside a row of the full tensor."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tensors} tensors, {self.num_bytes} bytes: {self.num_copies} plain copies for "
+            f"{self.num_rows} parts, {self.num_strided} strided; {self.num_exact} exact fingerprints"
+        )
+
+
+def compile_plan(manifest: Manifest, weight_map: WeightMap) -> Plan:
+    """The plan that writes an arena laid out by `manifest` into the model of `weight_map`.
+
+    The manifest may name any of the model's tensors, in any order, aliases and fused names too. `ManifestMismatch`
+    lists every tensor that is unknown, of another shape or dtype, or given under two names.
+    """
+    located: list[Located] = []
+    problems: list[str] = []
+    taken: dict[str, str] = {}
+    for meta in manifest.tensors:
+        if weight_map.is_ignored(meta.name) and meta.name not in weight_map.names:
+            problems.append(f"{meta.name}: got a tensor that this model ignores; leave it out")
+            continue
+        try:
+            here = weight_map.locate(meta.name)
+        except ManifestMismatch:
+            problems.append(f"{meta.name}: unknown to this model")
+            continue
+        expected = here.meta
+        if (meta.shape, meta.dtype) != (expected.shape, expected.dtype):
+            problems.append(
+                f"{meta.name}: got {dtype_name(meta.dtype)} {list(meta.shape)}, "
+                f"expected {dtype_name(expected.dtype)} {list(expected.shape)}"
+            )
+        for name in here.canonical:
+            if taken.setdefault(name, meta.name) != meta.name:
+                problems.append(f"{meta.name}: holds {name}, which {taken[name]} holds as well")
+        located.append(here)
+    if problems:
+        raise mismatch(
+            "the manifest does not fit the model",
+            problems,
+            "send each tensor once, under its Hugging Face name, in the engine's shape and dtype",
+        )
+    return Plan(manifest, located, weight_map)
+
+
+class Plan:
+    """One manifest against one model, on one rank; made by `compile_plan`.
+
+    Holds the parameters' memory, by views that stay valid. Not safe for two threads at once on one method; staging
+    and resident calls may overlap.
+    """
+
+    def __init__(
+        self, manifest: Manifest, located: Sequence[Located], weight_map: WeightMap
+    ) -> None:
+        self.manifest = manifest
+        self._staged = ArenaFingerprints(manifest)
+        self._resident = _ResidentSums(located)
+        self.copies = tuple(
+            Copy(index=i, region=placement.region, destination=writable(placement.destination))
+            for i, here in enumerate(located)
+            for placement in here.placements
+            if placement.destination.numel()
+        )
+        """The table: what a replay copies, before neighbours are joined."""
+        self._replay = Replay(manifest, self.copies, weight_map.occupied())
+        self._num_bytes = sum(
+            placement.destination.numel() * placement.destination.element_size()
+            for here in located
+            for placement in here.placements
+        )
+
+    def replay(self, stage: torch.Tensor, present: Indices | None = None) -> None:
+        """Write the arena `stage` (uint8) into the parameters; only the tensors `present`, unless it is None.
+
+        Returns when every copy was issued: on CUDA the caller records an event and waits for it before it lets go of
+        the stage. Padding between parameters may be written too, where both ends have it.
+        """
+        self._replay.run(stage, present)
+
+    def staged_fingerprints(
+        self, stage: torch.Tensor, indices: Indices | None = None
+    ) -> torch.Tensor:
+        """Of the arena `stage`: one value per tensor, or per index in the order given; int64 on the CPU.
+
+        On several ranks all see the same arena, and the same values.
+        """
+        return self._staged.values(stage, indices)
+
+    def resident_fingerprints(self, indices: Indices | None = None) -> torch.Tensor:
+        """Of the parameters' own memory, likewise. With tensor parallelism: this rank's summands."""
+        return self._resident.values(indices)
+
+    def describe(self) -> PlanSummary:
+        """How many copies and slow paths it came to."""
+        return PlanSummary(
+            num_tensors=len(self.manifest.tensors),
+            num_bytes=self._num_bytes,
+            num_rows=self._replay.num_rows,
+            num_copies=self._replay.num_copies,
+            num_strided=self._replay.num_strided,
+            num_exact=self._resident.num_exact,
+        )
+
+
+class _ResidentSums:
+    """The fingerprints of parameters where they are: a table per allocation, and the exact way for odd parts."""
+
+    def __init__(self, located: Sequence[Located]) -> None:
+        self._num = len(located)
+        self._exact: list[tuple[int, Placement]] = []
+        spans: defaultdict[Storage, list[Span]] = defaultdict(list)
+        words: dict[Storage, torch.Tensor] = {}
+        for i, here in enumerate(located):
+            for placement in here.placements:
+                if not placement.destination.numel():
+                    continue
+                key = storage_key(placement.destination)
+                if key not in words:
+                    words[key] = storage_view(placement.destination, torch.int64)
+                span = _span(placement, i, words[key].numel())
+                if span is None:
+                    self._exact.append((i, placement))
+                else:
+                    spans[key].append(span)
+        self._tables = [
+            (words[key], SubsetSums(held, num_outputs=self._num, device=key[0]))
+            for key, held in spans.items()
+        ]
+
+    @property
+    def num_exact(self) -> int:
+        return len(self._exact)
+
+    @torch.no_grad()
+    def values(self, indices: Indices | None) -> torch.Tensor:
+        num = self._num if indices is None else len(indices)
+        result = torch.zeros(num, dtype=torch.int64)
+        for words, table in self._tables:
+            result += table.sums(words, indices).cpu()
+        if self._exact:
+            exact = torch.zeros(self._num, dtype=torch.int64)
+            wanted = None if indices is None else set(np.asarray(indices).tolist())
+            for i, placement in self._exact:
+                if wanted is None or i in wanted:
+                    part = region_sum(placement.destination, placement.shape, placement.region)
+                    exact[i] += part.cpu()
+            result += exact if indices is None else exact[torch.as_tensor(np.asarray(indices))]
+        return result
+
+
+def _span(placement: Placement, output: int, num_words: int) -> Span | None:
+    """The placement's memory as rows of a table, or None where rows cannot express it."""
+    tensor = placement.destination
+    if not tensor.is_contiguous():
+        return None
+    first, end = byte_range(tensor)
+    starts, _ = regions.runs(placement.shape, placement.region, tensor.element_size())
+    single = len(starts) == 1
+    span = Span(
+        offset=first,
+        num_bytes=end - first,
+        output=output,
+        start=int(starts[0]) if single else 0,
+        run_starts=None if single else starts,
+    )
+    return span if span.fits_rows() and end <= num_words * 8 else None

@@ -1,0 +1,96 @@
+"""Where the bytes of one session wait, from the trainer's announcement until the commit writes them.
+
+Two kinds: the trainer's own arena, where both ends see it (`ArenaStage`), and memory of this rank, where bytes arrive
+over a group (`kept_stage.KeptStage`). A session does not know which of them it has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..errors import ProtocolError, TransportError
+from .plan import Plan
+
+Check = Callable[[np.ndarray, np.ndarray], None]
+"""`check(rows, values)` raises unless `values` (N,) uint64 are the fingerprints to expect of `rows` (N,)."""
+
+Fill = Callable[[torch.Tensor], object]
+"""Receives into memory, and returns when it is whole."""
+
+
+class Stage(Protocol):
+    """Used by the receiver's thread; `write` by the engine loop's, while the other waits."""
+
+    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+        """Have these tensors of the manifest, whole and checked, or raise; seconds of work, without waiting."""
+
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        """Bytes that nobody has declared, uint8, once `fill` has received them; valid until the stage takes others."""
+
+    def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        """Take tensors by row, cast to the manifest's dtypes; their fingerprints (N,) uint64, rows ascending."""
+
+    def write(self, rows: np.ndarray | None) -> None:
+        """Write these rows (None: all of the manifest) into the parameters. Returns when every copy was issued."""
+
+    def release(self) -> None:
+        """The session is over: hold nothing any more. Safe to repeat."""
+
+
+class ArenaStage:
+    """The trainer's arena, in place: nothing is copied before the commit.
+
+    The trainer could still change it after the check, which is what the check of the resident bytes is for.
+    """
+
+    def __init__(self, buffer: torch.Tensor, plan: Plan) -> None:
+        check_size(buffer.numel(), plan)
+        self._plan = plan
+        self._buffer = buffer[: plan.manifest.arena_bytes]
+
+    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+        start = time.perf_counter()
+        num_tensors = len(self._plan.manifest.tensors)
+        # Asking for all of them, in their order, is much cheaper.
+        ascending = bool((np.diff(rows.astype(np.int64)) == 1).all())
+        wanted = None if len(rows) == num_tensors and ascending else rows
+        check(rows, as_uint64(self._plan.staged_fingerprints(self._buffer, wanted)))
+        return time.perf_counter() - start
+
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        raise _not_over_a_group()
+
+    def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        raise _not_over_a_group()
+
+    def write(self, rows: np.ndarray | None) -> None:
+        self._plan.replay(self._buffer, rows)
+
+    def release(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def check_size(num_bytes: int, plan: Plan) -> None:
+    """`TransportError` unless an arena of `num_bytes` has room for the plan's manifest."""
+    needed = plan.manifest.arena_bytes
+    if num_bytes < needed:
+        raise TransportError(
+            f"the arena is too small: got {num_bytes} bytes, expected {needed}; make one for this manifest"
+        )
+
+
+def as_uint64(values: torch.Tensor) -> np.ndarray:
+    """Fingerprints, which torch keeps as int64, as what they are."""
+    return values.cpu().contiguous().numpy().view(np.uint64)
+
+
+def _not_over_a_group() -> ProtocolError:
+    return ProtocolError(
+        "Receive needs a session whose arena belongs to a group: got one that trainer and engine share; open an arena "
+        "with a GroupHandle"
+    )

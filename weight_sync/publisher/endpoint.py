@@ -1,0 +1,243 @@
+"""A trainer's standing with one engine: the connection, what the engine said of itself, and the arena it has opened."""
+
+import secrets
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import SyncError, TransportError
+from ..layout.fingerprints import ArenaFingerprints
+from ..transports.arena import Arena
+from ..transports.group.group_arena import GroupArena
+from ..transports.group.process_group import UpdateGroup
+from ..transports.local import LocalArena
+from ..transports.shared_memory import SharedMemoryArena
+from ..wire.deadline import Deadline
+from ..wire.messages import (
+    ArenaOpened,
+    CloseArena,
+    EngineInfo,
+    GetIgnored,
+    Hello,
+    IgnoredReply,
+    JoinGroup,
+    LeaveGroup,
+    OpenArena,
+)
+from .channel import Channel, RpcChannel
+from .selection import Layout, Selector
+
+TransportChoice = Literal["auto", "local", "shared_memory", "process_group"]
+GroupBackend = Literal["auto", "gloo", "nccl"]
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class HasWeightChannel(Protocol):
+    """An engine object, such as `rollout.Engine`."""
+
+    def weight_channel(self) -> Channel:
+        """A channel to its receiver; asked for again when the last one is dead."""
+
+
+class PackedArena:
+    """An arena that an engine has opened, with everything about it that is worked out once."""
+
+    def __init__(self, arena: Arena, arena_id: int, layout: Layout, transport: str) -> None:
+        self.arena = arena
+        self.arena_id = arena_id
+        self.layout = layout
+        self.transport = transport
+        self.buffer = arena.buffer[: layout.manifest.arena_bytes]
+        self.views = layout.manifest.views(self.buffer)
+        self.num_bytes = np.array([view.nbytes for view in self.views], dtype=np.int64)
+        self.fingerprints = ArenaFingerprints(layout.manifest)
+        self.manifest_known = False
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.views.clear()
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.arena.close()
+
+
+class EngineEndpoint:
+    """Connects when it is first used, and anew when the engine behind it has died. Not thread safe."""
+
+    def __init__(
+        self,
+        target: str | HasWeightChannel,
+        *,
+        bucket_bytes: int,
+        transport: TransportChoice,
+        group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
+        gpu: int | None = None,
+    ) -> None:
+        """`gpu`: the one that NCCL sends from; None: the calling thread's current one."""
+        self._target = target
+        self._bucket_bytes = bucket_bytes
+        self._transport = transport
+        self._group_host = group_host
+        self._group_backend = group_backend
+        self._gpu = current_gpu() if gpu is None else gpu
+        self._channel: Channel | None = None
+        self._info: EngineInfo | None = None
+        self._packed: PackedArena | None = None
+        self._ignored: dict[str, bool] = {}
+
+    def channel(self) -> Channel:
+        """The connection; a new one when there is none or its engine is dead."""
+        if self._channel is not None and self._channel.dead is None:
+            return self._channel
+        if self._channel is not None:
+            self._channel.close()
+            self._info = None
+        if isinstance(self._target, str):
+            self._channel = RpcChannel.connect(self._target)
+        else:
+            self._channel = self._target.weight_channel()
+        return self._channel
+
+    def hello(self, deadline: Deadline) -> EngineInfo:
+        """Ask the engine who it is; another one than before needs its own arena."""
+        info: EngineInfo = self.channel().call(Hello(), deadline.left_s("connect"))
+        if self._info is None or info.engine_id != self._info.engine_id:
+            self.drop_arena()
+            self._ignored.clear()
+        self._info = info
+        return info
+
+    def arena(self, deadline: Deadline) -> PackedArena:
+        """The arena with the engine's layout, opened over there."""
+        channel = self.channel()
+        info = self._info if self._info is not None else self.hello(deadline)
+        if self._packed is not None and self._packed.arena.broken is not None:
+            self.drop_arena()
+        if self._packed is None:
+            if self._transport == "process_group":
+                info = self.hello(deadline)  # Ranks come and go where there are many engines.
+            layout = Layout(info, self._bucket_bytes)
+            if self._transport == "process_group":
+                self._packed = self._make_group(channel, info, layout, deadline)
+            else:
+                self._packed = self._make(channel, layout, deadline)
+        return self._packed
+
+    def selector(self, packed: PackedArena, deadline: Deadline, *, cast: bool) -> Selector:
+        """What sorts one session's tensors into rows of the arena."""
+        return Selector(
+            packed.layout,
+            cast=cast,
+            packed=packed.views.__getitem__,
+            ignored=lambda names: self._ask_ignored(names, deadline),
+        )
+
+    def drop_arena(self, wait_s: float | None = None) -> None:
+        """Never write into the arena again: the engine may still read it. It is told to close it, and has done so for
+        certain only after an answer within `wait_s`."""
+        packed, self._packed = self._packed, None
+        if packed is None:
+            return
+        if self._channel is not None and self._channel.dead is None:
+            future = self._channel.submit(CloseArena(arena_id=packed.arena_id), _CLOSE_TIMEOUT_S)
+            if wait_s is not None:
+                try:
+                    future.result(wait_s)
+                except (SyncError, TimeoutError):
+                    pass  # it closes the arena when it gets there, or when this process ends
+        packed.close()
+
+    def close(self) -> None:
+        """Give the arena and the connection back."""
+        self.drop_arena(wait_s=1.0)
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
+        num_bytes = layout.manifest.arena_bytes
+        local = channel.is_local if self._transport == "auto" else self._transport == "local"
+        if local and not channel.is_local:
+            raise TransportError(
+                "cannot lend a buffer: got transport='local' and an engine in another process, expected one in this; "
+                "use 'auto' or 'shared_memory'"
+            )
+        arena: Arena
+        if local:
+            arena = own = LocalArena(num_bytes)
+            own.key = channel.lend(own.buffer)
+        else:
+            arena = SharedMemoryArena(num_bytes)
+        try:
+            opened: ArenaOpened = channel.call(
+                OpenArena(handle=arena.handle), deadline.left_s("open the arena")
+            )
+        except BaseException:
+            arena.close()
+            raise
+        transport = "local" if local else "shared_memory"
+        return PackedArena(arena, opened.arena_id, layout, transport)
+
+    def _make_group(
+        self, channel: Channel, info: EngineInfo, layout: Layout, deadline: Deadline
+    ) -> PackedArena:
+        """Serve a group, have all engine ranks join it, and a stage on each of them."""
+        backend = self._group_backend
+        if backend == "auto":
+            backend = "nccl" if info.device.startswith("cuda") else "gloo"
+        group = UpdateGroup.serve(
+            world_size=1 + info.tp_size,
+            group_name=f"publisher-{secrets.token_hex(6)}",
+            host=self._group_host,
+            backend=backend,
+            device=_gpu(self._gpu) if backend == "nccl" else "cpu",
+            timeout_s=deadline.left_s("join the group"),
+        )
+        try:
+            join = JoinGroup(
+                group_name=group.name,
+                master_address=self._group_host,
+                master_port=group.master_port,
+                rank_offset=1,
+                world_size=group.world_size,
+                backend=backend,
+                timeout_s=deadline.left_s("join the group"),
+            )
+            channel.call(join, deadline.left_s("join the group"))
+            group.joined.result(deadline.left_s("join the group"))
+            arena = GroupArena(layout.manifest.arena_bytes, group)
+            opened: ArenaOpened = channel.call(
+                OpenArena(handle=arena.handle), deadline.left_s("open the stage")
+            )
+        except BaseException:
+            if channel.dead is None:  # ranks that have joined need not stay
+                channel.submit(LeaveGroup(group_name=group.name), _CLOSE_TIMEOUT_S)
+            group.destroy()
+            raise
+        return PackedArena(arena, opened.arena_id, layout, "process_group")
+
+    def _ask_ignored(self, names: list[str], deadline: Deadline) -> frozenset[str]:
+        new = tuple(name for name in names if name not in self._ignored and len(name) <= 512)
+        if new:
+            reply: IgnoredReply = self.channel().call(
+                GetIgnored(names=new), deadline.left_s("validate")
+            )
+            ignored = set(reply.names)
+            self._ignored.update({name: name in ignored for name in new})
+        return frozenset(name for name in names if self._ignored.get(name, False))
+
+
+def current_gpu() -> int:
+    """Number of the calling thread's CUDA device. Each thread has its own, so ask on the trainer's."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+
+
+def _gpu(number: int) -> torch.device:
+    """That GPU, where there are any."""
+    if not torch.cuda.is_available():
+        raise TransportError(
+            "cannot make an NCCL group: got a process without a GPU, expected one, as the engine has; use "
+            "group_backend='gloo', or transport='shared_memory' on the engine's machine"
+        )
+    return torch.device("cuda", number)

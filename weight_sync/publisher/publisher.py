@@ -1,0 +1,360 @@
+"""The trainer's half of an update.
+
+    with WeightPublisher(engine_or_address) as publisher:
+        report = publisher.publish(model, label="step 17")
+
+The arena has the engine's own layout, so what is left for the commit is a handful of large copies. It is made with the
+first update, reused by every later one, and given back by `close()`.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from ..errors import DeadlineExceeded, EngineDiedError, SessionError
+from ..layout.fingerprints import NamedTensors
+from ..report import SyncReport
+from ..wire.deadline import Deadline
+from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
+from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
+from .update import PackedRows, Update, UpdateOptions
+
+
+class WeightPublisher:
+    """Pushes weights into one engine, given as an object of this process or as an address.
+
+    Any thread may call; calls wait for each other. A call that fails leaves the publisher usable and the engine at its
+    old version, except after `TornWeightsError`, which the next complete update repairs. When the engine was restarted
+    at the same address, the next call connects to the new one.
+
+    `timeout_s` limits every call as a whole. `bucket_bytes` is how much is packed before the engine may start checking
+    it. `transport`: "auto" takes local memory for an engine of this process, else shared memory; "process_group" makes
+    a group with all ranks of the engine, wherever they are, meeting at `group_host`, an address of this machine that
+    they can reach. `group_backend`: "auto" is "nccl" for engines on CUDA, from the CUDA device that was current when
+    the publisher was made, and "gloo" for others; gloo reaches any engine, from memory of the CPU.
+    """
+
+    def __init__(
+        self,
+        engine_or_address: str | HasWeightChannel,
+        *,
+        timeout_s: float = 60.0,
+        bucket_bytes: int = 512 << 20,
+        transport: TransportChoice = "auto",
+        group_host: str = "127.0.0.1",
+        group_backend: GroupBackend = "auto",
+    ) -> None:
+        _check_choice("transport", transport, get_args(TransportChoice))
+        _check_choice("group_backend", group_backend, get_args(GroupBackend))
+        self._timeout_s = timeout_s
+        self._lock = threading.RLock()
+        self._endpoint = EngineEndpoint(
+            engine_or_address,
+            bucket_bytes=bucket_bytes,
+            transport=transport,
+            group_host=group_host,
+            group_backend=group_backend,
+        )
+        self._bucket_bytes = bucket_bytes
+        self._update: Update | None = None
+
+    def publish(
+        self,
+        named_tensors: NamedTensors,
+        version: int | None = None,
+        label: str | None = None,
+        strict: bool = True,
+        kv_policy: KvPolicyName | None = None,
+        verify: VerifyMode = "pause",
+        base_version: int | None = None,
+        cast: bool = True,
+        expected_fingerprints: Mapping[str, int] | None = None,
+    ) -> SyncReport:
+        """Make these tensors the engine's next version: all of them or, with an error, none.
+
+        named_tensors: a module (its parameters), a mapping, pairs, or an iterator of pairs, which may reuse one
+            tensor's memory for all of them. Hugging Face names; tied and fused names are understood.
+        version: above the served one; None: the next. label: the caller's own name for it.
+        strict: every parameter must be sent; False: those that are not keep their values and are listed in the report.
+        kv_policy: what the engine does with KV of older versions; None: its own default.
+        verify: "pause" compares the resident bytes before generation goes on; "overlapped" while it goes on, holding
+            the new tokens back.
+        base_version: refuse unless this version is served now. cast: allow another floating-point dtype than the
+            engine's. expected_fingerprints: by name, checked against what was packed (checkpoints carry them).
+
+        Returns when the bytes were verified; the trainer's tensors may change from then on, and an iterator's as soon
+        as it is advanced.
+        """
+        options = UpdateOptions(
+            version=version,
+            label=label,
+            strict=strict,
+            kv_policy=kv_policy,
+            verify=verify,
+            base_version=base_version,
+            cast=cast,
+            expected_fingerprints=expected_fingerprints,
+        )
+        with self._lock:
+            self._refuse_open_session()
+            return self._publish(named_tensors, options, Deadline(self._timeout_s))
+
+    async def async_publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
+        """`publish` for a running event loop; takes the same arguments."""
+        return await asyncio.to_thread(self.publish, named_tensors, **options)
+
+    @property
+    def in_session(self) -> bool:
+        """An explicit session is open here: begun, and neither committed nor aborted."""
+        return self._update is not None
+
+    def begin(
+        self,
+        version: int | None = None,
+        label: str | None = None,
+        strict: bool = True,
+        kv_policy: KvPolicyName | None = None,
+        verify: VerifyMode = "pause",
+        base_version: int | None = None,
+        cast: bool = True,
+        lease_s: float | None = None,
+    ) -> int:
+        """Open an explicit session and return its version to be; `send`, any number of times, then `commit` or `abort`.
+
+        The engine forgets the session when nothing comes for `lease_s` (None: the publisher's `timeout_s`).
+        """
+        options = UpdateOptions(
+            version=version,
+            label=label,
+            strict=strict,
+            kv_policy=kv_policy,
+            verify=verify,
+            base_version=base_version,
+            cast=cast,
+            lease_s=self._timeout_s if lease_s is None else lease_s,
+        )
+        with self._lock:
+            self._refuse_open_session()
+            deadline = Deadline(self._timeout_s)
+            self._update = self._new_update(options, deadline)
+            try:
+                self._open(self._update, deadline)
+            except BaseException:
+                self._update = None
+                raise
+            return self._update.version
+
+    def send(self, named_tensors: NamedTensors) -> SyncReport:
+        """Stage tensors in the open session; returns when the engine has checked them and the tensors may change.
+
+        After an error the session can only be ended: it commits all that was sent, or nothing.
+        """
+        with self._lock:
+            update = self._open_update()
+            _refuse_failed(update)
+            deadline = Deadline(self._timeout_s)
+            before = update.num_tensors
+            try:
+                self._stage(update, _listed(named_tensors), deadline, strict=False)
+                update.settle(deadline)
+            except BaseException as error:
+                update.failed = error  # kept until the caller ends the session as well
+                self._abandon(update, error)
+                raise
+            return update.staged_report(update.num_tensors - before)
+
+    def commit(self) -> SyncReport:
+        """End the open session with a new version; with an error when it had failed, or fails now."""
+        with self._lock:
+            update = self._open_update()
+            self._update = None
+            return self._commit(update, Deadline(self._timeout_s))
+
+    def abort(self, reason: str = "the trainer gave up") -> None:
+        """End the open session without a trace; fine when there is none."""
+        with self._lock:
+            update, self._update = self._update, None
+            if update is not None and update.failed is None:
+                self._abandon(update, reason)
+
+    @contextmanager
+    def session(self, **options: Any) -> "Iterator[PublishSession]":
+        """`begin(**options)`, and at the end of the block `commit()`, or `abort()` when it raised."""
+        self.begin(**options)
+        session = PublishSession(self)
+        try:
+            yield session
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
+        session.report = self.commit()
+
+    def engine_info(self) -> EngineInfo:
+        """What the engine is and serves now."""
+        with self._lock:
+            return self._endpoint.hello(Deadline(self._timeout_s))
+
+    def fingerprint(self) -> int:
+        """The model fingerprint of the engine's resident bytes, read now; compare `weight_sync.fingerprint`."""
+        with self._lock:
+            channel = self._endpoint.channel()
+            reply: FingerprintReply = channel.call(GetFingerprint(), self._timeout_s)
+            return reply.fingerprint
+
+    def close(self) -> None:
+        """End an open session, give the arena and the connection back. Safe to repeat; the engine goes on."""
+        with self._lock:
+            self.abort("the publisher was closed")
+            self._endpoint.close()
+
+    def __enter__(self) -> "WeightPublisher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _publish(
+        self, named_tensors: NamedTensors, options: UpdateOptions, deadline: Deadline
+    ) -> SyncReport:
+        listed = _listed(named_tensors)
+        update = self._new_update(options, deadline)
+        packed: list[PackedRows] | None = None
+        if isinstance(
+            listed, list
+        ):  # known as a whole: checked and packed before there is a session
+            selection = update.selector.take(listed)
+            update.selector.finish(strict=options.strict)
+            packed = update.pack(selection)
+        self._open(update, deadline)
+        try:
+            if packed is None:
+                self._stage(update, listed, deadline, strict=options.strict)
+            for rows in packed or ():
+                update.announce(rows, deadline)
+        except BaseException as error:
+            self._abandon(update, error)
+            raise
+        return self._commit(update, deadline)
+
+    def _new_update(self, options: UpdateOptions, deadline: Deadline) -> Update:
+        _check_choice("kv_policy", options.kv_policy, (None, *get_args(KvPolicyName)))
+        _check_choice("verify", options.verify, get_args(VerifyMode))
+        packed = self._endpoint.arena(deadline)
+        return Update(
+            channel=self._endpoint.channel(),
+            packed=packed,
+            options=options,
+            selector=self._endpoint.selector(packed, deadline, cast=options.cast),
+        )
+
+    def _open(self, update: Update, deadline: Deadline) -> None:
+        try:
+            update.begin(deadline)
+        except (DeadlineExceeded, EngineDiedError):
+            self._endpoint.drop_arena()  # the engine may have opened the session all the same
+            raise
+
+    def _stage(
+        self,
+        update: Update,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        deadline: Deadline,
+        *,
+        strict: bool,
+    ) -> None:
+        """Pack and announce; one-shot iterators item by item, because they may reuse their memory."""
+        selector = update.selector
+        if isinstance(named_tensors, list):
+            selection = selector.take(named_tensors)
+            selector.finish(strict=strict)
+            for packed in update.pack(selection):
+                update.announce(packed, deadline)
+            return
+        pending: list[int] = []
+        num_bytes = 0
+        for item in named_tensors:  # to its end even after a problem: it may be a collective
+            selection = selector.take((item,))
+            rows = list(selection.sources)
+            update.copy(rows, list(selection.sources.values()))
+            update.count(selection)
+            pending += rows
+            num_bytes += int(update.packed.num_bytes[rows].sum())
+            if num_bytes >= self._bucket_bytes:
+                update.announce(update.finish(pending), deadline)
+                pending, num_bytes = [], 0
+        selector.finish(strict=strict)
+        if pending:
+            update.announce(update.finish(pending), deadline)
+
+    def _commit(self, update: Update, deadline: Deadline) -> SyncReport:
+        _refuse_failed(update)
+        try:
+            return update.commit(deadline)
+        except BaseException as error:
+            self._abandon(update, error)
+            if isinstance(error, DeadlineExceeded):
+                error.add_note("the engine may have committed: ask engine_info().version")
+            raise
+
+    def _abandon(self, update: Update, error: BaseException | str) -> None:
+        """End the session over there."""
+        reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        if not update.abort(reason):  # not confirmed: the engine may still read the arena
+            self._endpoint.drop_arena()
+
+    def _open_update(self) -> Update:
+        if self._update is None:
+            raise SessionError(
+                "no session is open here: expected begin() before send() or commit()"
+            )
+        return self._update
+
+    def _refuse_open_session(self) -> None:
+        if self._update is not None:
+            raise SessionError(
+                f"a session of this publisher is open (for version {self._update.version}); expected none; commit() or "
+                "abort() it first, or send() into it"
+            )
+
+
+class PublishSession:
+    """What `WeightPublisher.session` yields."""
+
+    def __init__(self, publisher: WeightPublisher) -> None:
+        self._publisher = publisher
+        self.report: SyncReport | None = None
+        """The commit's report, after the block has ended."""
+
+    def send(self, named_tensors: NamedTensors) -> SyncReport:
+        """As `WeightPublisher.send`."""
+        return self._publisher.send(named_tensors)
+
+
+def _listed(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
+    """A list where all tensors exist at once, else the iterator."""
+    if isinstance(named_tensors, nn.Module):
+        return list(named_tensors.named_parameters())
+    if isinstance(named_tensors, Mapping):
+        return list(named_tensors.items())
+    if isinstance(named_tensors, tuple):
+        return list(named_tensors)
+    return named_tensors
+
+
+def _refuse_failed(update: Update) -> None:
+    if update.failed is not None:
+        raise SessionError(
+            f"the session failed earlier and nothing of it was written: {update.failed}; end it, and begin a new one"
+        ) from update.failed
+
+
+def _check_choice(name: str, got: object, choices: tuple[object, ...]) -> None:
+    if got not in choices:
+        raise ValueError(
+            f"{name}: got {got!r}, expected one of {', '.join(map(repr, choices))}; choose one of these"
+        )

@@ -1,0 +1,237 @@
+"""From a trainer's named tensors to rows of the engine's manifest, with every problem in one error.
+
+A trainer may send canonical names, aliases (tied weights, which must agree byte for byte) and fused names (split along
+dim 0); another floating-point dtype is a cast, which is reported. Anything else is a problem, and problems are raised
+together, before a byte is staged.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import ManifestMismatch
+from ..layout.manifest import Manifest, dtype_name, mismatch
+from ..wire.messages import EngineInfo
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_HINTED = 5
+_HINT_WORK = 20_000
+"""Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
+
+
+class Layout:
+    """The arena of one engine as its trainer sees it: the engine's tensors, in its order, in the trainer's buckets."""
+
+    def __init__(self, info: EngineInfo, bucket_bytes: int) -> None:
+        canonical = Manifest.from_wire(info.manifest)
+        self.manifest = Manifest(tensors=canonical.tensors, bucket_bytes=bucket_bytes)
+        self.index = self.manifest.index
+        self.shapes = [meta.shape for meta in self.manifest.tensors]
+        self.dtypes = [meta.dtype for meta in self.manifest.tensors]
+        self.aliases = {name: self.index[target] for name, target in info.aliases.items()}
+        self.fused = {
+            name: tuple(self.index[part] for part in parts) for name, parts in info.fused.items()
+        }
+
+    def fused_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a fused tensor: its components stacked along dim 0."""
+        shapes = [self.shapes[i] for i in self.fused[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def similar(self, names: list[str]) -> dict[str, str]:
+        """For the first few of `names`, the known name that each was probably meant to be."""
+        known = [*self.index, *self.aliases, *self.fused]
+        hints: dict[str, str] = {}
+        budget = _HINT_WORK
+        for name in names[:_HINTED]:
+            suffix = next((k for k in known if name.endswith("." + k)), None)
+            if suffix is not None:
+                hints[name] = suffix
+            elif budget >= len(known):
+                budget -= len(known)
+                for near in difflib.get_close_matches(name, known, n=1):
+                    hints[name] = near
+        return hints
+
+
+@dataclass(slots=True)
+class Selection:
+    """Rows of the manifest and where their bytes come from, as one call gave them."""
+
+    sources: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By position in the manifest."""
+    casts: list[tuple[str, str, str]] = field(default_factory=list)
+    """Name, dtype got, dtype of the engine."""
+    num_tensors: int = 0
+    """Tensors that the trainer gave, aliases and fused ones counted once each."""
+
+
+class Selector:
+    """Takes named tensors for one session and remembers what it has had.
+
+    `packed(i)` is the arena's view of row i, for a tied tensor whose twin was packed earlier; `ignored(names)` tells
+    which unknown names have no counterpart here and may be left out.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        cast: bool,
+        packed: Callable[[int], torch.Tensor],
+        ignored: Callable[[list[str]], frozenset[str]],
+    ) -> None:
+        self._layout = layout
+        self._cast = cast
+        self._packed = packed
+        self._ignored = ignored
+        self._origin: list[str | None] = [None] * len(layout.shapes)
+        self._unknown: list[str] = []
+        self._problems: list[str] = []
+
+    def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Selection:
+        """Sort tensors into rows, collecting problems; `finish` raises them."""
+        selection = Selection()
+        sources, origin = selection.sources, self._origin
+        index, shapes, dtypes = self._layout.index, self._layout.shapes, self._layout.dtypes
+        for item in named_tensors:
+            name, tensor = self._pair(item)
+            selection.num_tensors += 1
+            i = index.get(name)
+            if (
+                i is not None
+                and origin[i] is None
+                and type(tensor) in _PLAIN
+                and tensor.dtype is dtypes[i]
+                and tensor.shape == shapes[i]
+                and tensor.layout is torch.strided
+                and not tensor.is_meta
+            ):
+                origin[i] = name
+                sources[i] = tensor
+            else:
+                self._take_other(name, tensor, selection)
+        return selection
+
+    def finish(self, *, strict: bool) -> None:
+        """Raise one `ManifestMismatch` with all that was wrong so far, and what is missing when `strict`."""
+        ignored = self._ignored(self._unknown) if self._unknown else frozenset()
+        unknown = [name for name in self._unknown if name not in ignored]
+        hints = self._layout.similar(unknown)
+        problems = self._problems + [
+            f"{name[:200]}: unknown to the engine"
+            + (f"; did you mean {hints[name]}?" if name in hints else "")
+            for name in unknown
+        ]
+        if strict:
+            problems += [f"{meta}: missing" for meta in self._missing()]
+        if problems:
+            raise mismatch(
+                f"{len(problems)} problems with the trainer's tensors; nothing was written",
+                problems,
+                "send Hugging Face names in the engine's shapes, each once"
+                + (", all of them (strict=False allows a part)" if strict else ""),
+            )
+
+    def _missing(self) -> Iterator[Any]:
+        for meta, origin in zip(self._layout.manifest.tensors, self._origin, strict=True):
+            if origin is None:
+                yield meta
+
+    def _pair(self, item: Any) -> tuple[str, torch.Tensor]:
+        try:
+            name, tensor = item
+        except (TypeError, ValueError):
+            name, tensor = None, None
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ManifestMismatch(
+                f"not a named tensor: got {type(item).__name__} of ({type(name).__name__}, "
+                f"{type(tensor).__name__}), expected (str, torch.Tensor); pass a module, a mapping or pairs"
+            )
+        return name, tensor
+
+    def _take_other(self, name: str, tensor: torch.Tensor, selection: Selection) -> None:
+        layout = self._layout
+        if name in layout.fused:
+            rows, shape = layout.fused[name], layout.fused_shape(name)
+        else:
+            i = layout.index.get(name, layout.aliases.get(name))
+            if i is None:
+                self._unknown.append(name)
+                return
+            rows, shape = (i,), layout.shapes[i]
+        if not self._fits(name, tensor, shape, layout.dtypes[rows[0]], selection):
+            return
+        parts = (
+            (tensor,)
+            if name not in layout.fused
+            else tensor.split([layout.shapes[i][0] for i in rows])
+        )
+        for i, part in zip(rows, parts, strict=True):
+            self._place(i, name, part.detach(), selection)
+
+    def _fits(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        selection: Selection,
+    ) -> bool:
+        if hasattr(tensor, "full_tensor"):
+            self._problems.append(
+                f"{name}: got a distributed tensor, expected a plain one; pass tensor.full_tensor(), which every "
+                "rank must call"
+            )
+        elif tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "without data (device meta)" if tensor.is_meta else f"with {tensor.layout}"
+            self._problems.append(f"{name}: got a tensor {kind}, expected a dense one with data")
+        elif tuple(tensor.shape) != shape:
+            self._problems.append(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
+        elif tensor.dtype == dtype:
+            return True
+        elif self._cast and tensor.dtype.is_floating_point and dtype.is_floating_point:
+            selection.casts.append((name, dtype_name(tensor.dtype), dtype_name(dtype)))
+            return True
+        else:
+            advice = "cast it first" if self._cast else "allow it with cast=True"
+            self._problems.append(
+                f"{name}: got {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}; {advice}"
+            )
+        return False
+
+    def _place(self, i: int, name: str, tensor: torch.Tensor, selection: Selection) -> None:
+        origin = self._origin[i]
+        if origin is None:
+            self._origin[i] = name
+            selection.sources[i] = tensor
+        elif origin == name:
+            self._problems.append(f"{name}: sent more than once")
+        else:
+            twin = selection.sources.get(i)
+            if not _same_bytes(
+                tensor, self._packed(i) if twin is None else twin, self._layout.dtypes[i]
+            ):
+                self._problems.append(
+                    f"{name}: differs from {origin}, which is the same tensor in this model (tied weights); send "
+                    "one of them, or equal values"
+                )
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether both are the same once they are held in `dtype`."""
+    if (a.data_ptr(), a.stride(), a.dtype, a.device) == (
+        b.data_ptr(),
+        b.stride(),
+        b.dtype,
+        b.device,
+    ):
+        return True
+
+    def raw(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+
+    return torch.equal(raw(a), raw(b))

@@ -1,0 +1,278 @@
+"""One update on the trainer's side: its session, the rows packed so far, the buckets under way, and the timings."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import EngineDiedError, FingerprintMismatch
+from ..plan.parallel_copy import copy_tensors
+from ..report import SyncReport
+from ..transports.spans import spans_of
+from ..wire.deadline import Deadline
+from ..wire.messages import (
+    Abort,
+    Begin,
+    BeginReply,
+    Bucket,
+    Commit,
+    CommitReply,
+    KvPolicyName,
+    VerifyMode,
+)
+from ..wire.process import current_process
+from .channel import Channel, wait
+from .endpoint import PackedArena
+from .selection import Selection, Selector
+
+_ABORT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOptions:
+    """What the caller of an update asked for; see `WeightPublisher.publish`."""
+
+    version: int | None = None
+    label: str | None = None
+    strict: bool = True
+    kv_policy: KvPolicyName | None = None
+    verify: VerifyMode = "pause"
+    base_version: int | None = None
+    cast: bool = True
+    expected_fingerprints: Mapping[str, int] | None = None
+    lease_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Rows of the arena that are complete."""
+
+    indices: np.ndarray
+    """Positions in the manifest, ascending, int64."""
+    fingerprints: np.ndarray
+    """One per row, uint64."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Update:
+    """An open session. Not thread safe; the publisher holds its lock."""
+
+    channel: Channel
+    """To the engine that holds the session."""
+    packed: PackedArena
+    """Where the bytes go."""
+    options: UpdateOptions
+    """What was asked for."""
+    selector: Selector
+    """What has been given so far."""
+    session_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Random."""
+    epoch: int = 0
+    """The engine's number of the session."""
+    version: int = 0
+    """Version to be."""
+    failed: BaseException | None = None
+    """Why it can only be ended any more."""
+    num_tensors: int = 0
+    num_bytes: int = 0
+    pack_s: float = 0.0
+    casts: list[tuple[str, str, str]] = field(default_factory=list)
+    _buckets: list[tuple[Bucket, "Future[Any]"]] = field(default_factory=list)
+    _sent: list["Future[None]"] = field(default_factory=list)
+    _in_step: bool = True
+    """The engine has taken all that was sent into a group: the next bytes will be the next bucket's at both ends."""
+
+    def begin(self, deadline: Deadline) -> None:
+        """Open the session; sends the manifest where the engine has not seen it."""
+        options, manifest = self.options, self.packed.layout.manifest
+        for with_manifest in (False, True) if self.packed.manifest_known else (True,):
+            request = Begin(
+                session_id=self.session_id,
+                holder=current_process(),
+                version=options.version,
+                base_version=options.base_version,
+                label=options.label,
+                manifest_digest=manifest.digest,
+                manifest=manifest.to_wire() if with_manifest else None,
+                arena_id=self.packed.arena_id,
+                strict=options.strict,
+                kv_policy=options.kv_policy,
+                verify=options.verify,
+                lease_s=options.lease_s,
+            )
+            reply: BeginReply = self.channel.call(request, deadline.left_s("begin"))
+            if not reply.need_manifest:
+                break
+        self.packed.manifest_known = True
+        self.epoch, self.version = reply.epoch, reply.version
+
+    def pack(self, selection: Selection) -> list[PackedRows]:
+        """Copy the selected rows into the arena, bucket by bucket; needs no session yet."""
+        self.count(selection)
+        sources = selection.sources
+        if len(sources) == len(self.packed.views):
+            buckets = [list(bucket) for bucket in self.packed.layout.manifest.buckets]
+        else:
+            buckets = self._split(sorted(sources))
+        packed = []
+        for rows in buckets:
+            self.copy(rows, [sources[i] for i in rows])
+            packed.append(self.finish(rows))
+        return packed
+
+    def count(self, selection: Selection) -> None:
+        """Note what was given, for the report."""
+        self.casts += selection.casts
+        self.num_tensors += selection.num_tensors
+
+    def copy(self, rows: list[int], sources: list[torch.Tensor]) -> None:
+        """Copy tensors into the arena; dtype, strides and device may differ from the engine's."""
+        if self.channel.dead is not None:
+            raise EngineDiedError(self.channel.dead)
+        if not rows:
+            return
+        start = time.perf_counter()
+        views = self.packed.views
+        copy_tensors([views[i] for i in rows], sources)
+        self.pack_s += time.perf_counter() - start
+
+    def finish(self, rows: list[int]) -> PackedRows:
+        """Fingerprint rows that are complete in the arena."""
+        start = time.perf_counter()
+        indices = np.array(sorted(rows), dtype=np.int64)
+        everything = len(rows) == len(self.packed.views)
+        values = self.packed.fingerprints.values(
+            self.packed.buffer, None if everything else indices
+        )
+        packed = PackedRows(indices=indices, fingerprints=values.numpy().view(np.uint64))
+        self._check_expected(packed)
+        self.num_bytes += int(self.packed.num_bytes[indices].sum())
+        self.pack_s += time.perf_counter() - start
+        return packed
+
+    def announce(self, packed: PackedRows, deadline: Deadline) -> None:
+        """Tell the engine that rows are complete, without waiting for its answer."""
+        bucket = Bucket(
+            session_id=self.session_id,
+            epoch=self.epoch,
+            indices=packed.indices.astype("<u4").tobytes(),
+            fingerprints=packed.fingerprints.astype("<u8").tobytes(),
+        )
+        # The engine must know what comes before it comes.
+        self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
+        sent = self.packed.arena.send(
+            spans_of(self.packed.layout.manifest, packed.indices), deadline.left_s("send")
+        )
+        if sent is not None:
+            self._in_step = False
+            self._sent.append(sent)
+        self._raise_early()
+
+    def settle(self, deadline: Deadline) -> None:
+        """Wait until the engine has checked every bucket; raises what it found, else why it could not be sent."""
+        while self._buckets:
+            bucket, future = self._buckets.pop(0)
+            wait(future, bucket, deadline.left_s("stage"))
+        while self._sent:
+            self._sent.pop(0).result(deadline.left_s("send"))
+        self._in_step = True
+
+    def commit(self, deadline: Deadline) -> SyncReport:
+        """Make it the served version. The answer means that the bytes are verified and the arena is free again."""
+        left_s = deadline.left_s("commit")
+        request = Commit(session_id=self.session_id, epoch=self.epoch, timeout_s=left_s)
+        future = self.channel.submit(request, left_s)
+        self.settle(deadline)
+        return self._report(wait(future, request, deadline.left_s("commit")))
+
+    def abort(self, reason: str) -> bool:
+        """End the session on the engine's side; False when that is not certain, and the arena still in use.
+
+        Also when buckets of it were sent into a group and not all of them taken: that group cannot be used again.
+        """
+        message = Abort(session_id=self.session_id, epoch=self.epoch, reason=reason[:4096])
+        try:
+            self.channel.call(message, _ABORT_TIMEOUT_S)
+        except Exception:  # whatever it is, it must not hide why the update is being aborted
+            return False
+        return self._in_step
+
+    def staged_report(self, num_tensors: int) -> SyncReport:
+        """What an update call inside an explicit session answers: nothing is written yet."""
+        return SyncReport(
+            version=self.version,
+            label=self.options.label,
+            num_tensors=num_tensors,
+            num_bytes=self.num_bytes,
+            updated=0,
+            transport=self.packed.transport,
+            pack_s=self.pack_s,
+            message=f"staged {num_tensors} tensors for version {self.version}; the end of the session commits them",
+        )
+
+    def _split(self, rows: list[int]) -> list[list[int]]:
+        """Rows in runs of at most a bucket's bytes."""
+        sizes, limit = self.packed.num_bytes.tolist(), self.packed.layout.manifest.bucket_bytes
+        buckets: list[list[int]] = []
+        size = limit
+        for i in rows:
+            num_bytes = sizes[i]
+            if not buckets or size + num_bytes > limit:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(i)
+            size += num_bytes
+        return buckets
+
+    def _raise_early(self) -> None:
+        """Raise when the engine has refused a bucket: packing the rest would be in vain."""
+        for _, future in self._buckets:
+            if future.done():
+                future.result()
+
+    def _check_expected(self, packed: PackedRows) -> None:
+        expected = self.options.expected_fingerprints
+        if not expected:
+            return
+        cast = {name for name, _, _ in self.casts}
+        tensors = self.packed.layout.manifest.tensors
+        wrong = [
+            f"{tensors[i].name}: got {int(value):#018x}, expected {expected[tensors[i].name]:#018x}"
+            for i, value in zip(packed.indices.tolist(), packed.fingerprints, strict=True)
+            if tensors[i].name in expected
+            and tensors[i].name not in cast
+            and expected[tensors[i].name] != int(value)
+        ]
+        if wrong:
+            raise FingerprintMismatch(
+                f"{len(wrong)} tensors are not what their source declares:\n  "
+                + "\n  ".join(wrong[:20])
+                + "\nthe source is damaged or was changed; write it again"
+            )
+
+    def _report(self, reply: CommitReply) -> SyncReport:
+        tensors = self.packed.layout.manifest.tensors
+        left = np.frombuffer(reply.left, dtype="<u4")
+        return SyncReport(
+            version=reply.version,
+            label=reply.label,
+            num_tensors=self.num_tensors,
+            num_bytes=self.num_bytes,
+            updated=reply.num_updated,
+            left=tuple(tensors[i].name for i in left),
+            casts=tuple(self.casts),
+            fingerprint=reply.fingerprint,
+            transport=self.packed.transport,
+            pack_s=self.pack_s,
+            stage_s=reply.stage_s,
+            copy_s=reply.copy_s,
+            verify_s=reply.verify_s,
+            pause_s=reply.pause_s,
+            begin_to_committed_s=reply.begin_to_committed_s,
+            begin_to_verified_s=reply.begin_to_verified_s,
+        )

@@ -1,0 +1,85 @@
+"""How the ranks of one engine agree on an update: all of them write the same version, or none keeps it.
+
+Each rank holds a part of every tensor. Fingerprints are sums over positions (a multilinear hash), so the parts' values
+add up to the value of the whole; parts that several ranks hold must be equal, and count once.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import WeightUpdateError
+
+
+class RankAgreement(Protocol):
+    """Collectives among the ranks of an engine. All ranks make the same calls in the same order, from one thread each.
+
+    Every call has a deadline; one that fails leaves the ranks unable to agree, and the engine must end.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Every rank's uint64 array of one shape, stacked in rank order, on every rank."""
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, on every rank."""
+
+
+class SoloAgreement:
+    """The agreement of one rank with itself."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """`values`, as the only row."""
+        return values[None]
+
+    def gather_text(self, text: str) -> list[str]:
+        """`text` alone."""
+        return [text]
+
+
+def settle(agreement: RankAgreement, failure: BaseException | None) -> None:
+    """Tell the other ranks how it went here, and raise on every rank if it failed on one.
+
+    The rank that failed raises its own error; the others a `WeightUpdateError` that names it.
+    """
+    if agreement.size > 1:
+        words = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        problems = agreement.gather_text(words)
+        if failure is None and any(problems):
+            told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
+            raise WeightUpdateError(f"the update failed on another rank: {told}")
+    if failure is not None:
+        raise failure
+
+
+def whole_values(agreement: RankAgreement, values: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """Fingerprints of whole tensors (N,) uint64 from every rank's values of its own parts.
+
+    values (N,) uint64: this rank's sums; regions (N,) uint64: which part of each tensor it holds, equal for equal ones.
+    Where ranks that hold the same part disagree about it, the result is wrong on purpose, and so compares unequal.
+    """
+    if agreement.size == 1:
+        return values
+    gathered = agreement.gather(np.stack([values, regions]))
+    found, parts = gathered[:, 0], gathered[:, 1]
+    total = np.zeros_like(values)
+    torn = np.zeros(len(values), dtype=bool)
+    for rank in range(agreement.size):
+        counts = np.ones(len(values), dtype=bool)
+        for lower in range(rank):
+            same = parts[rank] == parts[lower]
+            torn |= same & (found[rank] != found[lower])
+            counts &= ~same
+        total += np.where(counts, found[rank], np.uint64(0))
+    total[torn] ^= np.uint64(1)
+    return total

@@ -1,0 +1,238 @@
+"""The write itself: the only code that changes resident weights, and the only place where an update can tear them.
+
+write        between two steps: replay the plan, compare (verify="pause"), tell the host
+verify       verify="overlapped": compare while the engine runs on, its new tokens held back
+roll back    after any failure that came later than the first byte: from the kept copy, or else TORN
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..errors import DeadlineExceeded, SyncError, TornWeightsError, WeightUpdateError
+from ..plan.parallel_copy import copy_tensors
+from ..plan.stage import as_uint64
+from .agreement import RankAgreement, settle, whole_values
+from .host import WeightHost
+from .session import Phase, Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """Which weights are resident."""
+
+    version: int
+    """Monotone."""
+    label: str
+    """The caller's name for them."""
+    torn: str | None = None
+    """Why they are a mixture, or None; then `version` is the last whole one."""
+
+
+class Snapshot:
+    """A copy of all parameters that is made before a commit and restored when it fails.
+
+    It costs the model's size in memory, and one more copy per update, outside the pause.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._live = [parameter.detach() for parameter in parameters.values()]
+        self._kept = [torch.empty_like(parameter) for parameter in self._live]
+
+    def take(self) -> None:
+        """Keep what is resident now."""
+        copy_tensors(self._kept, self._live)
+
+    def restore(self) -> None:
+        """Write back what was kept, into the same storage."""
+        copy_tensors(self._live, self._kept)
+
+
+@dataclass(slots=True, kw_only=True)
+class WeightCommit:
+    """One attempt to make a session's bytes the resident ones. Used once."""
+
+    session: Session
+    """Voted: complete as far as it has to be, staged bytes checked."""
+    host: WeightHost
+    """The engine."""
+    served: Served
+    """What is resident before."""
+    torn_after: str | None
+    """What is still not whole after this commit, where it repairs torn weights in part; else None."""
+    snapshot: Snapshot | None
+    """Holds what is resident before, or None: a failure after the first byte tears."""
+    on_served: Callable[[Served], None]
+    """Called inside the pause with what is resident now."""
+    agreement: RankAgreement
+    """All ranks commit, or none."""
+    check_restored: Callable[[], None]
+    """Raises unless the resident bytes are those from before, as far as that is known."""
+
+    copy_s: float = 0.0
+    verify_s: float = 0.0
+    pause_s: float = 0.0
+    committed_at: float = 0.0
+    verified_at: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _started: bool = False
+    _cancelled: bool = False
+    _holding: bool = False
+
+    def run(self, timeout_s: float) -> None:
+        """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
+        end = time.monotonic() + timeout_s
+        try:
+            name = f"commit/{self.session.request.session_id}"
+            self.host.between_steps(self._write, timeout_s, name)
+        except BaseException:
+            with self._lock:
+                self._cancelled = not self._started
+            raise
+        if not self._started:
+            raise DeadlineExceeded("the engine did not run the commit; the previous version serves")
+        if self._holding:
+            self._verify_overlapped(max(1.0, end - time.monotonic()))
+
+    def _write(self) -> None:
+        with self._lock:
+            if self._cancelled:  # the caller gave up before the boundary came
+                return
+            self._started = True
+        start = time.perf_counter()
+        session = self.session
+        unwritable = self.host.unwritable()
+        if unwritable is not None:  # on all ranks or on none
+            raise WeightUpdateError(f"the parameters cannot be written: {unwritable}")
+        overlapped = session.request.verify == "overlapped"
+        if overlapped:
+            self.host.hold_outputs()
+            self._holding = True
+        try:
+            session.phase = Phase.WRITING
+            self._together(self._replay)
+            if not overlapped:
+                self._compare()
+            self._together(self._tell_host)
+            self.on_served(
+                Served(version=session.version, label=session.label, torn=self.torn_after)
+            )
+            if self.torn_after is not None:
+                self.host.weights_torn(self.torn_after)
+        except BaseException as error:
+            self._undo(error)
+        finally:
+            self.pause_s += time.perf_counter() - start
+
+    def _together(self, step: Callable[[], None]) -> None:
+        """Do `step` on all ranks; when it fails on one, it has failed on all."""
+        failure: BaseException | None = None
+        try:
+            step()
+        except BaseException as error:
+            failure = error
+        settle(self.agreement, failure)
+
+    def _tell_host(self) -> None:
+        # After torn weights, whatever was computed with them must go.
+        kv_policy = "flush" if self.served.torn is not None else self.session.request.kv_policy
+        self.host.weights_written(self.session.version, self.session.label, kv_policy)
+
+    def _replay(self) -> None:
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.session.stage.write(self.session.indices)
+        self.committed_at = time.perf_counter()
+        self.copy_s = self.committed_at - start
+
+    def _compare(self) -> None:
+        start = time.perf_counter()
+        session = self.session
+        indices = session.indices
+        found = as_uint64(session.plan.resident_fingerprints(indices))
+        regions = session.known.regions
+        found = whole_values(
+            self.agreement, found, regions if indices is None else regions[indices]
+        )
+        declared = session.declared if indices is None else session.declared[indices]
+        session.compare(found, indices, declared, "resident")
+        self.verified_at = time.perf_counter()
+        self.verify_s += self.verified_at - start
+
+    def _verify_overlapped(self, timeout_s: float) -> None:
+        try:
+            self._compare()
+        except BaseException as error:
+            failure = error
+        else:
+            self._holding = False
+            self.host.release_outputs(True)
+            return
+
+        reached = False
+
+        def undo() -> None:
+            nonlocal reached
+            reached = True
+            start = time.perf_counter()
+            try:
+                self._undo(failure)
+            finally:
+                self.pause_s += time.perf_counter() - start
+
+        try:
+            self.host.between_steps(undo, timeout_s)
+        except BaseException as late:
+            if not reached:
+                self._tear(f"{failure}; and the engine did not stop to undo it: {late!r}", failure)
+            raise
+
+    def _undo(self, error: BaseException) -> None:
+        """Restore the previous version or declare the weights torn; raises in either case."""
+        if self.snapshot is None or self.served.torn is not None:
+            why = (
+                "no copy of the previous version was kept"
+                if not self.served.torn
+                else "torn before"
+            )
+            self._tear(
+                f"the commit of version {self.session.version} failed ({why}): {error}", error
+            )
+        try:
+            self._together(self.snapshot.restore)  # type: ignore[union-attr]
+            self.check_restored()
+            self.host.weights_written(self.served.version, self.served.label, "flush")
+            self.on_served(self.served)
+        except BaseException as second:
+            self._tear(f"the commit failed ({error}) and so did the roll-back: {second!r}", error)
+        self._release(ok=False)
+        text = f"{error}\nversion {self.served.version} was restored and serves"
+        if isinstance(error, SyncError):
+            raise type(error)(text) from error
+        if isinstance(error, Exception):
+            raise WeightUpdateError(
+                f"the commit of version {self.session.version} failed with {type(error).__name__}: {text}"
+            ) from error
+        raise error
+
+    def _tear(self, reason: str, error: BaseException) -> None:
+        self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))
+        self.host.weights_torn(reason)
+        self._release(ok=False)
+        raise TornWeightsError(
+            f"{reason}\nthe engine refuses to generate; expected a complete update: publish all tensors again"
+        ) from error
+
+    def _release(self, *, ok: bool) -> None:
+        if self._holding:
+            self._holding = False
+            self.host.release_outputs(ok)
+
+
+def uint32(indices: np.ndarray) -> bytes:
+    """Positions as a packed column."""
+    return indices.astype("<u4").tobytes()

@@ -1,0 +1,107 @@
+"""Tensors that a plain `torch.distributed` trainer broadcasts: received whole, then checked, then staged.
+
+Such a trainer says names, dtypes and shapes and then broadcasts, whatever the engine thinks of them. So everything is
+received first, also what is refused afterwards: the group stays in step, and the trainer does not wait for ever.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..errors import ManifestMismatch
+from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+from ..layout.manifest import TensorMeta, align, parse_dtype
+from ..plan.stage import Stage
+from ..publisher.selection import Layout, Selector
+from ..transports.group.process_group import UpdateGroup
+from ..wire.messages import EngineInfo, Receive
+from .session import Session
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+def receive(
+    group: UpdateGroup, message: Receive, timeout_s: float, stage: Stage
+) -> list[NamedTensor]:
+    """What the trainer broadcasts for `message`, in memory of the stage."""
+    if not len(message.names) == len(message.dtypes) == len(message.shapes):
+        raise ManifestMismatch(
+            f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
+            "as many of each"
+        )
+    metas = [
+        TensorMeta(name=name, shape=tuple(shape), dtype=parse_dtype(dtype))
+        for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
+    ]
+    if message.layout == "tensors":
+        return _receive_tensors(group, metas, timeout_s, stage)
+    return _receive_bucket(group, metas, timeout_s, stage, aligned=message.layout == "bucket")
+
+
+def _receive_tensors(
+    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
+) -> list[NamedTensor]:
+    sizes = [align(meta.num_bytes) for meta in metas]
+    tensors: list[torch.Tensor] = []
+
+    def fill(landing: torch.Tensor) -> None:
+        for meta, raw in zip(metas, landing.split(sizes), strict=True):
+            tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
+        group.receive_tensors(
+            metas, timeout_s=timeout_s, into=tensors, scratch_behind=True
+        ).result()
+
+    stage.land(sum(sizes), fill)
+    return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
+
+
+def _receive_bucket(
+    group: UpdateGroup,
+    metas: Sequence[TensorMeta],
+    timeout_s: float,
+    stage: Stage,
+    *,
+    aligned: bool,
+) -> list[NamedTensor]:
+    metadata, end = [], 0
+    for meta in metas:
+        start, end = end, end + meta.num_bytes
+        metadata.append(
+            FlattenedTensorMetadata(
+                name=meta.name,
+                shape=torch.Size(meta.shape),
+                dtype=meta.dtype,
+                start_idx=start,
+                end_idx=end,
+                numel=meta.num_bytes,
+            )
+        )
+        end = align(end) if aligned else end
+
+    def fill(landing: torch.Tensor) -> None:
+        if end:
+            group.receive_into(
+                landing, [(0, end)], timeout_s=timeout_s, scratch_behind=True
+            ).result()
+
+    buffer = stage.land(end, fill)
+    return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
+
+
+def stage_received(
+    session: Session, info: EngineInfo, tensors: Sequence[NamedTensor]
+) -> np.ndarray:
+    """Take received tensors into the session's stage, cast to the engine's dtypes; their fingerprints, by row.
+
+    `ManifestMismatch` lists every unknown, misshapen or doubled one; then nothing is staged.
+    """
+    layout = Layout(info, session.manifest.bucket_bytes)
+    selector = Selector(layout, cast=True, packed=_nothing, ignored=lambda names: frozenset())
+    selection = selector.take(tensors)
+    selector.finish(strict=False)
+    return session.stage_trusted(selection.sources)
+
+
+def _nothing(row: int) -> torch.Tensor:
+    raise AssertionError("a selector of one call has no tensors of earlier ones")

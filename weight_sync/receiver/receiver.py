@@ -1,0 +1,490 @@
+"""The engine's half of an update: one `WeightReceiver` per rank.
+
+    IDLE --begin--> STAGING --stage*--> STAGING --prepare--> VOTED --commit--> IDLE, at the new version
+    any of these, up to the first written byte --abort, lease, dead trainer, failed check--> IDLE, nothing changed
+    commit fails after the first byte --> IDLE at the previous version (a copy was kept)
+                                          or TORN until a complete update has committed
+
+One session at a time; every message names its session and epoch, and messages of an ended session get the reason of
+its end. All methods run on one thread, the service's; only the write happens on the engine loop's.
+"""
+
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import (
+    FingerprintMismatch,
+    ProtocolError,
+    SessionBusy,
+    SessionError,
+    StaleVersionError,
+    SyncError,
+    TornWeightsError,
+    WeightUpdateError,
+)
+from ..layout.fingerprints import name_key
+from ..layout.manifest import Manifest
+from ..layout.weight_map import WeightMap
+from ..plan.plan_cache import PlanCache
+from ..plan.stage import as_uint64
+from ..transports.arena import OpenedArena
+from ..transports.group.kept_stage import StageMemory
+from ..transports.group.process_group import UpdateGroup
+from ..wire.messages import (
+    PROTOCOL_VERSION,
+    Begin,
+    BeginReply,
+    Bucket,
+    BucketReply,
+    Commit,
+    CommitReply,
+    EngineInfo,
+    FingerprintReply,
+    IgnoredReply,
+    Receive,
+)
+from ..wire.process import current_process, why_dead
+from .agreement import RankAgreement, SoloAgreement, whole_values
+from .arena_table import ArenaTable
+from .commit import Served, Snapshot, WeightCommit, uint32
+from .host import WeightHost
+from .received import receive, stage_received
+from .repair import Repair
+from .session import Phase, Session, column
+
+logger = logging.getLogger(__name__)
+
+_KEPT_ENDINGS = 32
+
+
+class _Ending(NamedTuple):
+    """Why a session is over. Without the error's traceback, which would keep the arena mapped."""
+
+    kind: type[Exception]
+    args: tuple[Any, ...]
+    arena_id: int
+
+
+class WeightReceiver:
+    """Holds the served version and the one session. See the module for its states.
+
+    `keep_previous` pays for a copy of the model so that a commit that fails half-way rolls back. `version` and `label`
+    are those of the weights that are resident now.
+    """
+
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        host: WeightHost,
+        *,
+        bucket_bytes: int = 512 << 20,
+        keep_previous: bool = False,
+        version: int = 0,
+        label: str | None = None,
+        agreement: RankAgreement | None = None,
+    ) -> None:
+        self.engine_id = secrets.token_hex(8)
+        self._weight_map = weight_map
+        self._host = host
+        self._agreement = agreement or SoloAgreement()
+        self._canonical = Manifest(tensors=weight_map.metas(), bucket_bytes=bucket_bytes)
+        self._wire = self._canonical.to_wire()
+        self._plans = PlanCache(self._canonical, weight_map)
+        names = [meta.name for meta in self._canonical.tensors]
+        self._name_keys = np.array([name_key(name) for name in names], dtype=np.uint64)
+        self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
+        self._served = Served(version=version, label=str(version) if label is None else label)
+        self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
+        self._repair: Repair | None = None  # while the weights are torn
+        self._arenas = ArenaTable()
+        self.stage_memory = StageMemory(weight_map, self.device)
+        """Of sessions whose bytes come over a group."""
+        self._epoch = 0
+        self._session: Session | None = None
+        self._endings: OrderedDict[str, _Ending] = OrderedDict()
+
+    @property
+    def version(self) -> int:
+        """Version that is served; any thread may ask."""
+        return self._served.version
+
+    @property
+    def label(self) -> str:
+        """Its label."""
+        return self._served.label
+
+    @property
+    def torn(self) -> str | None:
+        """Why the resident weights are a mixture, or None."""
+        return self._served.torn
+
+    @property
+    def rank(self) -> int:
+        """This rank of the engine."""
+        return self._agreement.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self._weight_map.parameters.values()), torch.empty(0)).device
+
+    @property
+    def updating(self) -> bool:
+        """A session is open: its thread may read or write the parameters at any moment. Any thread may ask."""
+        return self._session is not None
+
+    @property
+    def busy(self) -> bool:
+        """A session or an arena is open, whose owner must be watched."""
+        return self._session is not None or len(self._arenas) > 0
+
+    def info(self) -> EngineInfo:
+        """What `Hello` is answered with."""
+        return EngineInfo(
+            protocol=PROTOCOL_VERSION,
+            process=current_process(),
+            engine_id=self.engine_id,
+            version=self.version,
+            label=self.label,
+            torn=self.torn,
+            manifest=self._wire,
+            aliases=dict(self._weight_map.aliases),
+            fused=dict(self._weight_map.fused),
+            device=str(self.device),
+            tp_size=self._agreement.size,
+            transports=("local", "shared_memory", "process_group"),
+        )
+
+    def ignored(self, names: tuple[str, ...]) -> IgnoredReply:
+        """Those of `names` that a trainer may send although the model has no memory for them."""
+        return IgnoredReply(names=tuple(n for n in names if self._weight_map.is_ignored(n)))
+
+    def fingerprint(self) -> FingerprintReply:
+        """Read the resident bytes, all of them, now; `WeightUpdateError` while their memory is released."""
+        gone = self._host.unwritable()
+        # Together, because reading is: one rank may be ahead of another with a release.
+        if self._agreement.gather(np.array([gone is not None], dtype=np.uint64)).any():
+            raise WeightUpdateError(f"the parameters cannot be read: {gone or 'not on all ranks'}")
+        values = self._read_resident()
+        return FingerprintReply(
+            version=self.version,
+            label=self.label,
+            torn=self.torn,
+            fingerprint=self._combined(values),
+            tensors=values.astype("<u8").tobytes(),
+        )
+
+    def add_arena(self, arena: OpenedArena) -> int:
+        """Keep an opened arena; returns its id."""
+        self.sweep()
+        return self._arenas.add(arena)
+
+    def close_arena(self, arena_id: int) -> None:
+        """Drop an arena; an open session over it ends."""
+        if self._session is not None and self._session.request.arena_id == arena_id:
+            self._end(SessionError("the session's arena was closed; begin again"))
+        self._arenas.close(arena_id)
+
+    def begin(self, request: Begin) -> BeginReply:
+        """Open the session, or say why not; nothing is held afterwards in that case."""
+        self.sweep(asked=True)
+        if self._session is not None:
+            raise self._busy(self._session)
+        version = self._next_version(request)
+        if request.verify == "overlapped" and self._agreement.size > 1:
+            raise WeightUpdateError(
+                f"verify: got 'overlapped' with {self._agreement.size} ranks, expected 'pause'; overlapped "
+                "verification needs an engine of one rank"
+            )
+        if request.lease_s <= 0:
+            raise ProtocolError(
+                f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
+            )
+        arena = self._arenas.get(request.arena_id)
+        gone = self._host.unwritable()
+        if gone is not None and not self._plans.knows(request.manifest_digest):
+            raise WeightUpdateError(f"the parameters cannot be planned for: {gone}")
+        known = self._plans.find(request.manifest_digest, request.manifest)
+        if known is None:
+            return BeginReply(epoch=0, version=version, need_manifest=True)
+        stage = arena.stage(known.plan)
+        self._epoch += 1
+        self._session = Session(
+            request=request,
+            epoch=self._epoch,
+            version=version,
+            label=str(version) if request.label is None else request.label,
+            known=known,
+            stage=stage,
+        )
+        return BeginReply(epoch=self._epoch, version=version, need_manifest=False)
+
+    def stage(self, bucket: Bucket) -> BucketReply:
+        """Check that a bucket's bytes are what the trainer declared; a failure ends the session, and its group."""
+        start = time.perf_counter()
+        try:
+            session = self._require(bucket.session_id, bucket.epoch)
+        except Exception:  # whatever ended it
+            self._refuse(bucket.session_id)
+            raise
+        try:
+            if session.phase is not Phase.STAGING:
+                raise SessionError(
+                    "a bucket after the vote: expected Commit or Abort; send everything before the commit"
+                )
+            session.stage_bucket(
+                column(bucket.indices, "<u4"), column(bucket.fingerprints, "<u8").astype(np.uint64)
+            )
+        except Exception as error:
+            self._end(error)
+            self._refuse(bucket.session_id)
+            raise
+        session.renew()  # the next bucket may have waited for this one to be checked
+        return BucketReply(
+            num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
+        )
+
+    def receive(self, message: Receive, group: UpdateGroup) -> BucketReply:
+        """Receive what a plain trainer broadcasts, and stage it; a failure ends the session.
+
+        All ranks receive the same; they compare what they got, since the trainer sent no fingerprints.
+        """
+        session = self._require(message.session_id, message.epoch)
+        start = time.perf_counter()
+        try:
+            if session.manifest.digest != self._canonical.digest:
+                raise ProtocolError(
+                    "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
+                )
+            timeout_s = min(message.timeout_s, session.request.lease_s)
+            tensors = receive(group, message, timeout_s, session.stage)
+            values = self._agreement.gather(stage_received(session, self.info(), tensors))
+            if (values != values[0]).any():
+                raise FingerprintMismatch(
+                    "the ranks received different bytes over the group; make a new group and send again"
+                )
+        except Exception as error:
+            self._end(error)
+            raise
+        session.renew()
+        return BucketReply(
+            num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
+        )
+
+    def prepare(self, session_id: str, epoch: int) -> Session:
+        """The vote: this rank can commit, or the session ends here. Changes nothing that serves."""
+        session = self._require(session_id, epoch)
+        if session.phase is Phase.VOTED:
+            return session
+        error: SyncError | None = None
+        if session.request.strict:
+            error = self._plans.not_covered(session.known, session.present)
+        unwritable = self._host.unwritable()
+        if unwritable is not None:
+            error = WeightUpdateError(f"the parameters cannot be written: {unwritable}")
+        if error is not None:
+            self._end(error)
+            raise error
+        if self._snapshot is not None and self.torn is None:
+            self._snapshot.take()
+        session.phase = Phase.VOTED
+        return session
+
+    def commit(self, request: Commit) -> CommitReply:
+        """Vote and write. Whatever the outcome, the session is over afterwards."""
+        session = self.prepare(request.session_id, request.epoch)
+        repair = self._repair
+        if repair is not None:
+            covered = session.known.covered(session.present)
+            repair = repair.after(covered, session.request.label)
+        write = WeightCommit(
+            session=session,
+            host=self._host,
+            served=self._served,
+            torn_after=None if repair is None else str(repair),
+            agreement=self._agreement,
+            snapshot=self._snapshot,
+            on_served=self._set_served,
+            check_restored=self._check_restored,
+        )
+        try:
+            write.run(request.timeout_s)
+        except BaseException as error:
+            if isinstance(error, TornWeightsError):
+                self._lost(str(error))
+            if isinstance(error, SyncError):
+                self._end(error)
+                raise
+            failure = WeightUpdateError(
+                f"the commit of version {session.version} failed with {type(error).__name__}: {error}; version "
+                f"{self.version} serves; look at the engine's log"
+            )
+            self._end(failure)
+            raise failure from error
+        self._repair = repair
+        self._end(SessionError("the session has ended: it was committed; begin a new one"))
+        return self._reply(session, write)
+
+    def lose_weights(self, reason: str) -> None:
+        """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.
+
+        Called on the engine loop's thread, between two steps.
+        """
+        reason = f"{reason}; push a complete update"
+        self._lost(reason)
+        served = self._served
+        self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))
+        self._host.weights_torn(reason)
+
+    def _lost(self, reason: str) -> None:
+        self._resident = None
+        self._repair = Repair(reason.partition("\n")[0], len(self._canonical.tensors))
+
+    def abort(self, session_id: str, epoch: int, reason: str) -> None:
+        """Forget the session if it is the open one; it may have ended already."""
+        session = self._session
+        if session is not None and (session.request.session_id, session.epoch) == (
+            session_id,
+            epoch,
+        ):
+            self._end(SessionError(f"the session was aborted: {reason}; begin a new one"))
+
+    def sweep(self, *, asked: bool = False) -> None:
+        """End the session when its lease is over or its trainer dead; close arenas of dead trainers.
+
+        Whoever asked for a vote may be committing it elsewhere, so it is kept: by one rank of several until rank 0 asks
+        for another session (`asked`), by a whole engine (one of a pool) for the session's lease.
+        """
+        session = self._session
+        bound = (
+            session is not None
+            and session.phase is Phase.VOTED
+            and (self._agreement.size > 1 or session.lease_left_s > 0)
+        )
+        if session is not None and (asked or not bound):
+            bound = False
+            why = why_dead(session.request.holder)
+            if why is not None:
+                self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
+            elif session.lease_left_s <= 0 and session.phase is not Phase.VOTED:
+                self._end(
+                    SessionError(
+                        f"the session has ended: nothing came for its lease of {session.request.lease_s} s; "
+                        "begin a new one, with a longer lease_s if the trainer needs it"
+                    )
+                )
+        for arena_id in self._arenas.orphans():
+            if not (bound and session is not None and session.request.arena_id == arena_id):
+                self.close_arena(arena_id)
+
+    def close(self) -> None:
+        """End the session and give back every arena."""
+        self._end(SessionError("the session has ended: the engine was shut down"))
+        for arena_id in self._arenas.ids():
+            self.close_arena(arena_id)
+
+    def _require(self, session_id: str, epoch: int) -> Session:
+        session = self._session
+        if session is not None and session.lease_left_s <= 0:
+            self.sweep()
+            session = self._session
+        if session is not None and session.request.session_id == session_id:
+            if session.epoch == epoch:
+                session.renew()
+                return session
+            raise SessionError(
+                f"a message of another epoch: got {epoch}, expected {session.epoch}; "
+                "use the epoch that BeginReply gave"
+            )
+        ending = self._endings.get(session_id)
+        if ending is not None:
+            raise ending.kind(*ending.args)
+        raise SessionError(
+            f"no such session: got {session_id!r}, expected "
+            f"{session.request.session_id if session else 'Begin first'!r}; begin a new one"
+        )
+
+    def _refuse(self, session_id: str) -> None:
+        """A bucket of a session that is over is not taken; its bytes may be under way all the same."""
+        ending = self._endings.get(session_id)
+        if ending is not None:
+            self._arenas.refuse(ending.arena_id)
+
+    def _end(self, reason: Exception) -> None:
+        session = self._session
+        if session is None:
+            return
+        logger.debug("session %s ends: %s", session.request.session_id, reason)
+        session.end()
+        self._session = None
+        request = session.request
+        self._endings[request.session_id] = _Ending(type(reason), reason.args, request.arena_id)
+        while len(self._endings) > _KEPT_ENDINGS:
+            self._endings.popitem(last=False)
+
+    def _busy(self, session: Session) -> SessionBusy:
+        return SessionBusy(
+            f"another update is under way: session {session.request.session_id} of process "
+            f"{session.request.holder.pid} for version {session.version} ({session.phase.value}, lease left "
+            f"{session.lease_left_s:.1f} s); expected none; wait for it, or end it in that process"
+        )
+
+    def _next_version(self, request: Begin) -> int:
+        version = self.version + 1 if request.version is None else request.version
+        if version <= self.version:
+            raise StaleVersionError(
+                f"versions only grow: got {version}, expected more than {self.version}, which is served; "
+                "leave version out to get the next one"
+            )
+        if request.base_version is not None and request.base_version != self.version:
+            raise StaleVersionError(
+                f"the update is for another base: got base_version {request.base_version}, expected "
+                f"{self.version}, which is served; ask engine_info() and decide again"
+            )
+        return version
+
+    def _set_served(self, served: Served) -> None:
+        self._served = served
+
+    def _read_resident(self) -> np.ndarray:
+        """Fingerprints of the whole resident tensors; all ranks ask at the same time."""
+        known = self._plans.canonical
+        return whole_values(
+            self._agreement, as_uint64(known.plan.resident_fingerprints()), known.regions
+        )
+
+    def _combined(self, values: np.ndarray) -> int:
+        return int((self._name_keys * values).sum(dtype=np.uint64))  # modulo 2^64, as `combine`
+
+    def _check_restored(self) -> None:
+        if self._resident is not None and not np.array_equal(self._read_resident(), self._resident):
+            raise FingerprintMismatch("the restored bytes are not those of the previous version")
+
+    def _reply(self, session: Session, write: WeightCommit) -> CommitReply:
+        covered = session.known.covered(session.present)
+        resident = self._resident
+        if resident is None:
+            resident = np.zeros(len(covered), dtype=np.uint64)
+        exact = session.known.to_canonical(session.declared, resident, session.present)
+        if not exact or (self._resident is None and not covered.all()):
+            resident = self._read_resident()
+        self._resident = resident
+        return CommitReply(
+            version=session.version,
+            label=session.label,
+            num_updated=int(covered.sum()),
+            left=uint32(np.flatnonzero(~covered)),
+            fingerprint=self._combined(resident),
+            stage_s=session.stage_s,
+            begin_to_committed_s=write.committed_at - session.began,
+            begin_to_verified_s=write.verified_at - session.began,
+            copy_s=write.copy_s,
+            verify_s=write.verify_s,
+            pause_s=write.pause_s,
+        )

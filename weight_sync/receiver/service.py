@@ -1,0 +1,221 @@
+"""The receiver behind messages: calls from any thread, worked off in order on one staging thread."""
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+
+from ..errors import DeadlineExceeded, EngineDiedError, ProtocolError, SyncError, TransportError
+from ..transports.arena import OpenedArena
+from ..transports.group.group_arena import GroupTable, OpenedGroupArena
+from ..transports.local import OpenedLocalArena
+from ..transports.shared_memory import OpenedSharedMemoryArena
+from ..wire.messages import (
+    Abort,
+    Ack,
+    ArenaHandle,
+    ArenaOpened,
+    Begin,
+    Bucket,
+    CloseArena,
+    Commit,
+    GetFingerprint,
+    GetIgnored,
+    GroupHandle,
+    Hello,
+    JoinGroup,
+    LeaveGroup,
+    LocalHandle,
+    OpenArena,
+    Receive,
+    Vote,
+)
+from ..wire.rpc_wire import Call
+from .receiver import WeightReceiver
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_INTERVAL_S = 0.25
+"""How often the lease and the life of a trainer are looked at while it holds something."""
+
+
+class WeightService:
+    """Serves one receiver. `handle` returns at once; the staging thread answers.
+
+    Checking a bucket takes place on that thread while the engine generates. A call whose deadline has passed before its
+    turn is not carried out: its caller has given up, and must not be surprised by a commit.
+    """
+
+    def __init__(self, receiver: WeightReceiver, *, name: str = "weights") -> None:
+        self.receiver = receiver
+        self._groups = GroupTable(receiver.rank, receiver.device)
+        self._lent: dict[str, torch.Tensor] = {}
+        self._queue: deque[Call] = deque()
+        self._wanted = threading.Condition()
+        self._closing = False
+        self._actions: dict[type, Callable[[Any], Any]] = {
+            Hello: lambda _: receiver.info(),
+            GetIgnored: lambda m: receiver.ignored(m.names),
+            OpenArena: self._open_arena,
+            CloseArena: self._close_arena,
+            Begin: receiver.begin,
+            Bucket: receiver.stage,
+            Vote: self._vote,
+            JoinGroup: self._join,
+            LeaveGroup: self._leave,
+            Receive: lambda m: receiver.receive(m, self._groups.get(m.group_name)),
+            Abort: self._abort,
+            GetFingerprint: lambda _: receiver.fingerprint(),
+        }
+        self._thread = threading.Thread(target=self._run, name=f"{name}-staging", daemon=True)
+        self._thread.start()
+
+    def handle(self, call: Call) -> None:
+        """Queue a call; any thread. Its body is one of `messages.WeightRequest`."""
+        with self._wanted:
+            if not self._closing:
+                self._queue.append(call)
+                self._wanted.notify()
+                return
+        call.fail(_shut_down())
+
+    def lend(self, buffer: torch.Tensor) -> str:
+        """Make a buffer of this process known; the key goes into a `LocalHandle`, which takes it."""
+        key = secrets.token_hex(8)
+        self._lent[key] = buffer
+        return key
+
+    def close(self) -> None:
+        """End the session, close the arenas, fail what is queued. Safe to repeat."""
+        with self._wanted:
+            self._closing = True
+            self._wanted.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._wanted:
+                while not self._queue and not self._closing:
+                    watching = self.receiver.busy
+                    if not self._wanted.wait(_SWEEP_INTERVAL_S if watching else None):
+                        break
+                if self._closing:
+                    break
+                call = self._queue.popleft() if self._queue else None
+            if call is None:
+                self.receiver.sweep()
+            else:
+                self._serve(call)
+        self.receiver.close()
+        self._groups.close()
+        self._lent.clear()
+        while self._queue:
+            self._queue.popleft().fail(_shut_down())
+
+    def _serve(self, call: Call) -> None:
+        try:
+            answer = self._carry_out(call)
+            if isinstance(answer, Future):
+                answer.add_done_callback(partial(_answer_later, call))
+            else:
+                call.reply(answer)
+        except (SyncError, ValueError) as error:  # a refusal
+            call.fail(error)
+        except Exception as error:  # whatever it was, the service goes on and the caller is told
+            logger.exception("%s failed", type(call.body).__name__)
+            call.fail(error)
+
+    def _carry_out(self, call: Call) -> Any:
+        body = call.body
+        left_s = call.deadline - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(
+                f"{type(body).__name__} waited too long for its turn and was not carried out"
+            )
+        if isinstance(body, Commit):
+            return self.receiver.commit(
+                msgspec.structs.replace(body, timeout_s=min(body.timeout_s, left_s))
+            )
+        action = self._actions.get(type(body))
+        if action is None:
+            raise ProtocolError(
+                f"not a message about weights: got {type(body).__name__}, expected one of "
+                f"{', '.join(sorted(kind.__name__ for kind in self._actions))}"
+            )
+        return action(body)
+
+    def _open_arena(self, message: OpenArena) -> ArenaOpened:
+        return ArenaOpened(arena_id=self.receiver.add_arena(self._open(message.handle)))
+
+    def _close_arena(self, message: CloseArena) -> Ack:
+        self.receiver.close_arena(message.arena_id)
+        return Ack()
+
+    def _join(self, message: JoinGroup) -> "Future[Ack]":
+        """Joining waits for other processes: the answer comes later, and other calls go on meanwhile."""
+        joined = self._groups.join(
+            group_name=message.group_name,
+            master_address=message.master_address,
+            master_port=message.master_port,
+            rank_offset=message.rank_offset,
+            world_size=message.world_size,
+            backend=message.backend,
+            timeout_s=message.timeout_s,
+        )
+        answer: Future[Ack] = Future()
+
+        def done(future: "Future[None]") -> None:
+            error = future.exception()
+            if error is None:
+                answer.set_result(Ack())
+            else:
+                answer.set_exception(error)
+
+        joined.add_done_callback(done)
+        return answer
+
+    def _leave(self, message: LeaveGroup) -> Ack:
+        self._groups.leave(message.group_name)
+        return Ack()
+
+    def _vote(self, message: Vote) -> Ack:
+        self.receiver.prepare(message.session_id, message.epoch)
+        return Ack()
+
+    def _abort(self, message: Abort) -> Ack:
+        self.receiver.abort(message.session_id, message.epoch, message.reason)
+        return Ack()
+
+    def _open(self, handle: ArenaHandle) -> OpenedArena:
+        if isinstance(handle, GroupHandle):
+            return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
+        if not isinstance(handle, LocalHandle):
+            return OpenedSharedMemoryArena(handle)
+        buffer = self._lent.pop(handle.key, None)
+        if buffer is None or buffer.numel() != handle.num_bytes:
+            raise TransportError(
+                f"no such buffer was lent: got key {handle.key!r} for {handle.num_bytes} bytes, expected "
+                "the key of a buffer of this process; use transport='shared_memory' between processes"
+            )
+        return OpenedLocalArena(buffer)
+
+
+def _answer_later(call: Call, future: "Future[Any]") -> None:
+    error = future.exception()
+    if error is None:
+        call.reply(future.result())
+    else:
+        call.fail(error)
+
+
+def _shut_down() -> EngineDiedError:
+    return EngineDiedError("the engine was shut down; start a new one and connect again")

@@ -1,0 +1,176 @@
+"""One update session as the engine sees it: what was promised, what has arrived, how long it may last."""
+
+import enum
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..errors import FingerprintMismatch, ProtocolError
+from ..layout.manifest import Manifest, mismatch
+from ..plan.plan import Plan
+from ..plan.plan_cache import KnownPlan
+from ..plan.stage import Stage
+from ..wire.messages import Begin
+
+MAX_NAMED = 20
+"""Tensors that an error about fingerprints names one by one."""
+
+
+class Phase(enum.Enum):
+    """Where a session stands; it only ever moves down this list."""
+
+    STAGING = "staging"
+    """Buckets arrive; ending here costs nothing."""
+    VOTED = "voted"
+    """Complete and checked; the commit waits for a step boundary. Ending here costs nothing."""
+    WRITING = "writing"
+    """Resident bytes change; from here it is committed, rolled back, or torn."""
+    ENDED = "ended"
+    """Over, for whatever reason."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """Everything about the one open session. Used by the receiver's thread, and by the commit inside its pause."""
+
+    request: Begin
+    """How it was opened."""
+    epoch: int
+    """Its number at this engine."""
+    version: int
+    """Version to be."""
+    label: str
+    """Label to be."""
+    known: KnownPlan
+    """What may come, where it lies in the arena, and how it is written into the parameters."""
+    stage: Stage
+    """Where its bytes are until the commit."""
+    phase: Phase = Phase.STAGING
+    """Where it stands."""
+    began: float = field(default_factory=time.perf_counter)
+    """When `Begin` arrived, on the clock of the timings."""
+    lease_end: float = field(init=False)
+    """When it ends by itself, `time.monotonic()`."""
+    stage_s: float = 0.0
+    """Seconds spent on checking what was staged, and on putting it where the commit wants it."""
+    present: np.ndarray = field(init=False)
+    """Which tensors of the manifest are complete, bool."""
+    declared: np.ndarray = field(init=False)
+    """What the trainer says about them, uint64."""
+
+    def __post_init__(self) -> None:
+        num_tensors = len(self.manifest.tensors)
+        self.present = np.zeros(num_tensors, dtype=bool)
+        self.declared = np.zeros(num_tensors, dtype=np.uint64)
+        self.renew()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The arena's layout."""
+        return self.known.plan.manifest
+
+    @property
+    def plan(self) -> Plan:
+        """What writes it."""
+        return self.known.plan
+
+    def end(self) -> None:
+        """Let go of the stage, whoever still holds this object (a traceback, for one)."""
+        self.phase = Phase.ENDED
+        self.stage.release()
+
+    def renew(self) -> None:
+        """A message of the session arrived: the lease starts again."""
+        self.lease_end = time.monotonic() + self.request.lease_s
+
+    @property
+    def lease_left_s(self) -> float:
+        """Seconds until it ends by itself."""
+        return max(0.0, self.lease_end - time.monotonic())
+
+    @property
+    def complete(self) -> bool:
+        """Every tensor of the manifest has arrived."""
+        return bool(self.present.all())
+
+    @property
+    def indices(self) -> np.ndarray | None:
+        """The tensors that have arrived, or None for all: whole-arena operations are much cheaper."""
+        return None if self.complete else np.flatnonzero(self.present)
+
+    def stage_bucket(self, indices: np.ndarray, declared: np.ndarray) -> None:
+        """Check one bucket against what the trainer declared and count it as complete."""
+        if len(indices) != len(declared):
+            raise ProtocolError(
+                f"a bucket has one fingerprint per tensor: got {len(indices)} indices and "
+                f"{len(declared)} fingerprints, expected as many of each; send both columns"
+            )
+        self._check_indices(indices)
+        if not len(indices):
+            return
+        self.declared[indices] = declared
+        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s)
+        self.present[indices] = True
+
+    def stage_trusted(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        """Stage tensors, by row, that nobody declared: what came is what was meant. Their fingerprints, by row."""
+        indices = np.array(sorted(sources), dtype=np.int64)
+        self._check_indices(indices)
+        start = time.perf_counter()
+        values = self.stage.put(sources)
+        self.present[indices] = True
+        self.declared[indices] = values
+        self.stage_s += time.perf_counter() - start
+        return values
+
+    def _check_staged(self, rows: np.ndarray, values: np.ndarray) -> None:
+        self.compare(values, rows, self.declared[rows], "staged")
+
+    def compare(
+        self, found: np.ndarray, indices: np.ndarray | None, declared: np.ndarray, where: str
+    ) -> None:
+        """`FingerprintMismatch`, naming the tensors, unless `found` is what was declared."""
+        wrong = np.flatnonzero(found != declared)
+        if not len(wrong):
+            return
+        positions = wrong if indices is None else indices[wrong]
+        lines = [
+            f"{self.manifest.tensors[position].name}: got {int(found[i]):#018x}, "
+            f"expected {int(declared[i]):#018x}"
+            for i, position in zip(wrong[:MAX_NAMED], positions[:MAX_NAMED], strict=True)
+        ]
+        if len(wrong) > MAX_NAMED:
+            lines.append(f"... and {len(wrong) - MAX_NAMED} more")
+        raise FingerprintMismatch(
+            f"{where} bytes of {len(wrong)} tensors are not what the trainer sent:\n  "
+            + "\n  ".join(lines)
+            + "\ndo not write into the arena between a bucket and the end of its session; send again"
+        )
+
+    def _check_indices(self, indices: np.ndarray) -> None:
+        if not len(indices):
+            return
+        if int(indices.max()) >= len(self.present):
+            raise ProtocolError(
+                f"a bucket names a tensor that the manifest does not have: got index {int(indices.max())}, "
+                f"expected below {len(self.present)}; begin with the manifest that the bucket belongs to"
+            )
+        again = indices[self.present[indices]]
+        unique, counts = np.unique(indices, return_counts=True)
+        doubled = sorted({*again.tolist(), *unique[counts > 1].tolist()})
+        if doubled:
+            names = [f"{self.manifest.tensors[i].name}: sent more than once" for i in doubled]
+            raise mismatch("the session got tensors twice", names, "send every tensor once")
+
+
+def column(data: bytes, dtype: str) -> np.ndarray:
+    """A packed little-endian column of a message."""
+    if len(data) % np.dtype(dtype).itemsize:
+        raise ProtocolError(
+            f"a packed column is cut: got {len(data)} bytes, expected a multiple of "
+            f"{np.dtype(dtype).itemsize}; both sides must run the same release"
+        )
+    return np.frombuffer(data, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Trainers of many ranks, each with its own shards."""

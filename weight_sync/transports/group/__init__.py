@@ -1,0 +1,1 @@
+"""Bytes that arrive over a process group, and where they wait."""

@@ -1,0 +1,154 @@
+"""An arena that travels: the trainer's bytes are broadcast over an update group, and every engine rank keeps its part.
+
+The trainer packs into ordinary memory and announces a bucket; each rank that hears of it receives those bytes, chunk by
+chunk, into the stage of its session. Both ends cut the bytes alike, from the manifest and the announced tensors alone.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import torch
+
+from ...errors import TransportError
+from ...plan.plan import Plan
+from ...wire.messages import GroupHandle, ProcessRef
+from ...wire.process import current_process
+from ..arena import Range
+from .kept_stage import KeptStage, StageMemory
+from .process_group import UpdateGroup
+
+
+class GroupArena:
+    """The trainer's end: memory of its own, and the group that carries it."""
+
+    def __init__(self, num_bytes: int, group: UpdateGroup) -> None:
+        self._group = group
+        self._buffer: torch.Tensor | None = torch.zeros(
+            num_bytes, dtype=torch.uint8, device=group.device
+        )
+        self._num_bytes = num_bytes
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        assert self._buffer is not None, "the arena was closed"
+        return self._buffer
+
+    @property
+    def handle(self) -> GroupHandle:
+        return GroupHandle(
+            owner=current_process(),
+            group_name=self._group.name,
+            num_bytes=self._num_bytes,
+            ends_group=True,
+        )
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing can be sent any more, or None."""
+        return self._group.broken
+
+    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+        """Broadcast these bytes; they must not change until the future is done."""
+        return self._group.broadcast(self.buffer, spans, timeout_s=timeout_s) if spans else None
+
+    def close(self) -> None:
+        self._buffer = None
+        self._group.destroy()
+
+
+class OpenedGroupArena:
+    """An engine rank's end: holds the memory of stages, not the arena's bytes. A publisher's own group goes with it."""
+
+    def __init__(self, groups: "GroupTable", handle: GroupHandle, memory: StageMemory) -> None:
+        self._groups = groups
+        self._group = groups.get(handle.group_name)
+        self._num_bytes = handle.num_bytes
+        self._owner = handle.owner
+        self._ends_group = handle.ends_group
+        self._memory: StageMemory | None = memory
+        memory.hold()
+
+    @property
+    def owner(self) -> ProcessRef:
+        return self._owner
+
+    def stage(self, plan: Plan) -> KeptStage:
+        assert self._memory is not None, "the arena was closed"
+        return KeptStage(self._memory, self._group, self._num_bytes, plan)
+
+    def refuse(self) -> None:
+        self._group.destroy(wait_s=0.0)
+
+    def given_up(self) -> bool:
+        """Not to be seen from here: the trainer's memory is its own."""
+        return False
+
+    def close(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.let_go()
+        if self._ends_group:
+            self._groups.drop(self._group)
+
+
+class GroupTable:
+    """The update groups of one engine rank, by name; a new one takes the place of an older one of its name."""
+
+    def __init__(self, tp_rank: int, device: torch.device) -> None:
+        self._tp_rank = tp_rank
+        self._device = device
+        self._groups: dict[str, UpdateGroup] = {}
+
+    def join(
+        self,
+        *,
+        group_name: str,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+    ) -> "Future[None]":
+        """Join the trainer's group as rank `rank_offset` + tensor-parallel rank; done when all members have come."""
+        old = self._groups.pop(group_name, None)
+        if old is not None:
+            old.destroy()
+        group = UpdateGroup.join(
+            master_address=master_address,
+            master_port=master_port,
+            rank=rank_offset + self._tp_rank,
+            world_size=world_size,
+            group_name=group_name,
+            backend=backend,
+            device=self._device if backend == "nccl" else "cpu",
+            timeout_s=timeout_s,
+        )
+        self._groups[group_name] = group
+        return group.joined
+
+    def get(self, group_name: str) -> UpdateGroup:
+        """The group of that name."""
+        group = self._groups.get(group_name)
+        if group is None:
+            raise TransportError(
+                f"no update group {group_name!r}: expected one of {sorted(self._groups)}; call "
+                "init_weights_update_group first"
+            )
+        return group
+
+    def leave(self, group_name: str) -> None:
+        """Leave a group; what its other members wait for fails."""
+        self.get(group_name).destroy()
+        del self._groups[group_name]
+
+    def drop(self, group: UpdateGroup) -> None:
+        """Leave this very group, which may have been left or replaced before."""
+        if self._groups.get(group.name) is group:
+            del self._groups[group.name]
+        group.destroy()
+
+    def close(self) -> None:
+        """Leave all groups."""
+        while self._groups:
+            self._groups.popitem()[1].destroy()

@@ -1,0 +1,140 @@
+"""The way of an update through a shadow: from chunks of an arena into it, and from it into the parameters."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+
+from ...layout import region as regions
+from ...layout.fingerprints import ArenaFingerprints
+from ...layout.manifest import Manifest
+from ...layout.memory import byte_range, storage_key
+from ...plan.copies import Copy, Occupied, Replay
+from ...plan.plan import Plan
+from ...plan.stage import as_uint64
+from ..spans import lengths_of
+from .shadow import Pairs, Shadow
+
+_CACHED_ARENAS = 4
+_CACHED_SUBSETS = 16
+
+
+class KeptPlan:
+    """A plan by way of the shadow, and the chunks of it that came lately."""
+
+    def __init__(self, plan: Plan, shadow: Shadow) -> None:
+        self._manifest = plan.manifest
+        self._shadow = shadow
+        self._occupied = shadow.occupied()
+        self._copies: defaultdict[int, list[Copy]] = defaultdict(list)
+        for copy in plan.copies:
+            self._copies[copy.index].append(copy)
+        self._all: Pairs | None = None
+        self._some: OrderedDict[bytes, Pairs] = OrderedDict()
+        self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()
+        self._chunk_bytes = 0
+
+    def chunk(self, rows: np.ndarray) -> Chunk:
+        """The chunk of these tensors, ascending."""
+        key = rows.tobytes()
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            chunk = self._chunks[key] = Chunk(
+                self._manifest, rows, self._copies, self._shadow, self._occupied
+            )
+            self._chunk_bytes += chunk.manifest.arena_bytes
+            while self._chunk_bytes > _CACHED_ARENAS * self._manifest.arena_bytes:
+                self._chunk_bytes -= self._chunks.popitem(last=False)[1].manifest.arena_bytes
+        self._chunks.move_to_end(key)
+        return chunk
+
+    @torch.no_grad()
+    def write(self, rows: np.ndarray | None) -> None:
+        """From the shadow into the parameters."""
+        targets, sources = self._everything() if rows is None else self._subset(rows)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _everything(self) -> Pairs:
+        # Not before it is needed: until then the parameters' memory may be released.
+        if self._all is None:
+            self._all = self._pairs(range(len(self._manifest.tensors)))
+        return self._all
+
+    def _subset(self, rows: np.ndarray) -> Pairs:
+        key = rows.tobytes()
+        if key not in self._some:
+            self._some[key] = self._pairs(rows.tolist())
+            if len(self._some) > _CACHED_SUBSETS:
+                self._some.popitem(last=False)
+        self._some.move_to_end(key)
+        return self._some[key]
+
+    def _pairs(self, rows: Iterable[int]) -> Pairs:
+        return self._shadow.pairs(copy.destination for row in rows for copy in self._copies[row])
+
+
+class Chunk:
+    """Whole tensors of a manifest that are received together, one behind the other in a landing buffer."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        rows: np.ndarray,
+        copies: Mapping[int, Sequence[Copy]],
+        shadow: Shadow,
+        occupied: Occupied,
+    ) -> None:
+        self.rows = rows
+        """Which tensors, (N,) int64, ascending."""
+        self.manifest = Manifest(
+            tensors=tuple(manifest.tensors[row] for row in rows.tolist()),
+            bucket_bytes=manifest.bucket_bytes,
+        )
+        """How they lie in the landing buffer."""
+        ends = list(accumulate(lengths_of(manifest, rows), initial=0))
+        self.spans = list(pairwise(ends))
+        """The ranges of the landing buffer that travel as one each."""
+        self._fingerprints = ArenaFingerprints(self.manifest)
+        moved = [
+            Copy(index=i, region=copy.region, destination=shadow.of(copy.destination))
+            for i, row in enumerate(rows.tolist())
+            for copy in copies[row]
+        ]
+        self._replay = Replay(self.manifest, moved, occupied)
+        self.home = self._find_home(moved, shadow, occupied)
+        """Memory of the shadow that has the layout of the landing buffer, and can be it; or None."""
+
+    def fingerprints(self, landing: torch.Tensor) -> np.ndarray:
+        """One per tensor, (N,) uint64."""
+        return as_uint64(self._fingerprints.values(landing))
+
+    def move(self, landing: torch.Tensor) -> None:
+        """Into the shadow: this rank's parts, at their places."""
+        if self.home is None:
+            self._replay.run(landing, None)
+
+    def _find_home(
+        self, moved: Sequence[Copy], shadow: Shadow, occupied: Occupied
+    ) -> torch.Tensor | None:
+        """All tensors are in the shadow, whole, as far from each other as here, and nothing else is in between."""
+        filled = [i for i, meta in enumerate(self.manifest.tensors) if meta.num_bytes]
+        if not filled or [copy.index for copy in moved] != filled:
+            return None
+        first = byte_range(moved[0].destination)[0] - self.manifest.offsets[filled[0]]
+        for copy in moved:
+            whole = regions.whole(self.manifest.tensors[copy.index].shape)
+            at = byte_range(copy.destination)[0] - self.manifest.offsets[copy.index]
+            if at != first or copy.region != whole or not copy.destination.is_contiguous():
+                return None
+        held = occupied[storage_key(moved[0].destination)]
+        end = first + self.manifest.arena_bytes
+        low, high = bisect_right(held, first, key=lambda r: r[1]), bisect_left(held, (end, 0))
+        if high - low != len(filled):
+            return None
+        return shadow.room(moved[0].destination, first, self.manifest.arena_bytes)

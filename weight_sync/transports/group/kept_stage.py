@@ -1,0 +1,222 @@
+"""A stage of this rank's own, for bytes that arrive over a group: two landing buffers and a shadow of the parameters.
+
+    wire -> landing buffer, a chunk of whole tensors -> fingerprints checked -> plan -> shadow | commit -> parameters
+
+While one chunk is checked and moved, the next one arrives in the other buffer. What this takes is the bytes that the
+rank keeps and two chunks, however large the model is: a rank receives every byte and keeps its part. A chunk that the
+rank keeps as it travels (one rank alone, as a rule) lands in the shadow itself. A trainer that declares nothing needs a
+landing buffer for its largest call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ...errors import TransportError
+from ...layout.weight_map import WeightMap
+from ...plan.plan import Plan
+from ...plan.stage import Check, Fill, check_size
+from ...process_groups.landing import landing_buffer
+from ..spans import chunks_of
+from .kept_plan import Chunk, KeptPlan
+from .process_group import UpdateGroup
+from .shadow import Shadow
+
+_KEPT_PLANS = 4
+
+
+class StageMemory:
+    """The memory of all stages of one rank, which has one session at a time. There while somebody holds it."""
+
+    def __init__(self, weight_map: WeightMap, device: torch.device) -> None:
+        self._weight_map = weight_map
+        self._device = device
+        self._num_holders = 0
+        self._shadow: Shadow | None = None
+        self._landings: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now: this rank's parameters once, and the largest chunk of each landing buffer."""
+        landings = sum(buffer.numel() for buffer in self._landings.values())
+        return landings + (0 if self._shadow is None else self._shadow.num_bytes)
+
+    def hold(self) -> None:
+        """Somebody needs it from now on."""
+        self._existing_shadow()
+        self._num_holders += 1
+
+    def let_go(self) -> None:
+        """One of them does not any more; the last one gives it back."""
+        self._num_holders -= 1
+        if not self._num_holders:
+            self.forget()
+
+    def landing(
+        self, which: int, num_bytes: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Landing buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone.
+
+        `device`: None for the rank's own. `TransportError` when there is no memory for it.
+        """
+        device = self._device if device is None else device
+        key = which, device
+        buffer = self._landings.get(key)
+        if buffer is None or buffer.numel() < num_bytes:
+            self._landings.pop(key, None)
+            del buffer  # before there is another one
+            with _no_memory_is_an_answer(num_bytes, device):
+                self._landings[key] = buffer = (
+                    landing_buffer(num_bytes)
+                    if device.type == "cpu"
+                    else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                )
+        return buffer[:num_bytes]
+
+    def forget(self) -> None:
+        """Use none of it again: a thread of a group may still write into it, for longer than anybody waits for that."""
+        self._shadow = None
+        self._landings.clear()
+        self._plans.clear()
+
+    def plan(self, plan: Plan) -> KeptPlan:
+        """The way of this plan's tensors through the shadow, worked out once."""
+        digest = plan.manifest.digest
+        known = self._plans.get(digest)
+        if known is None:
+            known = self._plans[digest] = KeptPlan(plan, self._existing_shadow())
+            if len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(digest)
+        return known
+
+    def settle(self) -> None:
+        """Wait for the device: the copies of a stage are done before any other stream or thread looks."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _existing_shadow(self) -> Shadow:
+        if self._shadow is None:
+            num_bytes = sum(tensor.nbytes for tensor in self._weight_map.parameters.values())
+            with _no_memory_is_an_answer(num_bytes, self._device):
+                self._shadow = Shadow(self._weight_map)
+        return self._shadow
+
+
+@contextmanager
+def _no_memory_is_an_answer(num_bytes: int, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TransportError(
+            f"no memory on {device} to stage an update over a group: got none for {num_bytes} bytes, expected room for "
+            "the rank's weights once more and two chunks; lower kv_cache_bytes or mem_fraction_static"
+        ) from error
+
+
+class KeptStage:
+    """The stage of a session that `group` fills."""
+
+    def __init__(self, memory: StageMemory, group: UpdateGroup, num_bytes: int, plan: Plan) -> None:
+        check_size(num_bytes, plan)
+        self._memory = memory
+        self._group = group
+        self._manifest = plan.manifest
+        self._plan: KeptPlan | None = memory.plan(plan)
+        self._receiving = False  # something may be writing into the memory
+
+    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+        end = time.monotonic() + timeout_s
+        failure: Exception | None = None
+        work_s = 0.0
+        self._receiving = True
+        for chunk, landing in self._arriving(self._chunks(rows), end):
+            if failure is not None:  # the rest is received all the same: the group stays in step
+                continue
+            start = time.perf_counter()
+            try:
+                check(chunk.rows, chunk.fingerprints(landing))
+                chunk.move(landing)
+            except Exception as error:
+                failure = error
+            work_s += time.perf_counter() - start
+        self._receiving = False
+        if failure is not None:
+            raise failure
+        self._memory.settle()
+        return work_s
+
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        # Where the group guards against messages that are longer than announced: gloo's are on the CPU.
+        landing = self._memory.landing(0, num_bytes, self._group.device)
+        self._receiving = True
+        fill(landing)
+        self._receiving = False
+        return landing
+
+    def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        found = [np.empty(0, dtype=np.uint64)]
+        for chunk in self._chunks(np.array(sorted(sources), dtype=np.int64)):
+            landing = self._place(chunk, 1)
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    chunk.manifest.views(landing), [sources[row] for row in chunk.rows.tolist()]
+                )
+            found.append(chunk.fingerprints(landing))
+            chunk.move(landing)
+        self._memory.settle()
+        return np.concatenate(found)
+
+    def write(self, rows: np.ndarray | None) -> None:
+        assert self._plan is not None, "the session has ended"
+        self._plan.write(rows)
+
+    def release(self) -> None:
+        if self._receiving:  # in vain: what comes now belongs to nothing
+            self._group.destroy(wait_s=0.0)
+            self._memory.forget()
+        self._receiving, self._plan = False, None
+
+    def _chunks(self, rows: np.ndarray) -> Iterator[Chunk]:
+        assert self._plan is not None, "the session has ended"
+        return map(self._plan.chunk, chunks_of(self._manifest, rows))
+
+    def _place(self, chunk: Chunk, which: int) -> torch.Tensor:
+        if chunk.home is not None:
+            return chunk.home
+        return self._memory.landing(which, chunk.manifest.arena_bytes)
+
+    def _arriving(
+        self, chunks: Iterable[Chunk], end: float
+    ) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Each chunk when it is whole; those after it are under way by then, as far as there is memory for them."""
+        under_way: deque[tuple[Chunk, torch.Tensor, Future[None]]] = deque()
+        num_landing = 0  # how many of them are on their way into a landing buffer
+        which = 0
+
+        def arrived() -> tuple[Chunk, torch.Tensor]:
+            nonlocal num_landing
+            chunk, landing, whole = under_way.popleft()
+            whole.result()
+            num_landing -= chunk.home is None
+            return chunk, landing
+
+        for chunk in chunks:
+            while chunk.home is None and num_landing == 2:
+                yield arrived()
+            landing = self._place(chunk, which)
+            if chunk.home is None:
+                num_landing, which = num_landing + 1, 1 - which
+            left_s = max(0.0, end - time.monotonic())
+            whole = self._group.receive_into(landing, chunk.spans, timeout_s=left_s)
+            under_way.append((chunk, landing, whole))
+        while under_way:
+            yield arrived()

@@ -1,0 +1,180 @@
+"""A second memory with the layout of a model's own: where an update is whole before the model is.
+
+Parameters that are neighbours are neighbours in the shadow too, so that writing a whole update is a handful of large
+copies, without strides and without casts.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...layout.manifest import ALIGNMENT, align
+from ...layout.memory import Storage, byte_range, storage_key, storage_view
+from ...layout.weight_map import WeightMap
+from ..arena import Mapping
+
+ByteSpan = tuple[int, int]
+"""First byte in an allocation, and one past the last."""
+Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""Memory of the model, and the memory of the shadow that is copied there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Parameters that follow each other in one allocation, with less than 256 bytes between them."""
+
+    first: int
+    """First byte in the model's allocation."""
+    end: int
+    """One past the last one."""
+    at: int
+    """Where the first byte is in the shadow."""
+
+
+class Shadow:
+    """As many bytes as the parameters of `weight_map` are on this rank, on their device; zeros at first."""
+
+    def __init__(self, weight_map: WeightMap) -> None:
+        self._occupied = weight_map.occupied()
+        self._address: dict[
+            Storage, int
+        ] = {}  # modulo 256; memory that is released comes back alike
+        extents: defaultdict[Storage, list[ByteSpan]] = defaultdict(list)
+        for parameter in weight_map.parameters.values():
+            if parameter.numel():
+                key = storage_key(parameter)
+                extents[key].append(byte_range(parameter))
+                self._address[key] = parameter.untyped_storage().data_ptr() % ALIGNMENT
+        self._pieces: dict[Storage, list[_Piece]] = {}
+        sizes: defaultdict[torch.device, int] = defaultdict(int)
+        for key, held in extents.items():
+            device = key[0]
+            self._pieces[key] = []
+            for first, end in _joined(sorted(held)):
+                # At the same place within 256 bytes: what is aligned there is aligned here.
+                at = align(sizes[device]) + (self._address[key] + first) % ALIGNMENT
+                sizes[device] = at + end - first
+                self._pieces[key].append(_Piece(first=first, end=end, at=at))
+        self._buffers = {device: _zeros(device, align(size)) for device, size in sizes.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def occupied(self) -> dict[Storage, list[ByteSpan]]:
+        """As `WeightMap.occupied`, here."""
+        moved: dict[Storage, list[ByteSpan]] = {
+            storage_key(buffer): [] for buffer in self._buffers.values()
+        }
+        for key, ranges in self._occupied.items():
+            held = moved[storage_key(self._buffers[key[0]])]
+            for first, end in ranges:
+                at = self._at(key, first)
+                held.append((at, at + end - first))
+        return {key: sorted(held) for key, held in moved.items()}
+
+    def room(self, tensor: torch.Tensor, first: int, num_bytes: int) -> torch.Tensor | None:
+        """The bytes around `tensor`, which is of this shadow: uint8, from byte `first` of its allocation.
+
+        None where the shadow does not reach so far, or they do not begin on a 64-byte boundary, as all of torch's do.
+        """
+        buffer = self._buffers[tensor.device]
+        fits = 0 <= first and first + num_bytes <= buffer.numel()
+        aligned = (buffer.data_ptr() + first) % 64 == 0
+        return buffer[first : first + num_bytes] if fits and aligned else None
+
+    @torch.inference_mode(False)
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The shadow of `tensor`, a view of parameters: its dtype, shape and strides."""
+        key = storage_key(tensor)
+        at = self._at(key, byte_range(tensor)[0])
+        memory = storage_view(self._buffers[key[0]], tensor.dtype)
+        return memory.as_strided(tensor.shape, tensor.stride(), at // tensor.element_size())
+
+    @torch.inference_mode(False)
+    def pairs(self, tensors: Iterable[torch.Tensor]) -> Pairs:
+        """The copies, as few as there can be, that write `tensors`, views of parameters, from their shadows.
+
+        Padding between parameters may be written too; no byte of a parameter that is not among `tensors` is. The
+        parameters' memory must not be released at the moment.
+        """
+        by_storage: defaultdict[Storage, list[torch.Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_storage[storage_key(tensor)].append(tensor)
+        targets: list[torch.Tensor] = []
+        for key, held in by_storage.items():
+            memory = storage_view(held[0], torch.uint8)
+            ranges, strided = self._ranges(key, held)
+            targets += [memory[first:end] for first, end in ranges]
+            targets += strided
+        return targets, [self.of(target) for target in targets]
+
+    def _ranges(
+        self, key: Storage, tensors: Sequence[torch.Tensor]
+    ) -> tuple[list[ByteSpan], list[torch.Tensor]]:
+        """What the tensors fill without a gap, neighbours joined, and those that leave gaps."""
+        ranges: list[ByteSpan] = []
+        strided: list[torch.Tensor] = []
+        for first, end, group in _overlapping(tensors):
+            if sum(tensor.nbytes for tensor in group) != end - first:
+                strided += group
+            elif ranges and self._adjoin(key, ranges[-1][1], first):
+                ranges[-1] = ranges[-1][0], end
+            else:
+                ranges.append((first, end))
+        return ranges, strided
+
+    def _adjoin(self, key: Storage, end: int, start: int) -> bool:
+        """Whether nothing but padding is between two bytes of an allocation."""
+        if start == end:
+            return True
+        if start - end >= ALIGNMENT or (self._address[key] + start) % ALIGNMENT:
+            return False
+        # A parameter that is not among those to be written may live in the gap.
+        occupied = self._occupied[key]
+        at = bisect_left(occupied, (end, end))
+        return occupied[at][0] >= start and (at == 0 or occupied[at - 1][1] <= end)
+
+    def _at(self, key: Storage, byte: int) -> int:
+        pieces = self._pieces[key]
+        piece = pieces[bisect_right(pieces, byte, key=lambda piece: piece.first) - 1]
+        return piece.at + byte - piece.first
+
+
+def _joined(extents: Sequence[ByteSpan]) -> Iterator[ByteSpan]:
+    held = extents[0]
+    for first, end in extents[1:]:
+        if first - held[1] < ALIGNMENT:
+            held = held[0], end
+        else:
+            yield held
+            held = first, end
+    yield held
+
+
+def _overlapping(
+    tensors: Sequence[torch.Tensor],
+) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+    """Tensors of one allocation that reach over each other: first byte, end, and which they are, in ascending order."""
+    spans = sorted((*byte_range(tensor), i) for i, tensor in enumerate(tensors))
+    first, end, group = spans[0][0], spans[0][1], [tensors[spans[0][2]]]
+    for start, stop, i in spans[1:]:
+        if start >= end:
+            yield first, end, group
+            first, end, group = start, stop, []
+        end = max(end, stop)
+        group.append(tensors[i])
+    yield first, end, group
+
+
+def _zeros(device: torch.device, num_bytes: int) -> torch.Tensor:
+    if device.type == "cpu":  # in large pages, and all of them there
+        return Mapping(-1, max(num_bytes, mmap.PAGESIZE), writable=True).tensor[:num_bytes]
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)

@@ -1,0 +1,165 @@
+"""The envelope of every remote call: what both ends of `rpc` agree on.
+
+A request is two frames, header and body; so is a reply. The header alone says which call a frame belongs to, so that
+a body which cannot be understood is still answered. Bodies are msgspec structs in MessagePack; nothing is unpickled.
+"""
+
+import socket
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import ProtocolError, RemoteError
+from .messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, ErrorReply, Seconds
+
+MAX_ERROR_CHARS = 1 << 18
+"""Longer error texts are cut: an error must always be deliverable."""
+
+UNREADABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
+"""What decoding may raise; text that is no UTF-8 is a `ValueError` of Python's own."""
+
+HEARTBEAT_INTERVAL_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 30_000
+"""A machine that vanished without closing its connection is noticed after this long; ZeroMQ's own thread answers, so a
+process that is merely busy is not affected."""
+
+
+class RequestHeader(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True
+):
+    """First frame of a request."""
+
+    protocol: int
+    """`PROTOCOL_VERSION` of the caller."""
+    id: Annotated[int, Meta(ge=0, le=2**62)]
+    """Chosen by the caller, never used twice on one connection."""
+    timeout_s: Seconds
+    """How long the caller is going to wait."""
+
+
+class ReplyHeader(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True
+):
+    """First frame of a reply."""
+
+    protocol: int
+    """`PROTOCOL_VERSION` of the server."""
+    id: Annotated[int, Meta(ge=0, le=2**62)]
+    """The request's."""
+    kind: Literal["reply", "chunk", "error"]
+    """A chunk is followed by more; the other two are the last of their call."""
+
+
+class Call(Protocol):
+    """One request in the hands of a server. Every method may be called from any thread; none of them blocks."""
+
+    @property
+    def body(self) -> Any:
+        """The decoded request."""
+
+    @property
+    def deadline(self) -> float:
+        """`time.monotonic()` after which nobody waits for the answer."""
+
+    @property
+    def peer(self) -> str:
+        """Which connection it came from; equal for all calls of one client."""
+
+    def reply(self, body: Any) -> None:
+        """The answer. The first `reply` or `fail` of a call counts, later ones are dropped."""
+
+    def stream(self, body: Any) -> None:
+        """One chunk, in order, before the answer; dropped after it."""
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error; its class name is the code under which the caller looks up a type."""
+
+
+def error_reply(error: BaseException) -> ErrorReply:
+    """`error` as it travels."""
+    text = str(error) or type(error).__name__
+    if len(text) > MAX_ERROR_CHARS:
+        text = text[:MAX_ERROR_CHARS] + " ... (cut)"
+    if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
+        return ErrorReply(code=ProtocolError.__name__, message=text)
+    return ErrorReply(code=type(error).__name__, message=text)
+
+
+def raised(reply: ErrorReply, errors: Mapping[str, type[Exception]]) -> Exception:
+    """The exception that `reply` stands for; `RemoteError` where its code is not in `errors`."""
+    known = errors.get(reply.code)
+    if known is not None:
+        return known(reply.message)
+    return RemoteError(f"the other side failed with {reply.code}: {reply.message}")
+
+
+def check_timeout(timeout_s: float) -> float:
+    """`timeout_s`, or a `ValueError` when it is not a deadline that will ever come."""
+    if not (isinstance(timeout_s, int | float) and 0 < timeout_s <= 7 * 86_400):
+        raise ValueError(
+            f"timeout_s must be a number of seconds above 0 and at most a week; got {timeout_s!r}; "
+            "every remote call has a deadline"
+        )
+    return float(timeout_s)
+
+
+def check_size(frame: bytes, max_bytes: int, what: str) -> bytes:
+    """`frame`, or a `ProtocolError` when the other side would refuse it."""
+    if len(frame) > max_bytes:
+        raise ProtocolError(
+            f"{what} is too large: got {len(frame)} bytes, expected at most {max_bytes}; "
+            "split the call, or move the bytes through an arena"
+        )
+    return frame
+
+
+class WakeUp:
+    """Lets any thread wake the one that polls sockets."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll for input."""
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        """Wake the poller, now or at its next poll."""
+        try:
+            self._writer.send(b"\0")
+        except OSError:
+            pass  # full: it is going to wake anyway; closed: there is nobody to wake
+
+    def clear(self) -> None:
+        """Forget what was set; the poller calls this before it looks at its queues."""
+        try:
+            while len(self._reader.recv(4096)) == 4096:
+                pass
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Give back both descriptors."""
+        self._reader.close()
+        self._writer.close()
+
+
+__all__ = [
+    "HEARTBEAT_INTERVAL_MS",
+    "HEARTBEAT_TIMEOUT_MS",
+    "MAX_MESSAGE_BYTES",
+    "PROTOCOL_VERSION",
+    "UNREADABLE",
+    "Call",
+    "ReplyHeader",
+    "RequestHeader",
+    "WakeUp",
+    "check_size",
+    "check_timeout",
+    "error_reply",
+    "raised",
+]
