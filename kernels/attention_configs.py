@@ -1,0 +1,112 @@
+"""How attention kernels are shaped on each device: tiles, warps, stages, splits; measured once, and stored.
+
+`attention_configs.json` beside this file maps a device's name to lists of entries, `decode` and `prefill`; the first
+entry that fits a call is used. A device that is not in it is served by the entries under "default". Nothing is
+searched at start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+_FILE = Path(__file__).with_name("attention_configs.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """The shape of a decode launch."""
+
+    keys: int
+    """Keys of a tile; a power of two, at least 16."""
+    warps: int
+    """Warps of a program."""
+    stages: int
+    """Tiles in flight: loads run ahead of the arithmetic by one less."""
+    programs: int = 0
+    """Programs that fill the device: sequences are split as long as there are no more."""
+    split_keys: int = 256
+    """Least keys of a split, as far as `max_len` tells."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    """The shape of a prefill launch."""
+
+    rows: int
+    """Rows of a tile, G for each of its tokens; a power of two, at least 16."""
+    keys: int
+    """Keys of a tile; a power of two, at least 16."""
+    warps: int
+    """Warps of a program."""
+    stages: int
+    """Tiles in flight."""
+
+
+Config = TypeVar("Config", DecodeConfig, PrefillConfig)
+
+
+def decode_config(
+    device: torch.device,
+    *,
+    head_dim: int,
+    group: int,
+    programs: int,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> DecodeConfig:
+    """For `programs` pairs of a sequence and a KV head; deterministic: the same whatever their number."""
+    kind = "decode_deterministic" if deterministic else "decode"
+    facts = {"head_dim": head_dim, "group": group, "programs": programs}
+    return _choose(DecodeConfig, kind, device, dtype, facts)
+
+
+def prefill_config(
+    device: torch.device,
+    *,
+    head_dim: int,
+    group: int,
+    rows: int,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> PrefillConfig:
+    """For sequences of at most `rows` rows (query tokens x G); deterministic: the same whatever their number."""
+    kind = "prefill_deterministic" if deterministic else "prefill"
+    facts = {"head_dim": head_dim, "group": group, "rows": rows}
+    return _choose(PrefillConfig, kind, device, dtype, facts)
+
+
+def _choose(
+    config: type[Config],
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    facts: Mapping[str, int],
+) -> Config:
+    """The first entry whose limits (`max_head_dim` and so on) hold all `facts`."""
+    for entry in _entries(_name(device), kind):
+        wide = entry.get("dtype_bytes", 2) >= dtype.itemsize
+        if wide and all(facts[fact] <= entry.get(f"max_{fact}", facts[fact]) for fact in facts):
+            names = {field.name for field in fields(config)}
+            return config(**{name: value for name, value in entry.items() if name in names})
+    raise LookupError(
+        f"cannot shape an attention kernel: got {kind} with {dict(facts)} in {dtype}, expected an entry "
+        f"that holds it in {_FILE.name}; add one without limits"
+    )
+
+
+@lru_cache(maxsize=16)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+
+
+@lru_cache(maxsize=64)
+def _entries(name: str, kind: str) -> Sequence[Mapping[str, Any]]:
+    stored = json.loads(_FILE.read_text())
+    return [*stored.get(name, {}).get(kind, []), *stored["default"][kind]]

@@ -1,0 +1,332 @@
+"""Paged attention kernels against their references in float64: under Triton's interpreter, and on a GPU.
+
+The interpreter is chosen when triton is imported, so its checks run as a process of its own: this file, as a script.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of |out - ref| / |ref|: the rounding of inputs is not in it, that of weights and outputs to the dtype is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A batch: the last `queries[n]` tokens of each sequence of `lengths[n]` are queries."""
+
+    lengths: tuple[int, ...]
+    queries: tuple[int, ...] = ()
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+class Batch:
+    """Random tensors of a case. What no kernel may read is NaN, and so is the output."""
+
+    def __init__(self, case: Case, device: str, seed: int = 0) -> None:
+        self.case = case
+        random = torch.Generator().manual_seed(seed)
+        counts = [-(-length // case.block_size) for length in case.lengths]
+        shape = (case.block_size, 2, case.kv_heads, case.head_dim)
+        self.pool = torch.full((sum(counts) + 3, *shape), math.nan, dtype=case.dtype)
+        order = torch.randperm(sum(counts) + 3, generator=random).tolist()
+        self.block_tables = torch.full(
+            (len(counts), max(counts) + 1), len(order) + 1_000_000, dtype=torch.int32
+        )
+        for n, (count, length) in enumerate(zip(counts, case.lengths, strict=True)):
+            blocks = [order.pop() for _ in range(count)]
+            self.block_tables[n, :count] = torch.tensor(blocks, dtype=torch.int32)
+            rows = torch.randn((count * case.block_size, *shape[1:]), generator=random)
+            rows[length:] = math.nan
+            if case.window is not None:
+                rows[: max(0, length - max(self._queries(n), 1) - case.window + 1)] = math.nan
+            self.pool[blocks] = rows.view(count, *shape).to(case.dtype)
+        self.seq_lens = torch.tensor(case.lengths, dtype=torch.int32)
+        starts = [0]
+        for n in range(len(counts)):
+            starts.append(starts[-1] + self._queries(n))
+        self.query_starts = torch.tensor(starts, dtype=torch.int32)
+        # A row of queries lies among others, as it does in a fused projection.
+        fused = torch.randn((starts[-1], case.heads + 3, case.head_dim), generator=random)
+        self.fused = fused.to(case.dtype)
+        self.to(device)
+
+    def _queries(self, n: int) -> int:
+        return self.case.queries[n] if self.case.queries else 1
+
+    def to(self, device: str) -> None:
+        for name in ("pool", "block_tables", "seq_lens", "query_starts", "fused"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    @property
+    def q(self) -> torch.Tensor:
+        return self.fused[:, : self.case.heads]
+
+    @property
+    def scale(self) -> float:
+        return self.case.head_dim**-0.5
+
+    def poisoned(self) -> torch.Tensor:
+        return torch.full(self.q.shape, math.nan, dtype=self.case.dtype, device=self.q.device)
+
+    def decode(self, **options: object) -> torch.Tensor:
+        from rollout_kernels import paged_decode as kernels
+
+        case = self.case
+        workspace = kernels.DecodeWorkspace.allocate(
+            max_batch=len(case.lengths),
+            num_heads=case.heads,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            device=self.q.device,
+        )
+        workspace.parts.fill_(math.nan)
+        settings = {"scale": self.scale, "window": case.window, "workspace": workspace}
+        settings |= {"max_len": max(case.lengths), **options}
+        out = kernels.paged_decode(
+            self.q, self.pool, self.block_tables, self.seq_lens, self.poisoned(), **settings
+        )
+        assert not workspace.arrivals.any(), "a launch leaves the counters as it found them"
+        return out
+
+    def prefill(self, **options: object) -> torch.Tensor:
+        from rollout_kernels import paged_prefill as kernels
+
+        settings = {"scale": self.scale, "window": self.case.window}
+        settings |= {"max_query_len": max(self.case.queries or (1,)), **options}
+        return kernels.paged_prefill(
+            self.q,
+            self.pool,
+            self.block_tables,
+            self.query_starts,
+            self.seq_lens,
+            self.poisoned(),
+            **settings,
+        )
+
+    def expected(self) -> torch.Tensor:
+        from rollout_kernels import paged_prefill as kernels
+
+        return kernels.reference(
+            self.q,
+            self.pool,
+            self.block_tables,
+            self.query_starts,
+            self.seq_lens,
+            scale=self.scale,
+            window=self.case.window,
+        )
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, of the norms; NaN where anything was not written."""
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+DECODES = {
+    "one sequence": Case(lengths=(37,)),
+    "block edges": Case(lengths=(15, 16, 17, 63, 64, 65, 128, 1)),
+    "a padded row": Case(lengths=(20, 0, 7)),
+    "one head per KV head": Case(lengths=(40, 70), heads=2, kv_heads=2),
+    "a group that is no power of two": Case(lengths=(40, 70), heads=14, kv_heads=2),
+    "more heads of a group than 16": Case(lengths=(40, 7), heads=24, kv_heads=1),
+    "a window": Case(lengths=(5, 33, 100, 130), window=32),
+    "a window of odd size": Case(lengths=(5, 33, 100, 130), window=19, block_size=8),
+    "head size 80": Case(lengths=(33, 50), head_dim=80),
+    "head size 96": Case(lengths=(33, 50), head_dim=96, dtype=torch.float16),
+    "head size 128": Case(lengths=(33, 150), head_dim=128, heads=8, dtype=torch.bfloat16),
+    "head size 256": Case(lengths=(33, 50), head_dim=256, block_size=32, dtype=torch.bfloat16),
+    "blocks of 64": Case(lengths=(33, 150), block_size=64, dtype=torch.bfloat16),
+    "blocks of 256": Case(lengths=(33, 300), block_size=256),
+    "blocks of no power of two": Case(lengths=(33, 100), block_size=24),
+}
+PREFILLS = {
+    "a prompt": Case(lengths=(37,), queries=(37,)),
+    "prompts of many lengths": Case(lengths=(1, 70, 16, 33), queries=(1, 70, 16, 33)),
+    "chunks over cached prefixes": Case(lengths=(50, 100, 64), queries=(10, 60, 32)),
+    "a mixed batch": Case(lengths=(50, 1, 100, 64, 90), queries=(1, 1, 40, 1, 90)),
+    "sequences without queries": Case(lengths=(50, 0, 10, 0), queries=(1, 0, 4, 0)),
+    "one head per KV head": Case(lengths=(70, 20), queries=(50, 20), heads=2, kv_heads=2),
+    "a group that is no power of two": Case(lengths=(40, 70), queries=(40, 30), heads=14),
+    "more heads of a group than 16": Case(
+        lengths=(40, 7), queries=(20, 7), heads=24, kv_heads=1, dtype=torch.float16
+    ),
+    "a window": Case(lengths=(5, 33, 150, 130), queries=(5, 33, 150, 40), window=32),
+    "a window of odd size": Case(lengths=(150, 130), queries=(100, 1), window=45, block_size=8),
+    "head size 80": Case(lengths=(60, 50), queries=(60, 1), head_dim=80, dtype=torch.bfloat16),
+    "head size 96": Case(lengths=(60, 50), queries=(60, 1), head_dim=96),
+    "head size 128": Case(lengths=(150, 50), queries=(140, 50), head_dim=128, dtype=torch.bfloat16),
+    "head size 256": Case(lengths=(60, 50), queries=(60, 9), head_dim=256, dtype=torch.float16),
+    "blocks of 64": Case(lengths=(150, 100), queries=(150, 1), block_size=64, dtype=torch.bfloat16),
+}
+CHECKS: dict[str, Callable[[str], str]] = {}
+
+
+def check(function: Callable[[str], str]) -> Callable[[str], str]:
+    """Registers a check: device -> "right", or what is wrong."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def close(out: torch.Tensor, batch: Batch) -> str:
+    found = error(out, batch.expected())
+    return "right" if found < TOLERANCE[batch.case.dtype] else f"error {found}"
+
+
+def same(results: list[torch.Tensor]) -> str:
+    """Bit for bit on a GPU; the interpreter's products are numpy's, where a row's bits depend on its place."""
+    if any(result.isnan().any() for result in results):
+        return "not a number"
+    allowed = 0 if results[0].is_cuda else torch.finfo(results[0].dtype).eps * 2
+    worst = max(float((results[0] - other).abs().max()) for other in results)
+    return "right" if worst <= allowed else f"results differ by {worst}"
+
+
+@check
+def sequences_are_found_among_many(device: str) -> str:
+    """Among more than are looked through at once."""
+    from rollout_kernels import paged_prefill as kernels
+
+    at_once, kernels.SEARCHED = kernels.SEARCHED, 16
+    try:
+        batch = Batch(Case(lengths=(3,) * 40, queries=(1, 2) * 20, heads=1, kv_heads=1), device)
+        return close(batch.prefill(), batch)
+    finally:
+        kernels.SEARCHED = at_once
+
+
+@check
+def splits_add_up(device: str) -> str:
+    """However many there are, and also where a sequence has fewer tiles than splits."""
+    from rollout_kernels.attention_configs import DecodeConfig
+
+    batch = Batch(replace(DECODES["block edges"], lengths=(100, 0, 1, 40)), device)
+    for splits in (2, 3, 7):
+        config = DecodeConfig(keys=16, warps=4, stages=2, programs=splits * 8, split_keys=16)
+        verdict = close(batch.decode(config=config), batch)
+        if verdict != "right":
+            return f"{splits} splits: {verdict}"
+    return "right"
+
+
+@check
+def launches_follow_each_other(device: str) -> str:
+    """One workspace serves launch after launch, of other shapes too."""
+    from rollout_kernels import paged_decode as kernels
+    from rollout_kernels.attention_configs import DecodeConfig
+
+    config = DecodeConfig(keys=16, warps=4, stages=2, programs=12, split_keys=16)
+    workspace = kernels.DecodeWorkspace.allocate(
+        max_batch=8, num_heads=4, num_kv_heads=2, head_dim=64, device=device
+    )
+    for lengths in ((100,), (20, 40), (100,)):
+        batch = Batch(Case(lengths=lengths), device, seed=len(lengths))
+        verdict = close(batch.decode(workspace=workspace, config=config), batch)
+        if verdict != "right":
+            return f"{lengths}: {verdict}"
+    return "right"
+
+
+@check
+def a_deterministic_decode_has_the_same_bits_in_any_batch(device: str) -> str:
+    batch = Batch(Case(lengths=(130, 5, 77, 64), head_dim=128, dtype=torch.bfloat16), device)
+    whole = batch.decode(deterministic=True)
+    parts = []
+    for n in range(4):
+        alone = Batch(batch.case, device)
+        for name in ("seq_lens", "block_tables", "fused"):
+            setattr(alone, name, getattr(batch, name)[n : n + 1])
+        parts.append(alone.decode(deterministic=True, max_len=4096))
+    return same([whole, torch.cat(parts)])
+
+
+@check
+def a_deterministic_prefill_has_the_same_bits_under_any_chunking(device: str) -> str:
+    case = Case(lengths=(150,), queries=(150,), head_dim=128, dtype=torch.bfloat16)
+    whole = Batch(case, device).prefill(deterministic=True)
+    results = [whole]
+    for sizes in ((1, 149), (64, 64, 22), (33, 50, 1, 66)):
+        done, chunks = 0, []
+        for size in sizes:
+            chunk = Batch(case, device)
+            chunk.fused = chunk.fused[done : done + size]
+            done += size
+            chunk.seq_lens = torch.tensor([done], dtype=torch.int32, device=device)
+            chunk.query_starts = torch.tensor([0, size], dtype=torch.int32, device=device)
+            chunks.append(chunk.prefill(deterministic=True))
+        results.append(torch.cat(chunks))
+    return same(results)
+
+
+@check
+def a_deterministic_decode_has_the_bits_of_a_prefill(device: str) -> str:
+    case = Case(lengths=(150, 64, 65, 1), head_dim=128, dtype=torch.bfloat16)
+    verdicts = []
+    for change in ({}, {"window": 70}, {"heads": 8}, {"heads": 2}):
+        batch = Batch(replace(case, **change), device)
+        verdicts.append(same([batch.decode(deterministic=True), batch.prefill(deterministic=True)]))
+    return next((verdict for verdict in verdicts if verdict != "right"), "right")
+
+
+def verdicts(device: str) -> dict[str, str]:
+    """Of every case and check."""
+    found = {}
+    for name, case in DECODES.items():
+        batch = Batch(case, device)
+        found[f"decode: {name}"] = close(batch.decode(), batch)
+    for name, case in PREFILLS.items():
+        batch = Batch(case, device)
+        found[f"prefill: {name}"] = close(batch.prefill(), batch)
+    for name, function in CHECKS.items():
+        found[name] = function(device)
+    return found
+
+
+NAMES = [
+    *(f"decode: {name}" for name in DECODES),
+    *(f"prefill: {name}" for name in PREFILLS),
+    *CHECKS,
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """The verdicts under the interpreter."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_compute_the_formula(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == "right"
+
+
+@pytest.mark.gpu
+def test_the_kernels_compute_the_formula_on_a_gpu() -> None:
+    assert {name: found for name, found in verdicts("cuda").items() if found != "right"} == {}
+
+
+if __name__ == "__main__":
+    for name, verdict in verdicts(sys.argv[1] if len(sys.argv) > 1 else "cpu").items():
+        print(f"{name}={verdict}", flush=True)
