@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         WeightUpdateError,
     )
     from .layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
-    from .layout.fingerprints import combine, fingerprint, tensor_fingerprint
+    from .layout.fingerprints import fingerprint
     from .layout.manifest import Manifest, TensorMeta
+    from .layout.tensor_sums import combine, tensor_fingerprint
     from .layout.weight_map import Placement, WeightMap
     from .plan.plan import Plan, compile_plan
     from .publisher.publisher import WeightPublisher
@@ -56,7 +57,8 @@ _MODULES = {
         "TransportError",
         "WeightUpdateError",
     ),
-    "layout.fingerprints": ("combine", "fingerprint", "tensor_fingerprint"),
+    "layout.fingerprints": ("fingerprint",),
+    "layout.tensor_sums": ("combine", "tensor_fingerprint"),
     "layout.manifest": ("Manifest", "TensorMeta"),
     "spmd.mesh_update": ("close_mesh", "update_weights"),
     "plan.plan": ("Plan", "compile_plan"),

@@ -30,7 +30,8 @@ from ..protocol.commands import (
     Status,
 )
 from ..tokenizer import Tokenizer
-from .executors.executor import Executor, make_executor
+from .executors.choice import make_executor
+from .executors.executor import Executor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from weight_sync.layout.fingerprints import NamedTensors
+from weight_sync.layout.manifest import NamedTensors
 from weight_sync.report import SyncReport
 from weight_sync.wire.rpc_server import private_folder
 

@@ -14,15 +14,9 @@ from torch import nn
 import weight_sync
 from rollout_kernels.fingerprint import reference
 from weight_sync.errors import ManifestMismatch
-from weight_sync.layout.fingerprints import (
-    ArenaFingerprints,
-    combine,
-    fingerprint,
-    name_key,
-    tensor_fingerprint,
-    unsigned,
-)
+from weight_sync.layout.fingerprints import ArenaFingerprints, fingerprint
 from weight_sync.layout.manifest import Manifest, TensorMeta
+from weight_sync.layout.tensor_sums import combine, name_key, tensor_fingerprint, unsigned
 
 DTYPES = [torch.bfloat16, torch.float32, torch.int8, torch.float64, torch.bool]
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import Shard
 from weight_sync import WeightPublisher
 from weight_sync.errors import ManifestMismatch
 from weight_sync.layout import region as regions
-from weight_sync.layout.fingerprints import tensor_fingerprint
 from weight_sync.layout.shards import Piece, share
+from weight_sync.layout.tensor_sums import tensor_fingerprint
 from weight_sync.publisher.selection import Layout
 from weight_sync.spmd.messages import Tensor
 from weight_sync.spmd.plan import Decision, decide

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_sync.errors import ManifestMismatch
-from weight_sync.layout.fingerprints import tensor_fingerprint, unsigned
 from weight_sync.layout.manifest import Manifest, TensorMeta
+from weight_sync.layout.tensor_sums import tensor_fingerprint, unsigned
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.plan.plan import Plan, compile_plan
 

@@ -56,7 +56,7 @@ def test_a_module_is_sent_with_its_parameters_and_its_tied_head_once(
     make_engine: Callable[..., ToyEngine],
 ) -> None:
     from weight_sync.layout.weight_map import Placement, WeightMap
-    from weight_sync.publisher.channel import LocalChannel
+    from weight_sync.receiver.local_channel import LocalChannel
     from weight_sync.receiver.receiver import WeightReceiver
     from weight_sync.receiver.service import WeightService
 

@@ -30,7 +30,7 @@ from weight_sync.errors import (
 )
 from weight_sync.layout.fingerprints import ArenaFingerprints
 from weight_sync.layout.manifest import Manifest, TensorMeta
-from weight_sync.publisher.channel import LocalChannel
+from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.transports.local import LocalArena
 from weight_sync.wire.messages import (
     Abort,

@@ -6,70 +6,27 @@ the tensors' own it is linear: ranks that hold shards add up to the whole.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from rollout_kernels.span_table import Span, SpanTable, part_sum
+from rollout_kernels.span_table import Span, SpanTable
 
-from ..errors import ManifestMismatch
 from . import region as regions
-from .manifest import Manifest, TensorMeta
-from .region import Region
+from .manifest import Manifest, NamedTensors, TensorMeta
+from .mesh_fingerprint import MeshSums
+from .shards import is_distributed
+from .tensor_sums import MASK, combine, name_key, region_sum, unsigned
 
 Indices = Sequence[int] | np.ndarray
-NamedTensors = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
-_MASK = (1 << 64) - 1
 _BATCH_BYTES = 64 << 20
 _DIRECT_BYTES = 1 << 20
 _CACHED_ARENAS = 4
-
-
-@lru_cache(maxsize=1 << 16)
-def name_key(name: str) -> int:
-    """The odd 64-bit key of a tensor's name: the first eight bytes of its SHA-256, little-endian, lowest bit set."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") | 1
-
-
-def combine(names: Iterable[str], values: torch.Tensor | Iterable[int]) -> int:
-    """The model fingerprint of tensors whose own values are `values` (int64 tensor, or integers of either sign)."""
-    if isinstance(values, torch.Tensor):
-        values = values.tolist()
-    pairs = zip(names, values, strict=True)
-    return sum(name_key(name) * value for name, value in pairs) & _MASK
-
-
-def unsigned(value: torch.Tensor | int) -> int:
-    """A fingerprint that torch keeps as int64, as the 64-bit number that it is."""
-    return int(value) & _MASK
-
-
-def tensor_fingerprint(
-    tensor: torch.Tensor, *, shape: Sequence[int] | None = None, region: Region | None = None
-) -> int:
-    """The fingerprint of a tensor of any layout, on any device; or, with `shape` and `region`, what a shard adds to
-    the fingerprint of the whole tensor of that shape."""
-    shape = tuple(tensor.shape) if shape is None else tuple(shape)
-    region = regions.whole(shape) if region is None else region
-    if regions.sizes(region) != tuple(tensor.shape) or not regions.inside(region, shape):
-        raise ManifestMismatch(
-            f"cannot fingerprint a shard: got shape {list(tensor.shape)}, expected the shape of region "
-            f"{region} of a tensor {list(shape)}; pass the whole tensor's shape and the shard's region"
-        )
-    return unsigned(region_sum(tensor, shape, region))
-
-
-def region_sum(tensor: torch.Tensor, shape: Sequence[int], region: Region) -> torch.Tensor:
-    """What the part `tensor` adds to the fingerprint of a tensor of `shape`; 0-d int64 on its device."""
-    starts, run_bytes = regions.runs(shape, region, tensor.element_size())
-    return part_sum(tensor, starts, run_bytes)
 
 
 @torch.no_grad()
@@ -85,9 +42,6 @@ def fingerprint(
     DTensors are not gathered: every rank of their mesh calls this at the same point, counts its own shards, and one
     number is added up over the mesh. Plain tensors beside them count on every rank as what they are.
     """
-    from .mesh_fingerprint import MeshSums
-    from .shards import is_distributed
-
     meshes = MeshSums()
     total = 0
     batch: list[tuple[str, torch.Tensor]] = []
@@ -108,7 +62,7 @@ def fingerprint(
         if size >= _BATCH_BYTES:
             total += _batch_sum(batch)
             batch, size = [], 0
-    return (total + _batch_sum(batch) + meshes.total()) & _MASK
+    return (total + _batch_sum(batch) + meshes.total()) & MASK
 
 
 class ArenaFingerprints:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from . import region as regions
-from .fingerprints import name_key, region_sum, unsigned
 from .shards import is_first_replica, local_of, pieces_of
+from .tensor_sums import name_key, region_sum, unsigned
 
 
 class MeshSums:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ManifestMismatch
 from . import region as regions
-from .fingerprints import NamedTensors
+from .manifest import NamedTensors
 from .region import Region
 
 Runs = list[tuple[int, int]]

@@ -17,9 +17,10 @@ from rollout_kernels.span_table import Span
 
 from ..errors import ManifestMismatch
 from ..layout import region as regions
-from ..layout.fingerprints import ArenaFingerprints, Indices, SubsetSums, region_sum
+from ..layout.fingerprints import ArenaFingerprints, Indices, SubsetSums
 from ..layout.manifest import Manifest, dtype_name, mismatch
 from ..layout.memory import Storage, byte_range, storage_key, storage_view, writable
+from ..layout.tensor_sums import region_sum
 from ..layout.weight_map import Located, Placement, WeightMap
 from .copies import Copy, Replay
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ManifestMismatch
-from ..layout.fingerprints import name_key
 from ..layout.manifest import Manifest, WireManifest, mismatch
+from ..layout.tensor_sums import name_key
 from ..layout.weight_map import WeightMap
 from .plan import Plan, compile_plan
 

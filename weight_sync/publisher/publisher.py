@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import DeadlineExceeded, EngineDiedError, SessionError
-from ..layout.fingerprints import NamedTensors
+from ..layout.manifest import NamedTensors
 from ..report import SyncReport
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode

@@ -28,8 +28,8 @@ from ..errors import (
     TornWeightsError,
     WeightUpdateError,
 )
-from ..layout.fingerprints import name_key
 from ..layout.manifest import Manifest
+from ..layout.tensor_sums import name_key
 from ..layout.weight_map import WeightMap
 from ..plan.plan_cache import PlanCache
 from ..plan.stage import as_uint64

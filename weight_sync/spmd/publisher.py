@@ -30,8 +30,7 @@ from ..errors import (
     TrainerDiedError,
     TransportError,
 )
-from ..layout.fingerprints import NamedTensors
-from ..layout.manifest import dtype_name
+from ..layout.manifest import NamedTensors, dtype_name
 from ..layout.shards import Piece, local_of, pairs_of, pieces_of, placement_of
 from ..publisher.endpoint import GroupBackend, TransportChoice
 from ..publisher.selection import Layout

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FingerprintMismatch, TransportError
-from ..layout.fingerprints import NamedTensors, tensor_fingerprint
-from ..layout.manifest import dtype_name, mismatch
+from ..layout.manifest import NamedTensors, dtype_name, mismatch
+from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
 _INDEX_NAME = "model.safetensors.index.json"

@@ -128,16 +128,3 @@ def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
         raise DeadlineExceeded(
             f"{what}: no answer within {timeout_s:.3g} s; the engine is busy or hangs; raise timeout_s or shut it down"
         ) from None
-
-
-def make_executor(config: EngineConfig) -> Executor:
-    """The executor that `config.executor` names."""
-    if config.executor == "inline":
-        return InlineExecutor(config)
-    if config.executor == "local":
-        from .local import LocalExecutor
-
-        return LocalExecutor(config)
-    from .ray import RayExecutor
-
-    return RayExecutor(config)

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
-from weight_sync.publisher.channel import LocalChannel
+from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
 from weight_sync.wire.rpc import Call

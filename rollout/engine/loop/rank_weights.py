@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from weight_sync.publisher.channel import Channel, LocalChannel, RpcChannel
+from weight_sync.publisher.channel import Channel, RpcChannel
+from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.service import WeightService
 from weight_sync.wire.messages import WeightRequest
