@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
 from .executors.executor import Executor, wait
+
+MAX_TIMEOUT_S = 7 * 86_400
+"""As `weight_sync.wire`: every remote call has a deadline."""
 
 
 class EngineClient:
@@ -28,9 +30,9 @@ class EngineClient:
         """The deadline of a call in seconds: the caller's, else the configured one."""
         if timeout_s is None:
             return self.config.request_timeout_s
-        if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < math.inf):
+        if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s <= MAX_TIMEOUT_S):
             raise InvalidRequestError(
-                f"timeout_s: got {timeout_s!r}, expected a positive number of seconds"
+                f"timeout_s: got {timeout_s!r}, expected a positive number of seconds, at most a week ({MAX_TIMEOUT_S})"
             )
         return float(timeout_s)
 

@@ -110,8 +110,10 @@ def _spec(i: int, **fields: Any) -> PromptSpec:
             fields["return_logprob"] = True
         if fields["top_logprobs_num"] and not fields["return_logprob"]:
             fields["return_logprob"] = True
-        return msgspec.convert(fields, PromptSpec)
-    except msgspec.ValidationError as error:
+        spec = msgspec.convert(fields, PromptSpec)
+        msgspec.msgpack.encode(spec)
+        return spec
+    except (ValueError, OverflowError) as error:  # What has the right type may still be no message.
         raise InvalidRequestError(
             f"prompt {i}: {error}; see Engine.generate for the types"
         ) from None

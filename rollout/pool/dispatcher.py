@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
 
-from ..errors import EngineClosedError
+from ..errors import EngineClosedError, InvalidRequestError
 from ..protocol.commands import PromptSpec, SampleUpdate
 from ..sampling_params import mix64
 from .job import Job, PoolCall
 from .routing import Router
 
+MAX_RID = 240
+"""Characters of a request's id at a replica: an engine takes 256, with the number of a sample."""
 LOST = (EngineDiedError, EngineClosedError, TornWeightsError)
 """Errors after which a prompt runs again elsewhere: its replica is gone, or its weights are not whole."""
 
@@ -33,8 +35,8 @@ class Target(Protocol):
     def generate(self, job: Job) -> None:
         """Start a job; returns at once."""
 
-    def abort(self, rids: Sequence[str]) -> None:
-        """End requests early; returns at once."""
+    def abort(self, job: Job, rids: Collection[str]) -> None:
+        """End those of `rids` that name a job of its, or samples of it, early; returns at once."""
 
 
 class Dispatcher:
@@ -56,6 +58,10 @@ class Dispatcher:
         self._on_lost = on_lost
         self._label = label
         self._num_prompts = 0
+        self._num_given = 0
+        self._calls: dict[
+            str, PoolCall
+        ] = {}  # by the ids of their samples, until some time after their end
         self._queue: deque[Job] = deque()
         self._targets: dict[int, Target] = {}
         self._running: dict[int, dict[Job, None]] = {}
@@ -77,7 +83,7 @@ class Dispatcher:
     # ---- callers -----------------------------------------------------------------------------------------------------
 
     def add(self, call: PoolCall, prompts: Sequence[PromptSpec]) -> None:
-        """Queue the prompts of a call."""
+        """Queue the prompts of a call; one whose ids are in use is refused, as by an engine."""
         first = 0
         for spec in prompts:
             self._num_prompts += 1
@@ -89,12 +95,22 @@ class Dispatcher:
             affinity = self._router.affinity(spec.input_ids)
             call.jobs.append(Job(call=call, spec=spec, first=first, affinity=affinity))
             first += spec.params.n
-        refusal = self._refusal or self._blocked
+        refusal = self._refusal or self._blocked or self._in_use(call)
         if refusal is not None:
             call.fail(refusal)
         else:
+            self._calls.update((rid, call) for job in call.jobs for rid in job.sample_rids)
             self._queue.extend(call.jobs)
             self.pump()
+
+    def _in_use(self, call: PoolCall) -> InvalidRequestError | None:
+        for rid in (rid for job in call.jobs for rid in job.sample_rids):
+            if rid in self._calls and not self._calls[rid].over:
+                return InvalidRequestError(
+                    f"request id: got {rid!r}, which is in use, expected a new one; use a different rid, or leave it "
+                    "out"
+                )
+        return None
 
     def abort(self, rids: Iterable[str], abort_all: bool, message: str) -> int:
         """End prompts: those that wait at once, the others on their replicas; returns how many samples."""
@@ -108,10 +124,10 @@ class Dispatcher:
                 self._end_waiting(job, message)
             elif abort_all or job.spec.rid in names:
                 job.aborted = True
-                self._targets[job.replica].abort([job.spec.rid])
+                self._targets[job.replica].abort(job, [job.spec.rid])
             else:
                 job.aborted = True  # A sample of it; which one, its replica knows.
-                self._targets[job.replica].abort(sorted(names))
+                self._targets[job.replica].abort(job, sorted(names))
         return num
 
     def expect_aborts(self, message: str) -> int:
@@ -127,6 +143,7 @@ class Dispatcher:
 
     def expire(self, now: float) -> None:
         """Fail calls whose prompts waited past their deadline; replicas see to the ones that they have."""
+        self._calls = {rid: call for rid, call in self._calls.items() if not call.over}
         for call in {
             id(job.call): job.call for job in self._queue if job.call.deadline <= now
         }.values():
@@ -155,10 +172,13 @@ class Dispatcher:
 
     def leave(self, number: int, error: Exception) -> None:
         """A replica is gone, or must not be used: what it was doing runs again elsewhere."""
-        self._targets.pop(number, None)
+        target = self._targets.pop(number, None)
         self._retired.discard(number)
         self._loads.pop(number, None)
         lost = self._running.pop(number, {})
+        if target is not None:  # It may be alive, and come back.
+            for job in lost:
+                target.abort(job, [job.spec.rid])
         for job in reversed(lost):
             self._run_again(job, error)
         self.pump()
@@ -194,6 +214,7 @@ class Dispatcher:
                 msgspec.structs.replace(
                     update,
                     index=job.first + sample,
+                    rid=job.sample_rid(sample),
                     num_reruns=job.num_reruns,
                     e2e_latency=time.monotonic() - job.call.began,
                 )
@@ -238,7 +259,15 @@ class Dispatcher:
             job.attempt += 1
             self._running[number][job] = None
             self._loads[number] += job.load
-            self._targets[number].generate(job)
+            self._num_given += 1
+            job.wire_rid = f"{self._num_given}.{job.spec.rid}"[:MAX_RID]
+            try:
+                self._targets[number].generate(job)
+            except (
+                Exception
+            ) as error:  # Whatever it is, it is about this prompt, and takes nothing along.
+                self._take_back(job)
+                self._fail(job.call, error)
 
     # ---- below -------------------------------------------------------------------------------------------------------
 
@@ -288,5 +317,5 @@ class Dispatcher:
         call.fail(error)
         for job in call.jobs:
             if job.replica in self._targets and not job.complete:
-                self._targets[job.replica].abort([job.spec.rid])
+                self._targets[job.replica].abort(job, [job.spec.rid])
         self._queue = deque(job for job in self._queue if job.call is not call)

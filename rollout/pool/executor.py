@@ -25,9 +25,9 @@ from weight_sync.wire.rpc import Call, RpcServer
 
 from ..config import EngineConfig
 from ..engine.executors.executor import OnChunk, wait
-from ..errors import EngineClosedError, RolloutError
+from ..errors import EngineClosedError, InvalidRequestError, RolloutError
 from ..protocol import commands as cmd
-from ..protocol.wire import REQUEST_TYPES
+from ..protocol.wire import REQUEST_TYPES, check_sendable
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
@@ -109,7 +109,11 @@ class PoolExecutor:
         future: Future[Any] = Future()
         if self._closed:
             future.set_exception(EngineClosedError("the pool was shut down; start a new one"))
+        elif isinstance(body, WEIGHT_MESSAGES):
+            return FleetChannel(self._fleet).submit(body, timeout_s)
         elif isinstance(body, cmd.Generate):
+            for spec in body.prompts:
+                check_sendable(spec, timeout_s, f"request {spec.rid!r}")
             call = PoolCall(
                 stream=body.stream,
                 deadline=time.monotonic() + timeout_s,
@@ -117,10 +121,9 @@ class PoolExecutor:
                 future=future,
             )
             self._events.put(lambda: self._dispatcher.add(call, body.prompts))
-        elif isinstance(body, WEIGHT_MESSAGES):
-            return FleetChannel(self._fleet).submit(body, timeout_s)
         else:
-            self._events.put(lambda: self._command(body, timeout_s, future))
+            check_sendable(body, timeout_s, type(body).__name__)
+            self._events.put(lambda: self._carry_out(body, timeout_s, future))
         return future
 
     def weight_channel(self) -> Channel:
@@ -255,7 +258,11 @@ class PoolExecutor:
             call.fail(RolloutError("a pool is shut down by its owner; close your connection"))
             return
         left_s = max(0.001, call.deadline - time.monotonic())
-        future = self.submit(call.body, timeout_s=left_s, on_chunk=call.stream)
+        try:
+            future = self.submit(call.body, timeout_s=left_s, on_chunk=call.stream)
+        except InvalidRequestError as error:
+            call.fail(error)
+            return
 
         def answer(done: Future[Any]) -> None:
             error = done.exception()
@@ -265,6 +272,12 @@ class PoolExecutor:
                 call.fail(error)
 
         future.add_done_callback(answer)
+
+    def _carry_out(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
+        try:
+            self._command(body, timeout_s, future)
+        except Exception as error:  # Whoever asked waits for an answer.
+            future.set_exception(error)
 
     def _command(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
         """Carry out what is not about prompts or weights; on the dispatcher's thread."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from ..protocol.commands import Done, FinishReason, Generate, PromptSpec, SampleUpdate, Span
 
@@ -72,6 +74,8 @@ class Job:
     """Number of the replica that runs it; None: it waits."""
     attempt: int = 0
     """How often it was given to a replica; answers of an earlier attempt are dropped."""
+    wire_rid: str = ""
+    """Its id at that replica, another one each time: an earlier attempt may still be running there."""
     num_reruns: int = 0
     """How often it was lost with a replica."""
     load: int = 0
@@ -94,17 +98,27 @@ class Job:
     @property
     def command(self) -> Generate:
         """What its replica is told."""
-        return Generate(prompts=[self.spec], stream=self.call.stream)
+        spec = msgspec.structs.replace(self.spec, rid=self.wire_rid)
+        return Generate(prompts=[spec], stream=self.call.stream)
 
     def sample_rid(self, sample: int) -> str:
         """The id of one of its samples, as engines make it."""
         return f"{self.spec.rid}-{sample}" if self.num_samples > 1 else self.spec.rid
 
+    @property
+    def sample_rids(self) -> list[str]:
+        """The ids of all of its samples."""
+        return [self.sample_rid(sample) for sample in range(self.num_samples)]
+
+    def wire_rids(self, rids: Collection[str]) -> list[str]:
+        """What its replica calls those of `rids` that are its own: the prompt, or some of its samples."""
+        if self.spec.rid in rids:
+            return [self.wire_rid]
+        return [f"{self.wire_rid}-{i}" for i, rid in enumerate(self.sample_rids) if rid in rids]
+
     def named_by(self, rids: set[str]) -> bool:
         """Whether one of `rids` is its id or a sample's."""
-        return self.spec.rid in rids or any(
-            self.sample_rid(sample) in rids for sample in range(self.num_samples)
-        )
+        return self.spec.rid in rids or not rids.isdisjoint(self.sample_rids)
 
     def empty_sample(self, sample: int, message: str, version: str) -> SampleUpdate:
         """The answer for a sample that was ended before a replica had it: the same fields as any other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -83,9 +83,10 @@ class Replica:
         future = self.executor.submit(job.command, timeout_s=left_s, on_chunk=on_chunk)
         future.add_done_callback(on_end)
 
-    def abort(self, rids: Sequence[str]) -> None:
-        """End requests early; their partial results come as any other."""
-        self.executor.submit(AbortRequests(rids=list(rids)), timeout_s=ABORT_TIMEOUT_S)
+    def abort(self, job: Job, rids: Collection[str]) -> None:
+        """End those of `rids` that are its job's early; their partial results come as any other."""
+        command = AbortRequests(rids=job.wire_rids(rids))
+        self.executor.submit(command, timeout_s=ABORT_TIMEOUT_S)
 
     def check(self, timeout_s: float) -> Status:
         """Ask for its status; raises when it does not answer in time, or is dead."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from rollout.errors import ConfigError, InvalidRequestError
@@ -101,7 +102,7 @@ class FakeReplica:
     def generate(self, job: Job) -> None:
         self.jobs.append((job, job.attempt))
 
-    def abort(self, rids: Sequence[str]) -> None:
+    def abort(self, job: Job, rids: Collection[str]) -> None:
         self.aborts.append(list(rids))
 
 
@@ -370,3 +371,64 @@ def test_while_the_weights_are_gone_calls_are_refused_and_what_waits_stays() -> 
     assert pool.prompts(0) == ["c0p1"]
     pool.finish(0)
     assert waiting.future.result(0).count == 2
+
+
+def test_a_replica_that_cannot_be_given_a_prompt_gives_back_what_it_took() -> None:
+    pool = Pool(1, limit=2)
+    replica = pool.replicas[0]
+    replica.generate = lambda job: job.spec.rid.encode()  # type: ignore[method-assign, assignment]
+    call = PoolCall(stream=False, deadline=time.monotonic() + 9, on_chunk=None)
+    bad = PromptSpec(rid="\ud800", input_ids=[1], params=SamplingParams(n=2))
+    pool.dispatcher.add(call, [bad, bad])
+    with pytest.raises(UnicodeEncodeError):
+        call.future.result(0)
+    assert pool.dispatcher.loads == {0: 0} and pool.dispatcher.num_waiting == 0
+    del replica.generate  # type: ignore[method-assign]
+    pool.call(1, n=2)
+    assert pool.prompts(0) == ["c0p0"]
+
+
+def test_each_attempt_has_an_id_of_its_own_at_its_replica_and_the_caller_sees_none_of_them() -> (
+    None
+):
+    pool = Pool(2)
+    call = pool.call(1, n=2)
+    job, attempt = pool.replicas[0].jobs[0]
+    first = job.command.prompts[0].rid
+    assert job.wire_rids({"c0p0-1", "another"}) == [f"{first}-1"]
+    pool.dispatcher.leave(0, DIED)  # It is alive, and comes back with what it was doing.
+    assert pool.replicas[0].aborts == [["c0p0"]]
+    pool.dispatcher.join(pool.replicas[0])
+    pool.dispatcher.leave(1, DIED)
+    assert job.command.prompts[0].rid != first and pool.replicas[0].jobs[-1][0] is job
+    late = finished(job, 0)
+    pool.dispatcher.update(job, attempt, late)
+    assert pool.chunks[0] == []
+    for sample in range(2):
+        update = finished(job, sample)
+        update = msgspec.structs.replace(update, rid=f"{job.wire_rid}-{sample}")
+        pool.dispatcher.update(job, job.attempt, update)
+    pool.dispatcher.ended(job, job.attempt, None)
+    assert [update.rid for update in pool.chunks[0]] == ["c0p0-0", "c0p0-1"]
+    assert call.future.result(0).count == 2
+
+
+def test_an_id_that_is_in_use_is_refused_until_its_call_has_ended() -> None:
+    pool = Pool(2)
+
+    def call(rid: str, n: int = 1) -> PoolCall:
+        made = PoolCall(stream=False, deadline=time.monotonic() + 9, on_chunk=None)
+        spec = PromptSpec(rid=rid, input_ids=[1], params=SamplingParams(n=n))
+        pool.dispatcher.add(made, [spec])
+        return made
+
+    first = call("a", n=2)
+    with pytest.raises(InvalidRequestError, match="'a-1', which is in use"):
+        call("a-1").future.result(0)
+    pool.finish(0)
+    assert first.future.result(0).count == 2
+    again = call("a-1")
+    pool.finish(0)
+    assert again.future.result(0).count == 1
+    pool.dispatcher.expire(time.monotonic())
+    assert pool.dispatcher._calls == {}

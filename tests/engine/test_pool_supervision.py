@@ -13,11 +13,19 @@ import torch
 
 from rollout.config import EngineConfig
 from rollout.engine.executors.executor import InlineExecutor
-from rollout.errors import CheckpointError
+from rollout.errors import CheckpointError, InvalidRequestError
 from rollout.pool import supervisor
 from rollout.pool.config import PoolConfig
 from rollout.pool.executor import PoolExecutor
-from rollout.protocol.commands import GetStatus, PauseGeneration, Status
+from rollout.protocol.commands import (
+    AbortRequests,
+    Generate,
+    GetStatus,
+    PauseGeneration,
+    PromptSpec,
+    Status,
+)
+from rollout.sampling_params import SamplingParams
 from weight_sync import EngineDiedError, WeightPublisher
 from weight_sync.errors import DeadlineExceeded, TornWeightsError
 
@@ -251,9 +259,6 @@ def test_a_replica_that_cannot_write_catches_up_by_itself(
 def test_when_everything_is_lost_the_pool_says_so_until_a_complete_update(
     nursery: Nursery,
 ) -> None:
-    from rollout.protocol.commands import Generate, PromptSpec
-    from rollout.sampling_params import SamplingParams
-
     pool = nursery.pool(num_replicas=1)
     with WeightPublisher(pool) as publisher:
         publisher.publish(weights(nursery, 1.5))
@@ -266,3 +271,30 @@ def test_when_everything_is_lost_the_pool_says_so_until_a_complete_update(
         assert publisher.publish(weights(nursery, 2.0)).version == 2
     assert becomes(pool, [(1, "serving")])
     assert pool.submit(Generate(prompts=[prompt]), timeout_s=10).result(10).count == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rid": "\ud800"},
+        {"rid": "ok", "input_ids": [1 << 70]},
+        {"rid": "ok", "input_ids": [1] * 9000},
+    ],
+    ids=["half a surrogate pair", "a number over 64 bits", "over the limit of a message"],
+)
+def test_what_cannot_be_sent_is_refused_before_it_counts(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("weight_sync.wire.messages.MAX_MESSAGE_BYTES", 12_000)
+    pool = nursery.pool(num_replicas=1, max_inflight_samples=1)
+    fields = {"input_ids": [1], "params": SamplingParams(max_new_tokens=2), **changes}
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="cannot be sent"):
+            pool.submit(Generate(prompts=[PromptSpec(**fields)]), timeout_s=5).result(5)
+    with pytest.raises(InvalidRequestError, match="at most a week"):
+        pool.submit(GetStatus(), timeout_s=8 * 86_400)
+    with pytest.raises(InvalidRequestError, match="cannot be sent"):
+        pool.submit(AbortRequests(rids=["\ud800"]), timeout_s=5)
+    good = PromptSpec(rid="good", input_ids=[1], params=SamplingParams(max_new_tokens=2))
+    assert pool.submit(Generate(prompts=[good]), timeout_s=10).result(10).count == 1
+    assert pool.replica_statuses()[0].num_inflight == 0
