@@ -1,7 +1,7 @@
 """How attention kernels are shaped on each device: tiles, warps, stages, splits; measured once, and stored.
 
-`attention_configs.json` beside this file maps a device's name to lists of entries, `decode` and `prefill`; the first
-entry that fits a call is used. A device that is not in it is served by the entries under "default". Nothing is
+`attention_configs.json` beside this file maps a device's name to lists of entries, one list for a kind of launch; the
+first entry that fits a call is used. A device that is not in it is served by the entries under "default". Nothing is
 searched at start.
 """
 
@@ -36,6 +36,22 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedConfig:
+    """The shape of a launch over shared prefixes."""
+
+    rows: int
+    """Rows of a tile, G for each of its sequences; a power of two, at least 16."""
+    keys: int
+    """Keys of a tile; a power of two from 16 to 64."""
+    warps: int
+    """Warps of a program."""
+    stages: int
+    """Tiles in flight."""
+    programs: int = 0
+    """Programs that fill the device: prefixes are split as long as there are no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillConfig:
     """The shape of a prefill launch."""
 
@@ -49,7 +65,7 @@ class PrefillConfig:
     """Tiles in flight."""
 
 
-Config = TypeVar("Config", DecodeConfig, PrefillConfig)
+Config = TypeVar("Config", DecodeConfig, SharedConfig, PrefillConfig)
 
 
 def decode_config(
@@ -65,6 +81,19 @@ def decode_config(
     kind = "decode_deterministic" if deterministic else "decode"
     facts = {"head_dim": head_dim, "group": group, "programs": programs}
     return _choose(DecodeConfig, kind, device, dtype, facts)
+
+
+def shared_config(
+    device: torch.device,
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> SharedConfig:
+    """For prefixes of any number of sequences; deterministic: with the keys of `decode_config`'s."""
+    kind = "shared_deterministic" if deterministic else "shared"
+    return _choose(SharedConfig, kind, device, dtype, {"head_dim": head_dim, "group": group})
 
 
 def prefill_config(

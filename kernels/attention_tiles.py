@@ -8,6 +8,8 @@ keys with the online softmax, in base 2:
 
 A row's result depends on the row and on the tiles that hold keys it sees, in order; not on the other rows, nor on
 tiles of which it sees nothing: there w is 0 and f is 1. Tiles start at multiples of N from the sequence's first key.
+Only the sum over n has an order that the compiler chooses by R and the number of warps. EXACT: it is a product with
+ones, whose order is the tensor cores' own, and kernels of different R agree bit for bit.
 
 The pool of a layer is (blocks, S, 2, K, D), keys and values interleaved. D is padded to a power of two, DP.
 """
@@ -51,6 +53,40 @@ def tile_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def no_total(R: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The running total before the first tile: (R), or the same in each of (R, 16)."""
+    if EXACT:
+        return tl.zeros((R, 16), tl.float32)
+    else:
+        return tl.zeros((R,), tl.float32)
+
+
+@jit
+def given_total(total, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A total (R) as a running one."""
+    if EXACT:
+        return tl.broadcast_to(total[:, None], (total.shape[0], 16))
+    else:
+        return total
+
+
+@jit
+def row_total(total, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A running total as (R)."""
+    if EXACT:
+        return tl.max(total, 1)
+    else:
+        return total
+
+
+@jit
+def divided(acc, total, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc / total; 0 for rows that saw nothing."""
+    total = row_total(total, EXACT)
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@jit
 def attend_tile(  # type: ignore[no-untyped-def]
     acc,
     peak,
@@ -72,6 +108,7 @@ def attend_tile(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(acc, peak, total) after the keys [first, first + N); `heads` points at this head's keys in block 0.
@@ -110,6 +147,10 @@ def attend_tile(  # type: ignore[no-untyped-def]
         v = tl.load(keys + pool_values, mask=(column < D)[None, :], other=0.0)
     else:
         v = tl.load(keys + pool_values)
-    total = total * fade + tl.sum(w, 1)
+    if EXACT:
+        ones = tl.full((N, 16), 1.0, v.dtype)
+        total = product(w.to(v.dtype), ones, total * fade[:, None], PRECISION)
+    else:
+        total = total * fade + tl.sum(w, 1)
     acc = product(w.to(v.dtype), v, acc * fade[:, None], PRECISION)
     return acc, new_peak, total

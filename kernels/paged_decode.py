@@ -27,7 +27,14 @@ from typing import Any
 import torch
 
 from .attention_configs import DecodeConfig, decode_config
-from .attention_tiles import attend_tile, precision
+from .attention_tiles import (
+    attend_tile,
+    divided,
+    given_total,
+    no_total,
+    precision,
+    row_total,
+)
 from .launching import jit, launching_on, next_power_of_two, tl
 
 MAX_SPLITS = 64
@@ -66,16 +73,76 @@ class DecodeWorkspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixState:
-    """Where the online softmax of each row stands after a shared prefix; decode goes on from there."""
+    """Where the online softmax of each row stands after a prefix that is done; decode goes on from there."""
 
     lengths: torch.Tensor
-    """(N) int32: keys that are done, a multiple of the tile's keys; 0: none."""
-    acc: torch.Tensor
-    """(N, H, D) float32, not yet divided by the total."""
-    peaks: torch.Tensor
-    """(N, H) float32, in base 2."""
-    totals: torch.Tensor
-    """(N, H) float32."""
+    """(N) int32: keys that are done, a multiple of a tile's; 0: none."""
+    parts: torch.Tensor
+    """(N, K, splits * G * (D + 2)) float32: what `store_part` left."""
+    splits: int
+    """In how many parts the prefix was done."""
+
+
+@jit
+def store_part(  # type: ignore[no-untyped-def]
+    found,
+    split,
+    acc,
+    peak,
+    total,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Leave what one split of a pair's keys gave where `add_up` finds it."""
+    row = tl.arange(0, R)
+    column = tl.arange(0, DP)
+    real = row < G
+    at = split * G + row
+    cell = real[:, None] & (column < D)[None, :]
+    tl.store(found + at[:, None] * D + column[None, :], acc, mask=cell)
+    tl.store(found + SPLITS * G * D + at, peak, mask=real)
+    tl.store(found + SPLITS * G * (D + 1) + at, total, mask=real)
+
+
+@jit
+def add_up(  # type: ignore[no-untyped-def]
+    found,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """(acc, peak, total) of all splits of a pair's keys, in their order; of one split, its bits."""
+    row = tl.arange(0, R)
+    column = tl.arange(0, DP)
+    real = row < G
+    cell = real[:, None] & (column < D)[None, :]
+    acc = tl.zeros((R, DP), tl.float32)
+    peak = tl.full((R,), float("-inf"), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    for split in range(SPLITS):
+        at = split * G + row
+        # Other programs wrote these: read them from where all programs see them.
+        part_peak = tl.load(
+            found + SPLITS * G * D + at, mask=real, other=float("-inf"), cache_modifier=".cg"
+        )
+        part_total = tl.load(
+            found + SPLITS * G * (D + 1) + at, mask=real, other=0.0, cache_modifier=".cg"
+        )
+        part = tl.load(
+            found + at[:, None] * D + column[None, :], mask=cell, other=0.0, cache_modifier=".cg"
+        )
+        new_peak = tl.maximum(peak, part_peak)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        old, new = tl.math.exp2(peak - base), tl.math.exp2(part_peak - base)
+        acc = acc * old[:, None] + part * new[:, None]
+        total = total * old + part_total * new
+        peak = new_peak
+    return acc, peak, total
 
 
 @jit
@@ -88,9 +155,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     parts,
     arrivals,
     prefix_lens,
-    prefix_acc,
-    prefix_peaks,
-    prefix_totals,
+    prefix_parts,
     scale,
     q_row,
     q_head,
@@ -110,6 +175,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     PREFIX: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -136,15 +202,16 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     first = (begin + split * per_split) * N
     last = tl.minimum((begin + (split + 1) * per_split) * N, length)
 
+    # Parts of one (sequence, KV head) lie together: acc (splits, G, D), then peaks and totals (splits, G).
+    pair = n * num_heads + head
     acc = tl.zeros((R, DP), tl.float32)
     peak = tl.full((R,), float("-inf"), tl.float32)
-    total = tl.zeros((R,), tl.float32)
-    if PREFIX:
+    total = no_total(R, EXACT)
+    if PREFIX > 0:
         if (begin > 0) & (split == 0):
-            state = (n * num_heads * G + h).to(tl.int64)
-            peak = tl.load(prefix_peaks + state, mask=real, other=float("-inf"))
-            total = tl.load(prefix_totals + state, mask=real, other=0.0)
-            acc = tl.load(prefix_acc + state[:, None] * D + column[None, :], mask=cell, other=0.0)
+            found = prefix_parts + pair * (PREFIX * G * (D + 2))
+            acc, peak, given = add_up(found, G, R, D, DP, PREFIX)
+            total = given_total(given, EXACT)
     if first < last:
         queries = tl.load(
             q + n * q_row + h[:, None] * q_head + column[None, :], mask=cell, other=0.0
@@ -173,71 +240,29 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 N=N,
                 WINDOW=WINDOW,
                 MASKED=True,
+                EXACT=EXACT,
                 PRECISION=PRECISION,
             )
 
     finished = True
     if SPLITS > 1:
-        # Parts of one (sequence, KV head) lie together: acc (SPLITS, G, D), then peaks and totals (SPLITS, G).
-        pair = n * num_heads + head
-        accs = parts + pair * (SPLITS * G * (D + 2))
-        peaks = accs + SPLITS * G * D
-        totals = peaks + SPLITS * G
-        tl.store(accs + (split * G + row)[:, None] * D + column[None, :], acc, mask=cell)
-        tl.store(peaks + split * G + row, peak, mask=real)
-        tl.store(totals + split * G + row, total, mask=real)
+        found = parts + pair * (SPLITS * G * (D + 2))
+        store_part(found, split, acc, peak, row_total(total, EXACT), G, R, D, DP, SPLITS)
         tl.debug_barrier()  # all stores of this program come before its arrival
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
         finished = arrived == SPLITS - 1
         if finished:
             tl.store(arrivals + pair, 0)
             tl.debug_barrier()
-            acc, peak, total = _add_up(
-                accs, peaks, totals, row, column, real, cell, G, R, D, DP, SPLITS
-            )
+            acc, peak, given = add_up(found, G, R, D, DP, SPLITS)
+            total = given_total(given, EXACT)
     if finished:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = divided(acc, total, EXACT)
         tl.store(
             out + n * out_row + h[:, None] * out_head + column[None, :],
             acc.to(out.dtype.element_ty),
             mask=cell,
         )
-
-
-@jit
-def _add_up(  # type: ignore[no-untyped-def]
-    accs,
-    peaks,
-    totals,
-    row,
-    column,
-    real,
-    cell,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """(acc, peak, total) of all splits, added up in their order."""
-    acc = tl.zeros((R, DP), tl.float32)
-    peak = tl.full((R,), float("-inf"), tl.float32)
-    total = tl.zeros((R,), tl.float32)
-    for split in range(SPLITS):
-        at = split * G + row
-        # Other programs wrote these: read them from where all programs see them.
-        part_peak = tl.load(peaks + at, mask=real, other=float("-inf"), cache_modifier=".cg")
-        part_total = tl.load(totals + at, mask=real, other=0.0, cache_modifier=".cg")
-        part = tl.load(
-            accs + at[:, None] * D + column[None, :], mask=cell, other=0.0, cache_modifier=".cg"
-        )
-        new_peak = tl.maximum(peak, part_peak)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        old, new = tl.math.exp2(peak - base), tl.math.exp2(part_peak - base)
-        acc = acc * old[:, None] + part * new[:, None]
-        total = total * old + part_total * new
-        peak = new_peak
-    return acc, peak, total
 
 
 def num_splits(*, batch: int, num_kv_heads: int, max_len: int, config: DecodeConfig) -> int:
@@ -287,7 +312,6 @@ def paged_decode(
             config=config,
         )
     kernel: Any = decode_kernel
-    none = workspace.parts
     with launching_on(q):
         kernel[(num_kv_heads, splits, batch)](
             q,
@@ -297,10 +321,8 @@ def paged_decode(
             out,
             workspace.parts,
             workspace.arrivals,
-            none if prefix is None else prefix.lengths,
-            none if prefix is None else prefix.acc,
-            none if prefix is None else prefix.peaks,
-            none if prefix is None else prefix.totals,
+            seq_lens if prefix is None else prefix.lengths,
+            workspace.parts if prefix is None else prefix.parts,
             scale * math.log2(math.e),
             q.stride(0),
             q.stride(1),
@@ -319,7 +341,8 @@ def paged_decode(
             N=config.keys,
             SPLITS=splits,
             WINDOW=window or 0,
-            PREFIX=prefix is not None,
+            PREFIX=0 if prefix is None else prefix.splits,
+            EXACT=deterministic,
             PRECISION=precision(q.dtype, q.device),
             STAGES=config.stages,
             num_warps=config.warps,

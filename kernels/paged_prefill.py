@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .attention_configs import PrefillConfig, prefill_config
-from .attention_tiles import attend_tile, precision
+from .attention_tiles import attend_tile, divided, no_total, precision
 from .launching import jit, launching_on, next_power_of_two, tl
 
 SEARCHED = 256
@@ -61,6 +61,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     SEARCHED: tl.constexpr,
     WINDOW: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -106,7 +107,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             low = tl.maximum(first_position - WINDOW + 1, 0)
         acc = tl.zeros((R, DP), tl.float32)
         peak = tl.full((R,), float("-inf"), tl.float32)
-        total = tl.zeros((R,), tl.float32)
+        total = no_total(R, EXACT)
         # Tiles that all rows see whole need no mask: [clear, until). Before them the window cuts, after them causality.
         end = last_position + 1
         begin = low // N * N
@@ -119,21 +120,21 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                 acc, peak, total = attend_tile(
                     acc, peak, total, queries, position, heads, table, key, low, end, scale,
                     pool_block, pool_slot, pool_values,
-                    S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, PRECISION=PRECISION,
+                    S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, EXACT=EXACT, PRECISION=PRECISION,
                 )  # fmt: skip
         for key in tl.range(clear, until, N, num_stages=STAGES):
             acc, peak, total = attend_tile(
                 acc, peak, total, queries, position, heads, table, key, low, end, scale,
                 pool_block, pool_slot, pool_values,
-                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=False, PRECISION=PRECISION,
+                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=False, EXACT=EXACT, PRECISION=PRECISION,
             )  # fmt: skip
         for key in tl.range(until, end, N, num_stages=STAGES):
             acc, peak, total = attend_tile(
                 acc, peak, total, queries, position, heads, table, key, low, end, scale,
                 pool_block, pool_slot, pool_values,
-                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, PRECISION=PRECISION,
+                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, EXACT=EXACT, PRECISION=PRECISION,
             )  # fmt: skip
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = divided(acc, total, EXACT)
         tl.store(
             out + t[:, None] * out_row + h[:, None] * out_head + column[None, :],
             acc.to(out.dtype.element_ty),
@@ -204,6 +205,7 @@ def paged_prefill(
             N=config.keys,
             SEARCHED=SEARCHED,
             WINDOW=window or 0,
+            EXACT=deterministic,
             PRECISION=precision(q.dtype, q.device),
             STAGES=config.stages,
             num_warps=config.warps,

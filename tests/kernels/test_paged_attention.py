@@ -102,6 +102,54 @@ class Batch:
         assert not workspace.arrivals.any(), "a launch leaves the counters as it found them"
         return out
 
+    def share(self, groups: dict[tuple[int, ...], int]) -> None:
+        """Rows that begin with the same blocks, as many as it says."""
+        for rows, num_blocks in groups.items():
+            for row in rows[1:]:
+                self.block_tables[row, :num_blocks] = self.block_tables[rows[0], :num_blocks]
+
+    def shared_decode(self, **options: object) -> torch.Tensor:
+        from rollout_kernels import paged_decode as decode
+        from rollout_kernels import shared_prefix_decode as kernels
+
+        case, device = self.case, self.q.device
+        max_batch = len(case.lengths) + 3
+        sizes = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.head_dim}
+        sizes |= {"max_batch": max_batch, "device": device}
+        groups = kernels.find_shared_prefixes(
+            [
+                table[: max(0, length - 1) // case.block_size]
+                for table, length in zip(self.block_tables.tolist(), case.lengths, strict=True)
+            ],
+            block_size=case.block_size,
+        )
+        members = kernels.members_per_tile(
+            device,
+            head_dim=case.head_dim,
+            group=case.heads // case.kv_heads,
+            dtype=case.dtype,
+        )
+        numbers = kernels.packed(
+            groups, max_batch=max_batch, block_size=case.block_size, members_per_tile=members
+        )
+        assert len(numbers) == kernels.num_numbers(max_batch)
+        buffer = torch.tensor(numbers, dtype=torch.int32, device=device)
+        state = kernels.SharedState.allocate(**sizes)
+        state.parts.fill_(math.nan)
+        return kernels.shared_prefix_decode(
+            self.q,
+            self.pool,
+            self.block_tables,
+            self.seq_lens,
+            self.poisoned(),
+            scale=self.scale,
+            shared=kernels.SharedPrefixes.views(buffer, max_batch),
+            workspace=decode.DecodeWorkspace.allocate(**sizes),
+            state=state,
+            max_len=max(case.lengths),
+            **options,
+        )
+
     def prefill(self, **options: object) -> torch.Tensor:
         from rollout_kernels import paged_prefill as kernels
 
@@ -171,6 +219,23 @@ PREFILLS = {
     "head size 128": Case(lengths=(150, 50), queries=(140, 50), head_dim=128, dtype=torch.bfloat16),
     "head size 256": Case(lengths=(60, 50), queries=(60, 9), head_dim=256, dtype=torch.float16),
     "blocks of 64": Case(lengths=(150, 100), queries=(150, 1), block_size=64, dtype=torch.bfloat16),
+}
+SHARED = {
+    "one group": (Case(lengths=(70, 100, 66, 200)), {(0, 1, 2, 3): 4}),
+    "two groups, one row alone": (Case(lengths=(150, 90, 140, 0, 200, 99)), {(0, 2): 8, (1, 5): 4}),
+    "no group": (Case(lengths=(70, 100)), {}),
+    "more members than a tile takes": (
+        Case(lengths=(70,) * 11, heads=8, kv_heads=1, head_dim=128, dtype=torch.bfloat16),
+        {tuple(range(11)): 4},
+    ),
+    "a group that is no power of two": (
+        Case(lengths=(100, 130, 77), heads=7, kv_heads=1, dtype=torch.float16),
+        {(0, 1, 2): 4},
+    ),
+    "blocks larger than a tile": (
+        Case(lengths=(300, 400, 30), head_dim=96, block_size=128),
+        {(0, 1): 2},
+    ),
 }
 CHECKS: dict[str, Callable[[str], str]] = {}
 
@@ -281,6 +346,20 @@ def a_deterministic_decode_has_the_bits_of_a_prefill(device: str) -> str:
     return next((verdict for verdict in verdicts if verdict != "right"), "right")
 
 
+@check
+def a_deterministic_decode_has_the_same_bits_with_and_without_sharing(device: str) -> str:
+    verdicts = []
+    for heads in (2, 4, 8):
+        case = Case(
+            lengths=(150, 90, 140, 0, 200, 99), heads=heads, head_dim=128, dtype=torch.bfloat16
+        )
+        batch = Batch(case, device)
+        batch.share({(0, 2, 4): 8, (1, 5): 4})
+        shared = batch.shared_decode(deterministic=True)
+        verdicts.append(same([shared, batch.decode(deterministic=True)]))
+    return next((verdict for verdict in verdicts if verdict != "right"), "right")
+
+
 def verdicts(device: str) -> dict[str, str]:
     """Of every case and check."""
     found = {}
@@ -290,6 +369,10 @@ def verdicts(device: str) -> dict[str, str]:
     for name, case in PREFILLS.items():
         batch = Batch(case, device)
         found[f"prefill: {name}"] = close(batch.prefill(), batch)
+    for name, (case, groups) in SHARED.items():
+        batch = Batch(case, device)
+        batch.share(groups)
+        found[f"shared: {name}"] = close(batch.shared_decode(), batch)
     for name, function in CHECKS.items():
         found[name] = function(device)
     return found
@@ -298,6 +381,7 @@ def verdicts(device: str) -> dict[str, str]:
 NAMES = [
     *(f"decode: {name}" for name in DECODES),
     *(f"prefill: {name}" for name in PREFILLS),
+    *(f"shared: {name}" for name in SHARED),
     *CHECKS,
 ]
 
