@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -60,12 +61,14 @@ class Checks(dict[str, Callable[[torch.device], None]]):
         for name, check in self.items():
             if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
                 continue
+            began = time.perf_counter()
             try:
                 check(torch.device("cpu"))
                 verdicts[name] = "ok"
             except Exception:
                 verdicts[name] = traceback.format_exc()
                 print(name, verdicts[name], file=sys.stderr)
+            print(f"{name}: {time.perf_counter() - began:.2f} s", file=sys.stderr)
         print(json.dumps(verdicts))
 
 
