@@ -33,6 +33,7 @@ CAPACITY = 8192
 """Values that are gathered at most, where memory is allocated for it."""
 _CHUNKS = 8
 """Chunks of a tile."""
+_WARPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,7 +398,7 @@ def compute_bounds(
             CHUNKS=_CHUNKS,
             NUM=stats.padded_chunks,
             CAPACITY=candidates.shape[1],
-            num_warps=16,
+            num_warps=_WARPS,
             enable_fp_fusion=False,  # edits are rounded step by step
         )
 

@@ -28,6 +28,7 @@ CHUNK = 1024
 """Columns of a chunk."""
 _CHUNKS = 4
 """Chunks that one program reads."""
+_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,7 @@ def compute_stats(
             **logit_edits.arguments(edits),
             INDEXED=logit_rows is not None,
             CHUNKS=_CHUNKS,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,  # edits are rounded step by step
         )
 

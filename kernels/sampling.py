@@ -39,6 +39,8 @@ from .logit_edits import LogitEdits, count_token, edit, is_edited
 from .logit_filters import SamplingFilters, is_filtered
 from .logit_stats import LogitStats, compute_stats, row_totals
 
+_WARPS = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
@@ -291,6 +293,6 @@ def sample(
             bad=out.bad.view(torch.uint8),
             INDEXED=rows.logit_rows is not None,
             NUM=stats.padded_chunks,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,  # edits are rounded step by step
         )
