@@ -36,7 +36,7 @@ from weight_sync.wire.rpc import Call
 from .catch_up import Served, Source, catch_up
 from .fleet_arenas import FleetArenas
 from .fleet_update import FleetUpdate, Outcome, first_error
-from .members import GONE, Member, ask_all, left, same
+from .members import GONE, Asked, Member, ask_all, collect, left, same
 from .serving_thread import ServingThread
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class FleetWeights:
         self._manifests: OrderedDict[str, msg.WireManifest] = OrderedDict()
         self._num_tensors = 0
         self._update: FleetUpdate | None = None
+        self._aborted: tuple[str, Asked] = (
+            "",
+            {},
+        )  # the last session that was, and its replicas' answers
         self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
         self._source: Source | None = None
         actions: dict[type, Callable[[Any, float], Any]] = {
@@ -254,15 +258,20 @@ class FleetWeights:
         try:
             return ask(update, message, end)
         except Exception as error:
-            update.abort(f"a replica refused: {error}", end)
+            self._aborted = message.session_id, update.abort(f"a replica refused: {error}")
             self._end(update, error)
             raise
 
     def _abort(self, message: msg.Abort, end: float) -> msg.Ack:
+        """The answer means that no replica reads the arena any more; `DeadlineExceeded` where that is not known."""
         update = self._update
         if update is not None and update.request.session_id == message.session_id:
-            update.abort(message.reason, end)
+            self._aborted = message.session_id, update.abort(message.reason)
             self._end(update, SessionError(f"the session was aborted: {message.reason}"))
+        session_id, asked = self._aborted
+        if session_id == message.session_id:
+            for error in collect(asked, end).errors.values():
+                raise error
         return msg.Ack()
 
     def _commit(self, message: msg.Commit, end: float) -> msg.CommitReply:

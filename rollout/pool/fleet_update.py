@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from weight_sync.wire.messages import (
 )
 
 from .members import Answers, Asked, Member, ask_all, collect, joint_answer, tell_all
+
+ABORT_PATIENCE_S = 600.0
+"""How long a replica may take before it comes to the end of a session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +121,9 @@ class FleetUpdate:
             answers.replies.update(second.replies)
             answers.errors.update(second.errors)
             answers.gone.update(second.gone)
-        opened = {
-            member: reply.epoch
-            for member, reply in answers.replies.items()
-            if not reply.need_manifest
-        }
+        # Where no answer came in time the session may be open all the same, and is ended without its epoch.
+        opened = dict.fromkeys(answers.errors, 0)
+        opened |= {member: reply.epoch for member, reply in answers.replies.items()}
         update = cls(
             request=request,
             epoch=epoch,
@@ -132,10 +134,10 @@ class FleetUpdate:
             declared=np.zeros(num_rows, dtype=np.uint64),
         )
         if answers.errors or not answers.replies:
-            update.abort("another replica did not begin", end)
+            update.abort("another replica did not begin")
             answers.raise_refusal()
         if any(reply.need_manifest for reply in answers.replies.values()):
-            update.abort("the manifest is needed first", end)
+            update.abort("the manifest is needed first")
             return None
         return update
 
@@ -174,10 +176,13 @@ class FleetUpdate:
         answers = self._left_out(collect(self._tell(message, end), end))
         return Outcome(committed=answers.replies, failed=answers.errors)
 
-    def abort(self, reason: str, end: float) -> None:
-        """End it everywhere without a trace."""
+    def abort(self, reason: str) -> Asked:
+        """End it everywhere without a trace, however late it is for the trainer; the answers are still to come.
+
+        A replica comes to it after all that it was told before. When it has answered it reads the arena no more.
+        """
         message = Abort(session_id=self.request.session_id, epoch=self.epoch, reason=reason[:4096])
-        self._left_out(collect(self._tell(message, end), end))
+        return self._tell(message, time.monotonic() + ABORT_PATIENCE_S)
 
     def check(self, message: Any) -> None:
         """`SessionError` unless the message is of this session."""

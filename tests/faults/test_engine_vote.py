@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from sync_support import ToyHost, toy_map, weights
+from sync_support import ToyHost, eventually, toy_map, weights
 
 from weight_sync.errors import DeadlineExceeded, SessionBusy
 from weight_sync.layout.manifest import Manifest
@@ -19,7 +19,7 @@ from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.session import Phase, Session
 from weight_sync.transports.local import OpenedLocalArena
-from weight_sync.wire.messages import Begin, Bucket, GetFingerprint
+from weight_sync.wire.messages import Abort, Begin, BeginReply, Bucket, GetFingerprint
 from weight_sync.wire.process import current_process
 
 
@@ -185,4 +185,48 @@ def test_a_call_whose_caller_gives_up_is_carried_out_on_all_ranks_all_the_same()
     for rank in ranks:
         (told,) = rank.told
         assert told[0] == GetFingerprint() and told[1] > 60.0
+    service.close()
+
+
+@pytest.mark.parametrize("engine", ["voted", "voted_alone"])
+def test_a_vote_is_kept_no_longer_than_the_lease_while_the_trainer_lives(
+    engine: str, request: pytest.FixtureRequest
+) -> None:
+    receiver, begin = request.getfixturevalue(engine)
+    session = receiver._session
+    session.lease_end = 0.0
+    receiver.sweep()
+    assert receiver._session is (session if engine == "voted" else None)
+    receiver.begin(msgspec.structs.replace(begin, session_id="next"))
+    assert receiver._session is not session
+
+
+def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> None:
+    ranks = [Rank(), Rank()]
+    service = RankedService(ranks)
+    manifest = Manifest(tensors=toy_map().metas(), bucket_bytes=512 << 20)
+    begin = Begin(
+        session_id="late",
+        holder=current_process(),
+        version=None,
+        base_version=None,
+        label=None,
+        manifest_digest=manifest.digest,
+        manifest=None,
+        arena_id=1,
+        strict=True,
+        kv_policy=None,
+        verify="pause",
+        lease_s=30.0,
+    )
+    call = LocalCall(begin, timeout_s=0.5)
+    service.handle(call)
+    assert eventually(lambda: len(ranks[0].futures) == 1)
+    ranks[0].futures[0].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
+    with pytest.raises(DeadlineExceeded):
+        call.future.result(5.0)
+    for rank in ranks:
+        abort, timeout_s = rank.told[-1]
+        assert isinstance(abort, Abort) and abort.session_id == "late" and timeout_s > 60.0
+        assert abort.epoch == 0  # Whatever it is: the answer that says so has not come.
     service.close()

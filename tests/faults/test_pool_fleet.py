@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from rollout.pool.members import Member
 from rollout.protocol.commands import GetWeights, WeightValues
 from weight_sync import EngineDiedError, WeightPublisher, WeightUpdateError
 from weight_sync.errors import (
+    DeadlineExceeded,
     FingerprintMismatch,
     ManifestMismatch,
     SessionBusy,
     StaleVersionError,
     TornWeightsError,
 )
+from weight_sync.wire.messages import Begin, Vote
 
 
 class Fleet:
@@ -238,6 +242,37 @@ def test_a_torn_replica_is_whole_again_once_it_has_caught_up(
     assert fleet.engines[2].receiver.torn is not None and fleet.weights.serving == {0, 1}
     fleet.weights.bring_up(2).result(20)
     assert fleet.engines[2].receiver.torn is None and fleet.values == [{2.0}] * 3
+
+
+# ---- answers that come too late --------------------------------------------------------------------------------------
+
+
+def slow(engine: ToyEngine, kind: type, seconds: float) -> None:
+    """From now on the engine takes its time over messages of a kind, before it carries them out."""
+    action = engine.service._actions[kind]
+
+    def act(message: Any) -> Any:
+        time.sleep(seconds)
+        return action(message)
+
+    engine.service._actions[kind] = act
+
+
+@pytest.mark.parametrize("kind", [Begin, Vote])
+def test_what_one_replica_answers_too_late_ends_there_too(
+    fleet: Fleet, publisher: WeightPublisher, kind: type
+) -> None:
+    publisher.publish(weights(1.0))
+    original = fleet.engines[1].service._actions[kind]
+    slow(fleet.engines[1], kind, 0.8)
+    publisher._timeout_s = 0.5
+    with pytest.raises(DeadlineExceeded):
+        publisher.publish(weights(2.0))
+    publisher._timeout_s = 20.0
+    fleet.engines[1].service._actions[kind] = original
+    assert eventually(lambda: all(engine.receiver._session is None for engine in fleet.engines))
+    publisher.publish(weights(3.0))
+    assert fleet.values == [{3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
 
 
 # ---- newcomers -------------------------------------------------------------------------------------------------------

@@ -147,13 +147,11 @@ class RankedService:
             while len(self._epochs) > _KEPT_EPOCHS:
                 self._epochs.popitem(last=False)
             return replies[0]
-        for rank, reply, is_open in zip(self._ranks, replies, opened, strict=True):
-            if is_open:  # not on all ranks, so on none
-                reason = "another rank did not begin"
-                rank.submit(
-                    Abort(session_id=message.session_id, epoch=reply.epoch, reason=reason),
-                    _RANK_PATIENCE_S,
-                )
+        # Not on all ranks, so on none; also where the answer is late, because an abort comes after what it ends.
+        reason = "another rank did not begin"
+        abort = Abort(session_id=message.session_id, epoch=0, reason=reason)
+        for rank in self._ranks:
+            rank.submit(abort, _RANK_PATIENCE_S)
         if error is not None:
             raise error
         return next(reply for reply in replies if reply.need_manifest)

@@ -347,19 +347,19 @@ class WeightReceiver:
         self._repair = Repair(reason.partition("\n")[0], len(self._canonical.tensors))
 
     def abort(self, session_id: str, epoch: int, reason: str) -> None:
-        """Forget the session if it is the open one; it may have ended already."""
+        """Forget the session if it is the open one; it may have ended already. epoch 0: whatever it is."""
         session = self._session
-        if session is not None and (session.request.session_id, session.epoch) == (
-            session_id,
-            epoch,
-        ):
+        if session is None or session.request.session_id != session_id:
+            return
+        if epoch in (0, session.epoch):
             self._end(SessionError(f"the session was aborted: {reason}; begin a new one"))
 
     def sweep(self, *, asked: bool = False) -> None:
         """End the session when its lease is over or its trainer dead; close arenas of dead trainers.
 
         Whoever asked for a vote may be committing it elsewhere, so it is kept: by one rank of several until rank 0 asks
-        for another session (`asked`), by a whole engine (one of a pool) for the session's lease.
+        for another session (`asked`), by a whole engine (one of a pool) for the session's lease, but no longer, whether
+        the trainer lives or not.
         """
         session = self._session
         bound = (
@@ -372,7 +372,7 @@ class WeightReceiver:
             why = why_dead(session.request.holder)
             if why is not None:
                 self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
-            elif session.lease_left_s <= 0 and session.phase is not Phase.VOTED:
+            elif session.lease_left_s <= 0:
                 self._end(
                     SessionError(
                         f"the session has ended: nothing came for its lease of {session.request.lease_s} s; "

@@ -336,7 +336,7 @@ class Abort(Message, frozen=True, kw_only=True):
     session_id: SessionId
     """As in `Begin`."""
     epoch: int
-    """As in `BeginReply`."""
+    """As in `BeginReply`; 0: whatever it is, after a `Begin` whose answer never came."""
     reason: Annotated[str, Meta(max_length=4096)]
     """For the log and for later messages of the same session."""
 
