@@ -10,6 +10,7 @@ come and go.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -81,6 +82,9 @@ class FleetWeights:
         )  # the last session that was, and its replicas' answers
         self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
         self._source: Source | None = None
+        self._doubt: FleetUpdate | None = None
+        """The last update, while no replica has said that it committed it, and some may have."""
+        self._unsure: set[Member] = set()
         actions: dict[type, Callable[[Any, float], Any]] = {
             msg.Hello: self._hello,
             msg.GetIgnored: self._ask_one,
@@ -134,6 +138,8 @@ class FleetWeights:
             member = self._members.get(number)
             self._members = {n: m for n, m in self._members.items() if n != number}
             self.behind.pop(number, None)
+            if member is not None:
+                self._unsure.discard(member)
             if member is not None and self._update is not None:
                 self._update.epochs.pop(member, None)
 
@@ -204,7 +210,21 @@ class FleetWeights:
         )
 
     def _begin(self, message: msg.Begin, end: float) -> msg.BeginReply:
+        for member in list(self._unsure):
+            with contextlib.suppress(*GONE):
+                self._adopt(member, member.channel.call(msg.Hello(), left(end)), end)
         version = self._next_version(message)
+        try:
+            return self._open(message, version, end)
+        except StaleVersionError:
+            if message.version is not None:
+                raise
+        # A replica holds a later version than the pool has heard of; the next one is above that.
+        infos = ask_all(same(self._all, msg.Hello()), end).replies.values()
+        highest = max((info.version for info in infos), default=self.served.version)
+        return self._open(message, highest + 1, end)
+
+    def _open(self, message: msg.Begin, version: int, end: float) -> msg.BeginReply:
         serving = [member for member in self._all if member.serving]
         # Parts of an update would make a mixture of what a replica that is behind holds.
         members = self._all if message.strict or not serving else serving
@@ -296,10 +316,15 @@ class FleetWeights:
         """Note the new version; whoever does not hold it is behind."""
         if not outcome.committed:
             for member, error in outcome.failed.items():
+                if isinstance(error, DeadlineExceeded):
+                    self._doubt = update
+                    self._unsure.add(member)
                 if isinstance(error, (TornWeightsError, DeadlineExceeded)):
                     self._fall_behind(member, error)
             self._on_change()
             raise first_error(outcome)
+        self._doubt = None
+        self._unsure.clear()
         leader = next((m for m in outcome.committed if m.serving), next(iter(outcome.committed)))
         reply = outcome.reply
         fingerprint = outcome.committed[leader].fingerprint
@@ -330,6 +355,23 @@ class FleetWeights:
         member.whole = False
         self.behind[member.number] = error
 
+    def _adopt(self, member: Member, info: msg.EngineInfo, end: float) -> None:
+        """Settle whether a replica has committed the update in doubt; if so, that is what the pool serves."""
+        self._unsure.discard(member)
+        doubt = self._doubt
+        if doubt is None or info.torn is not None or info.version != doubt.version:
+            return
+        reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left(end))
+        logger.warning("replica %d has committed version %d late", member.number, info.version)
+        label = info.label if info.label is not None else str(info.version)
+        self.served = Served(version=info.version, label=label, fingerprint=reply.fingerprint)
+        self._doubt, self._source = None, None
+        for other in self._all:
+            why = WeightUpdateError(f"replica {member.number} has committed version {info.version}")
+            self._fall_behind(other, why)
+        self._serves(member)
+        self._on_change()
+
     def _bring_up(self, member: Member) -> None:
         """Make a replica hold the served version, or note why it does not."""
         end = time.monotonic() + self._timeout_s
@@ -337,6 +379,7 @@ class FleetWeights:
             info: msg.EngineInfo = member.channel.call(msg.Hello(), left(end))
             member.ranks = info.tp_size
             self._num_tensors = len(info.manifest.names)
+            self._adopt(member, info, end)
             if self.lost is not None:
                 raise TornWeightsError(f"the pool has no whole weights to give: {self.lost}")
             peers = [other for other in self._all if other.serving and other is not member]

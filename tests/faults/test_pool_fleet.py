@@ -275,6 +275,67 @@ def test_what_one_replica_answers_too_late_ends_there_too(
     assert fleet.values == [{3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
 
 
+@pytest.mark.parametrize("late", [{0, 1, 2}, {1}, {0, 2}])
+def test_what_replicas_commit_later_than_the_trainer_waits_is_what_the_pool_serves(
+    fleet: Fleet, publisher: WeightPublisher, late: set[int]
+) -> None:
+    publisher.publish(weights(1.0))
+    for number in range(3):
+        if number in late:
+            answers_late(fleet.engines[number], 0.8)
+        else:
+            fleet.engines[number].host.fail_in = "between_steps"
+    publisher._timeout_s = 0.5
+    with pytest.raises((DeadlineExceeded, WeightUpdateError)):
+        publisher.publish(weights(2.0), label="late")
+    publisher._timeout_s = 20.0
+    for number in sorted({0, 1, 2} & set(fleet.weights.behind)):
+        fleet.weights.bring_up(number).result(20)
+    assert (fleet.weights.served.version, fleet.weights.served.label) == (2, "late")
+    for number in sorted(fleet.weights.behind):
+        fleet.weights.bring_up(number).result(20)
+    assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
+    assert publisher.publish(weights(3.0)).version == 3
+    assert fleet.values == [{3.0}] * 3
+
+
+def test_a_trainer_that_publishes_again_at_once_gets_the_version_after_the_late_one(
+    fleet: Fleet, publisher: WeightPublisher
+) -> None:
+    publisher.publish(weights(1.0))
+    for engine in fleet.engines:
+        answers_late(engine, 0.8)
+    publisher._timeout_s = 0.5
+    with pytest.raises(DeadlineExceeded):
+        publisher.publish(weights(2.0))
+    publisher._timeout_s = 20.0
+    assert publisher.publish(weights(3.0)).version == 3
+    assert fleet.values == [{3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
+
+
+def test_a_version_that_a_replica_got_behind_the_pools_back_does_not_end_all_updates(
+    fleet: Fleet, publisher: WeightPublisher
+) -> None:
+    publisher.publish(weights(1.0))
+    with fleet.lone(2) as lone:
+        lone.publish(weights(9.0), version=20)
+    assert publisher.publish(weights(2.0)).version == 21
+    assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
+
+
+def answers_late(engine: ToyEngine, seconds: float) -> None:
+    """It takes its time to answer the next commit, which it carries out."""
+    original = engine.receiver.commit
+
+    def commit(request: Any) -> Any:
+        engine.receiver.commit = original  # type: ignore[method-assign]
+        reply = original(request)
+        time.sleep(seconds)
+        return reply
+
+    engine.receiver.commit = commit  # type: ignore[method-assign]
+
+
 # ---- newcomers -------------------------------------------------------------------------------------------------------
 
 
