@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from ..errors import DeadlineExceeded, EngineDiedError, ManifestMismatch, TransportError
+from ..errors import ManifestMismatch, TransportError
 from ..layout.manifest import Manifest
-from ..publisher.channel import Channel
+from ..publisher.channel import Channel, wait
 from ..publisher.endpoint import (
     EngineEndpoint,
     GroupBackend,
@@ -26,7 +27,7 @@ from ..transports.arena import SharedBytes
 from ..transports.shared_memory import SharedMemoryArena
 from ..transports.spans import spans_of
 from ..wire.deadline import Deadline
-from ..wire.messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle
+from ..wire.messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle, Vote
 from .plan import Decision
 
 Target = str | HasWeightChannel
@@ -140,7 +141,14 @@ class Engines:
     def begin(
         self, options: UpdateOptions, decision: Decision, manifest: Manifest, deadline: Deadline
     ) -> None:
-        """Open a session at every engine."""
+        """Open a session at every engine, for one version: the first that is above what each of them serves."""
+        self._begin(options, decision, deadline)
+        version = max(update.version for update in self._updates)
+        if any(update.version != version for update in self._updates):
+            self._end_all("the engines serve different versions")
+            self._begin(dataclasses.replace(options, version=version), decision, deadline)
+
+    def _begin(self, options: UpdateOptions, decision: Decision, deadline: Deadline) -> None:
         self._updates = []
         for endpoint in self._endpoints.values():
             packed = endpoint.arena(deadline)
@@ -153,12 +161,8 @@ class Engines:
                 num_bytes=int(packed.num_bytes[decision.rows].sum()),
                 casts=decision.casts,
             )
-            try:
-                update.begin(deadline)
-            except (DeadlineExceeded, EngineDiedError):
-                self.forget()  # the engine may have opened the session all the same
-                raise
-            self._updates.append(update)
+            self._updates.append(update)  # before: it may open the session and not answer in time
+            update.begin(deadline)
 
     def announce(self, rows: np.ndarray, values: np.ndarray, deadline: Deadline) -> None:
         """Tell the engines that rows are complete in the arena."""
@@ -171,12 +175,14 @@ class Engines:
             update.announce(PackedRows(indices=rows, fingerprints=values), deadline)
 
     def commit(self, pack_s: float, deadline: Deadline) -> list[SyncReport]:
-        """Commit at every engine, side by side; in the order in which they were given."""
+        """Commit at every engine, side by side, once each has voted for it; in the order in which they were given."""
         for update in self._updates:
             update.pack_s = pack_s
+            update.settle(deadline)
         if len(self._updates) == 1:
             reports = [self._updates[0].commit(deadline)]
         else:
+            self._vote(deadline)
             with ThreadPoolExecutor(len(self._updates)) as pool:
                 futures = [pool.submit(update.commit, deadline) for update in self._updates]
             failed = [error for future in futures if (error := future.exception()) is not None]
@@ -192,12 +198,23 @@ class Engines:
 
     def abort(self, reason: str) -> None:
         """End what is open; where that is not certain, the arena is never written again."""
-        updates, self._updates = self._updates, []
-        ended = [
-            update.abort(reason) for update in updates
-        ]  # all are told, whatever one of them answers
-        if not all(ended):
+        if not self._end_all(reason):
             self.forget()
+
+    def _end_all(self, reason: str) -> bool:
+        """End every session; all are told, whatever one of them answers. False: not certain everywhere."""
+        updates, self._updates = self._updates, []
+        ended = [update.abort(reason) for update in updates]
+        return all(ended)
+
+    def _vote(self, deadline: Deadline) -> None:
+        """Raise unless every engine can commit: what one of them refuses, none of them serves."""
+        votes = []
+        for update in self._updates:
+            vote = Vote(session_id=update.session_id, epoch=update.epoch)
+            votes.append((vote, update.channel.submit(vote, deadline.left_s("vote"))))
+        for vote, future in votes:
+            wait(future, vote, deadline.left_s("vote"))
 
     def forget(self) -> None:
         """Leave the arena to whoever still reads it; the next update makes a new one."""
