@@ -210,9 +210,11 @@ def _benchmark(
 ) -> None:
     """Settings, the run, the tables, the files."""
     settings = load_settings(BenchSettings, config, [*(QUICK if quick else ()), *(overrides or ())])
-    from .results import default_path, show, write_result
+    from .results import check_out, default_path, show, write_result
     from .screen import Screen
 
+    if out is not None:
+        check_out(out)
     screen = Screen()
     result = run(settings, screen)
     show(result, screen)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from rollout.errors import ConfigError
 
 from .screen import Screen
 
@@ -91,6 +94,23 @@ def default_path(result: BenchResult) -> Path:
     """`benchmarks/results/NAME-DEVICE.json` in the current folder."""
     device = re.sub(r"[^a-z0-9]+", "-", result.device.lower()).strip("-")
     return Path("benchmarks") / "results" / f"{result.benchmark}-{device}.json"
+
+
+def check_out(path: Path) -> None:
+    """`ConfigError` for a result that could not be written or drawn, before anything is measured."""
+    if path.is_dir():
+        raise ConfigError(
+            f"--out: got the folder {str(path)!r}, expected a file; name one in it, such as {path / 'result.json'}"
+        )
+    blocked = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    if blocked is not None and not (blocked.is_dir() and os.access(blocked, os.W_OK)):
+        raise ConfigError(
+            f"--out: got {str(path)!r}, expected a folder that can be written to; {blocked} cannot"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "the picture beside the result needs matplotlib, which is not installed; pip install 'rollout-sync[demo]'"
+        )
 
 
 def write_result(path: Path, result: BenchResult) -> list[Path]:

@@ -63,6 +63,10 @@ class EngineConfig:
     """Address for trainers and clients in other processes, such as "tcp://127.0.0.1:0"; None: a private socket file."""
     num_threads: int | None = None
     """CPU threads of a child process; None: torch's default."""
+    log_level: str | None = None
+    """What engine processes log on standard error, such as "INFO"; None: ROLLOUT_LOG_LEVEL, else "WARNING"."""
+    log_interval_s: float | None = None
+    """Seconds between log lines about throughput, while there is work; None: no such lines."""
     start_timeout_s: float = 120.0
     """Seconds that a child process may take until it is ready."""
     request_timeout_s: float = 600.0

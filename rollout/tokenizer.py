@@ -56,6 +56,22 @@ class Tokenizer:
         return self._tokenizer.decode([token_id])
 
 
+#: Any of these makes a folder one that a tokenizer can be loaded from.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("vocab.json", "vocab.txt", "tekken.json"),
+)
+
+
+def check_tokenizer_files(path: str | Path) -> None:
+    """`CheckpointError` for a folder without a tokenizer: transformers may make up an empty one there."""
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"no tokenizer in {path}: got none of its files, expected one of {', '.join(TOKENIZER_FILES)}; save it "
+            "there (tokenizer.save_pretrained), pass tokenizer_path=..., or skip_tokenizer_init=True for token ids alone"
+        )
+
+
 def end_token_ids(model_path: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Tokens that end a sequence: those of `generation_config.json`, `config.json` and the tokenizer."""
     found: set[int] = set()

@@ -17,6 +17,7 @@ import msgspec
 import typer
 
 from ..config import EngineConfig
+from ..errors import ConfigError
 from ..sampling_params import SamplingParams
 from ..settings import load_settings
 from .options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
@@ -146,6 +147,8 @@ def generate(
     if print_config:
         typer.echo(as_toml(settings))
         return
+    if output_path is not None:
+        check_output(output_path)
     records = apply_chat_template(
         read_prompts(prompts or (), input_path),
         settings.engine.tokenizer_path or settings.engine.model_path,
@@ -156,6 +159,16 @@ def generate(
     )
     with output_path.open("w", encoding="utf-8") if output_path else nullcontext(sys.stdout) as out:
         _run(settings, records, _Writer(out, pretty=pretty))
+
+
+def check_output(path: Path) -> None:
+    """`ConfigError` for a file that cannot be written, before hours of work."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"--output: got {str(path)!r}, expected a file in a folder that exists; make {path.absolute().parent} first"
+            if not path.is_dir()
+            else f"--output: got the folder {str(path)!r}, expected a file; name one in it"
+        )
 
 
 def _run(settings: GenerateSettings, records: list[PromptRecord], writer: _Writer) -> None:

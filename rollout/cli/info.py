@@ -59,7 +59,8 @@ def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
     """The model's options and sizes, the engine's resolved configuration, and the shape of every tensor."""
     import torch
 
-    from ..engine.loop.build import DTYPES, check_config, resolve
+    from ..engine.loop.build import resolve
+    from ..engine.loop.checks import DTYPES, check_config
     from ..engine.loop.ranks import RankSpec, device_of
     from ..models.build import build_model
     from ..models.model_config import ModelConfig

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import ConfigError
+from ..tokenizer import check_tokenizer_files
 
 #: The keys of a record that say what to generate; every other key is copied to the output.
 SOURCE_KEYS = ("prompt", "input_ids", "messages")
@@ -61,7 +62,14 @@ def apply_chat_template(
         return chats
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(tokenizer_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"cannot render chats: got a tokenizer without a chat template in {tokenizer_path}, expected "
+            "chat_template.jinja or one in tokenizer_config.json; send plain prompts, or pass "
+            "--set engine.tokenizer_path=FOLDER"
+        )
     rendered = []
     for record in chats:
         messages = record.messages

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import difflib
 import logging
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +36,7 @@ from .executors.choice import make_executor
 from .executors.executor import Executor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
+from .loop.checks import check_start
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +58,13 @@ class Engine(GenerationCalls, GroupWeightCalls):
         self.model_path = self.config.model_path
         self._maybe_executor = None
         self._tokenizer = None
+        check_start(self.config)
         if not self.config.skip_tokenizer_init:
             self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
         self._maybe_executor = self._start()
+        # An engine that nobody holds any more ends, and all end before the interpreter does: native code
+        # on a thread that outlives it would abort the process.
+        self._finalizer = weakref.finalize(self, _close_forgotten, self._maybe_executor)
         logger.info("engine ready: %s", self.status().resolved)
 
     def _start(self) -> Executor:
@@ -168,6 +175,7 @@ class Engine(GenerationCalls, GroupWeightCalls):
         executor, self._maybe_executor = self._maybe_executor, None
         if executor is None:
             return
+        self._finalizer.detach()
         clients = [self.__dict__.pop(name, None) for name in ("_group_updates", "_publisher")]
         try:
             for client in clients:
@@ -185,6 +193,15 @@ class Engine(GenerationCalls, GroupWeightCalls):
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else self.config.executor
         return f"Engine({self.config.model_path!r}, {state})"
+
+
+def _close_forgotten(executor: Executor) -> None:
+    """End an engine that was not shut down, without holding up whichever thread found that out."""
+    if threading.main_thread().is_alive():
+        # The garbage collector runs anywhere, also on the threads that are about to be joined.
+        threading.Thread(target=executor.close, name="rollout-close-forgotten").start()
+    else:  # The interpreter ends, and starts no more threads.
+        executor.close()
 
 
 def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:

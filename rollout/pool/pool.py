@@ -20,7 +20,7 @@ from ..distributed.placement import spread_over
 from ..engine.engine import Engine
 from ..engine.executors.local import LocalExecutor
 from ..engine.executors.ray import RayExecutor, reservation
-from ..engine.loop.build import check_config
+from ..engine.loop.checks import check_config
 from ..errors import ConfigError
 from .config import POOL_OPTIONS, PoolConfig
 from .executor import PoolExecutor

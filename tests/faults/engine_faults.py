@@ -103,8 +103,8 @@ def use_breakpoints(folder: Path, zygote: Zygote) -> None:
             return start if name == "Popen" else getattr(subprocess, name)
 
     def start(command: list[str], *, env: dict[str, str], **options: Any) -> ForkedRank:
-        assert command[1:3] == ["-m", "rollout.engine.executors.child"]
-        return ForkedRank(zygote, folder, int(command[3]), env)
+        assert "rollout.engine.executors.child" in command[3]
+        return ForkedRank(zygote, folder, int(command[4]), env)
 
     rank_process.subprocess = Patched()  # type: ignore[assignment]
     executor_ray.RankHost = with_breakpoints(RankHost, folder)  # type: ignore[misc]

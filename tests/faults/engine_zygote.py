@@ -1,6 +1,6 @@
 """Starts ranks of engines as forks of a process that has imported everything, with breakpoints in them.
 
-A rank started so does what `python -m rollout.engine.executors.child` does, a second earlier. It becomes a child of the
+A rank that is started so does what `rollout.engine.executors.child` does, a second earlier. It becomes a child of the
 process that asked for it, so that this one can wait for it and see how it ended.
 """
 
@@ -67,6 +67,7 @@ class ForkedRank:
         finally:
             os.close(read_end)
         self.stdin = os.fdopen(write_end, "wb")
+        self.stderr = open(os.devnull, "rb")  # It writes to ours, as forks do.
         self.returncode: int | None = None
         self._lock = threading.Lock()
 
@@ -131,7 +132,7 @@ def serve(connection: socket.socket) -> NoReturn:
 
 
 def become_rank(request: dict[str, Any], stdin: int, ready: int) -> NoReturn:
-    """Be `python -m rollout.engine.executors.child FD` with breakpoints."""
+    """Be `rollout.engine.executors.child` with breakpoints."""
     from engine_breakpoints import install
 
     from rollout.engine.executors import child

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _LIVENESS_INTERVAL_S = 0.2
 _CONNECT_RETRY_S = 0.02
+_LAST_MOMENTS_S = 2.0
+"""How long a process that has closed its connection may take to be gone; one that dumps its memory takes a while."""
 _LOST = zmq.EVENT_DISCONNECTED
 _FAILED = (
     zmq.EVENT_CLOSED
@@ -280,11 +282,10 @@ class RpcClient:
                 self._flush()
             elif self._connected:
                 self._receive()  # what was answered before the end still counts
-                why = self._liveness() if self._liveness is not None else None
                 self._die(
-                    why
+                    self._why_lost()
                     or f"the connection to {self.address} was lost; expected a living engine; "
-                    "look at its log, start it again and connect anew"
+                    "see what it said on its standard error, start it again and connect anew"
                 )
                 return
             elif self._next_connect is None:
@@ -316,6 +317,16 @@ class RpcClient:
                     f"({state}); whatever arrives later is dropped; raise the timeout or look at the engine"
                 )
             )
+
+    def _why_lost(self) -> str | None:
+        """Why the peer is dead, if it is: a process closes its sockets a moment before its parent hears of its end."""
+        patience = time.monotonic() + _LAST_MOMENTS_S
+        while self._liveness is not None:
+            why = self._liveness()
+            if why is not None or time.monotonic() >= patience:
+                return why
+            time.sleep(0.01)
+        return None
 
     def _check_liveness(self) -> None:
         now = time.monotonic()

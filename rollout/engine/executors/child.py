@@ -1,4 +1,4 @@
-"""Main of an engine process: `python -m rollout.engine.executors.child FD`.
+"""Main of an engine process, which gets a file descriptor FD as its argument.
 
 Reads a `RankSpec` and an `EngineConfig`, a line of JSON each, from standard input, meets the other ranks, loads its
 part of the model, and writes one line of JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor
@@ -22,20 +22,20 @@ import msgspec
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
-from .rank_server import RankServer, failure_report
+from .rank_server import RankServer, failure_report, log_level
 
 
 def main() -> int:
     """Serve one engine; returns the exit code."""
     ready_fd, owner = int(sys.argv[1]), os.getppid()
-    logging.basicConfig(
-        level=os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING"),
-        format=f"[engine {os.getpid()}] %(levelname)s %(name)s: %(message)s",
-    )
     # Ctrl-C in a terminal reaches the whole process group; the owner decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSpec)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    logging.basicConfig(
+        level=log_level(config),
+        format=f"[engine {os.getpid()}] %(levelname)s %(name)s: %(message)s",
+    )
     servers: list[RankServer] = []
     terminated = _terminated()
     lifeline = threading.Thread(

@@ -101,7 +101,7 @@ class LocalExecutor:
             if reason is not None:
                 for other in self._ranks:
                     other.kill()
-                return f"{reason}; start a new Engine"
+                return reason
         return None
 
     def _stop(self, grace_s: float) -> None:

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -17,7 +19,13 @@ from weight_sync.errors import EngineDiedError
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
+from .child_output import ChildOutput
 from .rank_server import reported_address
+
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+    "from rollout.engine.executors.child import main; sys.exit(main())"
+)
 
 
 class RankProcess:
@@ -28,8 +36,10 @@ class RankProcess:
         read_end, write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.engine.executors.child", str(write_end)],
+                # -P: a working folder with a `random.py` of its own must not come first on the path.
+                [sys.executable, "-P", "-c", _START, str(write_end), json.dumps(module_path())],
                 stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 pass_fds=(write_end,),
                 env=_environment(config),
             )
@@ -40,6 +50,8 @@ class RankProcess:
             os.close(write_end)
         self._ready_pipe = os.fdopen(read_end, "rb", buffering=0)
         self._report = b""
+        assert self._process.stderr is not None
+        self._output = ChildOutput(self._process.stderr, f"rollout-rank-{spec.rank}")
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # It has died already; `await_ready` says so.
             self._process.stdin.write(
@@ -65,7 +77,7 @@ class RankProcess:
         if not chunk:
             code = self._process.wait(timeout=10.0)
             raise EngineDiedError(
-                f"rank {self._rank} ended while starting ({_exit_words(code)}); its messages are above"
+                f"rank {self._rank} ended while starting ({_exit_words(code)}){self._output.last_words()}"
             )
         self._report += chunk
         return reported_address(json.loads(self._report)) if self._report.endswith(b"\n") else None
@@ -79,7 +91,11 @@ class RankProcess:
         code = self._process.poll()
         if code is None:
             return None
-        return f"rank {self._rank} of the engine (process {self._process.pid}) is gone: {_exit_words(code)}"
+        words = _exit_words(code)
+        return (
+            f"rank {self._rank} of the engine (process {self._process.pid}) is gone: {words}; "
+            f"start a new Engine{self._output.last_words()}"
+        )
 
     def kill(self) -> None:
         """End it now; fine when it is gone."""
@@ -99,6 +115,7 @@ class RankProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._output.close()
 
 
 def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
@@ -126,8 +143,23 @@ def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
     return [addresses[rank] for rank in ranks]
 
 
+def module_path() -> list[str]:
+    """Where a child looks for modules: where this process does, but not in its working folder before all else.
+
+    The folder of this package comes last where the working folder is the only way to it, as in a checkout.
+    """
+    ours = str(Path(__file__).resolve().parents[3])
+    here = os.getcwd()
+    path = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
+    return path if ours in map(os.path.abspath, path) else [*path, ours]
+
+
 def _exit_words(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by signal {-code}, {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import msgspec
 import torch
@@ -53,6 +54,11 @@ class RankServer:
         """Take no more calls, and remove the socket file where there is one. Safe to repeat."""
         if self._server is not None:
             self._server.close()
+
+
+def log_level(config: EngineConfig) -> str:
+    """The level of a rank's process: what was asked for, else what the environment says."""
+    return (config.log_level or os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING")).upper()
 
 
 def failure_report(error: Exception) -> dict[str, str]:

@@ -30,7 +30,7 @@ from ...distributed.ray_runtime import Actor, Placement
 from ...errors import ERRORS, ConfigError
 from ...protocol.commands import Shutdown
 from ...protocol.wire import REPLY_TYPES
-from ..loop.build import check_config
+from ..loop.checks import check_config
 from ..loop.ranks import RankSpec
 from .executor import OnChunk
 from .rank_server import reported_address

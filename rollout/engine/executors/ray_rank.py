@@ -15,7 +15,7 @@ from ...distributed.placement import Place
 from ...distributed.ray_runtime import this_place
 from ...errors import ConfigError
 from ..loop.ranks import RankSpec
-from .rank_server import RankServer, failure_report
+from .rank_server import RankServer, failure_report, log_level
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class RankHost:
 
     def start(self, spec: bytes, config: bytes) -> dict[str, str]:
         """Meet the other ranks and load; returns `{"address": ...}` or `{"error": ..., "code": ...}`."""
-        logging.basicConfig(level=os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING"))
         try:
             wanted = msgspec.json.decode(config, type=EngineConfig)
+            logging.basicConfig(level=log_level(wanted))
             rank = msgspec.json.decode(spec, type=RankSpec)
             if wanted.num_threads is not None:
                 torch.set_num_threads(wanted.num_threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 
 import torch
 
@@ -19,12 +18,11 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
 from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
+from .checks import DTYPES, check_config, check_dtype
 from .core import EngineCore
 from .ranks import RankGroups, RankSpec, device_of
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore:
@@ -78,13 +76,7 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
 
 def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedConfig:
     """Settle everything that `config` leaves open, from the model and from this machine."""
-    dtype = (config.dtype if config.dtype != "auto" else model.dtype or "float32").removeprefix(
-        "torch."
-    )
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype: got {config.dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}"
-        )
+    dtype = check_dtype(config, model)
     context = config.context_length or model.max_position_embeddings
     if context > model.max_position_embeddings:
         raise ConfigError(
@@ -128,27 +120,3 @@ def _num_blocks(config: EngineConfig, context: int, block_bytes: int, device: st
             "or mem_fraction_static"
         )
     return num
-
-
-def check_config(config: EngineConfig) -> None:
-    """Ranges that a type cannot express; one error for each field."""
-    if not Path(config.model_path).is_dir():
-        raise ConfigError(
-            f"model_path: got {config.model_path!r}, expected a folder with config.json; there is no model hub here: "
-            "download the checkpoint first"
-        )
-    for name in ("max_running_requests", "chunked_prefill_size", "block_size", "tp_size"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name}: got {value}, expected at least 1")
-    for name in ("context_length", "kv_cache_bytes", "num_threads"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
-    if config.tp_size > 1 and config.executor == "inline":
-        raise ConfigError(
-            f"tp_size: got {config.tp_size} with executor 'inline', expected 1; use executor='local' or 'ray'"
-        )
-    fraction = config.mem_fraction_static
-    if fraction is not None and not 0 < fraction < 1:
-        raise ConfigError(f"mem_fraction_static: got {fraction}, expected a number within (0, 1)")

@@ -36,6 +36,7 @@ from .memory import MemoryOccupation
 from .postprocess import Postprocessor
 from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
+from .throughput_log import ThroughputLog
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 from .weight_host import EngineWeightHost, read_weight
 
@@ -81,6 +82,8 @@ class EngineCore:
             label=config.weight_version,
             agreement=GroupAgreement(ranks.weights),
         )
+        interval_s = None if ranks.spec.rank > 0 else config.user.log_interval_s
+        self._throughput = ThroughputLog(scheduler, interval_s, lambda: self.receiver.version)
         self._service = WeightService(self.receiver)
         self.weights = connect_ranks(self._service, ranks)
         self._ranks = ranks
@@ -193,6 +196,7 @@ class EngineCore:
             self.post.sample(batch, hidden, rows)
         except Exception as error:
             self._fail_step(batch, error)
+        self._throughput.note(batch)
         return True
 
     def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:

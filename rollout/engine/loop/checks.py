@@ -1,0 +1,178 @@
+"""What can be refused before anything is started: one typed line each, from names, numbers and headers alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...config import EngineConfig, free_memory_bytes
+from ...errors import ConfigError
+from ...layers.shards import split_evenly, split_kv_heads
+from ...models.checkpoint_files import CheckpointFiles
+from ...models.model_config import ModelConfig
+from ...runner.kv_pool import KVPool
+from ...tokenizer import check_tokenizer_files
+from .ranks import RankSpec, device_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_start(config: EngineConfig) -> None:
+    """Everything about `config` that can be known here, in the process of the caller, in a few milliseconds.
+
+    Raises `ConfigError` or `CheckpointError`. With executor "ray" the ranks see other disks and devices, so only what
+    lies here is looked at.
+    """
+    here = config.executor != "ray"
+    if not here and not Path(config.model_path).is_dir():
+        return
+    check_config(config)
+    model = ModelConfig.from_folder(config.model_path)
+    dtype = check_dtype(config, model)
+    _check_split(config, model)
+    if config.load_format in ("auto", "safetensors"):
+        CheckpointFiles(config.model_path)
+    if not config.skip_tokenizer_init:
+        check_tokenizer_files(config.tokenizer_path or config.model_path)
+    if here:
+        for rank in range(config.tp_size):
+            device = device_of(RankSpec(rank=rank, size=config.tp_size), _device(config))
+        _check_memory(config, model, DTYPES[dtype], device)
+
+
+def check_dtype(config: EngineConfig, model: ModelConfig) -> str:
+    """The dtype that is meant, without the `torch.` prefix; `ConfigError` for one that is not served."""
+    dtype = config.dtype if config.dtype != "auto" else model.dtype or "float32"
+    dtype = dtype.removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype: got {config.dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}; choose one of these"
+        )
+    return dtype
+
+
+def check_config(config: EngineConfig) -> None:
+    """Ranges that a type cannot express; one error for each field."""
+    _check_folder("model_path", config.model_path)
+    if config.tokenizer_path is not None and not config.skip_tokenizer_init:
+        _check_folder("tokenizer_path", config.tokenizer_path)
+    for name in ("max_running_requests", "chunked_prefill_size", "block_size", "tp_size"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1")
+    for name in ("context_length", "kv_cache_bytes", "num_threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
+    if config.tp_size > 1 and config.executor == "inline":
+        raise ConfigError(
+            f"tp_size: got {config.tp_size} with executor 'inline', expected 1; use executor='local' or 'ray'"
+        )
+    fraction = config.mem_fraction_static
+    if fraction is not None and not 0 < fraction < 1:
+        raise ConfigError(f"mem_fraction_static: got {fraction}, expected a number within (0, 1)")
+    for name in ("start_timeout_s", "request_timeout_s", "pause_lease_s", "log_interval_s"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}: got {value}, expected a positive number of seconds")
+    _check_listen(config.listen)
+    level = config.log_level
+    if level is not None and level.upper() not in logging.getLevelNamesMapping():
+        raise ConfigError(f"log_level: got {level!r}, expected one such as 'INFO' or 'WARNING'")
+
+
+def _check_folder(what: str, path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise ConfigError(f"{what}: got the file {path!r}, expected its folder; pass that")
+    if _HUB_ID.fullmatch(path) and not folder.parent.is_dir():
+        raise ConfigError(
+            f"{what}: got {path!r}, expected a folder; this looks like a model of a hub, which is not downloaded here: "
+            f"fetch it first (`hf download {path} --local-dir FOLDER`), and pass the folder"
+        )
+    raise ConfigError(
+        f"{what}: got {path!r}, which is not there, expected a folder with config.json; check the path"
+    )
+
+
+def _check_listen(listen: str | None) -> None:
+    if listen is None:
+        return
+    scheme, _, rest = listen.partition("://")
+    host, _, port = rest.rpartition(":")
+    is_tcp = scheme == "tcp" and host and port.isdigit() and int(port) < 65536
+    if not is_tcp and not (scheme == "ipc" and rest):
+        raise ConfigError(
+            f"listen: got {listen!r}, expected an address such as 'tcp://127.0.0.1:0' (0: any free port) or "
+            "'ipc:///tmp/folder/socket'; correct it, or leave it out for a private socket file"
+        )
+
+
+def _device(config: EngineConfig) -> str:
+    """The configured device, if torch knows such a one and this engine runs on it."""
+    if config.device == "auto":
+        return "auto"
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device: got {config.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'; choose one of these"
+        )
+    return config.device
+
+
+@dataclass(frozen=True, slots=True)
+class _OneOf:
+    """As much of a tensor-parallel group as splitting sizes needs."""
+
+    size: int
+    rank: int = 0
+
+
+def _check_split(config: EngineConfig, model: ModelConfig) -> None:
+    """Every size that is split over ranks divides."""
+    tp = _OneOf(config.tp_size)
+    split_evenly("num_attention_heads", model.num_heads, tp)
+    split_kv_heads(model.num_kv_heads, tp)
+    split_evenly("intermediate_size", model.intermediate_size, tp)
+
+
+def _check_memory(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
+) -> None:
+    """A pool that was asked for by its size has room for a block, and there is that much memory."""
+    wanted = config.kv_cache_bytes
+    if wanted is None:
+        return
+    block_bytes = KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=config.block_size,
+        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
+    context = config.context_length or model.max_position_embeddings
+    if wanted < 2 * block_bytes:
+        raise ConfigError(
+            f"kv_cache_bytes: got {wanted}, expected at least two blocks of {block_bytes} bytes; raise it"
+        )
+    on_gpu = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory_bytes()
+    ranks_here = 1 if on_gpu else config.tp_size
+    if wanted * ranks_here > free:
+        per_request = -(-context // config.block_size) * block_bytes
+        raise ConfigError(
+            f"kv_cache_bytes: got {wanted:,} for each of {ranks_here} ranks, expected at most the "
+            f"{free // ranks_here:,} bytes that are free on {device}; lower it (a request of {context} tokens takes "
+            f"{per_request:,})"
+        )

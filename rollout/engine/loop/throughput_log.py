@@ -1,0 +1,60 @@
+"""One log line every few seconds about what an engine does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ...scheduling.batch import ScheduledBatch
+from ...scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("rollout.throughput")
+
+
+class ThroughputLog:
+    """Counts tokens between lines. Rank 0's alone, and nothing depends on it, so it may look at a clock."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        interval_s: float | None,
+        version: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._interval_s = interval_s
+        self._version = version
+        self._clock = clock
+        self._began: float | None = None
+        self._num_computed = 0
+        self._num_decoded = 0
+        if interval_s is not None:
+            logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+
+    def note(self, batch: ScheduledBatch) -> None:
+        """Count a step that was computed; logs a line when the last one is old enough, or there is no more work."""
+        if self._interval_s is None:
+            return
+        now = self._clock()
+        if self._began is None:
+            self._began = now
+        self._num_computed += batch.num_tokens
+        self._num_decoded += batch.num_decodes
+        elapsed = now - self._began
+        if elapsed >= self._interval_s or not self._scheduler.has_work:
+            self._log(max(elapsed, 1e-9))
+            self._began = now if self._scheduler.has_work else None
+
+    def _log(self, elapsed: float) -> None:
+        scheduler, kv = self._scheduler, self._scheduler.kv
+        logger.info(
+            "version %d: %d running, %d waiting; %.0f decoded and %.0f prompt tokens/s; KV %.0f %% in use",
+            self._version(),
+            scheduler.num_running,
+            scheduler.num_waiting,
+            self._num_decoded / elapsed,
+            (self._num_computed - self._num_decoded) / elapsed,
+            100.0 * kv.num_held / kv.num_blocks,
+        )
+        self._num_computed = self._num_decoded = 0
