@@ -68,7 +68,7 @@ def check_tokenizer_files(path: str | Path) -> None:
     if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"no tokenizer in {path}: got none of its files, expected one of {', '.join(TOKENIZER_FILES)}; save it "
-            "there (tokenizer.save_pretrained), pass tokenizer_path=..., or skip_tokenizer_init=True for token ids alone"
+            "there (tokenizer.save_pretrained), pass tokenizer_path=..., or skip_tokenizer_init=True to use token ids"
         )
 
 
