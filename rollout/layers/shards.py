@@ -10,7 +10,7 @@ import torch
 from weight_sync.layout.weight_map import Placement
 
 from ..errors import ConfigError
-from .single_group import TensorParallelGroup
+from .single_group import RankOfMany
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class OutputRows:
             )
 
 
-def split_evenly(what: str, size: int, tp: TensorParallelGroup) -> tuple[int, int]:
+def split_evenly(what: str, size: int, tp: RankOfMany) -> tuple[int, int]:
     """First index and length of this rank's part of `size`; `ConfigError` when it does not divide."""
     if size % tp.size:
         raise ConfigError(
@@ -49,7 +49,7 @@ def split_evenly(what: str, size: int, tp: TensorParallelGroup) -> tuple[int, in
     return part * tp.rank, part
 
 
-def split_kv_heads(num_kv_heads: int, tp: TensorParallelGroup) -> tuple[int, int]:
+def split_kv_heads(num_kv_heads: int, tp: RankOfMany) -> tuple[int, int]:
     """First KV head and number of them on this rank; with more ranks than heads, neighbours hold the same head."""
     if tp.size <= num_kv_heads:
         return split_evenly("num_key_value_heads", num_kv_heads, tp)
@@ -61,7 +61,7 @@ def split_kv_heads(num_kv_heads: int, tp: TensorParallelGroup) -> tuple[int, int
     return tp.rank * num_kv_heads // tp.size, 1
 
 
-def split_vocabulary(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int, int]:
+def split_vocabulary(vocab_size: int, tp: RankOfMany) -> tuple[int, int, int]:
     """First token, number of real tokens, and number of rows with padding, of this rank's part of the vocabulary."""
     rows = -(-vocab_size // tp.size)
     start = min(rows * tp.rank, vocab_size)

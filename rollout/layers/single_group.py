@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 
-class TensorParallelGroup(Protocol):
-    """The ranks that hold one model together; every rank calls the same collectives in the same order."""
+class RankOfMany(Protocol):
+    """One of some ranks: what splitting sizes needs to know."""
 
     @property
     def rank(self) -> int:
@@ -18,6 +18,10 @@ class TensorParallelGroup(Protocol):
     @property
     def size(self) -> int:
         """Number of ranks."""
+
+
+class TensorParallelGroup(RankOfMany, Protocol):
+    """The ranks that hold one model together; every rank calls the same collectives in the same order."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks; may be written in place."""
