@@ -153,13 +153,20 @@ if triton is not None:
 
     @triton.jit
     def segment_kernel(  # type: ignore[no-untyped-def]
-        words, fine, outer, tiles, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+        words,
+        fine,
+        outer,
+        tiles,
+        out,
+        ALIGNED: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):
         """out[n] += sum over the tile's words i of  word(i) * OUTER[i // 1024] * fine[i % 1024]   modulo 2^64
 
         One program per tile, and one pass over the bytes. Row by row `acc[c] += word * OUTER[row]`, and once at the
         end `sum(acc * fine)`: one 64-bit multiplication per word. Integer atomics commute, so the bits do not depend
-        on the order of the programs.
+        on the order of the programs. Tiles that are whole are read without masks, 16 bytes at once where `ALIGNED`.
         """
         tile = tiles + tl.program_id(0) * COLUMNS
         base = tl.load(tile)  # where in `words` word 0 of the tensor would be
@@ -170,16 +177,25 @@ if triton is not None:
         last_row = tl.load(tile + 5)
         column = tl.arange(0, 1024)
         acc = tl.zeros((1024,), tl.int64)
-        for r in tl.static_range(ROWS):
-            row = first_row + r
-            i = row * 1024 + column
-            num_bytes = end_byte - i * 8
-            valid = (i >= first_word) & (num_bytes > 0)
-            word = tl.load(words + base + i, mask=valid, other=0)
-            one = tl.full((1024,), 1, tl.int64)
-            bits = tl.minimum(tl.maximum(num_bytes, 0), 7) * 8
-            word = tl.where(num_bytes < 8, word & ((one << bits) - 1), word)
-            acc += word * tl.load(outer + tl.minimum(row, last_row))
+        whole = (first_row * 1024 >= first_word) & ((first_row + ROWS) * 8192 <= end_byte)
+        if whole:
+            here = words + (base + first_row * 1024)
+            if ALIGNED:
+                here = tl.multiple_of(here, 16)
+            for r in tl.static_range(ROWS):
+                word = tl.load(here + (r * 1024 + column))
+                acc += word * tl.load(outer + first_row + r)
+        else:
+            for r in tl.static_range(ROWS):
+                row = first_row + r
+                i = row * 1024 + column
+                num_bytes = end_byte - i * 8
+                valid = (i >= first_word) & (num_bytes > 0)
+                word = tl.load(words + base + i, mask=valid, other=0)
+                one = tl.full((1024,), 1, tl.int64)
+                bits = tl.minimum(tl.maximum(num_bytes, 0), 7) * 8
+                word = tl.where(num_bytes < 8, word & ((one << bits) - 1), word)
+                acc += word * tl.load(outer + tl.minimum(row, last_row))
         tl.atomic_add(out + n, tl.sum(acc * tl.load(fine + column), axis=0))
 
 
@@ -213,11 +229,17 @@ def tile_table(
 
 
 def launch(
-    words: torch.Tensor, tiles: torch.Tensor, outer: torch.Tensor, out: torch.Tensor
+    words: torch.Tensor,
+    tiles: torch.Tensor,
+    outer: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    even: bool = False,
 ) -> None:
     """Add the sums of `tiles` over `words` (W,) int64 to `out` (N,) int64, in one launch; all on one device.
 
-    `outer` holds the keys up to the last row of any tile.
+    `outer` holds the keys up to the last row of any tile. `even`: every tile's first column is even, so that rows start
+    on 16 bytes where the buffer does.
     """
     if triton is None:
         raise RuntimeError(
@@ -231,5 +253,12 @@ def launch(
     # Triton launches on the current device, whatever the tensors' own. On the CPU, its interpreter runs this.
     with torch.cuda.device(words.device) if words.is_cuda else nullcontext():
         kernel[(tiles.shape[0],)](
-            words, fine, outer, tiles, out, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS
+            words,
+            fine,
+            outer,
+            tiles,
+            out,
+            ALIGNED=even and words.data_ptr() % 16 == 0,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
         )

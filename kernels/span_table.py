@@ -146,6 +146,7 @@ class TilePlan:
 
     tiles: torch.Tensor
     outer: torch.Tensor
+    even: bool
 
     @classmethod
     def compile(cls, spans: Iterable[Span], device: torch.device) -> TilePlan:
@@ -158,11 +159,12 @@ class TilePlan:
             outputs=columns.outputs,
         )
         last_row = int(tiles[:, 5].max()) if len(tiles) else 0
-        return cls(tiles=tiles.to(device), outer=fp.outer_keys(last_row + 1, device))
+        even = not bool((tiles[:, 0] % 2).any())
+        return cls(tiles=tiles.to(device), outer=fp.outer_keys(last_row + 1, device), even=even)
 
     def add(self, words: torch.Tensor, out: torch.Tensor) -> None:
         """Add every output's sum to `out`."""
-        fp.launch(words, self.tiles, self.outer, out)
+        fp.launch(words, self.tiles, self.outer, out, even=self.even)
 
 
 @dataclass(slots=True)

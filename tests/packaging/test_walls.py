@@ -11,6 +11,7 @@ import pytest
 #: The rooms of `weight_sync`, in the order in which they may import: only from earlier lines and their own.
 WEIGHT_SYNC = [
     ["errors", "report"],
+    ["devices"],
     ["layout"],
     ["wire", "plan", "process_groups"],
     ["transports"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ipc_stand_in import stand_in
 from sync_support import (
     ToyEngine,
     arenas_mapped,
@@ -80,7 +81,10 @@ def far_engine() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     collect(process)
 
 
-KINDS = ["local", "shared_memory", "served", "tcp", "other_process", "disk", "process_group"]
+KINDS = [
+    *("local", "shared_memory", "served", "tcp", "other_process", "cuda_ipc"),
+    *("disk", "process_group"),
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -91,7 +95,9 @@ def make_link(
 ) -> Iterator[Callable[..., Link]]:
     kind = request.param
     links: list[Link] = []
-    if kind == "other_process":
+    if kind == "cuda_ipc":
+        stand_in(request.getfixturevalue("monkeypatch"))
+    if kind in ("other_process", "cuda_ipc"):
         target, state = request.getfixturevalue("far_engine")
     else:
         served = kind in ("served", "tcp")
@@ -103,7 +109,7 @@ def make_link(
             return state_of(engine)
 
     def make(**options: Any) -> Link:
-        if kind in ("shared_memory", "process_group"):
+        if kind in ("shared_memory", "process_group", "cuda_ipc"):
             options["transport"] = kind
         link = (DiskLink if kind == "disk" else Link)(target, state, **options)
         if isinstance(link, DiskLink):

@@ -1,4 +1,4 @@
-"""A trainer that stops in one phase of an update and waits there to be killed: address, phase."""
+"""A trainer that stops in one phase of an update and waits there to be killed: address, phase, and a transport."""
 
 import sys
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ipc_stand_in import PlainPatch, stand_in
 from sync_support import weights
 
 from weight_sync import WeightPublisher
@@ -15,8 +16,10 @@ from weight_sync.wire.messages import Commit
 
 def main() -> None:
     torch.set_num_threads(1)
-    address, phase = sys.argv[1:]
-    publisher = WeightPublisher(address)
+    address, phase, *transport = sys.argv[1:]
+    if transport:
+        stand_in(PlainPatch())
+    publisher = WeightPublisher(address, transport=transport[0] if transport else "auto")
     publisher.begin()
     named = list(weights(2.0).items())
     if phase == "stage":

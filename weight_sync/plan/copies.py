@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+
 from ..layout import region as regions
 from ..layout.manifest import ALIGNMENT, Manifest
 from ..layout.memory import Storage, byte_range, storage_key, storage_view
@@ -90,6 +92,9 @@ class Replay:
     def run(self, stage: torch.Tensor, present: Indices | None) -> None:
         """Copy from `stage` (uint8); only the tensors `present`, unless it is None."""
         batch = self._all if present is None else self._subset(present)
+        if stage.is_cuda and batch.on_gpu:
+            batch.launch(self._manifest, stage)
+            return
         sources = [stage[first:last] for first, last in batch.sources]
         targets = batch.targets
         if batch.strided:
@@ -123,13 +128,108 @@ class Replay:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Batch:
     """What one call copies."""
 
     sources: list[tuple[int, int]]
     targets: list[torch.Tensor]
     strided: list[Copy]
+    _table: DeviceCopies | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """It writes memory of a GPU."""
+        return any(to.is_cuda for to in self.targets) or any(
+            copy.destination.is_cuda for copy in self.strided
+        )
+
+    def launch(self, manifest: Manifest, stage: torch.Tensor) -> None:
+        """All of it in a few launches, whatever its number."""
+        if self._table is None or not self._table.fits(stage):
+            self._table = DeviceCopies(manifest, stage, self.sources, self.targets, self.strided)
+        self._table.run(stage)
+
+
+class DeviceCopies:
+    """The copies of one batch out of a stage of a GPU, as a table; what a table cannot do goes through torch."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stage: torch.Tensor,
+        ranges: Sequence[tuple[int, int]],
+        targets: Sequence[torch.Tensor],
+        strided: Sequence[Copy],
+    ) -> None:
+        self._manifest = manifest
+        self._memory: dict[int, torch.UntypedStorage] = {}
+        self._odd: list[Copy] = []
+        pieces: list[Piece] = []
+        for (first, last), to in zip(ranges, targets, strict=True):
+            piece = make_piece(
+                shape=(last - first,),
+                source_strides=(1,),
+                target_strides=(1,),
+                source_dtype=torch.uint8,
+                target_dtype=torch.uint8,
+                source_offset=first,
+                target=self._number(to),
+                target_offset=int(to.storage_offset()),
+            )
+            assert piece is not None, "bytes to bytes"
+            pieces.append(piece)
+        for copy in strided:
+            strided_piece = self._piece(copy)
+            if strided_piece is None:
+                self._odd.append(copy)
+            else:
+                pieces.append(strided_piece)
+        self._table = CopyTable(
+            pieces,
+            sources=[stage.data_ptr()],
+            targets=self._addresses() or [0],
+            device=stage.device,
+        )
+
+    def fits(self, stage: torch.Tensor) -> bool:
+        """Whether it can serve for this stage."""
+        return self._table.device == stage.device and self._table.fits(
+            [stage.data_ptr()], self._addresses() or [0]
+        )
+
+    @torch.no_grad()
+    def run(self, stage: torch.Tensor) -> None:
+        """Issue the copies on the current stream."""
+        # Asked for each time: memory that was released may have come back elsewhere.
+        self._table.run([stage.data_ptr()], self._addresses() or [0])
+        for copy in self._odd:
+            part = regions.part(self._manifest.view(stage, copy.index), copy.region)
+            copy.destination.copy_(part)
+
+    def _piece(self, copy: Copy) -> Piece | None:
+        meta, to = self._manifest.tensors[copy.index], copy.destination
+        whole = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        part = regions.part(whole, copy.region)
+        size = meta.dtype.itemsize
+        return make_piece(
+            shape=tuple(to.shape),
+            source_strides=part.stride(),
+            target_strides=to.stride(),
+            source_dtype=meta.dtype,
+            target_dtype=to.dtype,
+            source_offset=self._manifest.offsets[copy.index] + int(part.storage_offset()) * size,
+            target=self._number(to),
+            target_offset=int(to.storage_offset()) * size,
+        )
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._memory.setdefault(storage._cdata, storage)
+        return list(self._memory).index(storage._cdata)
+
+    def _addresses(self) -> list[int]:
+        return [storage.data_ptr() for storage in self._memory.values()]
 
 
 def _byte_range(manifest: Manifest, copy: Copy) -> ByteRange | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rollout_kernels.copy_table import CopyTable, Piece, make_piece
 from rollout_kernels.span_table import Span
 
 from ..errors import ManifestMismatch
@@ -170,6 +171,8 @@ class _ResidentSums:
             (words[key], SubsetSums(held, num_outputs=self._num, device=key[0]))
             for key, held in spans.items()
         ]
+        on_gpu = [(i, placement) for i, placement in self._exact if placement.destination.is_cuda]
+        self._parts = PartSums(on_gpu, num_outputs=self._num) if on_gpu else None
 
     @property
     def num_exact(self) -> int:
@@ -179,17 +182,78 @@ class _ResidentSums:
     def values(self, indices: Indices | None) -> torch.Tensor:
         num = self._num if indices is None else len(indices)
         result = torch.zeros(num, dtype=torch.int64)
-        for words, table in self._tables:
-            result += table.sums(words, indices).cpu()
-        if self._exact:
+        # All are under way before the first one is waited for.
+        sums = [table.sums(words, indices) for words, table in self._tables]
+        wanted = None if indices is None else set(np.asarray(indices).tolist())
+        slow = self._exact
+        if self._parts is not None:
+            values = self._parts.values()
+            sums.append(values if indices is None else values[_on(values.device, indices)])
+            slow = self._parts.left
+        for value in sums:
+            result += value.cpu()
+        if slow:
             exact = torch.zeros(self._num, dtype=torch.int64)
-            wanted = None if indices is None else set(np.asarray(indices).tolist())
-            for i, placement in self._exact:
+            for i, placement in slow:
                 if wanted is None or i in wanted:
                     part = region_sum(placement.destination, placement.shape, placement.region)
                     exact[i] += part.cpu()
             result += exact if indices is None else exact[torch.as_tensor(np.asarray(indices))]
         return result
+
+
+class PartSums:
+    """Parts of tensors on a GPU that rows cannot express, each where it sits in its tensor: one launch."""
+
+    def __init__(self, parts: Sequence[tuple[int, Placement]], *, num_outputs: int) -> None:
+        self.left: list[tuple[int, Placement]] = []
+        """What a table cannot sum."""
+        self._memory: dict[int, torch.UntypedStorage] = {}
+        pieces = []
+        for output, placement in parts:
+            piece = self._piece(output, placement)
+            if piece is None:
+                self.left.append((output, placement))
+            else:
+                pieces.append(piece)
+        device = parts[0][1].destination.device
+        self._table = CopyTable(
+            pieces,
+            sources=self._addresses(),
+            targets=(),
+            device=device,
+            num_outputs=num_outputs,
+            copy=False,
+        )
+
+    def values(self) -> torch.Tensor:
+        """(N,) int64 on the device."""
+        return self._table.run(self._addresses())
+
+    def _piece(self, output: int, placement: Placement) -> Piece | None:
+        tensor = placement.destination
+        storage = tensor.untyped_storage()
+        self._memory.setdefault(storage._cdata, storage)
+        whole = torch.empty(placement.shape, dtype=tensor.dtype, device="meta")
+        part = regions.part(whole, placement.region)
+        return make_piece(
+            shape=tuple(tensor.shape),
+            source_strides=tensor.stride(),
+            target_strides=part.stride(),
+            source_dtype=tensor.dtype,
+            target_dtype=tensor.dtype,
+            source=list(self._memory).index(storage._cdata),
+            source_offset=int(tensor.storage_offset()) * tensor.element_size(),
+            output=output,
+            start=int(part.storage_offset()),
+        )
+
+    def _addresses(self) -> list[int]:
+        return [storage.data_ptr() for storage in self._memory.values()]
+
+
+def _on(device: torch.device, indices: Indices) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(indices, dtype=np.int64)).to(device)
 
 
 def _span(placement: Placement, output: int, num_words: int) -> Span | None:

@@ -38,8 +38,35 @@ class Stage(Protocol):
     def write(self, rows: np.ndarray | None) -> None:
         """Write these rows (None: all of the manifest) into the parameters. Returns when every copy was issued."""
 
+    def after_write(self) -> None:
+        """Whatever this thread asks of the GPU from now on comes after the write, whichever thread issued that."""
+
     def release(self) -> None:
         """The session is over: hold nothing any more. Safe to repeat."""
+
+
+class WriteMark:
+    """The end of a write that a GPU may still be carrying out."""
+
+    def __init__(self) -> None:
+        self._end: torch.cuda.Event | None = None
+
+    def record(self, device: torch.device) -> None:
+        """Everything that this thread's stream has been given up to now belongs to the write."""
+        if device.type == "cuda":
+            self._end = torch.cuda.Event()
+            self._end.record(torch.cuda.current_stream(device))
+
+    def follow(self) -> None:
+        """This thread's stream goes on behind it."""
+        if self._end is not None:
+            self._end.wait()
+
+    def wait(self) -> None:
+        """Until it is over."""
+        if self._end is not None:
+            self._end.synchronize()
+            self._end = None
 
 
 class ArenaStage:
@@ -52,6 +79,8 @@ class ArenaStage:
         check_size(buffer.numel(), plan)
         self._plan = plan
         self._buffer = buffer[: plan.manifest.arena_bytes]
+        self._mark = WriteMark()
+        self._checks = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
 
     def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
         start = time.perf_counter()
@@ -59,7 +88,10 @@ class ArenaStage:
         # Asking for all of them, in their order, is much cheaper.
         ascending = bool((np.diff(rows.astype(np.int64)) == 1).all())
         wanted = None if len(rows) == num_tensors and ascending else rows
-        check(rows, as_uint64(self._plan.staged_fingerprints(self._buffer, wanted)))
+        # A stream of its own: generation does not wait for the check.
+        with torch.cuda.stream(self._checks):
+            values = as_uint64(self._plan.staged_fingerprints(self._buffer, wanted))
+        check(rows, values)
         return time.perf_counter() - start
 
     def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
@@ -70,8 +102,13 @@ class ArenaStage:
 
     def write(self, rows: np.ndarray | None) -> None:
         self._plan.replay(self._buffer, rows)
+        self._mark.record(self._buffer.device)
+
+    def after_write(self) -> None:
+        self._mark.follow()
 
     def release(self) -> None:
+        self._mark.wait()  # whoever owns the arena may write into it from now on
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
 

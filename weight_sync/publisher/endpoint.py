@@ -1,5 +1,6 @@
 """A trainer's standing with one engine: the connection, what the engine said of itself, and the arena it has opened."""
 
+import logging
 import secrets
 from typing import Literal, Protocol
 
@@ -9,8 +10,10 @@ import torch
 from ..errors import SyncError, TransportError
 from ..layout.fingerprints import ArenaFingerprints
 from ..transports.arena import Arena
+from ..transports.cuda_ipc import CudaIpcArena
 from ..transports.group.group_arena import GroupArena
 from ..transports.group.process_group import UpdateGroup
+from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import LocalArena
 from ..transports.shared_memory import SharedMemoryArena
 from ..wire.deadline import Deadline
@@ -25,10 +28,14 @@ from ..wire.messages import (
     LeaveGroup,
     OpenArena,
 )
+from ..wire.process import host_id
 from .channel import Channel, RpcChannel
+from .packer import DevicePacker
 from .selection import Layout, Selector
 
-TransportChoice = Literal["auto", "local", "shared_memory", "process_group"]
+logger = logging.getLogger(__name__)
+
+TransportChoice = Literal["auto", "local", "shared_memory", "cuda_ipc", "process_group"]
 GroupBackend = Literal["auto", "gloo", "nccl"]
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -52,11 +59,21 @@ class PackedArena:
         self.views = layout.manifest.views(self.buffer)
         self.num_bytes = np.array([view.nbytes for view in self.views], dtype=np.int64)
         self.fingerprints = ArenaFingerprints(layout.manifest)
+        self.packer: DevicePacker | None = None
+        """What packs into it, where it is on a GPU."""
+        if self.buffer.is_cuda:
+            self.packer = DevicePacker(layout.manifest, self.buffer, self.fingerprints)
         self.manifest_known = False
+
+    @property
+    def seen(self) -> bool:
+        """The engine reads the arena itself: nothing has to be carried."""
+        return self.transport != "process_group"
 
     def close(self) -> None:
         """Give the memory back."""
         self.views.clear()
+        self.packer = None
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.arena.close()
 
@@ -146,6 +163,10 @@ class EngineEndpoint:
                     future.result(wait_s)
                 except (SyncError, TimeoutError):
                     pass  # it closes the arena when it gets there, or when this process ends
+            if isinstance(packed.arena, CudaIpcArena):
+                # Its memory goes when the engine has let go of it, or is not there any more.
+                future.add_done_callback(lambda _: packed.close())
+                return
         packed.close()
 
     def close(self) -> None:
@@ -156,19 +177,62 @@ class EngineEndpoint:
             self._channel = None
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
+        assert self._info is not None, "it has said hello"
         num_bytes = layout.manifest.arena_bytes
+        if self._transport == "cuda_ipc":
+            return self._make_cuda_ipc(channel, layout, deadline)
         local = channel.is_local if self._transport == "auto" else self._transport == "local"
         if local and not channel.is_local:
             raise TransportError(
                 "cannot lend a buffer: got transport='local' and an engine in another process, expected one in this; "
                 "use 'auto' or 'shared_memory'"
             )
-        arena: Arena
         if local:
-            arena = own = LocalArena(num_bytes)
-            own.key = channel.lend(own.buffer)
-        else:
-            arena = SharedMemoryArena(num_bytes)
+            arena = self._local_arena(num_bytes, torch.device(self._info.device))
+            arena.key = channel.lend(arena.buffer)
+            return self._open(channel, arena, layout, "local", deadline)
+        if self._transport == "auto" and self._may_share_gpu_memory(self._info):
+            try:
+                return self._make_cuda_ipc(channel, layout, deadline)
+            except TransportError as error:
+                logger.warning("weights go through shared memory: %s", error)
+        return self._open(channel, SharedMemoryArena(num_bytes), layout, "shared_memory", deadline)
+
+    def _make_cuda_ipc(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
+        if channel.is_local:
+            raise TransportError(
+                "cannot open memory of this process itself: got transport='cuda_ipc' and an engine in this process, "
+                "expected one in another; use 'auto' or 'local'"
+            )
+        memory = ipc_memory_of(_gpu(self._gpu))
+        arena = CudaIpcArena(layout.manifest.arena_bytes, memory)
+        return self._open(channel, arena, layout, "cuda_ipc", deadline)
+
+    def _local_arena(self, num_bytes: int, device: torch.device) -> LocalArena:
+        try:
+            return LocalArena(num_bytes, device)
+        except TransportError as error:
+            if self._transport != "auto":
+                raise
+            logger.warning("weights go through memory of the CPU: %s", error)
+            return LocalArena(num_bytes)
+
+    @staticmethod
+    def _may_share_gpu_memory(info: EngineInfo) -> bool:
+        """This process works on a GPU, and so does the engine, on the same machine."""
+        return (
+            torch.cuda.is_initialized()
+            and info.device.startswith("cuda")
+            and "cuda_ipc" in info.transports
+            and bool(info.process.host)
+            and info.process.host == host_id()
+        )
+
+    @staticmethod
+    def _open(
+        channel: Channel, arena: Arena, layout: Layout, transport: str, deadline: Deadline
+    ) -> PackedArena:
+        """Have the engine open it."""
         try:
             opened: ArenaOpened = channel.call(
                 OpenArena(handle=arena.handle), deadline.left_s("open the arena")
@@ -176,7 +240,6 @@ class EngineEndpoint:
         except BaseException:
             arena.close()
             raise
-        transport = "local" if local else "shared_memory"
         return PackedArena(arena, opened.arena_id, layout, transport)
 
     def _make_group(
@@ -237,7 +300,7 @@ def _gpu(number: int) -> torch.device:
     """That GPU, where there are any."""
     if not torch.cuda.is_available():
         raise TransportError(
-            "cannot make an NCCL group: got a process without a GPU, expected one, as the engine has; use "
+            "cannot send from a GPU: got a process without one, expected one, as the engine has; use "
             "group_backend='gloo', or transport='shared_memory' on the engine's machine"
         )
     return torch.device("cuda", number)

@@ -33,8 +33,9 @@ class WeightPublisher:
     at the same address, the next call connects to the new one.
 
     `timeout_s` limits every call as a whole. `bucket_bytes` is how much is packed before the engine may start checking
-    it. `transport`: "auto" takes local memory for an engine of this process, else shared memory; "process_group" makes
-    a group with all ranks of the engine, wherever they are, meeting at `group_host`, an address of this machine that
+    it. `transport`: "auto" takes local memory for an engine of this process, the GPU's own ("cuda_ipc") where this
+    process and the engine work on GPUs of one machine, else shared memory; "process_group" makes a group with all ranks
+    of the engine, wherever they are, meeting at `group_host`, an address of this machine that
     they can reach. `group_backend`: "auto" is "nccl" for engines on CUDA, from the CUDA device that was current when
     the publisher was made, and "gloo" for others; gloo reaches any engine, from memory of the CPU.
     """

@@ -28,6 +28,7 @@ from ..wire.messages import (
 from ..wire.process import current_process
 from .channel import Channel, wait
 from .endpoint import PackedArena
+from .packer import DevicePacker
 from .selection import Selection, Selector
 
 _ABORT_TIMEOUT_S = 10.0
@@ -115,6 +116,8 @@ class Update:
         """Copy the selected rows into the arena, bucket by bucket; needs no session yet."""
         self.count(selection)
         sources = selection.sources
+        if self.packed.packer is not None:
+            return self._pack_on_device(self.packed.packer, sources)
         if len(sources) == len(self.packed.views):
             buckets = [list(bucket) for bucket in self.packed.layout.manifest.buckets]
         else:
@@ -123,6 +126,24 @@ class Update:
         for rows in buckets:
             self.copy(rows, [sources[i] for i in rows])
             packed.append(self.finish(rows))
+        return packed
+
+    def _pack_on_device(
+        self, packer: DevicePacker, sources: Mapping[int, torch.Tensor]
+    ) -> list[PackedRows]:
+        """Everything in one go; announced in one piece where the engine sees the arena, else bucket by bucket."""
+        if self.channel.dead is not None:
+            raise EngineDiedError(self.channel.dead)
+        start = time.perf_counter()
+        rows = sorted(sources)
+        values = packer.pack(rows, [sources[i] for i in rows])
+        self.pack_s += time.perf_counter() - start
+        pieces = [rows] if self.packed.seen else self._split(rows)
+        packed, first = [], 0
+        for piece in pieces:
+            last = first + len(piece)
+            packed.append(self._counted(np.array(piece, dtype=np.int64), values[first:last]))
+            first = last
         return packed
 
     def count(self, selection: Selection) -> None:
@@ -149,9 +170,7 @@ class Update:
         values = self.packed.fingerprints.values(
             self.packed.buffer, None if everything else indices
         )
-        packed = PackedRows(indices=indices, fingerprints=values.numpy().view(np.uint64))
-        self._check_expected(packed)
-        self.num_bytes += int(self.packed.num_bytes[indices].sum())
+        packed = self._counted(indices, values.numpy().view(np.uint64))
         self.pack_s += time.perf_counter() - start
         return packed
 
@@ -214,6 +233,12 @@ class Update:
             pack_s=self.pack_s,
             message=f"staged {num_tensors} tensors for version {self.version}; the end of the session commits them",
         )
+
+    def _counted(self, indices: np.ndarray, fingerprints: np.ndarray) -> PackedRows:
+        packed = PackedRows(indices=indices, fingerprints=fingerprints)
+        self._check_expected(packed)
+        self.num_bytes += int(self.packed.num_bytes[indices].sum())
+        return packed
 
     def _split(self, rows: list[int]) -> list[list[int]]:
         """Rows in runs of at most a bucket's bytes."""

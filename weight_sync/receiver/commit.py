@@ -165,6 +165,7 @@ class WeightCommit:
 
     def _verify_overlapped(self, timeout_s: float) -> None:
         try:
+            self.session.stage.after_write()
             self._compare()
         except BaseException as error:
             failure = error

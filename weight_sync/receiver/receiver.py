@@ -158,7 +158,10 @@ class WeightReceiver:
             fused=dict(self._weight_map.fused),
             device=str(self.device),
             tp_size=self._agreement.size,
-            transports=("local", "shared_memory", "process_group"),
+            transports=(
+                *("local", "shared_memory", "process_group"),
+                *(("cuda_ipc",) if self.device.type == "cuda" else ()),
+            ),
         )
 
     def ignored(self, names: tuple[str, ...]) -> IgnoredReply:

@@ -15,7 +15,9 @@ import torch
 
 from ..errors import DeadlineExceeded, EngineDiedError, ProtocolError, SyncError, TransportError
 from ..transports.arena import OpenedArena
+from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
+from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import OpenedLocalArena
 from ..transports.shared_memory import OpenedSharedMemoryArena
 from ..wire.messages import (
@@ -27,6 +29,7 @@ from ..wire.messages import (
     Bucket,
     CloseArena,
     Commit,
+    CudaIpcHandle,
     GetFingerprint,
     GetIgnored,
     GroupHandle,
@@ -58,6 +61,7 @@ class WeightService:
         self.receiver = receiver
         self._groups = GroupTable(receiver.rank, receiver.device)
         self._lent: dict[str, torch.Tensor] = {}
+        self._allocations = OpenedAllocations(lambda: ipc_memory_of(receiver.device))
         self._queue: deque[Call] = deque()
         self._wanted = threading.Condition()
         self._closing = False
@@ -198,6 +202,8 @@ class WeightService:
     def _open(self, handle: ArenaHandle) -> OpenedArena:
         if isinstance(handle, GroupHandle):
             return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
+        if isinstance(handle, CudaIpcHandle):
+            return OpenedCudaIpcArena(handle, self._allocations)
         if not isinstance(handle, LocalHandle):
             return OpenedSharedMemoryArena(handle)
         buffer = self._lent.pop(handle.key, None)

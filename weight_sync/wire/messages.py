@@ -94,7 +94,28 @@ class GroupHandle(
     """The group is there for this arena alone: the rank leaves it when the arena goes."""
 
 
-ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle
+class CudaIpcHandle(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="cuda_ipc"
+):
+    """An arena in memory of a GPU, which other processes of the machine can open."""
+
+    owner: ProcessRef
+    """The trainer."""
+    device: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    """UUID of the GPU: numbers of GPUs differ from process to process."""
+    memory: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    """The driver's handle of the allocation."""
+    generation: Count
+    """Which of the trainer's allocations it is; the driver may give a later one the same handle."""
+    offset: Count
+    """First byte of the arena's header in the allocation; the tensors follow one page behind."""
+    num_bytes: Count
+    """Bytes of the arena behind the header."""
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    """Random bytes that the header repeats, so that other memory is never taken for the arena."""
+
+
+ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle | CudaIpcHandle
 
 
 class Hello(Message, frozen=True, kw_only=True):

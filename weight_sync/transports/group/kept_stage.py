@@ -22,7 +22,7 @@ import torch
 from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
-from ...plan.stage import Check, Fill, check_size
+from ...plan.stage import Check, Fill, WriteMark, check_size
 from ...process_groups.landing import landing_buffer
 from ..spans import chunks_of
 from .kept_plan import Chunk, KeptPlan
@@ -42,6 +42,11 @@ class StageMemory:
         self._shadow: Shadow | None = None
         self._landings: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and their shadow."""
+        return self._device
 
     @property
     def num_bytes(self) -> int:
@@ -132,6 +137,7 @@ class KeptStage:
         self._manifest = plan.manifest
         self._plan: KeptPlan | None = memory.plan(plan)
         self._receiving = False  # something may be writing into the memory
+        self._mark = WriteMark()
 
     def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
         end = time.monotonic() + timeout_s
@@ -178,8 +184,13 @@ class KeptStage:
     def write(self, rows: np.ndarray | None) -> None:
         assert self._plan is not None, "the session has ended"
         self._plan.write(rows)
+        self._mark.record(self._memory.device)
+
+    def after_write(self) -> None:
+        self._mark.follow()
 
     def release(self) -> None:
+        self._mark.wait()
         if self._receiving:  # in vain: what comes now belongs to nothing
             self._group.destroy(wait_s=0.0)
             self._memory.forget()

@@ -1,0 +1,207 @@
+"""The protocol of CUDA IPC: handles that lead nowhere, allocations that are opened once, ends that go away.
+
+Without a GPU it runs over memory files; everything but the driver's own calls is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from ipc_stand_in import MemoryFiles, stand_in
+from sync_support import ToyEngine, eventually, kill, read_line, weights
+
+from weight_sync import WeightPublisher
+from weight_sync.devices.raw_memory import tensor_at
+from weight_sync.errors import TransportError
+from weight_sync.transports.cuda_ipc import CudaIpcArena, OpenedAllocations, OpenedCudaIpcArena
+from weight_sync.wire.messages import CudaIpcHandle, OpenArena
+from weight_sync.wire.process import current_process
+
+
+class Trainer(MemoryFiles):
+    """Another process, as far as the engine's end can see."""
+
+    def arena(self, num_bytes: int, owner: Any) -> CudaIpcArena:
+        made = CudaIpcArena(num_bytes, self)
+        made.handle = msgspec.structs.replace(made.handle, owner=owner)
+        return made
+
+
+@pytest.fixture
+def other(child: Callable[..., Any]) -> Any:
+    """A living process that is not this one."""
+    process = child("engine_process.py")
+    read_line(process)
+    owner = msgspec.structs.replace(current_process(), pid=process.pid)
+    with open(f"/proc/{process.pid}/stat") as stat:
+        start = int(stat.read().rsplit(")", 1)[1].split()[19])
+    return msgspec.structs.replace(owner, start_time=start)
+
+
+@pytest.fixture
+def trainer() -> Iterator[Trainer]:
+    memory = Trainer()
+    yield memory
+    for address, (_, mapping) in list(memory._files.items()):
+        from weight_sync.transports.ipc_memory import Allocation
+
+        memory.free(Allocation(address=address, tensor=mapping.tensor))
+
+
+def test_an_allocation_is_opened_once_however_many_arenas_lie_in_it(
+    trainer: Trainer, other: Any
+) -> None:
+    engine = MemoryFiles()
+    table = OpenedAllocations(lambda: engine)
+    arena = trainer.arena(1000, other)
+    arena.buffer.fill_(3)
+    first = OpenedCudaIpcArena(arena.handle, table)
+    second = OpenedCudaIpcArena(arena.handle, table)
+    assert engine.num_opened == 1 and len(table) == 1
+    first.close()
+    first.close()
+    assert second.buffer.tolist() == [3] * 1000
+    second.close()
+    assert len(table) == 0
+    OpenedCudaIpcArena(arena.handle, table).close()
+    assert engine.num_opened == 2
+
+
+def test_the_engine_sees_what_the_trainer_writes_later(trainer: Trainer, other: Any) -> None:
+    table = OpenedAllocations(MemoryFiles)
+    arena = trainer.arena(64, other)
+    opened = OpenedCudaIpcArena(arena.handle, table)
+    arena.buffer.copy_(torch.arange(64, dtype=torch.uint8))
+    assert opened.buffer.tolist() == list(range(64))
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nonce": b"x" * 16}, "its header is of another arena"),
+        ({"generation": 5}, "its header is of another arena"),
+        ({"num_bytes": 1 << 40}, "expected at least"),
+        ({"offset": 1 << 40}, "expected at least"),
+        ({"memory": b"\xff" * 64}, "no such memory"),
+        (
+            {"owner": msgspec.structs.replace(current_process(), host="elsewhere")},
+            "another machine",
+        ),
+        ({"owner": current_process()}, "this process itself"),
+        ({"owner": msgspec.structs.replace(current_process(), start_time=1)}, "has ended"),
+    ],
+)
+def test_a_handle_that_leads_to_no_arena_is_refused_and_nothing_stays_open(
+    trainer: Trainer, other: Any, change: dict[str, Any], words: str
+) -> None:
+    table = OpenedAllocations(MemoryFiles)
+    arena = trainer.arena(1000, other)
+    handle = msgspec.structs.replace(arena.handle, **change)
+    with pytest.raises(TransportError, match=words):
+        OpenedCudaIpcArena(handle, table)
+    assert len(table) == 0
+    OpenedCudaIpcArena(arena.handle, table).close()
+
+
+def test_a_handle_travels_as_a_typed_message_and_nothing_else_does(
+    trainer: Trainer, other: Any
+) -> None:
+    message = OpenArena(handle=trainer.arena(10, other).handle)
+    raw = msgspec.msgpack.encode(message)
+    assert msgspec.msgpack.decode(raw, type=OpenArena) == message
+    for name, value in (("memory", b"short"), ("device", "GPU-0"), ("nonce", b"")):
+        fields = msgspec.to_builtins(message.handle, builtin_types=(bytes,)) | {name: value}
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(fields, CudaIpcHandle)
+
+
+def test_an_engine_on_the_cpu_says_that_it_has_no_gpu_memory_to_open(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., ToyEngine]
+) -> None:
+    from weight_sync.receiver import service
+
+    real = service.ipc_memory_of
+    stand_in(monkeypatch)
+    monkeypatch.setattr(service, "ipc_memory_of", real)
+    served = make_engine(serve=True)
+    with (
+        WeightPublisher(served.address, transport="cuda_ipc", timeout_s=10) as publisher,
+        pytest.raises(TransportError, match="this process itself"),
+    ):
+        publisher.publish(weights(1.0))
+    with (
+        WeightPublisher(engine, transport="cuda_ipc") as publisher,
+        pytest.raises(TransportError, match=r"expected one in another; use 'auto' or 'local'"),
+    ):
+        publisher.publish(weights(1.0))
+
+
+def test_a_trainer_without_a_gpu_is_told_so(make_engine: Callable[..., ToyEngine]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    served = make_engine(serve=True)
+    with (
+        WeightPublisher(served.address, transport="cuda_ipc") as publisher,
+        pytest.raises(TransportError, match="a process without one"),
+    ):
+        publisher.publish(weights(1.0))
+    assert served.values() == {0.0}
+
+
+@pytest.mark.parametrize("phase", ["begin", "stage", "vote", "commit"])
+def test_a_trainer_that_is_killed_leaves_nothing_open_and_the_next_one_is_served(
+    child: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    stand_in(monkeypatch)
+    process = child("engine_process.py")
+    address = read_line(process)
+
+    def state() -> dict[str, Any]:
+        process.stdin.write("state\n")
+        process.stdin.flush()
+        found: dict[str, Any] = json.loads(read_line(process))
+        return found
+
+    doomed = child("trainer_process.py", address, phase, "cuda_ipc")
+    assert read_line(doomed) == "ready"
+    assert state()["opened"] == 1
+    kill(doomed)
+    assert eventually(lambda: state()["still_open"] == 0)
+    with WeightPublisher(address, transport="cuda_ipc", timeout_s=20) as publisher:
+        publisher.publish(weights(5.0))
+    assert state()["values"] == [5.0] and state()["mixtures"] == []
+    assert eventually(lambda: state()["still_open"] == 0)
+
+
+def test_an_engine_that_is_killed_gives_the_trainer_its_error_and_its_memory_back(
+    child: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weight_sync.errors import EngineDiedError
+
+    memory = stand_in(monkeypatch)
+    process = child("engine_process.py")
+    publisher = WeightPublisher(read_line(process), transport="cuda_ipc", timeout_s=20)
+    publisher.publish(weights(1.0))
+    assert len(memory._files) == 1
+    publisher.begin()
+    kill(process)
+    with pytest.raises(EngineDiedError):
+        publisher.send(weights(2.0))
+    publisher.close()
+    assert eventually(lambda: len(memory._files) == 0)
+
+
+def test_a_tensor_lies_over_memory_that_torch_did_not_allocate() -> None:
+    owner = torch.arange(200, dtype=torch.uint8)
+    tensor = tensor_at(owner.data_ptr() + 8, 100, torch.device("cpu"))
+    assert tensor.tolist() == list(range(8, 108)) and tensor.dtype == torch.uint8
+    tensor.fill_(1)
+    assert int(owner[8:108].sum()) == 100 and int(owner[108]) == 108
+    del tensor
+    assert tensor_at(owner.data_ptr(), 0, torch.device("cpu")).numel() == 0

@@ -1,0 +1,114 @@
+"""Packing on a GPU: all tensors of an update into the arena, and fingerprints of what was packed, in a few launches.
+
+One pass over the bytes, casts and strides included, whatever the number of tensors. What is worked out from their
+layouts serves as long as the layouts stay; addresses may change from update to update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+
+from ..layout.fingerprints import ArenaFingerprints
+from ..layout.manifest import Manifest
+
+_Layouts = tuple[list[int], list[torch.dtype], list[int], list[tuple[int, ...] | None]]
+
+
+class DevicePacker:
+    """Packs into one arena of a GPU."""
+
+    def __init__(
+        self, manifest: Manifest, buffer: torch.Tensor, fingerprints: ArenaFingerprints
+    ) -> None:
+        """`buffer` (uint8) has the manifest's layout; `fingerprints` reads what torch packed."""
+        self._manifest = manifest
+        self._buffer = buffer
+        self._fingerprints = fingerprints
+        self._layouts: _Layouts | None = None
+        self._table: CopyTable | None = None
+        self._fast = np.empty(0, dtype=np.int64)
+        self._slow: list[int] = []
+
+    @torch.no_grad()
+    def pack(self, rows: list[int], sources: Sequence[torch.Tensor]) -> np.ndarray:
+        """Copy `sources`, any of this process, to `rows` of the manifest; (N,) uint64 fingerprints, in that order.
+
+        Issued on the calling thread's current stream; returns when all is packed.
+        """
+        addresses = [tensor.data_ptr() for tensor in sources]
+        self._prepare(rows, sources, addresses)
+        assert self._table is not None
+        targets = [self._buffer.data_ptr()]
+        values = self._table.run([addresses[i] for i in self._fast.tolist()], targets)
+        for i in self._slow:
+            self._manifest.view(self._buffer, rows[i]).copy_(sources[i])
+        found = np.empty(len(rows), dtype=np.uint64)
+        if self._slow:
+            indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
+            slow = self._fingerprints.values(self._buffer, indices)
+            found[self._slow] = slow.numpy().view(np.uint64)
+        found[self._fast] = values.cpu().numpy().view(np.uint64)
+        return found
+
+    def _prepare(
+        self, rows: list[int], sources: Sequence[torch.Tensor], addresses: list[int]
+    ) -> None:
+        """The table for tensors of these layouts."""
+        layouts: _Layouts = (
+            rows,
+            [tensor.dtype for tensor in sources],
+            [tensor.get_device() for tensor in sources],
+            [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
+        )
+        targets = [self._buffer.data_ptr()]
+        fits = self._table is not None and self._table.fits(
+            [addresses[i] for i in self._fast.tolist()], targets
+        )
+        if fits and layouts == self._layouts:
+            return
+        pieces: list[Piece] = []
+        fast: list[int] = []
+        self._slow = []
+        here = self._buffer.get_device()
+        for i, (row, tensor) in enumerate(zip(rows, sources, strict=True)):
+            meta = self._manifest.tensors[row]
+            piece = None
+            # Complex tensors may stand for their conjugates; torch knows.
+            if tensor.get_device() == here and not tensor.is_complex():
+                piece = make_piece(
+                    shape=meta.shape,
+                    source_strides=tensor.stride(),
+                    target_strides=_contiguous(meta.shape),
+                    source_dtype=tensor.dtype,
+                    target_dtype=meta.dtype,
+                    source=len(fast),
+                    target_offset=self._manifest.offsets[row],
+                    output=len(fast),
+                )
+            if piece is None:
+                self._slow.append(i)
+            else:
+                pieces.append(piece)
+                fast.append(i)
+        self._fast = np.array(fast, dtype=np.int64)
+        self._table = CopyTable(
+            pieces,
+            sources=[addresses[i] for i in fast],
+            targets=targets,
+            device=self._buffer.device,
+            num_outputs=len(fast),
+        )
+        self._layouts = layouts
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return tuple(reversed(strides))
