@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-_FILE = Path(__file__).with_name("attention_configs.json")
+FILE = Path(__file__).with_name("attention_configs.json")
+"""The stored entries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,8 @@ class PrefillConfig:
     """Warps of a program."""
     stages: int
     """Tiles in flight."""
+    registers: int = 0
+    """Most registers of a thread, so that more programs fit on a multiprocessor; 0: the compiler's choice."""
 
 
 Config = TypeVar("Config", DecodeConfig, SharedConfig, PrefillConfig)
@@ -102,13 +105,14 @@ def prefill_config(
     head_dim: int,
     group: int,
     rows: int,
+    block_size: int,
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> PrefillConfig:
     """For sequences of at most `rows` rows (query tokens x G); deterministic: the same whatever their number."""
     kind = "prefill_deterministic" if deterministic else "prefill"
     facts = {"head_dim": head_dim, "group": group, "rows": rows}
-    return _choose(PrefillConfig, kind, device, dtype, facts)
+    return _choose(PrefillConfig, kind, device, dtype, facts, block_size)
 
 
 def _choose(
@@ -117,16 +121,20 @@ def _choose(
     device: torch.device,
     dtype: torch.dtype,
     facts: Mapping[str, int],
+    block_size: int = 1,
 ) -> Config:
-    """The first entry whose limits (`max_head_dim` and so on) hold all `facts`."""
+    """The first entry whose limits (`max_head_dim` and so on) hold all `facts`; with `whole_tiles`, its keys divide the
+    block size too."""
     for entry in _entries(_name(device), kind):
-        wide = entry.get("dtype_bytes", 2) >= dtype.itemsize
-        if wide and all(facts[fact] <= entry.get(f"max_{fact}", facts[fact]) for fact in facts):
+        fits = entry.get("dtype_bytes", 2) >= dtype.itemsize
+        if entry.get("whole_tiles", False) and block_size % entry["keys"]:
+            fits = False
+        if fits and all(facts[fact] <= entry.get(f"max_{fact}", facts[fact]) for fact in facts):
             names = {field.name for field in fields(config)}
             return config(**{name: value for name, value in entry.items() if name in names})
     raise LookupError(
         f"cannot shape an attention kernel: got {kind} with {dict(facts)} in {dtype}, expected an entry "
-        f"that holds it in {_FILE.name}; add one without limits"
+        f"that holds it in {FILE.name}; add one without limits"
     )
 
 
@@ -137,5 +145,5 @@ def _name(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def _entries(name: str, kind: str) -> Sequence[Mapping[str, Any]]:
-    stored = json.loads(_FILE.read_text())
+    stored = json.loads(FILE.read_text())
     return [*stored.get(name, {}).get(kind, []), *stored["default"][kind]]

@@ -16,9 +16,12 @@ The pool of a layer is (blocks, S, 2, K, D), keys and values interleaved. D is p
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
-from .launching import jit, tl
+from .launching import jit, next_power_of_two, tl
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -28,6 +31,29 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     return (
         "tf32" if device.type == "cuda" else "widened"
     )  # the interpreter has no bfloat16 products
+
+
+def described(pool: torch.Tensor, keys: int) -> Any:
+    """What `attend_page` reads tiles of `keys` keys of the pool through; None where it cannot."""
+    block_size, head_dim = pool.shape[1], pool.shape[4]
+    fits = block_size % keys == 0 and head_dim == next_power_of_two(head_dim)
+    if (
+        not fits
+        or pool.dtype == torch.float32
+        or not pool.is_contiguous()
+        or not _copies(pool.device)
+    ):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    matrix = pool.view(pool.shape[0] * block_size, -1)
+    return TensorDescriptor.from_tensor(matrix, [keys, head_dim])
+
+
+@lru_cache(maxsize=16)
+def _copies(device: torch.device) -> bool:
+    """Whether the device has a copy engine for tiles; the interpreter can do what it does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @jit
@@ -87,6 +113,25 @@ def divided(acc, total, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def fold(  # type: ignore[no-untyped-def]
+    acc, peak, total, s, v, scale, EXACT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(acc, peak, total) after a tile: s = q k^T (R, N), -inf where a key is not seen; v (N, DP)."""
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    # A row that has seen nothing yet has a peak of -inf; -inf - -inf is not a number.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    w = tl.math.exp2(s * scale - base[:, None])
+    fade = tl.math.exp2(peak - base)
+    if EXACT:
+        ones = tl.full((v.shape[0], 16), 1.0, v.dtype)
+        total = product(w.to(v.dtype), ones, total * fade[:, None], PRECISION)
+    else:
+        total = total * fade + tl.sum(w, 1)
+    acc = product(w.to(v.dtype), v, acc * fade[:, None], PRECISION)
+    return acc, new_peak, total
+
+
+@jit
 def attend_tile(  # type: ignore[no-untyped-def]
     acc,
     peak,
@@ -126,31 +171,43 @@ def attend_tile(  # type: ignore[no-untyped-def]
             stored = stored & (at >= low)
         stored = stored[:, None] & (column < D)[None, :]
         k = tl.load(keys, mask=stored, other=0.0)
+        v = tl.load(keys + pool_values, mask=stored, other=0.0)
     elif D != DP:
         k = tl.load(keys, mask=(column < D)[None, :], other=0.0)
+        v = tl.load(keys + pool_values, mask=(column < D)[None, :], other=0.0)
     else:
         k = tl.load(keys)
+        v = tl.load(keys + pool_values)
     s = product(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32), PRECISION)
     if MASKED:
         seen = (at[None, :] <= row_position[:, None]) & (at < end)[None, :]
         if WINDOW > 0:
             seen = seen & (at[None, :] > row_position[:, None] - WINDOW)
         s = tl.where(seen, s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
-    # A row that has seen nothing yet has a peak of -inf, and -inf - -inf is not a number.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    w = tl.math.exp2(s * scale - base[:, None])
-    fade = tl.math.exp2(peak - base)
-    if MASKED:
-        v = tl.load(keys + pool_values, mask=stored, other=0.0)
-    elif D != DP:
-        v = tl.load(keys + pool_values, mask=(column < D)[None, :], other=0.0)
-    else:
-        v = tl.load(keys + pool_values)
-    if EXACT:
-        ones = tl.full((N, 16), 1.0, v.dtype)
-        total = product(w.to(v.dtype), ones, total * fade[:, None], PRECISION)
-    else:
-        total = total * fade + tl.sum(w, 1)
-    acc = product(w.to(v.dtype), v, acc * fade[:, None], PRECISION)
-    return acc, new_peak, total
+    return fold(acc, peak, total, s, v, scale, EXACT, PRECISION)
+
+
+@jit
+def attend_page(  # type: ignore[no-untyped-def]
+    acc,
+    peak,
+    total,
+    q,
+    pages,
+    key_column,
+    value_column,
+    table,
+    first,
+    scale,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`attend_tile` without a mask, where N divides S and D is a power of two: `pages` describes the pool as a matrix
+    (blocks * S, 2 * K * D) in tiles of (N, D), which the copy engine fetches whole."""
+    row = tl.load(table + first // S) * S + first % S
+    k = pages.load([row, key_column])
+    v = pages.load([row, value_column])
+    s = product(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32), PRECISION)
+    return fold(acc, peak, total, s, v, scale, EXACT, PRECISION)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +41,29 @@ def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+@jit
+def take_turn():  # type: ignore[no-untyped-def]
+    """The first thing that a chained kernel does: wait until the launch before it is done and its memory is visible,
+    then let the launch after it be set up."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+def chaining(tensor: torch.Tensor) -> dict[str, Any]:
+    """Options of a launch over `tensor` whose kernel has a constexpr CHAINED and then calls `take_turn`.
+
+    A chained launch is set up while the launch before it still runs, whatever that is; one that follows a chained one
+    gains as much, if it is chained itself. On Hopper and later: 0.6 us a launch, in CUDA graphs too.
+    """
+    chained = tensor.is_cuda and _waits_in_kernels(tensor.device)
+    return {"CHAINED": True, "launch_pdl": True} if chained else {"CHAINED": False}
+
+
+@lru_cache(maxsize=16)
+def _waits_in_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def next_power_of_two(value: int) -> int:

@@ -35,9 +35,9 @@ from .attention_tiles import (
     precision,
     row_total,
 )
-from .launching import jit, launching_on, next_power_of_two, tl
+from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
 
-MAX_SPLITS = 64
+MAX_SPLITS = 32
 """Most splits of a sequence's keys."""
 MAX_PROGRAMS = 4096
 """Most programs that sequences are split into; larger batches are not split."""
@@ -116,7 +116,7 @@ def add_up(  # type: ignore[no-untyped-def]
     DP: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """(acc, peak, total) of all splits of a pair's keys, in their order; of one split, its bits."""
+    """(acc, peak, total) of all splits of a pair's keys, in their order; of one split, its bits. R rows, at least G."""
     row = tl.arange(0, R)
     column = tl.arange(0, DP)
     real = row < G
@@ -167,6 +167,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     pool_head,
     table_row,
     G: tl.constexpr,
+    GP: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -178,8 +179,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """The formula above for one KV head (axis 0), one split (axis 1) of one sequence (axis 2)."""
+    if CHAINED:
+        take_turn()
     head = tl.program_id(0)
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
@@ -190,6 +194,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     cell = real[:, None] & (column < D)[None, :]
     h = head * G + row
 
+    queries = tl.load(q + n * q_row + h[:, None] * q_head + column[None, :], mask=cell, other=0.0)
     length = tl.load(seq_lens + n)
     low = 0
     if WINDOW > 0:
@@ -213,9 +218,6 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             acc, peak, given = add_up(found, G, R, D, DP, PREFIX)
             total = given_total(given, EXACT)
     if first < last:
-        queries = tl.load(
-            q + n * q_row + h[:, None] * q_head + column[None, :], mask=cell, other=0.0
-        )
         position = tl.full((R,), 0, tl.int32) + (length - 1)
         heads = pool + head.to(tl.int64) * pool_head
         for key in tl.range(first, last, N, num_stages=STAGES):
@@ -244,25 +246,28 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                 PRECISION=PRECISION,
             )
 
-    finished = True
-    if SPLITS > 1:
+    output = out + n * out_row
+    if SPLITS == 1:
+        tl.store(
+            output + h[:, None] * out_head + column[None, :],
+            divided(acc, total, EXACT).to(out.dtype.element_ty),
+            mask=cell,
+        )
+    else:
         found = parts + pair * (SPLITS * G * (D + 2))
         store_part(found, split, acc, peak, row_total(total, EXACT), G, R, D, DP, SPLITS)
         tl.debug_barrier()  # all stores of this program come before its arrival
         arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu")
-        finished = arrived == SPLITS - 1
-        if finished:
+        if arrived == SPLITS - 1:
             tl.store(arrivals + pair, 0)
             tl.debug_barrier()
-            acc, peak, given = add_up(found, G, R, D, DP, SPLITS)
-            total = given_total(given, EXACT)
-    if finished:
-        acc = divided(acc, total, EXACT)
-        tl.store(
-            out + n * out_row + h[:, None] * out_head + column[None, :],
-            acc.to(out.dtype.element_ty),
-            mask=cell,
-        )
+            whole, _peak, given = add_up(found, G, GP, D, DP, SPLITS)
+            few = tl.arange(0, GP)
+            tl.store(
+                output + (head * G + few)[:, None] * out_head + column[None, :],
+                divided(whole, given, False).to(out.dtype.element_ty),
+                mask=(few < G)[:, None] & (column < D)[None, :],
+            )
 
 
 def num_splits(*, batch: int, num_kv_heads: int, max_len: int, config: DecodeConfig) -> int:
@@ -334,6 +339,7 @@ def paged_decode(
             pool.stride(3),
             block_tables.stride(0),
             G=group,
+            GP=next_power_of_two(group),
             R=max(16, next_power_of_two(group)),
             D=head_dim,
             DP=next_power_of_two(head_dim),
@@ -346,6 +352,7 @@ def paged_decode(
             PRECISION=precision(q.dtype, q.device),
             STAGES=config.stages,
             num_warps=config.warps,
+            **chaining(q),
         )
     return out
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .attention_configs import PrefillConfig, prefill_config
-from .attention_tiles import attend_tile, divided, no_total, precision
+from .attention_tiles import attend_page, attend_tile, described, divided, no_total, precision
 from .launching import jit, launching_on, next_power_of_two, tl
 
 SEARCHED = 256
@@ -38,6 +38,7 @@ SEARCHED = 256
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q,
     pool,
+    pages,
     tables,
     query_starts,
     seq_lens,
@@ -60,6 +61,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     S: tl.constexpr,
     N: tl.constexpr,
     SEARCHED: tl.constexpr,
+    PAGES: tl.constexpr,
     WINDOW: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,11 +125,18 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                     S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, EXACT=EXACT, PRECISION=PRECISION,
                 )  # fmt: skip
         for key in tl.range(clear, until, N, num_stages=STAGES):
-            acc, peak, total = attend_tile(
-                acc, peak, total, queries, position, heads, table, key, low, end, scale,
-                pool_block, pool_slot, pool_values,
-                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=False, EXACT=EXACT, PRECISION=PRECISION,
-            )  # fmt: skip
+            if PAGES:
+                acc, peak, total = attend_page(
+                    acc, peak, total, queries, pages, head * D, (tl.num_programs(0) + head) * D,
+                    table, key, scale, S=S, N=N, EXACT=EXACT, PRECISION=PRECISION,
+                )  # fmt: skip
+            else:
+                acc, peak, total = attend_tile(
+                    acc, peak, total, queries, position, heads, table, key, low, end, scale,
+                    pool_block, pool_slot, pool_values,
+                    S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=False, EXACT=EXACT,
+                    PRECISION=PRECISION,
+                )  # fmt: skip
         for key in tl.range(until, end, N, num_stages=STAGES):
             acc, peak, total = attend_tile(
                 acc, peak, total, queries, position, heads, table, key, low, end, scale,
@@ -172,16 +181,19 @@ def paged_prefill(
             head_dim=head_dim,
             group=group,
             rows=max_query_len * group,
+            block_size=block_size,
             dtype=q.dtype,
             deterministic=deterministic,
         )
     rows = max(config.rows, next_power_of_two(group))
     tiles = num_tokens // (rows // group) + num_seqs
+    pages = described(pool, config.keys)
     kernel: Any = prefill_kernel
     with launching_on(q):
         kernel[(num_kv_heads, tiles)](
             q,
             pool,
+            pool if pages is None else pages,
             block_tables,
             query_starts,
             seq_lens,
@@ -204,11 +216,13 @@ def paged_prefill(
             S=block_size,
             N=config.keys,
             SEARCHED=SEARCHED,
+            PAGES=pages is not None,
             WINDOW=window or 0,
             EXACT=deterministic,
             PRECISION=precision(q.dtype, q.device),
             STAGES=config.stages,
             num_warps=config.warps,
+            **({"maxnreg": config.registers} if config.registers and q.is_cuda else {}),
         )
     return out
 

@@ -12,7 +12,9 @@ N sequences, H query heads, K KV heads, G = H / K, D head size, S block size, T 
     shared = SharedPrefixes.views(buffer, max_batch)         # once: names for parts of one int32 buffer on the device
     state = SharedState.allocate(max_batch=, num_heads=, num_kv_heads=, head_dim=, device=)                     # once
     groups = find_shared_prefixes(tables, block_size=)       # on the host, when the batch or its tables changed
-    numbers = packed(groups, max_batch=, block_size=, members_per_tile=)    # to be copied into `buffer`
+    numbers = packed(groups, max_batch=, block_size=, members_per_tile=members_per_tile(...))   # goes into `buffer`
+
+`SharedPrefixes` and what is on the host are in `shared_prefixes`.
 
 Shapes depend on `max_batch` alone, and unused tiles return at once, so a CUDA graph can hold the launches. With no
 groups at all, the result is still right, and costs a launch more than `paged_decode`.
@@ -21,50 +23,16 @@ groups at all, the result is still right, and costs a launch more than `paged_de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .attention_configs import DecodeConfig, decode_config, shared_config
+from .attention_configs import DecodeConfig, SharedConfig, decode_config, shared_config
 from .attention_tiles import attend_tile, no_total, precision, row_total
-from .launching import jit, launching_on, next_power_of_two, tl
+from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
 from .paged_decode import MAX_PROGRAMS, DecodeWorkspace, PrefixState, paged_decode
-
-PREFIX_UNIT = 64
-"""Shared keys are a multiple of this, and of the block size: tiles of all configurations divide it."""
-_TILE_NUMBERS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrefix:
-    """Sequences whose block tables begin with the same blocks."""
-
-    rows: tuple[int, ...]
-    """Of the batch; at least two."""
-    num_blocks: int
-    """Blocks that they share."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrefixes:
-    """The groups of a batch on the device."""
-
-    members: torch.Tensor
-    """(N) int32: rows of the batch, those of one tile side by side."""
-    lengths: torch.Tensor
-    """(N) int32: keys of each row of the batch that its tile does; 0: it is in none."""
-    tiles: torch.Tensor
-    """(T, 3) int32: where in `members` a tile begins, its number of members (0: unused), its number of keys."""
-
-    @classmethod
-    def views(cls, buffer: torch.Tensor, max_batch: int) -> SharedPrefixes:
-        """Of `buffer`, `num_numbers(max_batch)` int32 in the order of `packed`; zeros mean no groups."""
-        members, lengths, tiles = buffer.split(
-            [max_batch, max_batch, _TILE_NUMBERS * max_tiles(max_batch)]
-        )
-        return cls(members=members, lengths=lengths, tiles=tiles.view(-1, _TILE_NUMBERS))
+from .shared_prefixes import PREFIX_UNIT, SharedPrefixes, max_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,102 +58,24 @@ class SharedState:
         return cls(parts=torch.zeros(pairs * group * (head_dim + 2), device=device))
 
 
-def max_tiles(max_batch: int) -> int:
-    """T: each has two members at least."""
-    return max(1, max_batch // 2)
-
-
-def num_numbers(max_batch: int) -> int:
-    """Of the buffer behind `SharedPrefixes`."""
-    return 2 * max_batch + _TILE_NUMBERS * max_tiles(max_batch)
-
-
-def find_shared_prefixes(
-    tables: Sequence[Sequence[int]], *, block_size: int, min_keys: int = PREFIX_UNIT
-) -> list[SharedPrefix]:
-    """The groups that save the most reading, where one sequence is in one group at most.
-
-    `tables[n]` are the blocks of row n that other rows may share: without the one that its next key goes to. A group
-    shares at least `min_keys` keys. Where a prefix of many is the start of longer ones of few, the better is taken.
-    """
-    unit = math.lcm(PREFIX_UNIT, block_size) // block_size
-    least = max(unit, -(-min_keys // block_size))
-    rows = [row for row, table in enumerate(tables) if len(table) >= least]
-    return _best(tables, rows, 0, unit, least)[1]
-
-
-def _best(
-    tables: Sequence[Sequence[int]], rows: list[int], depth: int, unit: int, least: int
-) -> tuple[int, list[SharedPrefix]]:
-    """(blocks saved, groups) among rows whose first `depth` blocks are the same; `depth` is a multiple of `unit`."""
-    branches: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        step = tuple(tables[row][depth : depth + unit])
-        if len(step) == unit:
-            branches.setdefault(step, []).append(row)
-    saved, groups = 0, []
-    for members in branches.values():
-        if len(members) < 2:
-            continue
-        common = depth + unit + _common(tables, members, depth + unit, unit)
-        inner_saved, inner = _best(tables, members, common, unit, least)
-        own_saved = (len(members) - 1) * common
-        if common >= least and own_saved >= inner_saved:
-            saved += own_saved
-            groups.append(SharedPrefix(rows=tuple(members), num_blocks=common))
-        else:
-            saved += inner_saved
-            groups += inner
-    return saved, groups
-
-
-def _common(tables: Sequence[Sequence[int]], members: Sequence[int], depth: int, unit: int) -> int:
-    """How many more blocks from `depth` on all members share, in whole units."""
-    first = tables[members[0]]
-    common = len(first) - depth
-    for row in members:
-        table = tables[row]
-        common = min(common, len(table) - depth) // unit * unit
-        if table[depth : depth + common] == first[depth : depth + common]:
-            continue
-        pairs = zip(first[depth : depth + common], table[depth : depth + common], strict=True)
-        common = next(i for i, (a, b) in enumerate(pairs) if a != b) // unit * unit
-    return common
-
-
-def packed(
-    groups: Sequence[SharedPrefix], *, max_batch: int, block_size: int, members_per_tile: int
-) -> list[int]:
-    """The numbers of `SharedPrefixes` for these groups; large groups take several tiles of about the same size."""
-    members: list[int] = []
-    lengths = [0] * max_batch
-    tiles: list[int] = []
-    for group in groups:
-        keys = group.num_blocks * block_size
-        for row in group.rows:
-            lengths[row] = keys
-        count = -(-len(group.rows) // members_per_tile)
-        begin = len(members)
-        ends = [begin + len(group.rows) * (i + 1) // count for i in range(count)]
-        for first, end in zip([begin, *ends], ends, strict=False):
-            tiles += (first, end - first, keys)
-        members += group.rows
-    members += [0] * (max_batch - len(members))
-    tiles += [0] * (_TILE_NUMBERS * max_tiles(max_batch) - len(tiles))
-    return members + lengths + tiles
-
-
-def members_per_tile(device: torch.device, *, head_dim: int, group: int, dtype: torch.dtype) -> int:
+def members_per_tile(
+    device: torch.device,
+    *,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> int:
     """How many sequences one tile takes, for `packed`."""
-    return (
-        _rows(shared_config(device, head_dim=head_dim, group=group, dtype=dtype).rows, group)
-        // group
+    config = shared_config(
+        device, head_dim=head_dim, group=group, dtype=dtype, deterministic=deterministic
     )
+    return tile_rows_of(config, group) // group
 
 
-def _rows(rows: int, group: int) -> int:
+def tile_rows_of(config: SharedConfig, group: int) -> int:
     """At least four sequences to a tile: then there are no more tiles than `max_tiles`, whatever the groups."""
-    return max(rows, 4 * next_power_of_two(group))
+    return max(config.rows, 4 * next_power_of_two(group))
 
 
 @jit
@@ -214,8 +104,11 @@ def prefix_kernel(  # type: ignore[no-untyped-def]
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """(acc, peak, total) of one KV head (axis 0) over one split (axis 1) of the keys of one tile (axis 2)."""
+    if CHAINED:
+        take_turn()
     head = tl.program_id(0)
     split = tl.program_id(1)
     tile = tiles + tl.program_id(2) * 3
@@ -268,12 +161,13 @@ def shared_prefix_decode(
     deterministic: bool = False,
     max_len: int,
     config: DecodeConfig | None = None,
+    prefix_config: SharedConfig | None = None,
 ) -> torch.Tensor:
     """Attend into `out`, and return it; as `paged_decode`, without windows. `shared` may be of a larger batch."""
     batch, num_heads, head_dim = q.shape
     block_size, num_kv_heads = pool.shape[1], pool.shape[3]
     group = num_heads // num_kv_heads
-    chosen = shared_config(
+    chosen = prefix_config or shared_config(
         q.device, head_dim=head_dim, group=group, dtype=q.dtype, deterministic=deterministic
     )
     splits = 1
@@ -300,7 +194,7 @@ def shared_prefix_decode(
             pool.stride(3),
             block_tables.stride(0),
             G=group,
-            R=_rows(chosen.rows, group),
+            R=tile_rows_of(chosen, group),
             D=head_dim,
             DP=next_power_of_two(head_dim),
             S=block_size,
@@ -310,6 +204,7 @@ def shared_prefix_decode(
             PRECISION=precision(q.dtype, q.device),
             STAGES=chosen.stages,
             num_warps=chosen.warps,
+            **chaining(q),
         )
     if config is None:
         config = decode_config(

@@ -111,12 +111,13 @@ class Batch:
     def shared_decode(self, **options: object) -> torch.Tensor:
         from rollout_kernels import paged_decode as decode
         from rollout_kernels import shared_prefix_decode as kernels
+        from rollout_kernels import shared_prefixes as host
 
         case, device = self.case, self.q.device
         max_batch = len(case.lengths) + 3
         sizes = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.head_dim}
         sizes |= {"max_batch": max_batch, "device": device}
-        groups = kernels.find_shared_prefixes(
+        groups = host.find_shared_prefixes(
             [
                 table[: max(0, length - 1) // case.block_size]
                 for table, length in zip(self.block_tables.tolist(), case.lengths, strict=True)
@@ -128,11 +129,12 @@ class Batch:
             head_dim=case.head_dim,
             group=case.heads // case.kv_heads,
             dtype=case.dtype,
+            deterministic=bool(options.get("deterministic")),
         )
-        numbers = kernels.packed(
+        numbers = host.packed(
             groups, max_batch=max_batch, block_size=case.block_size, members_per_tile=members
         )
-        assert len(numbers) == kernels.num_numbers(max_batch)
+        assert len(numbers) == host.num_numbers(max_batch)
         buffer = torch.tensor(numbers, dtype=torch.int32, device=device)
         state = kernels.SharedState.allocate(**sizes)
         state.parts.fill_(math.nan)
@@ -143,7 +145,7 @@ class Batch:
             self.seq_lens,
             self.poisoned(),
             scale=self.scale,
-            shared=kernels.SharedPrefixes.views(buffer, max_batch),
+            shared=host.SharedPrefixes.views(buffer, max_batch),
             workspace=decode.DecodeWorkspace.allocate(**sizes),
             state=state,
             max_len=max(case.lengths),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 
-from rollout_kernels.shared_prefix_decode import (
+from rollout_kernels.shared_prefixes import (
     SharedPrefix,
     find_shared_prefixes,
     max_tiles,
