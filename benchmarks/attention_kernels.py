@@ -209,6 +209,7 @@ def decode_candidates(keys: int | None, programs: int) -> Iterator[configs.Decod
     """Of all sizes of tiles, or of one."""
     for size, warps, stages in (
         (64, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 3), (32, 2, 3), (32, 4, 3), (32, 4, 4), (32, 2, 2),
+        (64, 4, 5), (64, 4, 7), (64, 8, 5), (32, 4, 7), (32, 8, 7),
     ):  # fmt: skip
         if keys in (None, size):
             yield configs.DecodeConfig(
@@ -279,12 +280,16 @@ def searches(head_dims: Sequence[int]) -> list[Search]:
                 Search(name=name, problem=problem, candidates=tuple(candidates), limits=limits)
             )
 
-        few = Problem(kind="decode", head_dim=size, lengths=many[:8])
-        add("decode", few, decode_candidates(None, DECODE_PROGRAMS), max_programs=256)
-        all_of_them = Problem(kind="decode", head_dim=size, lengths=many)
-        add("decode", all_of_them, decode_candidates(None, DECODE_PROGRAMS))
-        pinned = Problem(kind="decode", head_dim=size, lengths=many, deterministic=True)
-        add("decode_deterministic", pinned, decode_candidates(exact, 0))
+        for lengths in (many[:8], many):
+            more = {} if lengths is many else {"max_programs": 256}
+            facts: dict[str, Any] = {"kind": "decode", "head_dim": size, "lengths": lengths}
+            add("decode", Problem(**facts), decode_candidates(None, DECODE_PROGRAMS), **more)
+            add(
+                "decode_deterministic",
+                Problem(**facts, deterministic=True),
+                decode_candidates(exact, 0),
+                **more,
+            )
         rl: dict[str, Any] = {"kind": "shared", "head_dim": size, "lengths": group}
         rl |= {"samples": 8, "prefix": 512}
         add("shared", Problem(**rl), shared_candidates(None))
@@ -349,6 +354,8 @@ def search(head_dims: Sequence[int], say: Callable[[str], None]) -> dict[str, An
         label = f"{each.name} D={problem.head_dim} N={len(problem.lengths)} S={problem.block_size}"
         say(f"{label:48} {seconds * 1e6:9.1f} us {rate:7.0f} {unit:8} {asdict(best)}")
         chosen = {name: value for name, value in asdict(best).items() if value}
+        if each.name == "decode_deterministic":
+            del chosen["split_keys"]  # nothing is split
         entries.setdefault(each.name, []).append({**dict(each.limits), **chosen})
     return {"device": torch.cuda.get_device_name(), "entries": entries, "rows": rows}
 
@@ -381,6 +388,9 @@ def stored(file: Path, device: str, entries: dict[str, Any]) -> None:
     everything[device] = entries
     lines = []
     for name, kinds in everything.items():
+        if isinstance(kinds, str):  # another device's
+            lines.append(f"  {json.dumps(name)}: {json.dumps(kinds)}")
+            continue
         lists = [
             f"    {json.dumps(kind)}: [\n      "
             + ",\n      ".join(json.dumps(entry) for entry in kinds[kind])

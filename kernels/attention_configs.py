@@ -1,8 +1,9 @@
 """How attention kernels are shaped on each device: tiles, warps, stages, splits; measured once, and stored.
 
 `attention_configs.json` beside this file maps a device's name to lists of entries, one list for a kind of launch; the
-first entry that fits a call is used. A device that is not in it is served by the entries under "default". Nothing is
-searched at start.
+first entry that fits a call is used. A device with a name instead of lists takes that one's; one that is not there, or
+whose entries do not fit, takes those under "default". Nothing is searched at start; the benchmark `attention_kernels`
+searches and writes.
 """
 
 from __future__ import annotations
@@ -146,4 +147,7 @@ def _name(device: torch.device) -> str:
 @lru_cache(maxsize=64)
 def _entries(name: str, kind: str) -> Sequence[Mapping[str, Any]]:
     stored = json.loads(FILE.read_text())
-    return [*stored.get(name, {}).get(kind, []), *stored["default"][kind]]
+    own = stored.get(name, {})
+    if isinstance(own, str):
+        own = stored[own]
+    return [*own.get(kind, []), *stored["default"][kind]]

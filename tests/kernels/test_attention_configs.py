@@ -57,7 +57,11 @@ def test_entries_say_nothing_that_is_not_read():
         "prefill": configs.PrefillConfig,
     }
     limits = {"dtype_bytes", "max_head_dim", "max_group", "max_programs", "max_rows", "whole_tiles"}
-    for entries in json.loads(configs.FILE.read_text()).values():
+    stored = json.loads(configs.FILE.read_text())
+    for entries in stored.values():
+        if isinstance(entries, str):
+            assert entries in stored
+            continue
         for kind, listed in entries.items():
             known = {field.name for field in fields(kinds[kind.removesuffix("_deterministic")])}
             for entry in listed:
