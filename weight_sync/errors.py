@@ -23,6 +23,19 @@ class EngineDiedError(SyncError, ConnectionError):
     """The process that serves the engine is gone; the call will never be answered."""
 
 
+class ConnectionLostError(SyncError, ConnectionError):
+    """The connection broke under a call, and the engine lives: whether it carried the call out is not known. Later
+    calls go over a new connection."""
+
+
+class ForkedProcessError(SyncError):
+    """A forked child used what belongs to its parent: a connection, an engine, a publisher. Nothing was touched."""
+
+
+class AddressInUseError(SyncError):
+    """Another server listens at the address; nothing was taken from it, and nothing was started."""
+
+
 class TrainerDiedError(SyncError, ConnectionError):
     """A rank of the trainer is gone, and the others cannot publish without its shards; the engine keeps its version."""
 
@@ -59,6 +72,14 @@ class TransportError(WeightUpdateError):
     """The bytes cannot be reached or carried: the arena cannot be opened, is too small, or is not what it claims."""
 
 
+class ArenaGoneError(TransportError):
+    """The engine has no arena of that id (any more); a publisher opens another one and goes on."""
+
+
+class NonFiniteWeightsError(WeightUpdateError, ValueError):
+    """Tensors have NaN or infinite values; the message names them, and nothing was written."""
+
+
 class TornWeightsError(WeightUpdateError):
     """The resident weights are a mixture; the engine refuses to generate until a complete update has committed."""
 
@@ -71,6 +92,9 @@ ERRORS: dict[str, type[Exception]] = {
         ProtocolError,
         DeadlineExceeded,
         EngineDiedError,
+        ConnectionLostError,
+        ForkedProcessError,
+        AddressInUseError,
         TrainerDiedError,
         RemoteError,
         WeightUpdateError,
@@ -80,6 +104,8 @@ ERRORS: dict[str, type[Exception]] = {
         SessionError,
         StaleVersionError,
         TransportError,
+        ArenaGoneError,
+        NonFiniteWeightsError,
         TornWeightsError,
     )
 }

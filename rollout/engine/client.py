@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from weight_sync.wire.process import Home
+
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
@@ -17,11 +19,13 @@ class EngineClient:
     """Base of the mixins that make up `Engine`; holds no engine state, which lives where the loop runs."""
 
     config: EngineConfig
+    _home: Home
     _tokenizer: Tokenizer | None
     _maybe_executor: Executor | None
 
     @property
     def _executor(self) -> Executor:
+        self._home.check()
         if self._maybe_executor is None:
             raise EngineClosedError("the engine was shut down; start a new one")
         return self._maybe_executor

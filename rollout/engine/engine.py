@@ -14,6 +14,9 @@ from typing import Any, Self
 
 import msgspec
 
+from weight_sync.wire.listening import check_free
+from weight_sync.wire.process import Home
+
 from ..config import EngineConfig
 from ..errors import ConfigError, InvalidRequestError
 from ..protocol.commands import (
@@ -56,11 +59,14 @@ class Engine(GenerationCalls, GroupWeightCalls):
     def __init__(self, model_path: str | Path, **options: Any) -> None:
         self.config = engine_config(model_path, options)
         self.model_path = self.config.model_path
+        self._home = Home("the engine")
         self._maybe_executor = None
         self._tokenizer = None
         check_start(self.config)
         if not self.config.skip_tokenizer_init:
             self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
+        if self.config.executor != "ray":  # an actor listens on its own node
+            check_free(self.config.listen)
         self._maybe_executor = self._start()
         # An engine that nobody holds any more ends, and all end before the interpreter does: native code
         # on a thread that outlives it would abort the process.
@@ -171,7 +177,12 @@ class Engine(GenerationCalls, GroupWeightCalls):
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
-        """End the engine and give back its memory, threads, process and sockets; safe to call twice."""
+        """End the engine and give back its memory, threads, process and sockets; safe to call twice.
+
+        In a forked child it does nothing: the engine is its parent's.
+        """
+        if not self._home.here:
+            return
         executor, self._maybe_executor = self._maybe_executor, None
         if executor is None:
             return

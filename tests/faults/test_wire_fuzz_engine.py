@@ -118,7 +118,7 @@ class RawClient:
         self.send(msgspec.msgpack.encode(header), body)
         while True:
             frames = self._socket.recv_multipart()
-            _, number, kind = msgspec.msgpack.decode(frames[0])
+            _, number, kind, _ = msgspec.msgpack.decode(frames[0])
             if number == self._count and kind != "chunk":
                 return frames
 

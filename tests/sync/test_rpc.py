@@ -248,8 +248,11 @@ class HostileServer:
                 continue
             to, header, _ = self.router.recv_multipart()
             asked = msgspec.msgpack.decode(header, type=RequestHeader)
+            kind = "reply" if asked.id else "clock"
+            clock = time.monotonic()
+            reply = ReplyHeader(protocol=PROTOCOL_VERSION, id=asked.id, kind=kind, clock=clock)
             honest = [
-                msgspec.msgpack.encode(ReplyHeader(protocol=1, id=asked.id, kind="reply")),
+                msgspec.msgpack.encode(reply),
                 msgspec.msgpack.encode(Answer(text="honest")),
             ]
             self.router.send_multipart([to, *(self.frames or honest)])

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from ..layout.manifest import MAX_NAME_LENGTH, MAX_TENSORS, WireManifest
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when a message changes its meaning; peers of different versions refuse each other."""
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that either side accepts."""

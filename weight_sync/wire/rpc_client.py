@@ -14,11 +14,12 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..errors import DeadlineExceeded, EngineDiedError, ProtocolError
+from ..errors import ConnectionLostError, DeadlineExceeded, EngineDiedError, ProtocolError
+from .deadline import PeerClock
 from .messages import ErrorReply
+from .process import Home
 from .rpc_wire import (
-    HEARTBEAT_INTERVAL_MS,
-    HEARTBEAT_TIMEOUT_MS,
+    CLOCK_ID,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     UNREADABLE,
@@ -28,14 +29,16 @@ from .rpc_wire import (
     check_size,
     check_timeout,
     raised,
+    watch_peer,
 )
 
 logger = logging.getLogger(__name__)
 
 _LIVENESS_INTERVAL_S = 0.2
 _CONNECT_RETRY_S = 0.02
-_LAST_MOMENTS_S = 2.0
-"""How long a process that has closed its connection may take to be gone; one that dumps its memory takes a while."""
+_ASK_CLOCK_AGAIN_S = 1.0
+_LAST_WORD_MS = 200
+"""How long a closing socket may take to send what it has accepted."""
 _LOST = zmq.EVENT_DISCONNECTED
 _FAILED = (
     zmq.EVENT_CLOSED
@@ -48,13 +51,14 @@ _FAILED = (
 class _Pending:
     """A call that was not answered yet."""
 
-    __slots__ = ("deadline", "future", "on_chunk", "timeout_s", "what")
+    __slots__ = ("deadline", "future", "on_chunk", "sent", "timeout_s", "what")
 
     def __init__(self, what: str, timeout_s: float, on_chunk: Callable[[Any], None] | None) -> None:
         self.what = what
         self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s
         self.on_chunk = on_chunk
+        self.sent = False
         self.future: Future[Any] = Future()
 
     def resolve(self, result: Any = None, error: BaseException | None = None) -> None:
@@ -70,10 +74,12 @@ class _Pending:
 class RpcClient:
     """A connection to one life of one server.
 
-    Every call has an id and a deadline: a late reply is dropped, a missing one raises `DeadlineExceeded`. When the
-    connection is lost, or `liveness()` returns why the peer is dead, every pending call and every later one raises
-    `EngineDiedError` at once; there is no reconnection, because the next server at the same address would not know the
-    calls that were under way. Thread safe. Chunk callbacks run on the I/O thread and must neither block nor call back.
+    Every call has an id and a deadline: a late reply is dropped, a missing one raises `DeadlineExceeded`, and a call
+    that is read after its deadline is not carried out. When the connection is lost, or `liveness()` returns why the
+    peer is dead, every pending call and every later one raises `EngineDiedError` at once. Only where `liveness()`
+    says that the peer lives is there another connection: calls that were under way then raise `ConnectionLostError`,
+    later ones go on. Without it there is none, because the next server at the same address may be another one. Thread
+    safe. Chunk callbacks run on the I/O thread and must neither block nor call back. A forked child is refused at once.
 
     `errors` maps error codes to the types that are raised; others become `RemoteError`.
     """
@@ -96,9 +102,13 @@ class RpcClient:
         self._reply_decoder = msgspec.msgpack.Decoder(reply_type)
         self._error_decoder = msgspec.msgpack.Decoder(ErrorReply)
         self._header_decoder = msgspec.msgpack.Decoder(ReplyHeader)
-        self._ids = itertools.count(1)
-        self._lock = threading.Lock()
-        self._outbox: deque[tuple[int, bytes, bytes]] = deque()
+        self._home = Home(f"the connection to {address}")
+        self._ids = itertools.count(CLOCK_ID + 1)
+        # Entered again by the thread that holds it when a collected publisher says good-bye.
+        self._lock = threading.RLock()
+        self._outbox: deque[tuple[int, bytes]] = deque()
+        self._clock = PeerClock()
+        self._next_ask = 0.0
         self._pending: dict[int, _Pending] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._dead: str | None = None
@@ -131,6 +141,7 @@ class RpcClient:
         self, body: Any, timeout_s: float, on_chunk: Callable[[Any], None] | None = None
     ) -> "Future[Any]":
         """Send `body` and return at once. Calls of one thread arrive in the order in which they were submitted."""
+        self._home.check()
         timeout_s = check_timeout(timeout_s)
         frame = check_size(msgspec.msgpack.encode(body), self._max_bytes, type(body).__name__)
         pending = _Pending(type(body).__name__, timeout_s, on_chunk)
@@ -139,10 +150,9 @@ class RpcClient:
                 pending.resolve(error=EngineDiedError(self._dead))
                 return pending.future
             call_id = next(self._ids)
-            header = RequestHeader(protocol=PROTOCOL_VERSION, id=call_id, timeout_s=timeout_s)
             self._pending[call_id] = pending
             heapq.heappush(self._deadlines, (pending.deadline, call_id))
-            self._outbox.append((call_id, msgspec.msgpack.encode(header), frame))
+            self._outbox.append((call_id, frame))
         self._wake.set()
         return pending.future
 
@@ -151,11 +161,16 @@ class RpcClient:
         """Why no call will ever be answered again, or None."""
         return self._dead
 
-    def close(self) -> None:
-        """End the connection; pending calls raise `EngineDiedError`. Safe to repeat."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the connection; pending calls raise `EngineDiedError`. Safe to repeat; in a forked child, nothing.
+
+        Without `wait` it takes no lock and blocks nowhere, so that a finalizer may call it on any thread.
+        """
+        if not self._home.here:
+            return
         self._closing = True
         self._wake.set()
-        if self._thread is not threading.current_thread():
+        if wait and self._thread is not threading.current_thread():
             self._thread.join(timeout=10.0)
 
     # The rest runs on the I/O thread.
@@ -167,8 +182,7 @@ class RpcClient:
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        watch_peer(socket, self.address)
         # One connection per socket: queued calls must never be delivered to a later server.
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST | _FAILED)
@@ -178,10 +192,10 @@ class RpcClient:
         self._poller.register(self._monitor, zmq.POLLIN)
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
 
-    def _close_socket(self) -> None:
+    def _close_socket(self, linger_ms: int = 0) -> None:
         self._socket.disable_monitor()
         self._monitor.close(0)
-        self._socket.close(0)
+        self._socket.close(linger_ms)
 
     def _run(self) -> None:
         reason = "the client was closed; make a new one"
@@ -189,18 +203,18 @@ class RpcClient:
             while not self._closing and self._dead is None:
                 self._poller.poll(self._poll_ms())
                 self._wake.clear()
-                if self._connected:
-                    self._flush()
+                self._flush()
                 self._receive()
                 self._watch_connection()
                 self._expire()
                 self._check_liveness()
+            self._flush()
         except Exception as error:  # nobody may wait for ever, whatever went wrong here
             logger.exception("the client's I/O thread failed")
             reason = f"the client's I/O thread failed: {error!r}; make a new client"
         finally:
             self._die(reason)
-            self._close_socket()
+            self._close_socket(_LAST_WORD_MS)
             self._context.term()
             self._wake.close()
 
@@ -210,19 +224,55 @@ class RpcClient:
         with self._lock:
             if self._deadlines:
                 until.append(self._deadlines[0][0])
-            if self._pending and self._liveness is not None:
+            if self._watches_life:
                 until.append(self._next_liveness)
+            if self._outbox and self._connected:
+                until.append(self._next_ask)
         if not self._connected:
             until.append(self._give_up)
         if not until:
             return -1
         return max(0, min(60_000, int((min(until) - now) * 1e3) + 1))
 
+    @property
+    def _watches_life(self) -> bool:
+        return self._liveness is not None and (bool(self._pending) or not self._connected)
+
     def _flush(self) -> None:
+        """Send what waits, once it is known when the server is to give it up."""
+        if not self._connected or not self._outbox:
+            return
+        now = time.monotonic()
+        if not self._clock.is_fresh(now):
+            if now >= self._next_ask:
+                self._next_ask = now + _ASK_CLOCK_AGAIN_S
+                self._send(
+                    RequestHeader(protocol=PROTOCOL_VERSION, id=CLOCK_ID, timeout_s=0.0), b""
+                )
+            return
         while self._outbox:
-            call_id, header, body = self._outbox.popleft()
-            if call_id in self._pending:  # else its deadline passed before it could be sent
-                self._socket.send_multipart((header, body), zmq.NOBLOCK)
+            call_id, body = self._outbox[0]
+            pending = self._pending.get(call_id)
+            if pending is not None:  # else its deadline passed before it could be sent
+                deadline = self._clock.at(pending.deadline)
+                header = RequestHeader(
+                    protocol=PROTOCOL_VERSION,
+                    id=call_id,
+                    timeout_s=pending.timeout_s,
+                    deadline=deadline,
+                )
+                if not self._send(header, body):
+                    return
+                pending.sent = True
+            self._outbox.popleft()
+
+    def _send(self, header: RequestHeader, body: bytes) -> bool:
+        """False when the connection has just gone, which is noticed next."""
+        try:
+            self._socket.send_multipart((msgspec.msgpack.encode(header), body), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _receive(self) -> None:
         while True:
@@ -236,7 +286,29 @@ class RpcClient:
             except (IndexError, *UNREADABLE) as error:
                 logger.warning("dropped a reply without a readable header: %s", error)
                 continue
-            self._deliver(header, body)
+            if header.clock is not None:
+                self._clock.note(header.clock, time.monotonic())
+            if header.id == CLOCK_ID:
+                self._answer_clock(header, body)
+            else:
+                self._deliver(header, body)
+
+    def _answer_clock(self, header: ReplyHeader, frame: bytes) -> None:
+        """The server told its clock, or why it will not talk to us."""
+        if header.kind != "error":
+            self._flush()
+            return
+        self._next_ask = 0.0
+        try:
+            error = raised(self._error_decoder.decode(frame), self._errors)
+        except UNREADABLE as unreadable:
+            error = ProtocolError(f"the server's refusal cannot be understood: {unreadable}")
+        with self._lock:
+            refused = list(self._pending.values())
+            self._pending.clear()
+            self._outbox.clear()
+        for pending in refused:
+            pending.resolve(error=error)
 
     def _deliver(self, header: ReplyHeader, frame: bytes) -> None:
         final = header.kind != "chunk"
@@ -279,14 +351,11 @@ class RpcClient:
                 break
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected = True
+                self._fail_sent()
                 self._flush()
             elif self._connected:
                 self._receive()  # what was answered before the end still counts
-                self._die(
-                    self._why_lost()
-                    or f"the connection to {self.address} was lost; expected a living engine; "
-                    "see what it said on its standard error, start it again and connect anew"
-                )
+                self._lost()
                 return
             elif self._next_connect is None:
                 self._next_connect = time.monotonic() + _CONNECT_RETRY_S
@@ -300,6 +369,38 @@ class RpcClient:
             self._next_connect = None
             self._close_socket()
             self._open_socket()
+
+    def _lost(self) -> None:
+        """The connection is gone. Connect anew where the peer is known to live."""
+        why = (
+            f"the connection to {self.address} was lost; expected a living engine; "
+            "see what it said on its standard error, start it again and connect anew"
+            if self._liveness is None
+            else self._liveness()
+        )
+        if why is not None:
+            self._die(why)
+            return
+        logger.warning("the connection to %s was lost, and the engine lives", self.address)
+        self._connected = False
+        self._clock, self._next_ask = PeerClock(), 0.0
+        self._give_up = time.monotonic() + self._connect_timeout_s
+        self._next_liveness = 0.0
+        self._close_socket()
+        self._open_socket()
+
+    def _fail_sent(self) -> None:
+        """A new connection: what was under way over an older one is never answered."""
+        with self._lock:
+            lost = [call_id for call_id, pending in self._pending.items() if pending.sent]
+            failed = [self._pending.pop(call_id) for call_id in lost]
+        for pending in failed:
+            pending.resolve(
+                error=ConnectionLostError(
+                    f"the connection to {self.address} broke under {pending.what}, and there is a new one: whether it "
+                    "was carried out is not known; ask the engine, and call again"
+                )
+            )
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -318,20 +419,11 @@ class RpcClient:
                 )
             )
 
-    def _why_lost(self) -> str | None:
-        """Why the peer is dead, if it is: a process closes its sockets a moment before its parent hears of its end."""
-        patience = time.monotonic() + _LAST_MOMENTS_S
-        while self._liveness is not None:
-            why = self._liveness()
-            if why is not None or time.monotonic() >= patience:
-                return why
-            time.sleep(0.01)
-        return None
-
     def _check_liveness(self) -> None:
         now = time.monotonic()
-        if self._liveness is None or not self._pending or now < self._next_liveness:
+        if not self._watches_life or now < self._next_liveness:
             return
+        assert self._liveness is not None
         self._next_liveness = now + _LIVENESS_INTERVAL_S
         why = self._liveness()
         if why is not None:

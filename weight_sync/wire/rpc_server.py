@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..errors import ProtocolError, SyncError
+from ..errors import DeadlineExceeded, ProtocolError, SyncError
+from .connections import BACKLOG, ConnectionLimit
+from .listening import listen
 from .messages import ErrorReply
+from .process import Home
 from .rpc_wire import (
-    HEARTBEAT_INTERVAL_MS,
-    HEARTBEAT_TIMEOUT_MS,
+    CLOCK_ID,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     UNREADABLE,
@@ -27,6 +29,7 @@ from .rpc_wire import (
     WakeUp,
     check_size,
     error_reply,
+    watch_peer,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ class ServerCall:
         self._lock = threading.Lock()
         self.body = body
         self.deadline = time.monotonic() + header.timeout_s
+        if header.deadline is not None:
+            self.deadline = min(self.deadline, header.deadline)
 
     @property
     def peer(self) -> str:
@@ -80,10 +85,13 @@ class RpcServer:
 
     `handler(call)` runs on the I/O thread and must not block; it hands long work to another thread, which answers. What
     cannot be decoded is answered with a `ProtocolError` that names the field; what does not even have a readable header
-    is dropped. Neither ever ends the server, nor does a handler that raises.
+    is dropped; what is read after its deadline is answered with `DeadlineExceeded` and goes no further. None of it ever
+    ends the server, nor does a handler that raises. Should the I/O thread fail all the same, `on_failure` is told why,
+    on that thread: nobody can reach the server any more.
 
     `bind`: None makes a socket file in a private folder, removed by `close()`; "tcp://127.0.0.1:0" lets the system
-    choose a port. `address` is known when the constructor returns; calls are served after `start()`.
+    choose a port. `AddressInUseError` where another server listens. `address` is known when the constructor returns;
+    calls are served after `start()`. While too many clients are connected, no others are let in.
     """
 
     def __init__(
@@ -94,7 +102,10 @@ class RpcServer:
         bind: str | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         name: str = "rpc",
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
+        self._home = Home("a server")
+        self._on_failure = on_failure
         self._handler = handler
         self._max_bytes = max_message_bytes
         self._header_decoder = msgspec.msgpack.Decoder(RequestHeader)
@@ -108,21 +119,23 @@ class RpcServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._wake = WakeUp()
         self._thread = threading.Thread(target=self._run, name=f"{name}-server", daemon=True)
+        self._connections: ConnectionLimit | None = None
         try:
-            self._configure()
-            self._socket.bind(bind or f"ipc://{os.path.join(str(self._folder), 'socket')}")
+            address = bind or f"ipc://{os.path.join(str(self._folder), 'socket')}"
+            self._configure(address)
+            self.address = listen(self._socket, address)
+            self._connections = ConnectionLimit(self._socket, self.address)
         except BaseException:
             self._release()
             raise
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def start(self) -> None:
         """Serve, on a thread of its own."""
         self._thread.start()
 
     def close(self) -> None:
-        """Send what was answered, stop, and remove the socket file. Safe to repeat."""
-        if self._closing:
+        """Send what was answered, stop, and remove the socket file. Safe to repeat; in a forked child, nothing."""
+        if self._closing or not self._home.here:
             return
         self._closing = True
         self._wake.set()
@@ -131,15 +144,15 @@ class RpcServer:
         elif self._thread is not threading.current_thread():
             self._thread.join(timeout=10.0)
 
-    def _configure(self) -> None:
+    def _configure(self, address: str) -> None:
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 500)  # the last reply, often "shut down", still gets out
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # Replies wait in memory for a slow reader: their number is bounded by the calls that it made.
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.BACKLOG, BACKLOG)
+        watch_peer(socket, address)
 
     def _send(self, to: bytes, call_id: int, kind: Any, body: Any) -> None:
         """Queue a reply; any thread. A reply that cannot be sent becomes an error that can."""
@@ -150,18 +163,25 @@ class RpcServer:
             kind = "error"
             reply = ErrorReply(code=ProtocolError.__name__, message=f"reply not sent: {error}")
             frame = self._encode(reply)
-        header = ReplyHeader(protocol=PROTOCOL_VERSION, id=call_id, kind=kind)
+        self._enqueue(to, call_id, kind, frame)
+
+    def _enqueue(self, to: bytes, call_id: int, kind: Any, frame: bytes) -> None:
+        clock = time.monotonic()
+        header = ReplyHeader(protocol=PROTOCOL_VERSION, id=call_id, kind=kind, clock=clock)
         self._outbox.append((to, self._encode(header), frame))
         self._wake.set()
 
     def _run(self) -> None:
+        assert self._connections is not None
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._connections.monitor, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
         try:
             while not self._closing:
-                poller.poll()
+                poller.poll(self._connections.patience_ms)
                 self._wake.clear()
+                self._connections.look()
                 self._flush()
                 self._receive()
             self._flush()
@@ -169,6 +189,12 @@ class RpcServer:
             left_s = self._last_sent + _LAST_WORD_S - time.monotonic()
             if left_s > 0:
                 time.sleep(left_s)
+        except BaseException as error:  # a server that nobody can reach must not go unnoticed
+            logger.critical(
+                "the server at %s can serve nobody any more", self.address, exc_info=True
+            )
+            if self._on_failure is not None:
+                self._on_failure(error)
         finally:
             self._release()
 
@@ -202,8 +228,12 @@ class RpcServer:
         call = ServerCall(self, frames[0], header)
         try:
             self._check(header, frames)
+            if header.id == CLOCK_ID:
+                self._enqueue(frames[0], CLOCK_ID, "clock", b"")
+                return
             call.body = self._body_decoder.decode(frames[2])
-        except ProtocolError as error:
+            _check_in_time(call)
+        except (ProtocolError, DeadlineExceeded, MemoryError) as error:
             call.fail(error)
             return
         except UNREADABLE as error:
@@ -236,11 +266,22 @@ class RpcServer:
 
     def _release(self) -> None:
         self._closing = True
+        if self._connections is not None:
+            self._connections.close()
         self._socket.close()
         self._context.term()
         self._wake.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _check_in_time(call: ServerCall) -> None:
+    late_s = time.monotonic() - call.deadline
+    if late_s >= 0:
+        raise DeadlineExceeded(
+            f"{type(call.body).__name__} was read {late_s:.3f} s after its deadline and was not carried out; raise the "
+            "timeout, or look at what kept this process from reading"
+        )
 
 
 def private_folder() -> str:

@@ -2,6 +2,10 @@
 
 A request is two frames, header and body; so is a reply. The header alone says which call a frame belongs to, so that
 a body which cannot be understood is still answered. Bodies are msgspec structs in MessagePack; nothing is unpickled.
+
+A deadline travels as a duration and as a point on the server's clock, because a message may wait long before it is
+read (a stopped process, a full machine). A caller asks for that clock when it connects, and sends nothing before it
+knows it; every reply tells it again. What is read after its deadline is not carried out.
 """
 
 import socket
@@ -9,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
+import zmq
 from msgspec import Meta
 
 from ..errors import ProtocolError, RemoteError
@@ -23,7 +28,11 @@ UNREADABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 """A machine that vanished without closing its connection is noticed after this long; ZeroMQ's own thread answers, so a
-process that is merely busy is not affected."""
+process that is merely busy is not affected. Between processes of one machine there are no heartbeats: the system closes
+the connections of a process that ends, and one that is stopped for a while is none the worse for it."""
+
+CLOCK_ID = 0
+"""A request of this id has no body, and asks for nothing but the server's clock."""
 
 
 class RequestHeader(
@@ -36,7 +45,9 @@ class RequestHeader(
     id: Annotated[int, Meta(ge=0, le=2**62)]
     """Chosen by the caller, never used twice on one connection."""
     timeout_s: Seconds
-    """How long the caller is going to wait."""
+    """How long the caller was going to wait when it asked."""
+    deadline: float | None = None
+    """Server's `time.monotonic()` at which it stops waiting, or a little before; None: not known."""
 
 
 class ReplyHeader(
@@ -48,8 +59,10 @@ class ReplyHeader(
     """`PROTOCOL_VERSION` of the server."""
     id: Annotated[int, Meta(ge=0, le=2**62)]
     """The request's."""
-    kind: Literal["reply", "chunk", "error"]
-    """A chunk is followed by more; the other two are the last of their call."""
+    kind: Literal["reply", "chunk", "error", "clock"]
+    """A chunk is followed by more; the others are the last of their call. "clock" has an empty body."""
+    clock: float | None = None
+    """Server's `time.monotonic()` when this was answered."""
 
 
 class Call(Protocol):
@@ -93,6 +106,22 @@ def raised(reply: ErrorReply, errors: Mapping[str, type[Exception]]) -> Exceptio
     if known is not None:
         return known(reply.message)
     return RemoteError(f"the other side failed with {reply.code}: {reply.message}")
+
+
+def is_on_this_machine(address: str) -> bool:
+    """Whether both ends of a connection to `address` are processes of one machine, and cannot vanish silently."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("ipc", "inproc"):
+        return True
+    host = rest.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def watch_peer(socket: "zmq.Socket[bytes]", address: str) -> None:
+    """Heartbeats, where the other end may vanish without closing its connection."""
+    if not is_on_this_machine(address):
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
 def check_timeout(timeout_s: float) -> float:
@@ -149,8 +178,7 @@ class WakeUp:
 
 
 __all__ = [
-    "HEARTBEAT_INTERVAL_MS",
-    "HEARTBEAT_TIMEOUT_MS",
+    "CLOCK_ID",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL_VERSION",
     "UNREADABLE",
@@ -161,5 +189,7 @@ __all__ = [
     "check_size",
     "check_timeout",
     "error_reply",
+    "is_on_this_machine",
     "raised",
+    "watch_peer",
 ]

@@ -2,8 +2,8 @@
 
 Reads a `RankSpec` and an `EngineConfig`, a line of JSON each, from standard input, meets the other ranks, loads its
 part of the model, and writes one line of JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor
-FD. Then it serves until it is told to shut down, gets a SIGTERM, or standard input ends, which means that its owner is
-gone. Only rank 0 listens to clients; the address of another rank is empty.
+FD. Then it serves until it is told to shut down, gets a SIGTERM, its owner ends, or standard input ends or says a word,
+which means that its owner has let go. Only rank 0 listens to clients; the address of another rank is empty.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -30,6 +31,9 @@ def main() -> int:
     ready_fd, owner = int(sys.argv[1]), os.getppid()
     # Ctrl-C in a terminal reaches the whole process group; the owner decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Every client and every group of trainers takes some; a soft limit of 1,024 is there for programs of another age.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSpec)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     logging.basicConfig(
@@ -73,11 +77,9 @@ def _terminated() -> int:
 
 
 def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, terminated: int) -> None:
-    """Block until standard input ends, or a SIGTERM; then leave at once: nobody is there to read a last word."""
+    """Block until the owner ends or lets go, or a SIGTERM; then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
-    while terminated not in (ready := select.select([0, terminated], [], [])[0]):
-        if 0 in ready and not os.read(0, 4096):
-            break
+    ready = select.select([0, terminated, *_life_of(owner)], [], [])[0]
     for server in servers:
         server.close_socket()
     if spec.socket_folder:
@@ -85,6 +87,20 @@ def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, termi
     if spec.owner_folder and _has_died(owner):  # Else it has only let go of this rank.
         shutil.rmtree(spec.owner_folder, ignore_errors=True)
     os._exit(128 + signal.SIGTERM if terminated in ready else 0)
+
+
+def _life_of(owner: int) -> list[int]:
+    """A descriptor that is readable once the owner has ended; none where the system has no such thing.
+
+    The end of standard input does not tell: a process that the owner has forked holds its other end as well.
+    """
+    try:
+        life = [os.pidfd_open(owner)]
+    except (AttributeError, OSError):
+        return []
+    if os.getppid() != owner:  # It ended before, and the number may be another process's.
+        os._exit(0)
+    return life
 
 
 def _has_died(owner: int) -> bool:

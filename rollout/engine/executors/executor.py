@@ -78,7 +78,8 @@ class InlineCall:
 
 
 class InlineExecutor:
-    """Runs the loop on a thread of this process; the socket for other processes opens when it is first asked for."""
+    """Runs the loop on a thread of this process; the socket for other processes opens when it is first asked for, or at
+    once where the configuration says where."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -87,6 +88,12 @@ class InlineExecutor:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._core.run, name="rollout-engine", daemon=True)
         self._thread.start()
+        if config.listen is not None:
+            try:
+                _ = self.address
+            except BaseException:
+                self.close()
+                raise
 
     def submit(
         self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
@@ -102,7 +109,12 @@ class InlineExecutor:
     def address(self) -> str:
         with self._lock:
             if self._server is None:
-                self._server = RpcServer(self._core.submit, REQUEST_TYPES, bind=self._config.listen)
+                self._server = RpcServer(
+                    self._core.submit,
+                    REQUEST_TYPES,
+                    bind=self._config.listen,
+                    on_failure=self._core.fail,
+                )
                 self._server.start()
             return self._server.address
 

@@ -105,6 +105,10 @@ class RankProcess:
         """Close its lifeline: it ends by itself unless it hangs."""
         self.close_report()
         if self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                # A word, because a child that this process has forked may hold the pipe open.
+                self._process.stdin.write(b"end\n")
+                self._process.stdin.flush()
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 

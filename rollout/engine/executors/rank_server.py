@@ -35,7 +35,9 @@ class RankServer:
         self._server: RpcServer | None = None
         if spec.rank == 0:
             bind = config.listen or spec.bind("socket")
-            self._server = RpcServer(self._core.submit, REQUEST_TYPES, bind=bind)
+            self._server = RpcServer(
+                self._core.submit, REQUEST_TYPES, bind=bind, on_failure=_end_process
+            )
             self._server.start()
 
     @property
@@ -59,6 +61,12 @@ class RankServer:
 def log_level(config: EngineConfig) -> str:
     """The level of a rank's process: what was asked for, else what the environment says."""
     return (config.log_level or os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING")).upper()
+
+
+def _end_process(error: BaseException) -> None:
+    """Nobody can reach this rank any more: end loudly rather than hold the memory of an engine that nobody can use."""
+    logger.critical("the engine ends: it cannot be reached any more (%r)", error)
+    os._exit(70)
 
 
 def failure_report(error: Exception) -> dict[str, str]:

@@ -8,6 +8,7 @@ commit atomic: no step ever sees it half done.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class EngineCore:
         self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
         self._num_boundaries = 0
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
         self._closed = threading.Event()
@@ -136,7 +138,8 @@ class EngineCore:
         """
         if threading.current_thread() is self._thread:
             return action()
-        armed = self._arm(action, name)
+        deadline = math.inf if self._follows else time.monotonic() + timeout_s
+        armed = self._arm(action, name, deadline)
         # Other ranks run it, or give it up, when rank 0 does; they wait longer, lest they part ways with it.
         result: T = armed.wait(timeout_s + FOLLOW_S if self._follows else timeout_s)
         return result
@@ -148,15 +151,22 @@ class EngineCore:
         else:
             self._arm(action)
 
-    def _arm(self, action: Callable[[], Any], name: str | None = None) -> Action:
+    def _arm(
+        self, action: Callable[[], Any], name: str | None = None, deadline: float = math.inf
+    ) -> Action:
         if name is None:
             self._num_boundaries += 1
             name = f"{threading.get_ident()}/{self._num_boundaries}"
-        armed = Action(action)
+        armed = Action(action, deadline)
         self._boundaries.arm(name, armed)
         if not self._follows:
             self._inbox.put(Boundary(name=name))
         return armed
+
+    def fail(self, error: BaseException) -> None:
+        """End the loop with `error`, soon: its process can serve nobody any more. Any thread."""
+        self._failure = error
+        self._inbox.put(Disarm(name="the engine fails"))
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -166,6 +176,8 @@ class EngineCore:
         try:
             while not self._closed.is_set():
                 for item, call in self._next_tick():
+                    if self._failure is not None:
+                        raise self._failure
                     self._carry_out(item, call)
                 if self._may_step and not self._closed.is_set():
                     self.step()
@@ -220,7 +232,8 @@ class EngineCore:
         if self._follows:
             return for_nobody(self._ticks.receive())
         items = self._due()
-        items += self._inbox.take(0.0 if items or self._may_step else self._patience())
+        taken = self._inbox.take(0.0 if items or self._may_step else self._patience())
+        items += [(item, call) for item, call in taken if _in_time(call)]
         items = [(self._settled(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
@@ -424,3 +437,16 @@ class EngineCore:
         self.weights.close()
         self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))
+
+
+def _in_time(call: Call) -> bool:
+    """Whether somebody still waits for it; else it is refused, and no rank carries it out."""
+    if time.monotonic() < call.deadline:
+        return True
+    call.fail(
+        DeadlineExceeded(
+            f"{type(call.body).__name__}: its deadline passed before the loop came to it, and it was not carried out; "
+            "raise timeout_s, or look at what keeps the engine"
+        )
+    )
+    return False

@@ -7,7 +7,9 @@ a function of them, so the ranks schedule the same batches and sample the same t
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -46,13 +48,18 @@ class NullCall:
 class Action:
     """A function that another thread wants run between two steps."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], deadline: float = math.inf) -> None:
+        """`deadline`, `time.monotonic()`: it does not begin after it, also where whoever asked has no time to say "
+        "so."""
         self._run = run
+        self._deadline = deadline
         self._claimed = False
         self.future: Future[Any] = Future()
 
     def claim(self) -> bool:
         """From now on it will run for certain; False: whoever asked has given up, and it never will."""
+        if not self._claimed and time.monotonic() >= self._deadline:
+            self.future.cancel()
         if not self._claimed:
             self._claimed = self.future.set_running_or_notify_cancel()
         return self._claimed
@@ -71,7 +78,7 @@ class Action:
         try:
             return self.future.result(timeout_s)
         except CancelledError:
-            raise _too_late("rank 0 has given up waiting for it") from None
+            raise _too_late("it did not come by the deadline, or rank 0 has given it up") from None
         except TimeoutError:
             if self.future.cancel():
                 raise _too_late(f"it did not come within {timeout_s:.3g} s") from None
