@@ -83,7 +83,8 @@ def make_client() -> Iterator[Callable[..., RpcClient]]:
         client.close()
 
 
-# ---- deadlines ---------------------------------------------------------------------------------------------------------
+# ---- deadlines
+# ---------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -183,7 +184,8 @@ def _asks_free(publisher: WeightPublisher) -> bool:
     return True
 
 
-# ---- stops and lost connections ----------------------------------------------------------------------------------------
+# ---- stops and lost connections
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_server_that_was_stopped_for_longer_than_any_heartbeat_goes_on(
@@ -236,7 +238,8 @@ def test_heartbeats_are_for_other_machines(address: str, local: bool) -> None:
     assert rpc_wire.is_on_this_machine(address) is local
 
 
-# ---- addresses ---------------------------------------------------------------------------------------------------------
+# ---- addresses
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["ipc", "tcp"])
@@ -290,7 +293,8 @@ def test_of_many_servers_that_start_at_once_one_gets_the_address(tmp_path: Path)
     servers[0].close()
 
 
-# ---- forked children ---------------------------------------------------------------------------------------------------
+# ---- forked children
+# ---------------------------------------------------------------------------------------------------
 
 
 def in_forked_child(action: Callable[[], None]) -> int:
@@ -326,7 +330,8 @@ def test_a_forked_child_is_refused_at_once_and_closes_nothing_of_its_parent(
     assert make_client(server.address).call(Ask(text="anew"), 5.0).text == "anew"
 
 
-# ---- shortage ----------------------------------------------------------------------------------------------------------
+# ---- shortage
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_with_few_descriptors_survives_more_clients_than_it_can_have(
