@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from weight_sync.errors import SessionError, WeightUpdateError
+from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
 from weight_sync.layout.bucket import FlattenedTensorBucket
 from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.group_updates import GroupUpdates
@@ -22,6 +22,7 @@ from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
+from ..models.model_config import ModelConfig
 from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
 from .client import EngineClient
 
@@ -148,6 +149,7 @@ class WeightCalls(EngineClient):
     ) -> SyncReport:
         """Load a safetensors folder into the running engine; it must cover every parameter.
 
+        Its files are those that transformers would take, and a `config.json` in it must describe the model that runs.
         A folder written by `weight_sync.write_checkpoint` is checked against its own fingerprints. On failure the old
         weights and the old path stay.
         """
@@ -160,6 +162,7 @@ class WeightCalls(EngineClient):
             raise SessionError(
                 "an explicit session is open: end or abort it before an update from disk"
             )
+        _check_same_model(Path(self.config.model_path), Path(model_path))
         checkpoint = read_checkpoint(model_path)
         report = self._publisher.publish(
             checkpoint.tensors,
@@ -226,6 +229,18 @@ class WeightCalls(EngineClient):
     async def async_get_weight_version(self) -> str:
         """As `get_weight_version`, awaitable."""
         return await asyncio.to_thread(self.get_weight_version)
+
+
+def _check_same_model(ours: Path, folder: Path) -> None:
+    """`ManifestMismatch` where names and shapes may agree and the model is another one all the same."""
+    if not (folder / "config.json").is_file() or not (ours / "config.json").is_file():
+        return
+    problems = ModelConfig.from_folder(ours).differences(ModelConfig.from_folder(folder))
+    if problems:
+        raise ManifestMismatch(
+            f"cannot update from {folder}: its config.json describes another model: {'; '.join(problems)}; "
+            "start a new engine for it"
+        )
 
 
 def label_of(weight_version: str | int | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from weight_sync.errors import TransportError
+from weight_sync.layout.checkpoint_folder import weight_files
 from weight_sync.layout.weight_map import WeightMap
 
 from ..errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
+#: How safetensors writes the dtypes that a model may be stored in.
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Source:
 class _Entry:
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 class CheckpointFiles:
@@ -42,15 +45,12 @@ class CheckpointFiles:
         self.folder = Path(folder)
         self.problems: list[str] = []
         self.entries: dict[str, _Entry] = {}
-        listed = self._index()
-        for file in sorted(set(listed.values())) if listed else self._unlisted_files():
+        try:
+            files = weight_files(self.folder)
+        except TransportError as error:
+            raise CheckpointError(str(error)) from error
+        for file in files:
             self._read_header(file)
-        for name, file in listed.items():
-            entry = self.entries.get(name)
-            if entry is None or entry.file != file:
-                self.problems.append(
-                    f"{name}: {INDEX_FILE} places it in {file.name}, which lacks it"
-                )
 
     def match(self, weight_map: WeightMap) -> dict[str, Source]:
         """For every canonical name of `weight_map` the tensor that fills it, or one error that lists all problems.
@@ -74,7 +74,7 @@ class CheckpointFiles:
         for name, shape in shapes.items():
             if name not in sources and name not in self.entries:
                 self.problems.append(f"{name}: missing, expected shape {list(shape)}")
-        self._raise_problems()
+        self.raise_problems()
         return sources
 
     def _match_alias(
@@ -123,29 +123,11 @@ class CheckpointFiles:
         with safe_open(self.entries[name].file, framework="pt", device="cpu") as opened:
             return opened.get_tensor(name)
 
-    def _index(self) -> dict[str, Path]:
-        """Names to files as the index says; empty when there is none."""
-        path = self.folder / INDEX_FILE
-        if not path.is_file():
-            return {}
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): self.folder / Path(str(file)).name for name, file in names.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"cannot read {path}: got {type(error).__name__}: {error}; expected a JSON object with a weight_map; "
-                "download the checkpoint again"
-            ) from error
-
-    def _unlisted_files(self) -> list[Path]:
-        single = self.folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"no weights in {self.folder}: got no *.safetensors file, expected model.safetensors or "
-                f"{INDEX_FILE}; save the model with save_pretrained, or use load_format='dummy'"
-            )
-        return files
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of the first floating-point tensor, without the `torch.` prefix; None: there is none."""
+        named = (FLOATING.get(entry.dtype) for _, entry in sorted(self.entries.items()))
+        return next((dtype for dtype in named if dtype is not None), None)
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -155,12 +137,15 @@ class CheckpointFiles:
                         self.problems.append(
                             f"{name}: doubled, in {self.entries[name].file.name} and {file.name}"
                         )
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    self.entries[name] = _Entry(file=file, shape=shape)
+                    part = opened.get_slice(name)
+                    self.entries[name] = _Entry(
+                        file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()
+                    )
         except Exception as error:
             self.problems.append(f"{file.name}: cannot be read: {type(error).__name__}: {error}")
 
-    def _raise_problems(self) -> None:
+    def raise_problems(self) -> None:
+        """One `CheckpointError` for whatever has been found so far; nothing if all is well."""
         if self.problems:
             raise CheckpointError(
                 f"the checkpoint {self.folder} does not fit its configuration:\n  "

@@ -5,6 +5,7 @@ One decoder serves all families. Everything it cannot do is refused here, by nam
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,15 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer, from the model's and the generation configuration."""
 
+    def differences(self, other: ModelConfig) -> list[str]:
+        """How a model of `other` would compute something else with the same weights; one line for each option."""
+        indifferent = {"dtype", "eos_token_ids", "max_position_embeddings"}
+        return [
+            f"{name}: got {getattr(other, name)}, expected {getattr(self, name)}"
+            for name in (field.name for field in dataclasses.fields(self))
+            if name not in indifferent and getattr(self, name) != getattr(other, name)
+        ]
+
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Read `config.json` (and `generation_config.json` where there is one) of a checkpoint folder."""
@@ -72,7 +82,7 @@ class ModelConfig:
         raw = _read_json(Path(path) / "config.json")
         _refuse_unknown_family(raw.get("model_type"))
         try:
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, **_dtype_of(raw)})
         except Exception as error:
             raise CheckpointError(
                 f"cannot read {Path(path) / 'config.json'}: got {type(error).__name__}: {error}; expected a "
@@ -130,6 +140,15 @@ class ModelConfig:
         )
 
 
+def _dtype_of(raw: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype under its present key, whichever of its spellings a file has."""
+    for key in ("dtype", "torch_dtype"):
+        value = raw.get(key)
+        if isinstance(value, str):
+            return {"dtype": value.removeprefix("torch.")}
+    return {}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +172,12 @@ def _refuse_unknown_family(model_type: object) -> None:
 
 
 def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
-    """transformers 5 has moved `rope_theta` and `rope_scaling` of older files into `rope_parameters`."""
+    """transformers 5 has moved `rope_theta` and `rope_scaling` of older files into `rope_parameters`.
+
+    Its models settle them once more than reading a file does: only then does `original_max_position_embeddings`
+    beside them count.
+    """
+    config.standardize_rope_params()
     values: Mapping[str, Any] = config.rope_parameters or {}
     kind = values.get("rope_type", "default")
     if any(isinstance(value, Mapping) for value in values.values()):

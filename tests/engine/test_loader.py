@@ -186,6 +186,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
 def test_an_unreadable_index_is_a_checkpoint_error(index, tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"index\.json.*expected a JSON object"):
         load(folder)

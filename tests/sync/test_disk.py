@@ -162,6 +162,8 @@ def test_a_folder_without_our_manifest_is_taken_as_it_is(tmp_path: Path, engine:
     tensors = weights(3.0)
     save_file(dict(list(tensors.items())[:5]), tmp_path / "a.safetensors")
     save_file(dict(list(tensors.items())[5:]), tmp_path / "b.safetensors")
+    index = {"weight_map": {"here": "a.safetensors", "there": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = read_checkpoint(tmp_path)
     assert (checkpoint.version, checkpoint.label, checkpoint.fingerprints) == (None, None, None)
     with WeightPublisher(engine) as publisher:

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FingerprintMismatch, TransportError
+from ..layout.checkpoint_folder import INDEX_FILE, weight_files
 from ..layout.manifest import NamedTensors, dtype_name, mismatch
 from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
-_INDEX_NAME = "model.safetensors.index.json"
 _FORMAT = "rollout-checkpoint-1"
 _FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$")]
 
@@ -229,7 +229,7 @@ def _name_shards(
             "metadata": {"total_size": size},
             "weight_map": {tensor.name: tensor.file for tensor in tensors},
         }
-        _write(folder / _INDEX_NAME, json.dumps(index, indent=2).encode())
+        _write(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
     return tensors
 
 
@@ -280,21 +280,15 @@ def _read_manifest(folder: Path) -> CheckpointManifest | None:
 
 def _foreign_files(folder: Path) -> dict[str, str]:
     """The file of every tensor in a folder that someone else wrote."""
-    index = folder / _INDEX_NAME
-    if index.exists():
-        try:
-            weight_map = msgspec.json.decode(index.read_bytes(), type=dict[str, Any])["weight_map"]
-            return msgspec.convert(weight_map, dict[str, _FileName])
-        except (OSError, KeyError, msgspec.MsgspecError) as error:
-            raise TransportError(
-                f"{index} cannot be read: {error!r}; expected a weight_map of names to files; download it again"
-            ) from error
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise TransportError(
-            f"no weights in {folder}: got no *.safetensors file, expected at least one; check the path"
-        )
-    return {name: file for file in files for name in _names_in(folder / file)}
+    files: dict[str, str] = {}
+    for path in weight_files(folder):
+        for name in sorted(_names_in(path)):
+            if name in files:
+                raise TransportError(
+                    f"{name} is both in {files[name]} and in {path.name} of {folder}; write or download it again"
+                )
+            files[name] = path.name
+    return files
 
 
 def _names_in(path: Path) -> frozenset[str]:

@@ -37,7 +37,7 @@ def check_start(config: EngineConfig) -> None:
     dtype = check_dtype(config, model)
     _check_split(config, model)
     if config.load_format in ("auto", "safetensors"):
-        CheckpointFiles(config.model_path)
+        CheckpointFiles(config.model_path).raise_problems()
     if not config.skip_tokenizer_init:
         check_tokenizer_files(config.tokenizer_path or config.model_path)
     if here:
@@ -48,7 +48,9 @@ def check_start(config: EngineConfig) -> None:
 
 def check_dtype(config: EngineConfig, model: ModelConfig) -> str:
     """The dtype that is meant, without the `torch.` prefix; `ConfigError` for one that is not served."""
-    dtype = config.dtype if config.dtype != "auto" else model.dtype or "float32"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = model.dtype or _dtype_of_files(config) or "float32"
     dtype = dtype.removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(
@@ -85,6 +87,12 @@ def check_config(config: EngineConfig) -> None:
     level = config.log_level
     if level is not None and level.upper() not in logging.getLevelNamesMapping():
         raise ConfigError(f"log_level: got {level!r}, expected one such as 'INFO' or 'WARNING'")
+
+
+def _dtype_of_files(config: EngineConfig) -> str | None:
+    if config.load_format not in ("auto", "safetensors"):
+        return None
+    return CheckpointFiles(config.model_path).dtype
 
 
 def _check_folder(what: str, path: str) -> None:
