@@ -122,15 +122,20 @@ class Engine(GenerationCalls, GroupWeightCalls):
         """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
         self._call(FlushCache())
 
-    def release_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> MemoryChanged:
+    def release_memory_occupation(
+        self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
+    ) -> MemoryChanged:
         """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay.
 
         Requests that run are queued again and wait; none is lost. Released weights are gone: after
         `resume_memory_occupation` the engine generates only when a complete update has committed (the label of its
-        parts must be the same). Releasing what is released changes nothing. Returns the tags that changed and their
-        bytes, all ranks together.
+        parts must be the same). With `keep_weights` they wait in memory of the host, pinned where the engine is on a
+        GPU, and the same version serves again once they are resumed. Releasing what is released changes nothing.
+        Returns the tags that changed and their bytes, all ranks together.
         """
-        answer: MemoryChanged = self._call(ReleaseMemory(tags=memory_tags(tags)))
+        answer: MemoryChanged = self._call(
+            ReleaseMemory(tags=memory_tags(tags), keep_weights=keep_weights)
+        )
         return answer
 
     def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> MemoryChanged:
@@ -139,10 +144,10 @@ class Engine(GenerationCalls, GroupWeightCalls):
         return answer
 
     async def async_release_memory_occupation(
-        self, tags: Sequence[MemoryTag] | None = None
+        self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
     ) -> MemoryChanged:
         """As `release_memory_occupation`, awaitable."""
-        return await asyncio.to_thread(self.release_memory_occupation, tags)
+        return await asyncio.to_thread(self.release_memory_occupation, tags, keep_weights)
 
     async def async_resume_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from weight_sync.devices.mapped_memory import MappedMemory, mapped_tensor
 from weight_sync.layout.manifest import ALIGNMENT, align
 
 
@@ -21,6 +22,8 @@ class ParameterArena:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.buffers: dict[torch.dtype, torch.Tensor] = {}
+        self.mapped: list[MappedMemory] = []
+        """What is behind the buffers, where it can come and go without moving them."""
 
     def materialize(self, model: nn.Module, order: Iterable[nn.Parameter]) -> None:
         """Give every meta parameter of `model` its place; `order` names each parameter once, in memory order."""
@@ -41,7 +44,9 @@ class ParameterArena:
 
     def _aligned(self, num_bytes: int) -> torch.Tensor:
         """Zeros that start on a 256-byte boundary; on a CPU torch promises only 64."""
-        spare = torch.zeros(num_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        spare, memory = mapped_tensor(num_bytes + ALIGNMENT, self.device)
+        if memory is not None:
+            self.mapped.append(memory)
         start = -spare.data_ptr() % ALIGNMENT
         return spare[start : start + num_bytes]
 

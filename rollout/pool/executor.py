@@ -300,7 +300,9 @@ class PoolExecutor:
                 )
         elif isinstance(body, cmd.ContinueGeneration):
             self._supervisor.note_pause(None)
-        elif isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags:
+        elif (
+            isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags and not body.keep_weights
+        ):
             # First, so that what the replicas end now waits here instead of going to the next one.
             self._fleet.lose("the memory of the weights was released")
             self._dispatcher.refuse(no_weights(self._fleet.lost))

@@ -187,7 +187,7 @@ class FleetUpdate:
     def check(self, message: Any) -> None:
         """`SessionError` unless the message is of this session."""
         got, expected = (message.session_id, message.epoch), (self.request.session_id, self.epoch)
-        if got != expected:
+        if got[0] != expected[0] or got[1] not in (0, expected[1]):
             raise SessionError(
                 f"no such session: got {got[0]!r} (epoch {got[1]}), expected {expected[0]!r} (epoch {expected[1]}); "
                 "begin a new one"

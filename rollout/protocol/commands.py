@@ -100,6 +100,8 @@ class ReleaseMemory(Message, frozen=True, kw_only=True):
 
     tags: list[MemoryTag]
     """What to release."""
+    keep_weights: bool = False
+    """Bring the weights back as they were when they are resumed."""
 
 
 class ResumeMemory(Message, frozen=True, kw_only=True):

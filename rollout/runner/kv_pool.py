@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from weight_sync.devices.mapped_memory import MappedMemory, mapped_tensor
 
 
 class KVPool:
@@ -27,7 +30,7 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
-        self.memory = torch.empty(shape, dtype=dtype, device=device)
+        self.memory, self.mapped = _memory(shape, dtype, device)
         self.layers: tuple[torch.Tensor, ...] = tuple(self.memory.unbind(0))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -50,3 +53,13 @@ class KVPool:
     ) -> int:
         """Bytes of one block, keys and values of all layers."""
         return num_layers * block_size * 2 * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _memory(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, MappedMemory | None]:
+    """Room for the pool, and what is behind it where that can come and go without moving it."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype, device=device), None
+    raw, mapped = mapped_tensor(math.prod(shape) * dtype.itemsize, device)
+    return raw.view(dtype).view(shape), mapped

@@ -1,9 +1,9 @@
-"""Gives memory back to the system and takes it again, under tensors and views that stay valid.
+"""Gives memory back to the system and takes it again, under tensors and views that stay valid, at their addresses.
 
 On a CPU a tensor's virtual addresses stay reserved and only the pages behind them go: `madvise(MADV_DONTNEED)`. On
-CUDA the tensors' storages shrink to nothing and grow again, as FSDP does with its parameters: every view stays valid,
-at another address. Captured CUDA graphs would need the old one; memory that is mapped by hand can keep it later, behind
-the same two methods. What was in it is lost.
+CUDA the memory behind mapped addresses is unmapped and mapped anew, so captured graphs stay valid too; where a driver
+cannot do that, storages shrink to nothing and grow again, as FSDP does with its parameters, at another address. What
+was in it is lost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+
+from weight_sync.devices.driver import DeviceOutOfMemory
+from weight_sync.devices.mapped_memory import MappedMemory
 
 from ..errors import RolloutError
 
@@ -61,6 +64,34 @@ class CpuRegion:
         """Nothing to do: pages come back when they are written."""
 
 
+class MappedRegion:
+    """Memory of a GPU behind addresses that stay."""
+
+    def __init__(self, memories: Iterable[MappedMemory], device: torch.device) -> None:
+        self._memories = list(memories)
+        self._device = device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `release` gives back."""
+        return sum(memory.num_bytes for memory in self._memories)
+
+    def release(self) -> None:
+        """Give the memory back, after all work that may still use it; the content is lost."""
+        torch.cuda.synchronize(self._device)
+        for memory in self._memories:
+            memory.release()
+
+    def resume(self) -> None:
+        """Take memory again; holds anything. `RolloutError` when another process has taken it."""
+        try:
+            for memory in self._memories:
+                memory.resume()
+        except DeviceOutOfMemory as error:
+            self.release()
+            raise _none_left(self.num_bytes, self._device) from error
+
+
 class CudaRegion:
     """Whole allocations of CUDA tensors; what torch keeps cached of them is given back to the device, too."""
 
@@ -88,16 +119,45 @@ class CudaRegion:
                 storage.resize_(size)
         except torch.OutOfMemoryError as error:
             self.release()
-            free = torch.cuda.mem_get_info(self._device)[0]
-            raise RolloutError(
-                f"cannot resume {self.num_bytes} bytes on {self._device}: {free} are free; have the trainer give "
-                "memory back (torch.cuda.empty_cache()), and try again"
-            ) from error
+            raise _none_left(self.num_bytes, self._device) from error
 
 
-def region_of(tensors: Iterable[torch.Tensor]) -> MemoryRegion:
-    """The region of tensors of one device; `RolloutError` on a device whose memory cannot be given back."""
-    tensors = list(tensors)
+class HostCopy:
+    """What tensors hold, in memory of the host that a GPU copies to and from at its link's rate."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._live = list(tensors)
+        self._kept = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            for tensor in self._live
+        ]
+
+    def take(self) -> None:
+        """Keep what they hold now."""
+        self._copy(self._kept, self._live)
+
+    def restore(self) -> None:
+        """Write back what was kept."""
+        self._copy(self._live, self._kept)
+
+    def _copy(self, targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=True)
+        for device in {tensor.device for tensor in self._live if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
+
+
+def region_of(
+    tensors: Iterable[torch.Tensor], mapped: Iterable[MappedMemory | None] = ()
+) -> MemoryRegion:
+    """The region of tensors of one device; `RolloutError` on a device whose memory cannot be given back.
+
+    `mapped`: what is behind all of them, where that is known.
+    """
+    tensors, behind = list(tensors), list(mapped)
+    memories = [memory for memory in behind if memory is not None]
+    if memories and len(memories) == len(behind):
+        return MappedRegion(memories, tensors[0].device)
     kinds = {tensor.device.type for tensor in tensors}
     if kinds == {"cuda"}:
         return CudaRegion(tensors)
@@ -106,6 +166,14 @@ def region_of(tensors: Iterable[torch.Tensor]) -> MemoryRegion:
             f"cannot release memory on {', '.join(sorted(kinds))}: expected tensors of one CPU or one CUDA device"
         )
     return CpuRegion(tensors)
+
+
+def _none_left(num_bytes: int, device: torch.device) -> RolloutError:
+    free = torch.cuda.mem_get_info(device)[0]
+    return RolloutError(
+        f"cannot resume {num_bytes} bytes on {device}: {free} are free; have the trainer give memory back "
+        "(torch.cuda.empty_cache()), and try again"
+    )
 
 
 def _whole_pages(tensor: torch.Tensor) -> tuple[int, int]:

@@ -62,14 +62,39 @@ def test_released_memory_goes_back_to_the_system_and_addresses_stay(
         assert [p.data_ptr() for p in core.runner.model.parameters()] == addresses
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_that_are_kept_serve_again_once_they_are_resumed(folder: Path, device: str) -> None:
+    with Engine(folder, kv_cache_bytes=4 << 20, device=device) as engine:
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        fingerprint = engine.weights_fingerprint()
+        core = engine._executor._core  # type: ignore[attr-defined]
+        for _ in range(2):
+            released = engine.release_memory_occupation(keep_weights=True)
+            assert set(released.tags) == {"weights", "kv_cache"}
+            with pytest.raises(WeightUpdateError, match="resume_memory_occupation"):
+                engine.weights_fingerprint()
+            engine.resume_memory_occupation(["weights"])
+            core.memory.undo_resume(["weights"])  # As when another rank has no room.
+            engine.resume_memory_occupation()
+            assert engine.status().torn is None
+            assert engine.weights_fingerprint() == fingerprint
+            again = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+            assert again["output_ids"] == expected
+        engine.release_memory_occupation()
+        engine.resume_memory_occupation()
+        assert engine.status().torn is not None
+
+
 @pytest.mark.gpu
-def test_released_gpu_memory_goes_back_to_the_device_and_views_stay(
+def test_released_gpu_memory_goes_back_to_the_device_and_addresses_stay(
     folder: Path, trainer: Any
 ) -> None:
     with Engine(folder, kv_cache_bytes=256 << 20, device="cuda") as engine:
         core = engine._executor._core  # type: ignore[attr-defined]
         expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
         parameters = dict(core.runner.model.named_parameters())
+        addresses = [core.runner.kv_pool.memory.data_ptr()]
+        addresses += [p.data_ptr() for p in core.runner.model.parameters()]
         before = torch.cuda.mem_get_info()[0]
         released = engine.release_memory_occupation()
         assert set(released.tags) == {"weights", "kv_cache"} and released.num_bytes > 256 << 20
@@ -86,6 +111,9 @@ def test_released_gpu_memory_goes_back_to_the_device_and_views_stay(
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
         for name, parameter in core.runner.model.named_parameters():
             assert parameter is parameters[name]
+        after = [core.runner.kv_pool.memory.data_ptr()]
+        after += [p.data_ptr() for p in core.runner.model.parameters()]
+        assert after == addresses
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

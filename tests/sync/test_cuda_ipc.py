@@ -17,7 +17,13 @@ from sync_support import ToyEngine, eventually, kill, read_line, weights
 
 from weight_sync import WeightPublisher
 from weight_sync.devices.raw_memory import tensor_at
-from weight_sync.errors import TransportError
+from weight_sync.errors import (
+    FingerprintMismatch,
+    SessionBusy,
+    StaleVersionError,
+    TransportError,
+)
+from weight_sync.publisher.update import Update
 from weight_sync.transports.cuda_ipc import CudaIpcArena, OpenedAllocations, OpenedCudaIpcArena
 from weight_sync.wire.messages import CudaIpcHandle, OpenArena
 from weight_sync.wire.process import current_process
@@ -195,6 +201,88 @@ def test_an_engine_that_is_killed_gives_the_trainer_its_error_and_its_memory_bac
         publisher.send(weights(2.0))
     publisher.close()
     assert eventually(lambda: len(memory._files) == 0)
+
+
+@pytest.fixture
+def far(
+    child: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[WeightPublisher, Callable[[], dict[str, Any]]]]:
+    """A publisher whose engine knows its manifest, and what that engine holds."""
+    stand_in(monkeypatch)
+    process = child("engine_process.py")
+    with WeightPublisher(read_line(process), transport="cuda_ipc", timeout_s=20) as publisher:
+        publisher.publish(weights(1.0))
+
+        def state() -> dict[str, Any]:
+            process.stdin.write("state\n")
+            process.stdin.flush()
+            found: dict[str, Any] = json.loads(read_line(process))
+            return found
+
+        yield publisher, state
+
+
+def test_an_update_whose_manifest_is_known_waits_for_no_message_before_the_last(
+    far: tuple[WeightPublisher, Callable[[], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, state = far
+    channel = publisher._endpoint.channel()
+    sent: list[str] = []
+    submit = channel.submit
+
+    def noted(message: Any, timeout_s: float) -> Any:
+        sent.append(type(message).__name__)
+        return submit(message, timeout_s)
+
+    monkeypatch.setattr(channel, "submit", noted)
+    monkeypatch.setattr(channel, "call", lambda *_: pytest.fail("it waited"))
+    report = publisher.publish(weights(2.0))
+    assert sent == ["Begin", "Bucket", "Commit"]
+    assert report.version == 2 and state()["values"] == [2.0]
+
+
+def test_the_first_thing_that_is_wrong_is_the_error_when_all_messages_are_under_way(
+    far: tuple[WeightPublisher, Callable[[], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, state = far
+    with pytest.raises(StaleVersionError):
+        publisher.publish(weights(2.0), version=1)
+    with pytest.raises(StaleVersionError):
+        publisher.publish(weights(2.0), base_version=7)
+    with WeightPublisher(publisher._endpoint._target, transport="cuda_ipc") as other:
+        other.begin()
+        with pytest.raises(SessionBusy):
+            publisher.publish(weights(2.0))
+    real = Update._submit_bucket
+
+    def damaged(update: Update, packed: Any, deadline: Any) -> None:
+        update.packed.buffer[0] ^= 1
+        real(update, packed, deadline)
+
+    monkeypatch.setattr(Update, "_submit_bucket", damaged)
+    with pytest.raises(FingerprintMismatch, match="staged bytes of 1 tensors"):
+        publisher.publish(weights(2.0))
+    monkeypatch.undo()
+    assert state()["values"] == [1.0] and state()["version"] == 1
+
+
+def test_an_engine_that_has_forgotten_the_manifest_is_told_it_again(
+    far: tuple[WeightPublisher, Callable[[], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, state = far
+    real = Update._begin_request
+    asked: list[bool] = []
+
+    def forgotten(update: Update, *, with_manifest: bool) -> Any:
+        asked.append(with_manifest)
+        request = real(update, with_manifest=with_manifest)
+        if with_manifest:
+            return request
+        return msgspec.structs.replace(request, manifest_digest="0" * 32)
+
+    monkeypatch.setattr(Update, "_begin_request", forgotten)
+    assert publisher.publish(weights(2.0)).version == 2
+    assert asked == [False, True] and state()["values"] == [2.0]
 
 
 def test_a_tensor_lies_over_memory_that_torch_did_not_allocate() -> None:

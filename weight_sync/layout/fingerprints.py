@@ -17,6 +17,7 @@ from torch import nn
 from rollout_kernels.span_table import Span, SpanTable
 
 from . import region as regions
+from .device_sums import device_sums
 from .manifest import Manifest, NamedTensors, TensorMeta
 from .mesh_fingerprint import MeshSums
 from .shards import is_distributed
@@ -47,7 +48,11 @@ def fingerprint(
     batch: list[tuple[str, torch.Tensor]] = []
     size = 0
     reused = not isinstance(source, nn.Module | Mapping | list | tuple)
-    for name, tensor in _named(source):
+    named = _named(source)
+    if not reused:
+        done, named = _on_gpus(list(named), dtypes)
+        total += done
+    for name, tensor in named:
         dtype = _held_dtype(name, tensor, dtypes)
         if is_distributed(tensor):
             meshes.add(name, tensor, dtype)
@@ -139,6 +144,28 @@ class SubsetSums:
         while self._cached_bytes > self._most_bytes and len(self._some) > 1:
             self._cached_bytes -= self._some.popitem(last=False)[1][1]
         return table
+
+
+def _on_gpus(
+    named: Sequence[tuple[str, torch.Tensor]],
+    dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+) -> tuple[int, list[tuple[str, torch.Tensor]]]:
+    """What the tensors that are whole on a GPU add up to, and all the others."""
+    plain = [
+        (tensor.detach(), _held_dtype(name, tensor, dtypes))
+        if tensor.is_cuda and not is_distributed(tensor)
+        else None
+        for name, tensor in named
+    ]
+    values = iter(device_sums([held for held in plain if held is not None]))
+    found = [None if held is None else next(values) for held in plain]
+    total = sum(
+        name_key(name) * value
+        for (name, _), value in zip(named, found, strict=True)
+        if value is not None
+    )
+    left = [pair for pair, value in zip(named, found, strict=True) if value is None]
+    return total, left
 
 
 def _named(source: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:

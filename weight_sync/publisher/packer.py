@@ -13,6 +13,7 @@ import torch
 
 from rollout_kernels.copy_table import CopyTable, Piece, make_piece
 
+from ..layout.device_sums import contiguous_strides
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.manifest import Manifest
 
@@ -83,7 +84,7 @@ class DevicePacker:
                 piece = make_piece(
                     shape=meta.shape,
                     source_strides=tensor.stride(),
-                    target_strides=_contiguous(meta.shape),
+                    target_strides=contiguous_strides(meta.shape),
                     source_dtype=tensor.dtype,
                     target_dtype=meta.dtype,
                     source=len(fast),
@@ -104,11 +105,3 @@ class DevicePacker:
             num_outputs=len(fast),
         )
         self._layouts = layouts
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return tuple(reversed(strides))

@@ -24,6 +24,8 @@ from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPoli
 from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
 from .update import PackedRows, Update, UpdateOptions
 
+_MAY_HAVE_COMMITTED = "the engine may have committed: ask engine_info().version"
+
 
 class WeightPublisher:
     """Pushes weights into one engine, given as an object of this process or as an address.
@@ -231,6 +233,10 @@ class WeightPublisher:
             selection = update.selector.take(listed)
             update.selector.finish(strict=options.strict)
             packed = update.pack(selection)
+            if update.packed.transport == "cuda_ipc" and update.packed.manifest_known:
+                report = self._publish_at_once(update, packed, deadline)
+                if report is not None:
+                    return report
         self._open(update, deadline)
         try:
             if packed is None:
@@ -241,6 +247,21 @@ class WeightPublisher:
             self._abandon(update, error)
             raise
         return self._commit(update, deadline)
+
+    def _publish_at_once(
+        self, update: Update, packed: list[PackedRows], deadline: Deadline
+    ) -> SyncReport | None:
+        """Messages take as long as the copies where nothing is carried, so none of them waits for another one."""
+        try:
+            return update.publish_at_once(packed, deadline)
+        except BaseException as error:
+            if update.is_open:
+                self._abandon(update, error)
+            elif isinstance(error, DeadlineExceeded | EngineDiedError):
+                self._endpoint.drop_arena()
+            if isinstance(error, DeadlineExceeded):
+                error.add_note(_MAY_HAVE_COMMITTED)
+            raise
 
     def _new_update(self, options: UpdateOptions, deadline: Deadline) -> Update:
         _check_choice("kv_policy", options.kv_policy, (None, *get_args(KvPolicyName)))
@@ -299,7 +320,7 @@ class WeightPublisher:
         except BaseException as error:
             self._abandon(update, error)
             if isinstance(error, DeadlineExceeded):
-                error.add_note("the engine may have committed: ask engine_info().version")
+                error.add_note(_MAY_HAVE_COMMITTED)
             raise
 
     def _abandon(self, update: Update, error: BaseException | str) -> None:

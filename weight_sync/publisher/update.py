@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +74,7 @@ class Update:
     session_id: str = field(default_factory=lambda: secrets.token_hex(8))
     """Random."""
     epoch: int = 0
-    """The engine's number of the session."""
+    """The engine's number of the session; 0 while it is not known, which means the session of this id."""
     version: int = 0
     """Version to be."""
     failed: BaseException | None = None
@@ -90,26 +90,61 @@ class Update:
 
     def begin(self, deadline: Deadline) -> None:
         """Open the session; sends the manifest where the engine has not seen it."""
-        options, manifest = self.options, self.packed.layout.manifest
         for with_manifest in (False, True) if self.packed.manifest_known else (True,):
-            request = Begin(
-                session_id=self.session_id,
-                holder=current_process(),
-                version=options.version,
-                base_version=options.base_version,
-                label=options.label,
-                manifest_digest=manifest.digest,
-                manifest=manifest.to_wire() if with_manifest else None,
-                arena_id=self.packed.arena_id,
-                strict=options.strict,
-                kv_policy=options.kv_policy,
-                verify=options.verify,
-                lease_s=options.lease_s,
-            )
+            request = self._begin_request(with_manifest=with_manifest)
             reply: BeginReply = self.channel.call(request, deadline.left_s("begin"))
             if not reply.need_manifest:
                 break
         self.packed.manifest_known = True
+        self._opened(reply)
+
+    def publish_at_once(
+        self, packed: Sequence[PackedRows], deadline: Deadline
+    ) -> SyncReport | None:
+        """Begin, announce and commit without waiting in between: one way there and one back for the whole update.
+
+        None: the engine has forgotten the manifest, and nothing was opened. Errors are those of the first message that
+        failed; those behind it fail because it did.
+        """
+        opening = self._begin_request(with_manifest=False)
+        opened = self.channel.submit(opening, deadline.left_s("begin"))
+        for rows in packed:
+            self._submit_bucket(rows, deadline)
+        left_s = deadline.left_s("commit")
+        request = Commit(session_id=self.session_id, epoch=self.epoch, timeout_s=left_s)
+        committed = self.channel.submit(request, left_s)
+        reply: BeginReply = wait(opened, opening, deadline.left_s("begin"))
+        if reply.need_manifest:
+            self._buckets.clear()
+            self.packed.manifest_known = False
+            return None
+        self._opened(reply)
+        self.settle(deadline)
+        return self._report(wait(committed, request, deadline.left_s("commit")))
+
+    @property
+    def is_open(self) -> bool:
+        """The engine has opened the session, as far as is known here."""
+        return self.epoch > 0
+
+    def _begin_request(self, *, with_manifest: bool) -> Begin:
+        options, manifest = self.options, self.packed.layout.manifest
+        return Begin(
+            session_id=self.session_id,
+            holder=current_process(),
+            version=options.version,
+            base_version=options.base_version,
+            label=options.label,
+            manifest_digest=manifest.digest,
+            manifest=manifest.to_wire() if with_manifest else None,
+            arena_id=self.packed.arena_id,
+            strict=options.strict,
+            kv_policy=options.kv_policy,
+            verify=options.verify,
+            lease_s=options.lease_s,
+        )
+
+    def _opened(self, reply: BeginReply) -> None:
         self.epoch, self.version = reply.epoch, reply.version
 
     def pack(self, selection: Selection) -> list[PackedRows]:
@@ -176,14 +211,7 @@ class Update:
 
     def announce(self, packed: PackedRows, deadline: Deadline) -> None:
         """Tell the engine that rows are complete, without waiting for its answer."""
-        bucket = Bucket(
-            session_id=self.session_id,
-            epoch=self.epoch,
-            indices=packed.indices.astype("<u4").tobytes(),
-            fingerprints=packed.fingerprints.astype("<u8").tobytes(),
-        )
-        # The engine must know what comes before it comes.
-        self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
+        self._submit_bucket(packed, deadline)  # it must know what comes before it comes
         sent = self.packed.arena.send(
             spans_of(self.packed.layout.manifest, packed.indices), deadline.left_s("send")
         )
@@ -233,6 +261,15 @@ class Update:
             pack_s=self.pack_s,
             message=f"staged {num_tensors} tensors for version {self.version}; the end of the session commits them",
         )
+
+    def _submit_bucket(self, packed: PackedRows, deadline: Deadline) -> None:
+        bucket = Bucket(
+            session_id=self.session_id,
+            epoch=self.epoch,
+            indices=packed.indices.astype("<u4").tobytes(),
+            fingerprints=packed.fingerprints.astype("<u8").tobytes(),
+        )
+        self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
 
     def _counted(self, indices: np.ndarray, fingerprints: np.ndarray) -> PackedRows:
         packed = PackedRows(indices=indices, fingerprints=fingerprints)

@@ -398,7 +398,7 @@ class WeightReceiver:
             self.sweep()
             session = self._session
         if session is not None and session.request.session_id == session_id:
-            if session.epoch == epoch:
+            if epoch in (0, session.epoch):
                 session.renew()
                 return session
             raise SessionError(

@@ -223,7 +223,8 @@ class BeginReply(Message, frozen=True, kw_only=True):
     """The session is open, or the manifest is needed first."""
 
     epoch: int
-    """Number of this session here; every later message repeats it. 0 when `need_manifest`."""
+    """Number of this session here; later messages repeat it, or say 0 for the session of their id, which may then be on
+    their way before this answer. 0 when `need_manifest`."""
     version: int
     """Version to be."""
     need_manifest: bool

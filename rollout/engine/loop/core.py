@@ -375,8 +375,8 @@ class EngineCore:
         if "kv_cache" in tags:
             self.scheduler.retract_all()
             self.scheduler.kv.flush()
-        changed, num_bytes = self.memory.release(tags)
-        if "weights" in changed:
+        changed, num_bytes = self.memory.release(tags, keep_weights=call.body.keep_weights)
+        if "weights" in changed and not call.body.keep_weights:
             self.receiver.lose_weights("their memory was released")
         self._memory_changed(call, changed, num_bytes)
 
@@ -389,7 +389,7 @@ class EngineCore:
         except RolloutError as error:
             failure = error
         if self._any_rank(failure is not None):
-            self.memory.release(changed)  # On all ranks or on none.
+            self.memory.undo_resume(changed)  # On all ranks or on none.
             raise failure or RolloutError(
                 "cannot resume memory: another rank of the engine has none"
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...errors import RolloutError
 from ...protocol.commands import MEMORY_TAGS, MemoryTag
-from ...runner.memory_regions import MemoryRegion, region_of
+from ...runner.memory_regions import HostCopy, MemoryRegion, region_of
 from ...runner.model_runner import ModelRunner
 
 
@@ -16,12 +16,27 @@ class MemoryOccupation:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._regions: dict[MemoryTag, MemoryRegion] = {}
+        self._host_copy: HostCopy | None = None
+        self._weights_kept = False
         self.released: set[MemoryTag] = set()
         """Tags whose memory is gone."""
 
-    def release(self, tags: Sequence[MemoryTag]) -> tuple[list[MemoryTag], int]:
-        """Give memory back; returns the tags that changed and their bytes on this rank."""
+    def release(
+        self, tags: Sequence[MemoryTag], *, keep_weights: bool = False
+    ) -> tuple[list[MemoryTag], int]:
+        """Give memory back; returns the tags that changed and their bytes on this rank.
+
+        `keep_weights`: `resume` brings them back as they were, out of a copy in the host's memory.
+        """
         changed = [tag for tag in MEMORY_TAGS if tag in tags and tag not in self.released]
+        if "weights" in changed:
+            self._weights_kept = keep_weights
+            if keep_weights:
+                if self._host_copy is None:
+                    self._host_copy = HostCopy(self._runner.model.arena.buffers.values())
+                self._host_copy.take()
+            else:
+                self._host_copy = None
         for tag in changed:
             self._region(tag).release()
             self.released.add(tag)
@@ -43,14 +58,23 @@ class MemoryOccupation:
                 self._region(tag).release()
             raise
         self.released.difference_update(changed)
+        if "weights" in changed and self._weights_kept:
+            assert self._host_copy is not None, "it was made by the release"
+            self._host_copy.restore()
         return changed, sum(self._region(tag).num_bytes for tag in changed)
+
+    def undo_resume(self, tags: Sequence[MemoryTag]) -> None:
+        """Release what was resumed just now, as it was before."""
+        for tag in tags:
+            self._region(tag).release()
+            self.released.add(tag)
 
     def _region(self, tag: MemoryTag) -> MemoryRegion:
         if tag not in self._regions:
-            memory = (
-                [self._runner.kv_pool.memory]
+            pool, arena = self._runner.kv_pool, self._runner.model.arena
+            self._regions[tag] = (
+                region_of([pool.memory], [pool.mapped])
                 if tag == "kv_cache"
-                else list(self._runner.model.arena.buffers.values())
+                else region_of(arena.buffers.values(), arena.mapped)
             )
-            self._regions[tag] = region_of(memory)
         return self._regions[tag]

@@ -1,0 +1,83 @@
+"""Memory that comes and goes behind addresses that stay; without a GPU, pages of the process stand in."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+
+from weight_sync.devices.driver import DeviceOutOfMemory
+from weight_sync.devices.mapped_memory import MappedMemory, mapped_tensor
+
+CPU = torch.device("cpu")
+
+
+class Pages:
+    """`MapsMemory` over anonymous pages: unmapping forgets what was in them."""
+
+    granularity = mmap.PAGESIZE
+
+    def __init__(self) -> None:
+        self.maps: dict[int, mmap.mmap] = {}
+        self.mapped: set[int] = set()
+        self.full = False
+        self.reserved = 0
+
+    def reserve(self, num_bytes: int) -> int:
+        pages = mmap.mmap(-1, num_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.maps[address] = pages
+        self.reserved += 1
+        return address
+
+    def unreserve(self, address: int, num_bytes: int) -> None:
+        self.maps.pop(address)
+        self.reserved -= 1
+
+    def map(self, address: int, num_bytes: int) -> None:
+        if self.full:
+            raise DeviceOutOfMemory("none left")
+        assert address not in self.mapped and len(self.maps[address]) == num_bytes
+        self.mapped.add(address)
+
+    def unmap(self, address: int, num_bytes: int) -> None:
+        self.mapped.remove(address)
+        self.maps[address].madvise(mmap.MADV_DONTNEED)
+
+
+def test_the_address_stays_and_the_content_goes() -> None:
+    pages = Pages()
+    memory = MappedMemory(5000, CPU, pages)
+    assert memory.num_bytes == 2 * mmap.PAGESIZE and memory.tensor.numel() == 5000
+    address = memory.tensor.data_ptr()
+    memory.tensor.fill_(7)
+    memory.release()
+    memory.release()
+    assert pages.mapped == set()
+    memory.resume()
+    memory.resume()
+    assert pages.mapped == {address} and memory.tensor.data_ptr() == address
+    memory.tensor.fill_(3)
+    assert int(memory.tensor.sum()) == 15_000
+
+
+def test_where_there_is_none_left_nothing_changes() -> None:
+    pages = Pages()
+    memory = MappedMemory(100, CPU, pages)
+    memory.release()
+    pages.full = True
+    with pytest.raises(DeviceOutOfMemory):
+        memory.resume()
+    with pytest.raises(DeviceOutOfMemory):
+        MappedMemory(100, CPU, pages)
+    assert pages.reserved == 1
+    pages.full = False
+    memory.resume()
+    assert len(pages.mapped) == 1
+
+
+def test_on_a_cpu_it_is_torchs_own_memory() -> None:
+    tensor, memory = mapped_tensor(1000, CPU)
+    assert memory is None and tensor.tolist() == [0] * 1000
