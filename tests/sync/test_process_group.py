@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ from process_group_support import (
 from weight_sync.errors import ManifestMismatch, TransportError
 from weight_sync.layout.manifest import TensorMeta
 from weight_sync.process_groups.backends import open_gloo
-from weight_sync.process_groups.landing import forwards, landing_buffer
+from weight_sync.process_groups.communicator import Communicator
+from weight_sync.process_groups.landing import Landing, forwards, landing_buffer, telling_bytes
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
 from weight_sync.process_groups.streams import receive_parts, send_parts
 from weight_sync.transports.group.process_group import UpdateGroup
@@ -224,42 +226,102 @@ def test_a_landing_buffer_costs_only_what_is_written():
     assert resident_bytes() - before < 24 * MIB
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 7])
-def test_only_ranks_that_pass_nothing_on_post_more_than_they_expect(size):
-    """gloo's interior ranks send on all that they posted, so the guard must know which ranks those are."""
-    server, whole = StoreServer(), [False] * size
+class Tree:
+    """The members of a gloo group on threads of this process, `size` of them."""
 
-    def member(rank: int) -> None:
-        end = time.monotonic() + 20
-        own = server.store
+    def __init__(self, size: int) -> None:
+        self.server, self.size = StoreServer(), size
+        self.pool = ThreadPoolExecutor(size)
+        self.members = list(self.pool.map(self._open, range(size)))
+
+    def _open(self, rank: int) -> Communicator:
+        store: Any = self.server.store
         if rank:
-            own, lifeline = connect_store("127.0.0.1", server.port, world_size=size, end=end)
+            end = time.monotonic() + 20
+            store, lifeline = connect_store(
+                "127.0.0.1", self.server.port, world_size=self.size, end=end
+            )
             lifeline.close()
-        communicator = open_gloo(
-            own,
+        return open_gloo(
+            store,
             rank=rank,
-            size=size,
+            size=self.size,
             name=NAME,
             address="127.0.0.1",
             join_timeout_s=20,
             timeout_s=10,
         )
-        buffer = landing_buffer(50_000)
-        parts = [buffer[:20_000], buffer[20_000:]]
-        if rank == 0:
-            buffer.copy_(content(50_000, size))
-            send_parts(communicator, parts, depth=2, end=end)
-        else:
-            receive_parts(communicator, parts, depth=2, end=end, scratch_behind=True)
-        whole[rank] = torch.equal(buffer, content(50_000, size))
-        communicator.barrier()
-        communicator.close()
 
-    with ThreadPoolExecutor(size) as pool:
-        list(pool.map(member, range(size)))
-    server.close()
-    assert all(whole)
-    assert [r for r in range(size) if forwards(r, size)] == {5: [1], 7: [1, 2]}.get(size, [])
+    def broadcast(self, sent: list[torch.Tensor], expected: list[int], telling: int) -> list[Any]:
+        """What each receiving member has afterwards: its parts, or the error that it got."""
+
+        def member(rank: int) -> Any:
+            end = time.monotonic() + 10
+            if rank == 0:
+                return send_parts(self.members[0], sent, depth=2, end=end)
+            buffer = landing_buffer(sum(expected))
+            parts = list(buffer.split(expected))
+            try:
+                tells = [telling] * len(parts)
+                receive_parts(self.members[rank], parts, depth=2, end=end, telling=tells)
+            except TransportError as error:
+                return error
+            return parts
+
+        return list(self.pool.map(member, range(self.size)))[1:]
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+        self.pool.shutdown()
+        self.server.close()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 7])
+def test_every_member_proves_the_length_of_what_it_takes(size):
+    """gloo's inner members pass on all that they posted: those behind them must come to the same answer."""
+    tree = Tree(size)
+    draw = random.Random(size)
+    lengths = [0, 1, 2, 4, 12, 16, 100, 4096, 70_000, 3 << 20]
+    for i in range(40):
+        expected, sent = draw.choice(lengths), draw.choice(lengths)
+        if draw.random() < 0.3:
+            sent = max(0, expected + draw.choice([-8, -4, -2, 0, 2, 4, 8]))
+        data = content(sent, i)
+        data[-1:] = 0x3C  # the end of a number
+        got = tree.broadcast([data], [expected], telling=2)
+        if sent == expected:
+            assert all(torch.equal(parts[0], data) for parts in got)
+        elif expected - sent >= 2 or sent > expected:
+            words = "more" if sent > expected else "fewer"
+            assert all(isinstance(error, TransportError) for error in got), (sent, expected, got)
+            assert all(f"{words} bytes than announced" in str(error) for error in got)
+    tree.close()
+    assert [r for r in range(size) if forwards(r, size)] == {4: [1], 5: [1], 7: [1, 2]}.get(
+        size, []
+    )
+
+
+def test_parts_behind_one_another_come_whole_through_every_member():
+    tree = Tree(5)
+    parts = [content(20_000, 1), content(1, 2), content(0, 3), content(30_001, 4)]
+    got = tree.broadcast(parts, [part.numel() for part in parts], telling=4)
+    for member in got:
+        assert all(torch.equal(a, b) for a, b in zip(member, parts, strict=True))
+    tree.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn"])
+def test_no_number_looks_like_bytes_that_never_came(dtype):
+    dtype = getattr(torch, dtype)
+    part = landing_buffer(64)
+    Landing(part)  # marks the end
+    told = telling_bytes(dtype)
+    for missing in range(told, 16 + 1):
+        end = part[-16:].clone()
+        end[: 16 - missing] = 0x3C
+        last = end.view(dtype)[-1].float()
+        assert torch.isnan(last)
 
 
 def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):

@@ -1,21 +1,26 @@
-"""Memory for messages whose sender may have announced the wrong length.
+"""Memory for messages whose sender may have announced the wrong length: every member proves that of what it took.
 
 gloo ends the whole process when a message is longer than the memory that was posted for it, and says nothing when one
-is shorter. A member that keeps what it receives to itself can post more than it expects: everything up to the end of an
-allocation with room to spare. Two marks, at the last expected bytes and right behind them, tell whether as many came.
+is shorter. So a member posts more than it expects, and puts marks over the last expected bytes and right behind them:
+a mark that is still there was not reached, one that is gone was written over.
+
+The marks are the same in every member. gloo broadcasts along a tree, whose inner members pass on all that they posted,
+marks and all: whoever gets bytes through others sees the same marks as they do, and all come to the same answer.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 
 import torch
 
 from ..errors import TransportError
 
-_MARK_BYTES = 16
-_MIN_INNER_MARK_BYTES = 8  # a shorter mark could meet its own value in the data
+_TAIL = bytes(range(0x51, 0x5F)) + b"\xfb\xff"
+"""Over the last expected bytes. Its end is no number in any floating-point format: two bytes of it tell enough."""
+_BEHIND = bytes(range(0xA1, 0xB1))
+"""Right behind them."""
+_FORWARDED_SPARE_BYTES = 8 << 20
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23
 _SPARE_BYTES = 64 << 20
@@ -45,43 +50,70 @@ def forwards(rank: int, size: int) -> bool:
     return rank > 0 and rank + (1 << rank.bit_length()) < size
 
 
+def post(part: torch.Tensor, *, rank: int, size: int, telling: int) -> Landing:
+    """Mark `part` for a broadcast from rank 0 to member `rank` of `size`. Raises `TransportError` where it must not be.
+
+    What is forwarded travels, so whoever forwards posts less than there is: room for elements of twice the width, or
+    for 8 MiB. Whoever is behind another must have room for as much.
+    """
+    forwarded = max(part.numel(), _FORWARDED_SPARE_BYTES)
+    landing = Landing(part, spare=forwarded if forwards(rank, size) else None, telling=telling)
+    spare = landing.posted.numel() - part.numel()
+    if forwards(1, size) and spare < forwarded:
+        raise TransportError(
+            f"cannot receive {part.numel()} bytes in a group of {size}: got address space for {spare} more, expected "
+            f"{forwarded}, because members pass on marks; raise the limit on address space (ulimit -v)"
+        )
+    return landing
+
+
+def telling_bytes(dtype: torch.dtype) -> int:
+    """How many bytes at the end of a tensor tell that they were never written, when they equal the mark's.
+
+    Numbers do not look like it; the elements of other types might, so that more of them are asked for.
+    """
+    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return 1  # 0xff is no number
+    return 2 if dtype.is_floating_point and dtype.itemsize > 1 else 4
+
+
 class Landing:
     """One expected message: `posted` is what to receive into, `check` says whether exactly `part` was filled.
 
-    What follows `part` in its allocation is scratch until `check`, which puts the bytes right behind it back. A message
-    that was too long has overwritten more than those: throw the whole update away.
+    What follows `part` in its allocation is scratch.
     """
 
-    def __init__(self, part: torch.Tensor) -> None:
+    def __init__(self, part: torch.Tensor, *, spare: int | None = None, telling: int = 4) -> None:
+        """`part`: uint8 on the CPU. `spare`: how much more to post at most; `telling`: see `telling_bytes`."""
         self._part = part
+        self._telling = telling
         storage = part.untyped_storage()
         start = part.storage_offset()
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage, start, (storage.nbytes() - start,))  # type: ignore[call-overload]
+        room = storage.nbytes() - start - part.numel()
+        room = room if spare is None else min(room, spare)
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage, start, (part.numel() + room,))  # type: ignore[call-overload]
         self.posted: torch.Tensor = whole
-        self._behind = whole[part.numel() : part.numel() + _MARK_BYTES]
-        self._inside = part[-_MARK_BYTES:] if part.numel() >= _MIN_INNER_MARK_BYTES else part[:0]
-        self._kept = self._behind.clone()
-        marks = torch.frombuffer(bytearray(os.urandom(2 * _MARK_BYTES)), dtype=torch.uint8)
-        self._inner_mark = marks[: self._inside.numel()].clone()
-        self._outer_mark = marks[_MARK_BYTES : _MARK_BYTES + self._behind.numel()].clone()
-        self._inside.copy_(self._inner_mark)
-        self._behind.copy_(self._outer_mark)
+        self._inside = part[max(0, part.numel() - len(_TAIL)) :]
+        self._behind = whole[part.numel() : part.numel() + len(_BEHIND)]
+        self._inside.copy_(_mark(_TAIL)[len(_TAIL) - self._inside.numel() :])
+        self._behind.copy_(_mark(_BEHIND)[: self._behind.numel()])
 
     def check(self, what: str) -> None:
         """`TransportError` unless as many bytes came as `part` has."""
-        longer = not torch.equal(self._behind, self._outer_mark)
-        shorter = self._inside.numel() > 0 and torch.equal(self._inside, self._inner_mark)
-        self._behind.copy_(self._kept)
-        if longer or shorter:
+        longer = not torch.equal(self._behind, _mark(_BEHIND)[: self._behind.numel()])
+        missing = self._missing()
+        if longer or missing >= self._telling:
             raise TransportError(
                 f"{what}: got {'more' if longer else 'fewer'} bytes than announced, expected {self._part.numel()}; "
                 "send each tensor in the dtype and shape that were announced for it"
             )
 
+    def _missing(self) -> int:
+        """How many bytes at the end are still the mark's."""
+        same = self._inside == _mark(_TAIL)[len(_TAIL) - self._inside.numel() :]
+        changed = same.logical_not().nonzero()
+        return self._inside.numel() - (int(changed[-1]) + 1 if changed.numel() else 0)
 
-def can_guard(part: torch.Tensor) -> bool:
-    """Whether `Landing` works for `part`: on the CPU, not empty, with room behind it in its allocation."""
-    if part.device.type != "cpu" or part.numel() == 0:
-        return False
-    room = part.untyped_storage().nbytes() - part.storage_offset() - part.numel()
-    return room >= _MARK_BYTES
+
+def _mark(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from .communicator import Communicator, Posted
-from .landing import Landing, can_guard, forwards
+from .landing import Landing, post
 
 
 def send_parts(
@@ -35,17 +35,14 @@ def receive_parts(
     *,
     depth: int,
     end: float,
-    scratch_behind: bool = False,
+    telling: Sequence[int] | None = None,
 ) -> None:
     """Fill uint8 `parts`, which share no memory, with what rank 0 sends, in order.
 
-    With `scratch_behind`, lengths are checked where they can be, one part at a time (see `landing`).
+    With `telling`, one number for each part, what is behind a part in its allocation is scratch, and over gloo lengths
+    are proved, one part at a time (see `landing`).
     """
-    guarded = (
-        scratch_behind
-        and communicator.kind == "gloo"
-        and not forwards(communicator.rank, communicator.size)
-    )
+    guarded = telling is not None and communicator.kind == "gloo"
     if guarded:
         depth = 1  # what is behind a part is scratch until it has been checked
     window: deque[tuple[int, Posted, Landing | None]] = deque()
@@ -60,7 +57,11 @@ def receive_parts(
         for i, part in enumerate(parts):
             if len(window) >= depth:
                 complete_first()
-            landing = Landing(part) if guarded and can_guard(part) else None
+            landing = None
+            if guarded and telling is not None:
+                landing = post(
+                    part, rank=communicator.rank, size=communicator.size, telling=telling[i]
+                )
             posted = communicator.post_broadcast(
                 part if landing is None else landing.posted,
                 root=0,

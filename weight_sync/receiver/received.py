@@ -13,6 +13,7 @@ from ..errors import ManifestMismatch
 from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from ..layout.manifest import TensorMeta, align, parse_dtype
 from ..plan.stage import Stage
+from ..process_groups.landing import telling_bytes
 from ..publisher.selection import Layout, Selector
 from ..transports.group.process_group import UpdateGroup
 from ..wire.messages import EngineInfo, Receive
@@ -81,9 +82,8 @@ def _receive_bucket(
 
     def fill(landing: torch.Tensor) -> None:
         if end:
-            group.receive_into(
-                landing, [(0, end)], timeout_s=timeout_s, scratch_behind=True
-            ).result()
+            telling = telling_bytes(metas[-1].dtype)
+            group.receive_into(landing, [(0, end)], timeout_s=timeout_s, telling=telling).result()
 
     buffer = stage.land(end, fill)
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()

@@ -32,6 +32,7 @@ from ...process_groups.joining import (
     sit_as_engine,
     sit_as_trainer,
 )
+from ...process_groups.landing import telling_bytes
 from ...process_groups.meeting import PROTOCOL_VERSION, Offer
 from ...process_groups.parts import Span, allocate, check_tensors, cut
 from ...process_groups.rendezvous import StoreServer
@@ -181,26 +182,27 @@ class UpdateGroup:
         spans: Sequence[Span] | None = None,
         *,
         timeout_s: float,
-        scratch_behind: bool = False,
+        telling: int | None = None,
     ) -> Future[None]:
         """Engine rank: fill the `spans` of a uint8 `buffer` with what the trainer broadcasts, one part each.
 
         The spans must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
-        trainer is ours, and the whole buffer in one part if it is not. `scratch_behind` says that what follows a span
-        in the buffer's allocation may be overwritten (see `landing_buffer`): then a part of another length than
-        announced is an error, and no crash.
+        trainer is ours, and the whole buffer in one part if it is not. `telling` (see `telling_bytes`) says that what
+        follows a span in the buffer's allocation may be overwritten (see `landing_buffer`): then a part of another
+        length than announced is an error, on all members alike, and no crash.
         """
         whole = [(0, buffer.numel())]
 
         def receive(end: float) -> None:
             communicator = self._connected(end)
             default = None if self.peer_is_ours else whole
+            parts = cut(buffer, default if spans is None else spans)
             receive_parts(
                 communicator,
-                cut(buffer, default if spans is None else spans),
+                parts,
                 depth=self._depth,
                 end=end,
-                scratch_behind=scratch_behind,
+                telling=None if telling is None else [telling] * len(parts),
             )
 
         return self._submit(f"a receive of {buffer.numel()} bytes", timeout_s, receive)
@@ -221,6 +223,8 @@ class UpdateGroup:
         tensors = list(into) if into is not None else allocate(metas, self.device)
         check_tensors(metas, tensors)
         parts = [as_bytes(tensor) for tensor in tensors]
+        guarded = scratch_behind or into is None
+        telling = [telling_bytes(meta.dtype) for meta in metas] if guarded else None
 
         def receive(end: float) -> list[torch.Tensor]:
             receive_parts(
@@ -228,7 +232,7 @@ class UpdateGroup:
                 parts,
                 depth=self._depth,
                 end=end,
-                scratch_behind=scratch_behind or into is None,
+                telling=telling,
             )
             return tensors
 
