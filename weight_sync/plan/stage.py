@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from .plan import Plan
 Check = Callable[[np.ndarray, np.ndarray], None]
 """`check(rows, values)` raises unless `values` (N,) uint64 are the fingerprints to expect of `rows` (N,)."""
 
-Fill = Callable[[torch.Tensor], object]
-"""Receives into memory, and returns when it is whole."""
+Fill = Callable[[torch.Tensor], "Future[Any]"]
+"""Receives into memory, which is whole when the future is done."""
 
 
 class Stage(Protocol):
@@ -77,20 +78,21 @@ class ArenaStage:
 
     def __init__(self, buffer: torch.Tensor, plan: Plan) -> None:
         check_size(buffer.numel(), plan)
-        self._plan = plan
+        self.plan = plan
+        """How it is written."""
         self._buffer = buffer[: plan.manifest.arena_bytes]
         self._mark = WriteMark()
         self._checks = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
 
     def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
         start = time.perf_counter()
-        num_tensors = len(self._plan.manifest.tensors)
+        num_tensors = len(self.plan.manifest.tensors)
         # Asking for all of them, in their order, is much cheaper.
         ascending = bool((np.diff(rows.astype(np.int64)) == 1).all())
         wanted = None if len(rows) == num_tensors and ascending else rows
         # A stream of its own: generation does not wait for the check.
         with torch.cuda.stream(self._checks):
-            values = as_uint64(self._plan.staged_fingerprints(self._buffer, wanted))
+            values = as_uint64(self.plan.staged_fingerprints(self._buffer, wanted))
         check(rows, values)
         return time.perf_counter() - start
 
@@ -101,11 +103,16 @@ class ArenaStage:
         raise _not_over_a_group()
 
     def write(self, rows: np.ndarray | None) -> None:
-        self._plan.replay(self._buffer, rows)
+        self.plan.replay(self._buffer, rows)
         self._mark.record(self._buffer.device)
 
     def after_write(self) -> None:
         self._mark.follow()
+
+    def tensors(self, rows: np.ndarray) -> dict[int, torch.Tensor]:
+        """These tensors, by row, as they lie in the arena."""
+        views = self.plan.manifest.views(self._buffer)
+        return {row: views[row] for row in rows.tolist()}
 
     def release(self) -> None:
         self._mark.wait()  # whoever owns the arena may write into it from now on

@@ -36,6 +36,13 @@ class Channel(Protocol):
         """Give back what this end holds; the engine goes on."""
 
 
+def connect_weights(address: str) -> RpcClient:
+    """A connection for messages about weights."""
+    return RpcClient(
+        address, WeightReply, errors=ERRORS, connect_timeout_s=CONNECT_TIMEOUT_S, name="weights"
+    )
+
+
 class RpcChannel:
     """Over a connection. `close` ends the connection only where the channel owns it."""
 
@@ -46,14 +53,7 @@ class RpcChannel:
     @classmethod
     def connect(cls, address: str) -> "RpcChannel":
         """To an engine that someone else started."""
-        client = RpcClient(
-            address,
-            WeightReply,
-            errors=ERRORS,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
-            name="weights",
-        )
-        return cls(client, owned=True)
+        return cls(connect_weights(address), owned=True)
 
     def call(self, message: Any, timeout_s: float) -> Any:
         return self._client.call(message, timeout_s)

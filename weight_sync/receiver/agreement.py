@@ -4,17 +4,21 @@ Each rank holds a part of every tensor. Fingerprints are sums over positions (a 
 add up to the value of the whole; parts that several ranks hold must be equal, and count once.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ..errors import WeightUpdateError
 
+T = TypeVar("T")
+
 
 class RankAgreement(Protocol):
     """Collectives among the ranks of an engine. All ranks make the same calls in the same order, from one thread each.
 
-    Every call has a deadline; one that fails leaves the ranks unable to agree, and the engine must end.
+    Every call has a deadline. One that fails leaves the ranks unable to agree: it and all later ones raise
+    `EngineDiedError`, and the engine ends. So whatever can fail on one rank alone is settled before the next call.
     """
 
     @property
@@ -47,11 +51,16 @@ class SoloAgreement:
         return [text]
 
 
-def settle(agreement: RankAgreement, failure: BaseException | None) -> None:
-    """Tell the other ranks how it went here, and raise on every rank if it failed on one.
+def together(agreement: RankAgreement, step: Callable[[], T]) -> T:
+    """Do `step` on all ranks; when it fails on one, it has failed on all.
 
     The rank that failed raises its own error; the others a `WeightUpdateError` that names it.
     """
+    failure: BaseException | None = None
+    try:
+        result = step()
+    except BaseException as error:
+        failure = error
     if agreement.size > 1:
         words = "" if failure is None else f"{type(failure).__name__}: {failure}"
         problems = agreement.gather_text(words)
@@ -60,14 +69,20 @@ def settle(agreement: RankAgreement, failure: BaseException | None) -> None:
             raise WeightUpdateError(f"the update failed on another rank: {told}")
     if failure is not None:
         raise failure
+    return result
 
 
-def whole_values(agreement: RankAgreement, values: np.ndarray, regions: np.ndarray) -> np.ndarray:
+def whole_values(
+    agreement: RankAgreement, read: Callable[[], np.ndarray], regions: np.ndarray
+) -> np.ndarray:
     """Fingerprints of whole tensors (N,) uint64 from every rank's values of its own parts.
 
-    values (N,) uint64: this rank's sums; regions (N,) uint64: which part of each tensor it holds, equal for equal ones.
+    `read` has this rank's; where it fails on one rank, this has failed on all.
+
+    read() (N,) uint64: this rank's sums; regions (N,) uint64: which part of each tensor it holds, equal for equal ones.
     Where ranks that hold the same part disagree about it, the result is wrong on purpose, and so compares unequal.
     """
+    values = together(agreement, read)
     if agreement.size == 1:
         return values
     gathered = agreement.gather(np.stack([values, regions]))

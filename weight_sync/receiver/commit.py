@@ -13,10 +13,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import DeadlineExceeded, SyncError, TornWeightsError, WeightUpdateError
+from ..errors import (
+    DeadlineExceeded,
+    EngineDiedError,
+    SyncError,
+    TornWeightsError,
+    WeightUpdateError,
+)
 from ..plan.parallel_copy import copy_tensors
 from ..plan.stage import as_uint64
-from .agreement import RankAgreement, settle, whole_values
+from .agreement import RankAgreement, together, whole_values
 from .host import WeightHost
 from .session import Phase, Session
 
@@ -114,10 +120,10 @@ class WeightCommit:
             self._holding = True
         try:
             session.phase = Phase.WRITING
-            self._together(self._replay)
+            together(self.agreement, self._replay)
             if not overlapped:
                 self._compare()
-            self._together(self._tell_host)
+            together(self.agreement, self._tell_host)
             self.on_served(
                 Served(version=session.version, label=session.label, torn=self.torn_after)
             )
@@ -128,19 +134,13 @@ class WeightCommit:
         finally:
             self.pause_s += time.perf_counter() - start
 
-    def _together(self, step: Callable[[], None]) -> None:
-        """Do `step` on all ranks; when it fails on one, it has failed on all."""
-        failure: BaseException | None = None
-        try:
-            step()
-        except BaseException as error:
-            failure = error
-        settle(self.agreement, failure)
-
     def _tell_host(self) -> None:
         # After torn weights, whatever was computed with them must go.
         kv_policy = "flush" if self.served.torn is not None else self.session.request.kv_policy
         self.host.weights_written(self.session.version, self.session.label, kv_policy)
+
+    def _tell_host_of_the_old(self) -> None:
+        self.host.weights_written(self.served.version, self.served.label, "flush")
 
     def _replay(self) -> None:
         start = time.perf_counter()
@@ -153,10 +153,11 @@ class WeightCommit:
         start = time.perf_counter()
         session = self.session
         indices = session.indices
-        found = as_uint64(session.plan.resident_fingerprints(indices))
         regions = session.known.regions
         found = whole_values(
-            self.agreement, found, regions if indices is None else regions[indices]
+            self.agreement,
+            lambda: as_uint64(session.plan.resident_fingerprints(indices)),
+            regions if indices is None else regions[indices],
         )
         declared = session.declared if indices is None else session.declared[indices]
         session.compare(found, indices, declared, "resident")
@@ -204,9 +205,9 @@ class WeightCommit:
                 f"the commit of version {self.session.version} failed ({why}): {error}", error
             )
         try:
-            self._together(self.snapshot.restore)  # type: ignore[union-attr]
+            together(self.agreement, self.snapshot.restore)  # type: ignore[union-attr]
             self.check_restored()
-            self.host.weights_written(self.served.version, self.served.label, "flush")
+            together(self.agreement, self._tell_host_of_the_old)
             self.on_served(self.served)
         except BaseException as second:
             self._tear(f"the commit failed ({error}) and so did the roll-back: {second!r}", error)
@@ -224,6 +225,8 @@ class WeightCommit:
         self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))
         self.host.weights_torn(reason)
         self._release(ok=False)
+        if isinstance(error, EngineDiedError):  # nothing will repair it
+            raise error
         raise TornWeightsError(
             f"{reason}\nthe engine refuses to generate; expected a complete update: publish all tensors again"
         ) from error

@@ -5,6 +5,8 @@ received first, also what is refused afterwards: the group stays in step, and th
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +48,10 @@ def _receive_tensors(
     sizes = [align(meta.num_bytes) for meta in metas]
     tensors: list[torch.Tensor] = []
 
-    def fill(landing: torch.Tensor) -> None:
+    def fill(landing: torch.Tensor) -> Future[Any]:
         for meta, raw in zip(metas, landing.split(sizes), strict=True):
             tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
-        group.receive_tensors(
-            metas, timeout_s=timeout_s, into=tensors, scratch_behind=True
-        ).result()
+        return group.receive_tensors(metas, timeout_s=timeout_s, into=tensors, scratch_behind=True)
 
     stage.land(sum(sizes), fill)
     return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
@@ -80,10 +80,10 @@ def _receive_bucket(
         )
         end = align(end) if aligned else end
 
-    def fill(landing: torch.Tensor) -> None:
-        if end:
-            telling = telling_bytes(metas[-1].dtype)
-            group.receive_into(landing, [(0, end)], timeout_s=timeout_s, telling=telling).result()
+    def fill(landing: torch.Tensor) -> Future[Any]:
+        spans = [(0, end)] if end else []
+        telling = telling_bytes(metas[-1].dtype) if metas else 0
+        return group.receive_into(landing, spans, timeout_s=timeout_s, telling=telling)
 
     buffer = stage.land(end, fill)
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()

@@ -13,6 +13,8 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +71,16 @@ class _Ending(NamedTuple):
     kind: type[Exception]
     args: tuple[Any, ...]
     arena_id: int
+
+
+@contextmanager
+def _left_on_error(group: UpdateGroup) -> Iterator[None]:
+    """Bytes of the group may be under way that nobody takes: it cannot be used again."""
+    try:
+        yield
+    except Exception:
+        group.destroy(wait_s=0.0)
+        raise
 
 
 class WeightReceiver:
@@ -145,14 +157,15 @@ class WeightReceiver:
         return self._session is not None or len(self._arenas) > 0
 
     def info(self) -> EngineInfo:
-        """What `Hello` is answered with."""
+        """What `Hello` is answered with; any thread may ask."""
+        served = self._served
         return EngineInfo(
             protocol=PROTOCOL_VERSION,
             process=current_process(),
             engine_id=self.engine_id,
-            version=self.version,
-            label=self.label,
-            torn=self.torn,
+            version=served.version,
+            label=served.label,
+            torn=served.torn,
             manifest=self._wire,
             aliases=dict(self._weight_map.aliases),
             fused=dict(self._weight_map.fused),
@@ -170,15 +183,12 @@ class WeightReceiver:
 
     def fingerprint(self) -> FingerprintReply:
         """Read the resident bytes, all of them, now; `WeightUpdateError` while their memory is released."""
-        gone = self._host.unwritable()
-        # Together, because reading is: one rank may be ahead of another with a release.
-        if self._agreement.gather(np.array([gone is not None], dtype=np.uint64)).any():
-            raise WeightUpdateError(f"the parameters cannot be read: {gone or 'not on all ranks'}")
         values = self._read_resident()
+        served = self._served
         return FingerprintReply(
-            version=self.version,
-            label=self.label,
-            torn=self.torn,
+            version=served.version,
+            label=served.label,
+            torn=served.torn,
             fingerprint=self._combined(values),
             tensors=values.astype("<u8").tobytes(),
         )
@@ -241,12 +251,16 @@ class WeightReceiver:
                 raise SessionError(
                     "a bucket after the vote: expected Commit or Abort; send everything before the commit"
                 )
-            session.stage_bucket(
-                column(bucket.indices, "<u4"), column(bucket.fingerprints, "<u8").astype(np.uint64)
-            )
+            with session.awaiting_bytes():
+                session.stage_bucket(
+                    column(bucket.indices, "<u4"),
+                    column(bucket.fingerprints, "<u8").astype(np.uint64),
+                )
         except Exception as error:
-            self._end(error)
-            self._refuse(bucket.session_id)
+            try:
+                self._fail(session, error)
+            finally:
+                self._refuse(bucket.session_id)
             raise
         session.renew()  # the next bucket may have waited for this one to be checked
         return BucketReply(
@@ -256,29 +270,53 @@ class WeightReceiver:
     def receive(self, message: Receive, group: UpdateGroup) -> BucketReply:
         """Receive what a plain trainer broadcasts, and stage it; a failure ends the session.
 
-        All ranks receive the same; they compare what they got, since the trainer sent no fingerprints.
+        Whoever does not take the bytes leaves the group, lest the next call take them for its own. All ranks
+        receive the same. The trainer sends no fingerprints, so the reply has one of what came, for whoever asks several
+        ranks to compare.
         """
-        session = self._require(message.session_id, message.epoch)
         start = time.perf_counter()
+        with _left_on_error(group):
+            session = self._require(message.session_id, message.epoch)
         try:
-            if session.manifest.digest != self._canonical.digest:
-                raise ProtocolError(
-                    "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
-                )
-            timeout_s = min(message.timeout_s, session.request.lease_s)
-            tensors = receive(group, message, timeout_s, session.stage)
-            values = self._agreement.gather(stage_received(session, self.info(), tensors))
-            if (values != values[0]).any():
-                raise FingerprintMismatch(
-                    "the ranks received different bytes over the group; make a new group and send again"
-                )
+            with _left_on_error(group), session.awaiting_bytes():
+                self._check_can_receive(session)
+                session.take_from_groups(self.stage_memory, group)
+                timeout_s = min(message.timeout_s, session.request.lease_s)
+                tensors = receive(group, message, timeout_s, session.stage)
+            before = session.present.copy()
+            values = stage_received(session, self.info(), tensors)
+            keys = self._name_keys[session.present & ~before]
         except Exception as error:
-            self._end(error)
+            self._fail(session, error)
             raise
         session.renew()
         return BucketReply(
-            num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
+            num_staged=int(session.present.sum()),
+            stage_s=time.perf_counter() - start,
+            received=int((keys * values).sum(dtype=np.uint64)),
         )
+
+    def miss(self, message: Bucket | Receive, group: UpdateGroup | None, reason: Exception) -> None:
+        """`message` came too late to be carried out, so what it announced is never taken; its session ends."""
+        session = self._session
+        if session is not None and (session.request.session_id, session.epoch) == (
+            message.session_id,
+            message.epoch,
+        ):
+            self._end(reason)
+        self._refuse(message.session_id)
+        if group is not None:
+            group.destroy(wait_s=0.0)
+
+    def _check_can_receive(self, session: Session) -> None:
+        if session.phase is not Phase.STAGING:
+            raise SessionError(
+                "tensors after the vote: expected Commit or Abort; send everything before the commit"
+            )
+        if session.manifest.tensors != self._canonical.tensors:
+            raise ProtocolError(
+                "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
+            )
 
     def prepare(self, session_id: str, epoch: int) -> Session:
         """The vote: this rank can commit, or the session ends here. Changes nothing that serves."""
@@ -360,9 +398,8 @@ class WeightReceiver:
     def sweep(self, *, asked: bool = False) -> None:
         """End the session when its lease is over or its trainer dead; close arenas of dead trainers.
 
-        Whoever asked for a vote may be committing it elsewhere, so it is kept: by one rank of several until rank 0 asks
-        for another session (`asked`), by a whole engine (one of a pool) for the session's lease, but no longer, whether
-        the trainer lives or not.
+        Whoever asked for a vote may be committing it elsewhere, so it is kept: by one rank of several until rank 0 says
+        that it is over, or asks for another session (`asked`); by a whole engine (one of a pool) for its lease.
         """
         session = self._session
         bound = (
@@ -375,7 +412,7 @@ class WeightReceiver:
             why = why_dead(session.request.holder)
             if why is not None:
                 self._end(SessionError(f"the session has ended: its trainer is dead ({why})"))
-            elif session.lease_left_s <= 0:
+            elif session.lease_left_s <= 0 and not session.awaits:
                 self._end(
                     SessionError(
                         f"the session has ended: nothing came for its lease of {session.request.lease_s} s; "
@@ -419,6 +456,14 @@ class WeightReceiver:
         if ending is not None:
             self._arenas.refuse(ending.arena_id)
 
+    def _fail(self, session: Session, error: Exception) -> None:
+        """End `session` because of `error`; raises why it has ended, if that was before, while its bytes came."""
+        ending = self._endings.get(session.request.session_id)
+        if self._session is session:
+            self._end(error)
+        elif ending is not None:
+            raise ending.kind(*ending.args) from error
+
     def _end(self, reason: Exception) -> None:
         session = self._session
         if session is None:
@@ -458,9 +503,14 @@ class WeightReceiver:
     def _read_resident(self) -> np.ndarray:
         """Fingerprints of the whole resident tensors; all ranks ask at the same time."""
         known = self._plans.canonical
-        return whole_values(
-            self._agreement, as_uint64(known.plan.resident_fingerprints()), known.regions
-        )
+
+        def read() -> np.ndarray:
+            gone = self._host.unwritable()
+            if gone is not None:  # one rank may be ahead of another with a release
+                raise WeightUpdateError(f"the parameters cannot be read: {gone}")
+            return as_uint64(known.plan.resident_fingerprints())
+
+        return whole_values(self._agreement, read, known.regions)
 
     def _combined(self, values: np.ndarray) -> int:
         return int((self._name_keys * values).sum(dtype=np.uint64))  # modulo 2^64, as `combine`

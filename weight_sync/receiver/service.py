@@ -2,9 +2,7 @@
 
 import logging
 import secrets
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ..errors import DeadlineExceeded, EngineDiedError, ProtocolError, SyncError, TransportError
+from ..errors import DeadlineExceeded, ProtocolError, SyncError, TransportError
 from ..transports.arena import OpenedArena
 from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
@@ -42,6 +40,7 @@ from ..wire.messages import (
     Vote,
 )
 from ..wire.rpc_wire import Call
+from .call_queue import CallQueue, answer_later
 from .receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,8 @@ class WeightService:
     """Serves one receiver. `handle` returns at once; the staging thread answers.
 
     Checking a bucket takes place on that thread while the engine generates. A call whose deadline has passed before its
-    turn is not carried out: its caller has given up, and must not be surprised by a commit.
+    turn is not carried out: its caller has given up, and must not be surprised by a commit. While bytes of a session
+    are awaited, calls that are not the session's are answered.
     """
 
     def __init__(self, receiver: WeightReceiver, *, name: str = "weights") -> None:
@@ -62,9 +62,6 @@ class WeightService:
         self._groups = GroupTable(receiver.rank, receiver.device)
         self._lent: dict[str, torch.Tensor] = {}
         self._allocations = OpenedAllocations(lambda: ipc_memory_of(receiver.device))
-        self._queue: deque[Call] = deque()
-        self._wanted = threading.Condition()
-        self._closing = False
         self._actions: dict[type, Callable[[Any], Any]] = {
             Hello: lambda _: receiver.info(),
             GetIgnored: lambda m: receiver.ignored(m.names),
@@ -79,17 +76,18 @@ class WeightService:
             Abort: self._abort,
             GetFingerprint: lambda _: receiver.fingerprint(),
         }
-        self._thread = threading.Thread(target=self._run, name=f"{name}-staging", daemon=True)
-        self._thread.start()
+        self._queue = CallQueue(
+            f"{name}-staging",
+            serve=self._serve,
+            pause=lambda: _SWEEP_INTERVAL_S if receiver.busy else None,
+            idle=receiver.sweep,
+            end=self._end,
+        )
+        receiver.stage_memory.wait = self._queue.wait
 
     def handle(self, call: Call) -> None:
         """Queue a call; any thread. Its body is one of `messages.WeightRequest`."""
-        with self._wanted:
-            if not self._closing:
-                self._queue.append(call)
-                self._wanted.notify()
-                return
-        call.fail(_shut_down())
+        self._queue.put(call)
 
     def lend(self, buffer: torch.Tensor) -> str:
         """Make a buffer of this process known; the key goes into a `LocalHandle`, which takes it."""
@@ -99,37 +97,18 @@ class WeightService:
 
     def close(self) -> None:
         """End the session, close the arenas, fail what is queued. Safe to repeat."""
-        with self._wanted:
-            self._closing = True
-            self._wanted.notify()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30.0)
+        self._queue.close()
 
-    def _run(self) -> None:
-        while True:
-            with self._wanted:
-                while not self._queue and not self._closing:
-                    watching = self.receiver.busy
-                    if not self._wanted.wait(_SWEEP_INTERVAL_S if watching else None):
-                        break
-                if self._closing:
-                    break
-                call = self._queue.popleft() if self._queue else None
-            if call is None:
-                self.receiver.sweep()
-            else:
-                self._serve(call)
+    def _end(self) -> None:
         self.receiver.close()
         self._groups.close()
         self._lent.clear()
-        while self._queue:
-            self._queue.popleft().fail(_shut_down())
 
     def _serve(self, call: Call) -> None:
         try:
             answer = self._carry_out(call)
             if isinstance(answer, Future):
-                answer.add_done_callback(partial(_answer_later, call))
+                answer.add_done_callback(partial(answer_later, call))
             else:
                 call.reply(answer)
         except (SyncError, ValueError) as error:  # a refusal
@@ -142,9 +121,13 @@ class WeightService:
         body = call.body
         left_s = call.deadline - time.monotonic()
         if left_s <= 0:
-            raise DeadlineExceeded(
+            late = DeadlineExceeded(
                 f"{type(body).__name__} waited too long for its turn and was not carried out"
             )
+            if isinstance(body, Bucket | Receive):
+                group = self._groups.find(body.group_name) if isinstance(body, Receive) else None
+                self.receiver.miss(body, group, late)
+            raise late
         if isinstance(body, Commit):
             return self.receiver.commit(
                 msgspec.structs.replace(body, timeout_s=min(body.timeout_s, left_s))
@@ -213,15 +196,3 @@ class WeightService:
                 "the key of a buffer of this process; use transport='shared_memory' between processes"
             )
         return OpenedLocalArena(buffer)
-
-
-def _answer_later(call: Call, future: "Future[Any]") -> None:
-    error = future.exception()
-    if error is None:
-        call.reply(future.result())
-    else:
-        call.fail(error)
-
-
-def _shut_down() -> EngineDiedError:
-    return EngineDiedError("the engine was shut down; start a new one and connect again")

@@ -2,7 +2,8 @@
 
 import enum
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,10 @@ from ..errors import FingerprintMismatch, ProtocolError
 from ..layout.manifest import Manifest, mismatch
 from ..plan.plan import Plan
 from ..plan.plan_cache import KnownPlan
-from ..plan.stage import Stage
+from ..plan.stage import ArenaStage, Stage
+from ..transports.group.joint_stage import JointStage
+from ..transports.group.kept_stage import StageMemory
+from ..transports.group.process_group import UpdateGroup
 from ..wire.messages import Begin
 
 MAX_NAMED = 20
@@ -56,6 +60,8 @@ class Session:
     """When it ends by itself, `time.monotonic()`."""
     stage_s: float = 0.0
     """Seconds spent on checking what was staged, and on putting it where the commit wants it."""
+    awaits: bool = False
+    """Bytes that were announced are on their way; they have a deadline of their own."""
     present: np.ndarray = field(init=False)
     """Which tensors of the manifest are complete, bool."""
     declared: np.ndarray = field(init=False)
@@ -81,6 +87,15 @@ class Session:
         """Let go of the stage, whoever still holds this object (a traceback, for one)."""
         self.phase = Phase.ENDED
         self.stage.release()
+
+    @contextmanager
+    def awaiting_bytes(self) -> Iterator[None]:
+        """While what was announced is on its way."""
+        self.awaits = True
+        try:
+            yield
+        finally:
+            self.awaits = False
 
     def renew(self) -> None:
         """A message of the session arrived: the lease starts again."""
@@ -114,6 +129,11 @@ class Session:
         self.declared[indices] = declared
         self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s)
         self.present[indices] = True
+
+    def take_from_groups(self, memory: StageMemory, group: UpdateGroup) -> None:
+        """From now on tensors may come over `group` as well; what is staged stays staged."""
+        if isinstance(self.stage, ArenaStage):
+            self.stage = JointStage(self.stage, memory, group, np.flatnonzero(self.present))
 
     def stage_trusted(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         """Stage tensors, by row, that nobody declared: what came is what was meant. Their fingerprints, by row."""

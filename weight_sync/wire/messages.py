@@ -251,6 +251,8 @@ class BucketReply(Message, frozen=True, kw_only=True):
     """Tensors of the session that are complete so far."""
     stage_s: float
     """Seconds that checking this bucket took."""
+    received: Annotated[int, Meta(ge=0)] = 0
+    """Of `Receive`: a fingerprint of what came, 64 bit unsigned, equal on all ranks."""
 
 
 class JoinGroup(Message, frozen=True, kw_only=True):
@@ -282,7 +284,8 @@ class LeaveGroup(Message, frozen=True, kw_only=True):
 class Receive(Message, frozen=True, kw_only=True):
     """Receive what a plain trainer broadcasts now, and stage it; answered by `BucketReply`.
 
-    There is nothing to compare the bytes with but the other ranks' copies: the trainer sends no fingerprints.
+    There is nothing to compare the bytes with but the other ranks' copies: the trainer sends no fingerprints. All are
+    received or, with an error, the group is left.
     """
 
     session_id: SessionId

@@ -61,6 +61,7 @@ class EngineCore:
         admission: Admission,
         ranks: RankGroups,
     ) -> None:
+        self._inbox = Inbox()
         self.config = config
         self.runner = runner
         self.scheduler = scheduler
@@ -81,16 +82,15 @@ class EngineCore:
             self.host,
             keep_previous=config.user.keep_previous_weights,
             label=config.weight_version,
-            agreement=GroupAgreement(ranks.weights),
+            agreement=GroupAgreement(ranks.weights, self.give_up),
         )
         interval_s = None if ranks.spec.rank > 0 else config.user.log_interval_s
         self._throughput = ThroughputLog(scheduler, interval_s, lambda: self.receiver.version)
         self._service = WeightService(self.receiver)
-        self.weights = connect_ranks(self._service, ranks)
+        self.weights = connect_ranks(self._service, ranks, self.give_up)
         self._ranks = ranks
         self._follows = ranks.spec.rank > 0
         self._ticks: TickLink = TickGroup(ranks.order)
-        self._inbox = Inbox()
         self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
         self._num_boundaries = 0
         self._thread: threading.Thread | None = None
@@ -122,6 +122,10 @@ class EngineCore:
             self._inbox.put_call(call)
         else:
             self.weights.handle(call)
+
+    def give_up(self, error: Exception) -> None:
+        """The ranks cannot go on together: on rank 0 the loop ends with `error`, and the other ranks' loops with it."""
+        self._inbox.end(error)
 
     def local_channel(self) -> LocalChannel:
         """How a publisher in this process reaches an engine of one rank."""

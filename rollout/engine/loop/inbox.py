@@ -19,7 +19,8 @@ class Inbox:
     """A queue of tick items with the calls that wait for them."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Item, Call]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Item, Call] | None] = queue.SimpleQueue()
+        self._ending: Exception | None = None
 
     def put(self, item: Item) -> None:
         """Something that no caller waits for."""
@@ -29,19 +30,32 @@ class Inbox:
         """A client's command."""
         self._queue.put((Ordered(body=call.body), call))
 
+    def end(self, error: Exception) -> None:
+        """Any thread: the next `take` raises `error`, and so do all later ones."""
+        self._ending = error
+        self._queue.put(None)
+
     def take(self, wait_s: float) -> list[tuple[Item, Call]]:
         """All that has arrived, in order; waits up to `wait_s` seconds for the first."""
-        try:
-            items = [self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()]
-        except queue.Empty:
-            return []
-        while True:
-            try:
-                items.append(self._queue.get_nowait())
-            except queue.Empty:
-                return items
+        items = self._taken(wait_s)
+        if self._ending is not None:
+            for item in items:
+                self._queue.put(item)  # for `drain`
+            raise self._ending
+        return items
 
     def drain(self, refuse: Callable[[Any], None]) -> None:
         """Hand every call that is left to `refuse`; for the end."""
-        for _, call in self.take(0.0):
+        for _, call in self._taken(0.0):
             refuse(call)
+
+    def _taken(self, wait_s: float) -> list[tuple[Item, Call]]:
+        items = []
+        try:
+            items.append(
+                self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+            )
+            while True:
+                items.append(self._queue.get_nowait())
+        except queue.Empty:
+            return [item for item in items if item is not None]

@@ -10,12 +10,15 @@ They are separate because different threads use them. Every rank joins with the 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import msgspec
 import numpy as np
 import torch
+
+from weight_sync.errors import EngineDiedError
 
 from ...distributed.group_coordinator import GroupCoordinator
 from ...distributed.stateless_process_group import StatelessProcessGroup
@@ -115,19 +118,27 @@ class TickGroup:
 
 
 class GroupAgreement:
-    """`weight_sync.receiver.agreement.RankAgreement` over the group `weights`."""
+    """`weight_sync.receiver.agreement.RankAgreement` over the group `weights`.
+
+    After a call that failed the ranks may be at different places, and the next result of one may be the last one's of
+    another: all later calls fail, and `on_lost`, called once from the caller's thread, has to end the engine.
+    """
 
     _TEXT_BYTES = 4096
 
-    def __init__(self, group: GroupCoordinator) -> None:
+    def __init__(
+        self, group: GroupCoordinator, on_lost: Callable[[Exception], None] = lambda error: None
+    ) -> None:
         self._group = group
+        self._on_lost = on_lost
+        self._lost: str | None = None
         self.rank = group.rank
         self.size = group.size
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Every rank's uint64 array of one shape, stacked in rank order, on every rank."""
         tensor = torch.from_numpy(values.astype(np.uint64).view(np.int64))
-        gathered: np.ndarray = self._group.all_gather(tensor[None], dim=0).numpy().view(np.uint64)
+        gathered: np.ndarray = self._gather(tensor).numpy().view(np.uint64)
         return gathered
 
     def gather_text(self, text: str) -> list[str]:
@@ -137,8 +148,20 @@ class GroupAgreement:
         frame[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
             : len(data)
         ]
-        rows = self._group.all_gather(frame[None], dim=0)
+        rows = self._gather(frame)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._lost is None:
+            try:
+                return self._group.all_gather(tensor[None], dim=0)
+            except Exception as error:
+                self._lost = (
+                    f"the ranks of the engine have lost each other over an update: rank {self.rank} got {error}; "
+                    "start a new engine"
+                )
+                self._on_lost(EngineDiedError(self._lost))
+        raise EngineDiedError(self._lost)
 
 
 def device_of(spec: RankSpec, configured: str) -> str:

@@ -137,6 +137,10 @@ class GroupTable:
             )
         return group
 
+    def find(self, group_name: str) -> UpdateGroup | None:
+        """The group of that name, or None; from any thread."""
+        return self._groups.get(group_name)
+
     def leave(self, group_name: str) -> None:
         """Leave a group; what its other members wait for fails."""
         self.get(group_name).destroy()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class StageMemory:
         self._shadow: Shadow | None = None
         self._landings: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
+        self.wait: Callable[[Future[Any]], Any] = Future.result
+        """How this thread waits for a trainer's bytes: the result of a future. It may do other things meanwhile."""
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +167,7 @@ class KeptStage:
         # Where the group guards against messages that are longer than announced: gloo's are on the CPU.
         landing = self._memory.landing(0, num_bytes, self._group.device)
         self._receiving = True
-        fill(landing)
+        self._memory.wait(fill(landing))
         self._receiving = False
         return landing
 
@@ -216,7 +219,7 @@ class KeptStage:
         def arrived() -> tuple[Chunk, torch.Tensor]:
             nonlocal num_landing
             chunk, landing, whole = under_way.popleft()
-            whole.result()
+            self._memory.wait(whole)
             num_landing -= chunk.home is None
             return chunk, landing
 

@@ -1,0 +1,138 @@
+"""Calls from any thread, worked off in their order by one thread, which is not deaf while it waits for a trainer."""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import EngineDiedError
+from ..wire.messages import (
+    Abort,
+    Begin,
+    CloseArena,
+    GetFingerprint,
+    GetIgnored,
+    Hello,
+    JoinGroup,
+    LeaveGroup,
+    OpenArena,
+)
+from ..wire.rpc_wire import Call
+
+MEANWHILE = (
+    *(Hello, GetIgnored, GetFingerprint, OpenArena, CloseArena),
+    *(JoinGroup, LeaveGroup, Begin, Abort),
+)
+"""Messages that need not wait until the bytes of a session have come; the others belong to that session."""
+_CLOSING_S = 30.0
+
+
+class CallQueue:
+    """Runs `serve(call)` for every call on a thread of its own.
+
+    When nothing has come for `pause()` seconds (None: for however long), `idle()` is run there. `end()` is the last
+    thing that the thread runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        serve: Callable[[Call], None],
+        pause: Callable[[], float | None],
+        idle: Callable[[], None],
+        end: Callable[[], None],
+    ) -> None:
+        self._serve = serve
+        self._pause = pause
+        self._idle = idle
+        self._end = end
+        self._calls: deque[Call] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, call: Call) -> None:
+        """Queue a call, or fail it after the end; any thread."""
+        with self._changed:
+            if not self._closing:
+                self._calls.append(call)
+                self._changed.notify_all()
+                return
+        call.fail(_shut_down())
+
+    def wait(self, future: "Future[Any]", timeout_s: float = math.inf) -> Any:
+        """On the thread of the queue, inside `serve`: the result of `future`, serving `MEANWHILE` until it is there.
+
+        Raises `TimeoutError` after `timeout_s`, as futures do, and `EngineDiedError` when the queue is closed.
+        """
+        future.add_done_callback(lambda _: self._notify())
+        end = time.monotonic() + timeout_s
+        while not future.done() and self._work(MEANWHILE, future.done, end):
+            pass
+        if self._closing and not future.done():
+            raise _shut_down()
+        return future.result(0.0)
+
+    def close(self) -> None:
+        """End the thread after the call that it serves, and fail what is queued. Safe to repeat."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=_CLOSING_S)
+
+    def _run(self) -> None:
+        while self._work(None, lambda: False, math.inf):
+            pass
+        self._end()
+        while self._calls:
+            self._calls.popleft().fail(_shut_down())
+
+    def _work(self, kinds: tuple[type, ...] | None, done: Callable[[], bool], end: float) -> bool:
+        """Serve one call of these kinds, or be idle for once; False when `done`, late or closing."""
+        call: Call | None = None
+
+        def ready() -> bool:
+            nonlocal call
+            call = next(
+                (c for c in self._calls if kinds is None or isinstance(c.body, kinds)), None
+            )
+            return call is not None or self._closing or done()
+
+        left_s, pause_s = end - time.monotonic(), self._pause()
+        waits_s = min(left_s, math.inf if pause_s is None else pause_s)
+        with self._changed:
+            woken = self._changed.wait_for(
+                ready, None if math.isinf(waits_s) else max(0.0, waits_s)
+            )
+            if self._closing or done() or (not woken and left_s <= waits_s):
+                return False
+            if call is not None:
+                self._calls.remove(call)
+        if call is None:
+            self._idle()
+        else:
+            self._serve(call)
+        return True
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def answer_later(call: Call, future: "Future[Any]") -> None:
+    """Answer a call with what a future that is done has."""
+    error = future.exception()
+    if error is None:
+        call.reply(future.result())
+    else:
+        call.fail(error)
+
+
+def _shut_down() -> EngineDiedError:
+    return EngineDiedError("the engine was shut down; start a new one and connect again")

@@ -1,0 +1,60 @@
+"""The stage of a session whose tensors come both ways: through an arena that both ends see, and over a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ...plan.stage import ArenaStage, Check, Fill
+from .kept_stage import KeptStage, StageMemory
+from .process_group import UpdateGroup
+
+
+class JointStage:
+    """Checks the arena's tensors where they lie, and keeps them beside those of the group.
+
+    A session becomes one when its first tensors come over a group.
+    """
+
+    def __init__(
+        self, arena: ArenaStage, memory: StageMemory, group: UpdateGroup, rows: np.ndarray
+    ) -> None:
+        """`rows`: those of the arena that are complete, ascending."""
+        self._arena = arena
+        self._memory: StageMemory | None = memory
+        memory.hold()
+        try:
+            self._kept = KeptStage(memory, group, arena.plan.manifest.arena_bytes, arena.plan)
+            self._keep(rows)
+        except BaseException:
+            memory.let_go()
+            raise
+
+    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+        seconds = self._arena.accept(rows, check, timeout_s)
+        self._keep(rows)
+        return seconds
+
+    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        return self._kept.land(num_bytes, fill)
+
+    def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
+        return self._kept.put(sources)
+
+    def write(self, rows: np.ndarray | None) -> None:
+        self._kept.write(rows)
+
+    def after_write(self) -> None:
+        self._kept.after_write()
+
+    def release(self) -> None:
+        self._kept.release()
+        self._arena.release()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.let_go()
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self._kept.put(self._arena.tensors(rows))
