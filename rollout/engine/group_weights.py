@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import torch
 
 from weight_sync.errors import WeightUpdateError
-from weight_sync.publisher.group_updates import Backend, GroupLayout
+from weight_sync.publisher.group_updates import Announced, Backend, GroupLayout
 from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.wire.messages import KvPolicyName
@@ -35,12 +35,15 @@ class GroupWeightCalls(WeightCalls):
         world_size: int,
         group_name: str = "weight_update_group",
         backend: str = "nccl",
+        *,
+        timeout_s: float | None = None,
     ) -> None:
         """Join a trainer's group: the trainer is rank 0, this engine's ranks are `rank_offset` + tp_rank.
 
         The trainer makes its side at the same time, as `torch.distributed` trainers do. Returns when all `world_size`
         members have come. Generation goes on meanwhile. A group of the same name is replaced. Raises
-        `DeadlineExceeded` or `TransportError`.
+        `DeadlineExceeded`, which names who is missing, after `timeout_s` (None: `request_timeout_s`), or
+        `TransportError`.
         """
         if backend not in get_args(Backend):
             raise WeightUpdateError(
@@ -53,6 +56,7 @@ class GroupWeightCalls(WeightCalls):
             rank_offset=rank_offset,
             world_size=world_size,
             backend=cast(Backend, backend),
+            timeout_s=timeout_s,
         )
 
     def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
@@ -77,35 +81,32 @@ class GroupWeightCalls(WeightCalls):
         Call it, without waiting, before the trainer broadcasts. In an explicit session it stages. load_format:
         "flattened_bucket" expects one broadcast of a `weight_sync.FlattenedTensorBucket`, "packed_bucket" one of a
         bucket without padding between its tensors. Whatever is wrong with names or shapes is raised after the bytes
-        have come, so that the group stays in step; then nothing is written.
+        have come, so that the group stays in step; then nothing is written. A call that is refused before, because
+        another update is under way for example, leaves the group: nobody may take its bytes for those of the next one.
+        Calls of several threads take their turns in order.
         """
-        check_extras("update_weights_from_distributed", extras)
-        if load_format not in GROUP_LAYOUTS:
-            raise WeightUpdateError(
-                f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'packed_bucket'"
+        with self._group_updates.taking(group_name) as taking:
+            check_extras("update_weights_from_distributed", extras)
+            if load_format not in GROUP_LAYOUTS:
+                raise WeightUpdateError(
+                    f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'packed_bucket'"
+                )
+            announced = Announced(
+                names=names,
+                dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
+                shapes=shapes,
+                layout=GROUP_LAYOUTS[load_format],
             )
-        updates = self._group_updates
-        explicit = updates.in_session or self._publisher.in_session
-        if not explicit:
-            options = UpdateOptions(
-                label=label_of(weight_version),
-                strict=False,
-                kv_policy=policy_of(flush_cache, kv_policy),
-                lease_s=self.config.request_timeout_s,
-            )
-            updates.begin(group_name, options)
-        elif not updates.in_session:
-            # The session was begun before it was known how the tensors come.
-            self._publisher.abort("the session is filled by a group instead")
-            updates.begin(group_name, self._options)
-        report = updates.receive(
-            names,
-            [str(dtype).removeprefix("torch.") for dtype in dtypes],
-            shapes,
-            group_name,
-            GROUP_LAYOUTS[load_format],
-        )
-        return report if explicit else updates.commit()
+            with self._publisher.exclusive() as in_session:
+                if in_session:
+                    return self._publisher.stage(lambda update: taking.stage(update, announced))
+                options = UpdateOptions(
+                    label=label_of(weight_version),
+                    strict=False,
+                    kv_policy=policy_of(flush_cache, kv_policy),
+                    lease_s=self.config.request_timeout_s,
+                )
+                return taking.update(options, announced)
 
     async def async_init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
         """As `init_weights_update_group`, awaitable."""

@@ -17,7 +17,6 @@ from weight_sync.layout.bucket import FlattenedTensorBucket
 from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.group_updates import GroupUpdates
 from weight_sync.publisher.publisher import WeightPublisher
-from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
@@ -43,15 +42,15 @@ HARMLESS = {
 class WeightCalls(EngineClient):
     """The part of `Engine` that takes new weights."""
 
-    _options = UpdateOptions()
-
     @cached_property
     def _publisher(self) -> WeightPublisher:
-        return WeightPublisher(self, timeout_s=self.config.request_timeout_s)
+        publisher = WeightPublisher(self, timeout_s=self.config.request_timeout_s)
+        return self.__dict__.setdefault("_publisher", publisher)  # one for all threads
 
     @cached_property
     def _group_updates(self) -> GroupUpdates:
-        return GroupUpdates(self, timeout_s=self.config.request_timeout_s)
+        updates = GroupUpdates(self, timeout_s=self.config.request_timeout_s)
+        return self.__dict__.setdefault("_group_updates", updates)
 
     def weight_channel(self) -> Channel:
         """How a `WeightPublisher` in this process reaches the engine."""
@@ -70,36 +69,25 @@ class WeightCalls(EngineClient):
 
         With `strict` every parameter must be covered. Raises `SessionBusy` while another session is open.
         """
-        if self._group_updates.in_session:
-            raise SessionError("an explicit session over a group is open: end or abort it first")
-        self._options = UpdateOptions(
+        self._publisher.begin(
             label=label_of(weight_version),
             strict=strict,
             kv_policy=policy_of(flush_cache, kv_policy),
-            verify=verify,
-            lease_s=self.config.request_timeout_s,
-        )
-        self._publisher.begin(
-            label=self._options.label,
-            strict=strict,
-            kv_policy=self._options.kv_policy,
             verify=verify,
         )
 
     @property
     def in_weight_update(self) -> bool:
         """An explicit session is open: update calls stage, and the end commits."""
-        return self._publisher.in_session or self._group_updates.in_session
+        return self._publisher.in_session
 
     def end_weight_update(self) -> SyncReport:
         """Commit the open session between two steps; raises a `WeightUpdateError` and changes nothing on failure."""
-        if self._group_updates.in_session:
-            return self._group_updates.commit()
         return self._publisher.commit()
 
     def abort_weight_update(self) -> None:
         """Forget the open session and all that was staged; no error if there is none."""
-        self._group_updates.abort("the caller aborted the update")
+        self._group_updates.interrupt("the caller aborted the update")
         self._publisher.abort("the caller aborted the update")
 
     def update_weights_from_tensor(
@@ -125,8 +113,6 @@ class WeightCalls(EngineClient):
         other subclasses of `WeightUpdateError`; the old version then goes on serving.
         """
         check_extras("update_weights_from_tensor", extras)
-        if self._group_updates.in_session:
-            raise SessionError("the open session is filled by a group: end or abort it first")
         tensors = _named_tensors(named_tensors, load_format)
         if self._publisher.in_session:
             return self._publisher.send(tensors)
@@ -158,7 +144,7 @@ class WeightCalls(EngineClient):
             raise WeightUpdateError(
                 f"load_format: got {load_format!r}, expected None, 'auto' or 'safetensors'"
             )
-        if self._publisher.in_session or self._group_updates.in_session:
+        if self._publisher.in_session:
             raise SessionError(
                 "an explicit session is open: end or abort it before an update from disk"
             )

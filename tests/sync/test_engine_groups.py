@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rollout import Engine
 from weight_sync.errors import (
     DeadlineExceeded,
     ManifestMismatch,
-    SessionError,
+    SessionBusy,
     TransportError,
     WeightUpdateError,
 )
@@ -152,12 +154,143 @@ def test_a_session_over_a_group_commits_as_one(
         assert engine.weights_fingerprint() == before
     assert engine.end_weight_update().complete
     assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+
+
+@pytest.mark.parametrize("group_first", [False, True])
+def test_a_session_takes_tensors_from_the_caller_and_over_a_group(
+    engine: Engine, plain: PlainTrainer, trainer: Any, group_first: bool
+) -> None:
+    tensors = list(trainer.named_parameters())
+    half = len(tensors) // 2
+    ways = [lambda: engine.update_weights_from_tensor(tensors[:half])]
+    ways.insert(0 if group_first else 1, lambda: plain.update(tensors[half:-1]))
+    before = engine.weights_fingerprint()
+    engine.begin_weight_update(strict=True, weight_version="both")
+    for way in ways:
+        way()
+    engine.update_weights_from_tensor(tensors[-1:])
+    assert engine.weights_fingerprint() == before
+    assert engine.end_weight_update().complete
+    assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
     engine.begin_weight_update()
-    plain.update([(name, tensor * 3) for name, tensor in tensors[:2]])
-    with pytest.raises(SessionError):
+    for way in ways:
+        way()
+    engine.abort_weight_update()
+    engine.begin_weight_update()
+    plain.update(tensors[:1])
+    with pytest.raises(ManifestMismatch, match="more than once"):
         engine.update_weights_from_tensor(tensors[:1])
     engine.abort_weight_update()
     assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
+
+
+def test_a_refused_call_leaves_the_group_so_that_nobody_takes_its_bytes_for_the_next_ones(
+    engine: Engine, trainer: Any
+) -> None:
+    plain = PlainTrainer(engine)
+    norm = trainer.model.norm.weight.detach()
+    plain.update(list(trainer.named_parameters()))
+    refusals: list[tuple[type[Exception], dict[str, Any]]] = [
+        (SessionBusy, {}),
+        (WeightUpdateError, {"load_format": "pickle"}),
+        (TypeError, {"flush_cash": True}),
+    ]
+    for kind, options in refusals:
+        with WeightPublisher(engine) as other:
+            if kind is SessionBusy:
+                other.begin()
+            answer = plain.pool.submit(
+                engine.update_weights_from_distributed,
+                *(["model.norm.weight"], ["float32"], [[64]], NAME),
+                **options,
+            )
+            part = (norm + 5).view(torch.uint8)
+            with suppress(TransportError, DeadlineExceeded):
+                plain.group.broadcast(part, [(0, part.numel())], timeout_s=2).result()
+            with pytest.raises(kind) as caught:
+                answer.result(10)
+            words = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+            assert any("init_weights_update_group" in text for text in words)
+        with pytest.raises(TransportError, match="no update group"):
+            engine.update_weights_from_distributed(["model.norm.weight"], ["float32"], [[64]], NAME)
+        plain.close()
+        plain = PlainTrainer(engine)
+        plain.update([("model.norm.weight", norm + 6)])
+        assert engine.get_weights_by_name("model.norm.weight") == pytest.approx((norm + 6).tolist())
+    plain.close()
+
+
+def test_calls_of_many_threads_take_their_turns(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    norm = trainer.model.norm.weight.detach()
+    reports: list[Any] = []
+    threads = []
+    for i in range(4):
+        threads.append(
+            threading.Thread(
+                target=lambda i=i: reports.append(
+                    engine.update_weights_from_distributed(
+                        ["model.norm.weight"], ["float32"], [[64]], NAME, weight_version=f"turn {i}"
+                    )
+                )
+            )
+        )
+        threads[-1].start()
+        time.sleep(0.05)  # the order of the calls is the order of the broadcasts
+    for i in range(4):
+        part = (norm + i).view(torch.uint8)
+        plain.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+    for thread in threads:
+        thread.join(20)
+    assert [(report.updated, report.label) for report in reports] == [
+        (1, f"turn {i}") for i in range(4)
+    ]
+    assert engine.get_weights_by_name("model.norm.weight") == pytest.approx((norm + 3).tolist())
+
+
+def test_an_engine_that_waits_for_a_trainer_answers_everybody_else_and_can_be_told_to_stop(
+    engine: Engine, trainer: Any
+) -> None:
+    plain = PlainTrainer(engine)
+    waiting = plain.pool.submit(
+        engine.update_weights_from_distributed, ["model.norm.weight"], ["float32"], [[64]], NAME
+    )
+    time.sleep(0.3)
+    assert not waiting.done()
+    started = time.monotonic()
+    with WeightPublisher(engine, timeout_s=10) as other:
+        other.engine_info()
+        other.fingerprint()
+        with pytest.raises(SessionBusy):
+            other.publish(trainer)
+    engine.abort_weight_update()
+    with pytest.raises(WeightUpdateError, match="aborted"):
+        waiting.result(5)
+    assert time.monotonic() - started < 5
+    plain.close()
+    plain = PlainTrainer(engine)
+    assert plain.update(list(trainer.named_parameters())).complete
+    plain.close()
+
+
+@pytest.mark.parametrize("wrong", ["half", "double", "one less", "one more"])
+def test_a_trainer_that_sends_another_size_than_it_announced_is_refused(
+    engine: Engine, trainer: Any, wrong: str
+) -> None:
+    before = engine.weights_fingerprint()
+    plain = PlainTrainer(engine)
+    norm = torch.ones(64)
+    sent = {"half": norm.half(), "double": norm.double(), "one less": norm[1:]}
+    part = sent.get(wrong, torch.ones(65)).view(torch.uint8)
+    waiting = plain.pool.submit(
+        engine.update_weights_from_distributed, ["model.norm.weight"], ["float32"], [[64]], NAME
+    )
+    plain.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+    with pytest.raises(TransportError, match="bytes than announced"):
+        waiting.result(10)
+    plain.close()
+    assert engine.weights_fingerprint() == before
 
 
 def test_what_is_refused_is_received_first_so_the_group_stays_in_step(

@@ -4,12 +4,16 @@ The trainer broadcasts as rank 0 and knows nothing of sessions; whoever calls th
 trainer that uses `WeightPublisher(..., transport="process_group")` needs none of it.
 """
 
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 
-from ..errors import SessionError
+from ..errors import DeadlineExceeded, ManifestMismatch, SyncError, TransportError
 from ..layout.manifest import dtype_name, parse_dtype
 from ..report import SyncReport
 from ..wire.deadline import Deadline
@@ -25,13 +29,16 @@ from ..wire.messages import (
     Receive,
 )
 from ..wire.process import current_process
-from .channel import Channel
+from .channel import Channel, wait
 from .endpoint import HasWeightChannel, PackedArena
 from .selection import Layout, Selector
 from .update import Update, UpdateOptions
 
 Backend = Literal["gloo", "nccl"]
 GroupLayout = Literal["tensors", "bucket", "packed_bucket"]
+_GRACE_S = 5.0
+"""How much later than the engine's own deadline an answer may come: it says more than ours would."""
+_LEAVE_TIMEOUT_S = 10.0
 
 
 class RemoteStage:
@@ -45,15 +52,36 @@ class RemoteStage:
         self.manifest_known = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announced:
+    """What a trainer broadcasts."""
+
+    names: Sequence[str]
+    """Hugging Face names, in the order of the broadcasts."""
+    dtypes: Sequence[str]
+    """One for each."""
+    shapes: Sequence[Sequence[int]]
+    """Likewise."""
+    layout: GroupLayout
+    """One broadcast a tensor, or one for all."""
+
+
 class GroupUpdates:
-    """Joins groups and runs updates over them, one session at a time. Not thread safe."""
+    """Joins groups, and has an engine receive over them. Any thread may call.
+
+    The trainer may be broadcasting as soon as it has asked for an update. So calls take their turns in the order in
+    which they were made, and one that is refused before its bytes were taken leaves the group: else the next one would
+    take them for its own.
+    """
 
     def __init__(self, engine: HasWeightChannel, *, timeout_s: float) -> None:
         self._engine = engine
         self._timeout_s = timeout_s
         self._channel: Channel | None = None
         self._stages: dict[str, RemoteStage] = {}
-        self._update: Update | None = None
+        self._turns: deque[threading.Event] = deque()
+        self._lock = threading.Lock()
+        self._receiving: Update | None = None
 
     def join(
         self,
@@ -64,9 +92,10 @@ class GroupUpdates:
         rank_offset: int,
         world_size: int,
         backend: Backend,
+        timeout_s: float | None = None,
     ) -> None:
         """Have every rank of the engine join the trainer's group; returns when all members have come."""
-        self._close_stage(group_name)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         message = JoinGroup(
             group_name=group_name,
             master_address=master_address,
@@ -74,92 +103,81 @@ class GroupUpdates:
             rank_offset=rank_offset,
             world_size=world_size,
             backend=backend,
-            timeout_s=self._timeout_s,
+            timeout_s=timeout_s,
         )
-        self._open_channel().call(message, self._timeout_s)
+        with self._turn():
+            self._close_stage(group_name)
+            channel = self._open_channel()
+        channel.call(message, timeout_s + _GRACE_S)
 
     def leave(self, group_name: str) -> None:
-        """Have every rank leave the group."""
+        """Have every rank leave the group; what it waits for over that group fails."""
+        channel = self._open_channel()
+        channel.call(LeaveGroup(group_name=group_name), self._timeout_s)
         self._close_stage(group_name)
-        self._open_channel().call(LeaveGroup(group_name=group_name), self._timeout_s)
 
-    @property
-    def in_session(self) -> bool:
-        """A session over a group is open."""
-        return self._update is not None
-
-    def begin(self, group_name: str, options: UpdateOptions) -> None:
-        """Open a session that the group fills."""
-        if self._update is not None:
-            raise SessionError("a session over a group is open; end or abort it first")
-        deadline = Deadline(self._timeout_s)
-        stage = self._stage(group_name, deadline)
-        selector = Selector(
-            stage.layout, cast=True, packed=_no_arena, ignored=lambda names: frozenset()
-        )
-        update = Update(
-            channel=self._open_channel(),
-            packed=cast(PackedArena, stage),  # an update reads the rest of it only to pack
-            options=options,
-            selector=selector,
-        )
-        update.begin(deadline)
-        self._update = update
-
-    def receive(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group_name: str,
-        layout: GroupLayout,
-    ) -> SyncReport:
-        """Receive and stage what the trainer broadcasts now; a failure ends the session."""
-        update = self._open_update()
-        message = Receive(
-            session_id=update.session_id,
-            epoch=update.epoch,
-            group_name=group_name,
-            names=tuple(names),
-            dtypes=tuple(dtypes),
-            shapes=tuple(tuple(shape) for shape in shapes),
-            layout=layout,
-            timeout_s=self._timeout_s,
-        )
+    @contextmanager
+    def taking(self, group_name: str) -> Iterator["Taking"]:
+        """The turn of one call, during which it may `receive` once; without that, the group is left."""
+        taking = Taking(self, group_name)
         try:
-            update.channel.call(message, self._timeout_s)
+            with self._turn():
+                yield taking
         except BaseException as error:
-            self._update = None
-            update.abort(f"{type(error).__name__}: {error}")
-            raise
-        self._note(update, message)
-        return update.staged_report(len(names))
-
-    def commit(self) -> SyncReport:
-        """Commit what was received, or raise and change nothing."""
-        update, self._update = self._open_update(), None
-        try:
-            return update.commit(Deadline(self._timeout_s))
-        except BaseException as error:
-            update.abort(f"{type(error).__name__}: {error}")
+            if taking.taken or not self._left(group_name):
+                raise
+            told = (
+                f"the engine has left group {group_name!r}, because what was broadcast for this call was not taken; "
+                "make the group again with init_weights_update_group"
+            )
+            if isinstance(error, SyncError):
+                raise type(error)(f"{error}; {told}") from error
+            error.add_note(told)
             raise
 
-    def abort(self, reason: str) -> None:
-        """Forget the session; fine when there is none."""
-        update, self._update = self._update, None
+    def interrupt(self, reason: str) -> None:
+        """End the session of the call that waits for a trainer now, if there is one; that call fails."""
+        update = self._receiving
         if update is not None:
             update.abort(reason)
 
     def close(self) -> None:
-        """End an open session and forget the stages; the engine keeps its groups."""
-        self.abort("the engine was shut down")
+        """End an update that is under way and forget the stages; the engine keeps its groups."""
+        self.interrupt("the engine was shut down")
         for name in list(self._stages):
             self._close_stage(name)
 
-    def _open_update(self) -> Update:
-        if self._update is None:
-            raise SessionError("no session over a group is open; begin one first")
-        return self._update
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        mine = threading.Event()
+        with self._lock:
+            self._turns.append(mine)
+            self._turns[0].set()
+        try:
+            if not mine.wait(self._timeout_s):
+                raise DeadlineExceeded(
+                    f"other updates over a group took longer than {self._timeout_s:.3g} s; wait for them, or raise "
+                    "request_timeout_s"
+                )
+            yield
+        finally:
+            with self._lock:
+                self._turns.remove(mine)
+                if self._turns:
+                    self._turns[0].set()
+
+    def _left(self, group_name: str) -> bool:
+        """Whether there was such a group, which has been left now."""
+        try:
+            channel = self._open_channel()
+            channel.call(LeaveGroup(group_name=group_name), _LEAVE_TIMEOUT_S)
+        except TransportError:
+            return False  # there is none
+        except Exception:
+            pass  # the engine is gone or stopped, or leaves when it comes to it
+        with suppress(Exception):
+            self._close_stage(group_name)
+        return True
 
     def _open_channel(self) -> Channel:
         if self._channel is None or self._channel.dead is not None:
@@ -188,20 +206,83 @@ class GroupUpdates:
         if stage is not None and self._channel is not None and self._channel.dead is None:
             self._channel.call(CloseArena(arena_id=stage.arena_id), self._timeout_s)
 
-    @staticmethod
-    def _note(update: Update, message: Receive) -> None:
-        """Count what was received, for the report."""
-        layout = update.packed.layout
-        update.num_tensors += len(message.names)
-        for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True):
-            got = parse_dtype(dtype)
-            num = 1
-            for size in shape:
-                num *= size
-            update.num_bytes += num * got.itemsize
-            i = layout.index.get(name)
-            if i is not None and layout.dtypes[i] != got:
-                update.casts.append((name, dtype_name(got), dtype_name(layout.dtypes[i])))
+
+class Taking:
+    """One call's turn to take what a trainer broadcasts."""
+
+    def __init__(self, updates: GroupUpdates, group_name: str) -> None:
+        self._updates = updates
+        self._group_name = group_name
+        self.taken = False
+        """What was broadcast has been received, for good or in vain."""
+
+    def update(self, options: UpdateOptions, announced: Announced) -> SyncReport:
+        """Make what the trainer broadcasts the next version, in a session of its own."""
+        updates, timeout_s = self._updates, self._updates._timeout_s
+        deadline = Deadline(timeout_s)
+        stage = updates._stage(self._group_name, deadline)
+        update = Update(
+            channel=updates._open_channel(),
+            packed=cast(PackedArena, stage),  # an update reads the rest of it only to pack
+            options=options,
+            selector=Selector(
+                stage.layout, cast=True, packed=_no_arena, ignored=lambda names: frozenset()
+            ),
+        )
+        update.begin(deadline)
+        try:
+            self._receive(update, announced)
+            return update.commit(Deadline(timeout_s))
+        except BaseException as error:
+            update.abort(f"{type(error).__name__}: {error}")
+            raise
+
+    def stage(self, update: Update, announced: Announced) -> int:
+        """Receive into a session that is open; how many tensors came."""
+        self._updates._stage(self._group_name, Deadline(self._updates._timeout_s))
+        self._receive(update, announced)
+        return len(announced.names)
+
+    def _receive(self, update: Update, announced: Announced) -> None:
+        timeout_s = self._updates._timeout_s
+        message = Receive(
+            session_id=update.session_id,
+            epoch=update.epoch,
+            group_name=self._group_name,
+            names=tuple(announced.names),
+            dtypes=tuple(announced.dtypes),
+            shapes=tuple(tuple(shape) for shape in announced.shapes),
+            layout=announced.layout,
+            timeout_s=timeout_s,
+        )
+        self._updates._receiving = update
+        try:
+            future = update.channel.submit(message, timeout_s + _GRACE_S)
+            wait(future, message, timeout_s + _GRACE_S)
+        except ManifestMismatch:
+            self.taken = (
+                True  # it says so after all bytes have come, or the engine has left the group
+            )
+            raise
+        finally:
+            self._updates._receiving = None
+        self.taken = True
+        _note(update, message)
+
+
+def _note(update: Update, message: Receive) -> None:
+    """Count what was received, for the report."""
+    layout = update.packed.layout
+    update.num_tensors += len(message.names)
+    for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True):
+        got = parse_dtype(dtype)
+        num = 1
+        for size in shape:
+            num *= size
+        update.num_bytes += num * got.itemsize
+        i = layout.index.get(name)
+        if i is not None and layout.dtypes[i] != got:
+            update.casts.append((name, dtype_name(got), dtype_name(layout.dtypes[i])))
 
 
 def _no_arena(row: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ first update, reused by every later one, and given back by `close()`.
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -170,6 +170,24 @@ class WeightPublisher:
                 self._abandon(update, error)
                 raise
             return update.staged_report(update.num_tensors - before)
+
+    def stage(self, bring: Callable[[Update], int]) -> SyncReport:
+        """As `send`, but `bring` fills the open session in its own way, and says how many tensors came."""
+        with self._lock:
+            update = self._open_update()
+            _refuse_failed(update)
+            try:
+                return update.staged_report(bring(update))
+            except BaseException as error:
+                update.failed = error
+                self._abandon(update, error)
+                raise
+
+    @contextmanager
+    def exclusive(self) -> Iterator[bool]:
+        """Other calls wait meanwhile; yields whether an explicit session is open."""
+        with self._lock:
+            yield self._update is not None
 
     def commit(self) -> SyncReport:
         """End the open session with a new version; with an error when it had failed, or fails now."""
