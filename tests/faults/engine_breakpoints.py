@@ -56,11 +56,16 @@ def install(folder: Path) -> None:
     """Put all points into this process, before it makes an engine."""
     import torch
 
+    from rollout.engine.loop import core, ranks
     from rollout.engine.loop.core import EngineCore
     from weight_sync.receiver.commit import WeightCommit
     from weight_sync.receiver.receiver import WeightReceiver
 
     points = Points(folder)
+    silence = folder / "silence"
+    if silence.exists():
+        ranks.SILENCE_S = float(silence.read_text())
+        core.HEARTBEAT_S = ranks.SILENCE_S / 4
     _before(points, WeightReceiver, "begin", "begin")
     _before(points, WeightReceiver, "stage", "stage")
     _before(points, WeightReceiver, "prepare", "vote")

@@ -167,10 +167,20 @@ class FaultyEngine:
     """An engine in child processes with breakpoints, and what its clients should see."""
 
     def __init__(
-        self, folder: Path, points: Path, reference: Reference, zygote: Zygote, **options: Any
+        self,
+        folder: Path,
+        points: Path,
+        reference: Reference,
+        zygote: Zygote,
+        *,
+        silence_s: float | None = None,
+        **options: Any,
     ) -> None:
+        """silence_s: after how long its ranks give each other up; None: as always."""
         self.folder = folder
         self.points = Breakpoints(points)
+        if silence_s is not None:
+            (points / "silence").write_text(str(silence_s))
         self.reference = reference
         self.tp_size: int = options.get("tp_size", 1)
         use_breakpoints(points, zygote)

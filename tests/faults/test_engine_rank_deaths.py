@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_deaths import all_gone, fails, owner_dies, rank_dies
@@ -14,16 +16,27 @@ from engine_faults import (
     Breakpoints,
     FaultyEngine,
     Nursery,
+    is_alive,
     num_arenas,
     num_descriptors,
     shm_names,
     wait_for,
 )
-from fault_matrix import OWNER_DEATHS, RANK_DEATHS, Case, record
+from fault_matrix import OWNER_DEATHS, PROMPTLY_S, RANK_DEATHS, Case, record
+from sync_support import ToyEngine
+from versions import version_weights
 
 from rollout import Engine
-from weight_sync.errors import EngineDiedError
+from rollout.engine.loop.inbox import Inbox
+from rollout.engine.loop.rank_weights import FollowingWeights, FromRank0, RankChannel
+from rollout.engine.loop.ranks import GroupAgreement
+from rollout.engine.loop.ticks import NullCall
+from weight_sync import WeightPublisher
+from weight_sync.errors import ERRORS, EngineDiedError, ProtocolError, TransportError
 from weight_sync.process_groups.rendezvous import StoreServer
+from weight_sync.publisher.channel import connect_weights
+from weight_sync.wire.messages import GetFingerprint, Hello, WeightReply
+from weight_sync.wire.rpc import RpcClient
 
 
 @pytest.mark.parametrize("case", RANK_DEATHS, ids=str)
@@ -64,6 +77,67 @@ def test_a_killed_owner_takes_its_engine_along(
     outcome = owner_dies(case, owner, points, case.tp_size - 1, nursery, folder)
     wait_for("sockets removed", lambda: socket_folders() <= before)
     record(case, outcome)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_rank_that_stops_for_too_long_inside_the_pause_ends_the_engine_with_a_word(
+    make_engine_with_faults: Callable[..., FaultyEngine], folder: Path, keep: bool
+) -> None:
+    engine = make_engine_with_faults(tp_size=2, silence_s=3.0, keep_previous_weights=keep)
+    with WeightPublisher(engine.address) as publisher:
+        publisher.publish(version_weights(folder, 1))
+        engine.points.stop("commit", 1)
+        started = time.monotonic()
+        with pytest.raises(
+            EngineDiedError
+        ):  # else the next update would find ranks that have parted
+            publisher.publish(version_weights(folder, 2))
+        assert time.monotonic() - started < 3.0 + PROMPTLY_S
+        engine.points.clear()
+        with pytest.raises(EngineDiedError):
+            engine.engine.generate(input_ids=[5], sampling_params={"max_new_tokens": 1})
+    wait_for("the end of its ranks", lambda: not any(map(is_alive, engine.pids)))
+    engine.close()
+
+
+def test_ranks_but_the_first_listen_to_the_first_alone() -> None:
+    toy = ToyEngine()
+    following = FollowingWeights(toy.service, None)
+    address = following.address
+    for message in (Hello(), FromRank0(secret=b"guessed", body=GetFingerprint())):
+        stranger = RpcClient(address.address, WeightReply, errors=ERRORS)
+        with pytest.raises(ProtocolError):
+            stranger.call(message, 5.0)
+        stranger.close()
+    rank_0 = RankChannel(connect_weights(address.address), address.secret)
+    assert rank_0.call(Hello(), 5.0).engine_id == toy.receiver.engine_id
+    rank_0.close()
+    following.close()
+    toy.close()
+
+
+def test_ranks_that_cannot_agree_any_more_say_so_once_and_for_all() -> None:
+    class Broken:
+        rank, size = 0, 2
+
+        def all_gather(self, tensor: Any, dim: int) -> Any:
+            raise TransportError("a peer is gone")
+
+    lost: list[Exception] = []
+    agreement = GroupAgreement(Broken(), lost.append)  # type: ignore[arg-type]
+    for _ in range(3):
+        with pytest.raises(EngineDiedError, match="a peer is gone"):
+            agreement.gather_text("")
+    assert [type(error) for error in lost] == [EngineDiedError]
+    inbox = Inbox()
+    inbox.put_call(NullCall("waits"))  # type: ignore[arg-type]
+    inbox.end(lost[0])
+    for _ in range(2):
+        with pytest.raises(EngineDiedError):
+            inbox.take(0.0)
+    drained: list[Any] = []
+    inbox.drain(drained.append)
+    assert [call.body for call in drained] == ["waits"]
 
 
 def test_an_engine_that_shuts_down_leaves_no_socket_and_no_descriptor(

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from sync_support import ToyHost, eventually, toy_map, weights
 
-from weight_sync.errors import DeadlineExceeded, SessionBusy
+from weight_sync.errors import DeadlineExceeded, SessionBusy, SessionError
 from weight_sync.layout.manifest import Manifest
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.session import Phase, Session
 from weight_sync.transports.local import OpenedLocalArena
-from weight_sync.wire.messages import Abort, Begin, BeginReply, Bucket, GetFingerprint
+from weight_sync.wire.messages import Abort, Begin, BeginReply, Bucket, Commit, GetFingerprint
 from weight_sync.wire.process import current_process
 
 
@@ -157,6 +157,19 @@ def test_a_vote_of_one_of_a_pool_outlives_its_trainer_for_its_lease(
     session.lease_end = 0.0
     receiver.sweep()
     assert receiver._session is None
+
+
+def test_a_vote_of_one_of_a_pool_ends_with_its_lease_although_its_trainer_lives(
+    voted_alone: tuple[WeightReceiver, Begin],
+) -> None:
+    receiver, begin = voted_alone
+    session = receiver._session
+    assert session is not None
+    session.lease_end = 0.0
+    receiver.begin(msgspec.structs.replace(begin, session_id="next"))
+    with pytest.raises(SessionError, match="nothing came for its lease"):
+        receiver.commit(Commit(session_id="s", epoch=session.epoch, timeout_s=1.0))
+    assert receiver.version == 0
 
 
 def trainer_dies(session: Session) -> None:
