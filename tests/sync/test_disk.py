@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,39 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "x").version == 1
     write_checkpoint(tmp_path / "x", weights(2.0), version=2, overwrite=True)
     assert read_checkpoint(tmp_path / "x").version == 2
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_is_replaced_is_whole_under_its_name_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "x", weights(1.0), version=1)
+    seen: list[int | None] = []
+
+    def look_and_die(*arguments: Any, **options: Any) -> None:
+        seen.append(read_checkpoint(tmp_path / "x").version)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        for name in ("os.rename", "os.open", "shutil.rmtree"):
+            patched.setattr(f"weight_sync.transports.disk.{name}", look_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                write_checkpoint(tmp_path / "x", weights(2.0), version=2, overwrite=True)
+            patched.undo()
+    assert len(seen) >= 3 and set(seen) <= {1, 2}
+    assert dict(read_checkpoint(tmp_path / "x").tensors).keys() == weights(1.0).keys()
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x", weights(1.0), version=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(TransportError, match="with room for all tensors"):
+            write_checkpoint(tmp_path / "x", weights(2.0), version=2, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_checkpoint(tmp_path / "x").version == 1
     assert os.listdir(tmp_path) == ["x"]
 
 

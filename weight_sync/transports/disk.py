@@ -1,11 +1,12 @@
 """Weights through a folder of safetensors files, which transformers reads as well.
 
 A folder appears under its name whole or not at all: it is written beside it, its `manifest.json` last, and then
-renamed. The manifest has the fingerprint of every tensor, so a file that was damaged or exchanged later is refused by
-name. A folder without one, such as any other checkpoint, can be read too; then nothing is known against which to
-check it.
+renamed, or exchanged with the one that it replaces. The manifest has the fingerprint of every tensor, so a file that
+was damaged or exchanged later is refused by name. A folder without one, such as any other checkpoint, can be read too;
+then nothing is known against which to check it.
 """
 
+import ctypes
 import json
 import os
 import secrets
@@ -28,6 +29,8 @@ from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = "rollout-checkpoint-1"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 _FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$")]
 
 
@@ -114,24 +117,27 @@ def write_checkpoint(
 ) -> Path:
     """Write tensors, of any layout and device, as a folder of safetensors files of at most `max_shard_bytes` each.
 
-    The folder must not exist, unless `overwrite`. Iterators may reuse one tensor's memory. Returns the folder's path.
+    The folder must not exist, unless `overwrite`; then there is a whole one under its name at any moment, where the
+    file system can exchange two names (Linux; not NFS). Iterators may reuse one tensor's memory. Returns the folder's
+    path; raises `TransportError` when the disk is full or refuses.
     """
     target = Path(folder)
     if target.exists() and not overwrite:
         raise TransportError(
             f"the folder exists: got {target}, expected a new one; choose another name, or overwrite=True"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    staging.mkdir()
+    with _disk_errors(target):
+        staging.mkdir(parents=True)
     try:
         tensors = _write_shards(staging, _items(named_tensors), max_shard_bytes)
         manifest = CheckpointManifest(
             format=_FORMAT, version=version, label=label, tensors=tuple(tensors)
         )
-        _write(staging / MANIFEST_NAME, msgspec.json.format(msgspec.json.encode(manifest)))
-        _sync_folder(staging)
-        _put_in_place(staging, target)
+        with _disk_errors(target):
+            _write(staging / MANIFEST_NAME, msgspec.json.format(msgspec.json.encode(manifest)))
+            _sync_folder(staging)
+            _put_in_place(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -177,7 +183,8 @@ def _write_shards(
     size = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        with _disk_errors(folder):
+            save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
         values = [
             (name, t.to("meta"), f"{tensor_fingerprint(t):016x}") for name, t in pending.items()
         ]
@@ -199,7 +206,8 @@ def _write_shards(
         size += num_bytes
     if pending or not shards:
         flush()
-    return _name_shards(folder, shards)
+    with _disk_errors(folder):
+        return _name_shards(folder, shards)
 
 
 def _name_shards(
@@ -235,11 +243,37 @@ def _name_shards(
 
 def _put_in_place(staging: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.replaced")
-    if target.exists():
+    if not target.exists():
+        os.rename(staging, target)
+    elif _exchange(staging, target):
+        aside = staging
+    else:  # a reader may find neither, for a moment
         os.rename(target, aside)
-    os.rename(staging, target)
+        os.rename(staging, target)
     _sync_folder(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give each the other's name in one go; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at = ctypes.c_int(_AT_FDCWD)
+    flags = ctypes.c_uint(_RENAME_EXCHANGE)
+    return bool(renameat2(at, os.fsencode(one), at, os.fsencode(other), flags) == 0)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TransportError(
+            f"cannot write a checkpoint at {path}: got {error}, expected a writable folder with room for all tensors; "
+            "free some, or choose another place"
+        ) from error
 
 
 def _write(path: Path, data: bytes) -> None:
