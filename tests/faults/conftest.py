@@ -17,11 +17,15 @@ _spec.loader.exec_module(_module)
 sys.path.insert(0, str(Path(__file__).parent))
 _engines = importlib.import_module("engine_fixtures")
 
+_left = importlib.import_module("left_behind")
+
 child = _module.child
 engine = _module.engine
 make_engine = _module.make_engine
 engine_of = _engines.engine_of
 folder = _engines.folder
+no_timer_or_thread_outlives_its_test = _left.no_timer_or_thread_outlives_its_test
+nothing_outlives_its_module = _left.nothing_outlives_its_module
 make_engine_with_faults = _engines.make_engine_with_faults
 nursery = _engines.nursery
 reference = _engines.reference

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ from weight_sync import WeightPublisher
 from weight_sync.transports.disk import write_checkpoint
 
 OLD, NEW, NEXT = 1, 2, 3
+
+
+@contextmanager
+def released_after(seconds: float, engine: Any) -> Iterator[None]:
+    """No breakpoint holds longer than that; none is released by this once the block is left."""
+    late = threading.Timer(seconds, engine.points.clear)
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        late.join()
 
 
 def lie(case: Case, engine: Any, publisher: WeightPublisher, folder: Path, tmp_path: Path) -> None:
@@ -59,9 +72,8 @@ def lie(case: Case, engine: Any, publisher: WeightPublisher, folder: Path, tmp_p
                 hasty.send(new)
                 engine.points.stop("step", 0)
                 engine.points.reached("step", 0)
-                late = threading.Timer(3.0, engine.points.clear)
-                late.start()
-                hasty.commit()
+                with released_after(3.0, engine):
+                    hasty.commit()
         case "last rank raises" | "last rank raises half-way":
             engine.points.fail(case.phase, last)
             publisher.publish(new, label="lie")
