@@ -6,7 +6,6 @@ An error is one line: which parameter, what was got, what was expected, what to 
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import operator
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from .errors import InvalidRequestError
+from .hints import best_match
 
 GREEDY_TEMPERATURE = 1e-6
 """Below this temperature a request is greedy and its log-probabilities are untempered."""
@@ -173,15 +173,6 @@ _UNSUPPORTED = {
     "stop_regex": "stop patterns",
     "custom_params": "custom logit processors",
 }
-_SYNONYMS = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "seed": "sampling_seed",
-    "num_return_sequences": "n",
-    "do_sample": "temperature",
-}
 
 
 def _known_items(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,8 +187,7 @@ def _known_items(value: Mapping[str, Any]) -> dict[str, Any]:
                     name, item, f"None, as {_UNSUPPORTED[name]} is not supported", "leave it out"
                 )
         else:
-            near = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.0)
-            hint = _SYNONYMS.get(name) or near[0]
+            hint = best_match(str(name), _FIELDS, cutoff=0.0)
             raise InvalidRequestError(
                 f"sampling parameters: got unknown name {name!r}, expected one of "
                 f"{', '.join(_FIELDS)}; did you mean {hint!r}?"

@@ -8,7 +8,6 @@ overrides is one `ConfigError`; an unknown key is answered with the nearest know
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import tomllib
 import types
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .errors import ConfigError
+from .hints import best_match
 
 T = TypeVar("T")
 
@@ -78,20 +78,20 @@ def default_of(cls: type, key: str) -> Any:
 
 def nearest(key: str, known: Sequence[str]) -> str:
     """The end of an error message: the known key that `key` was probably meant to be, or all of them."""
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {matches[0]!r}?" if matches else f"known keys: {', '.join(known)}"
+    match = best_match(key, known, cutoff=0.5)
+    return f"did you mean {match!r}?" if match else f"known keys: {', '.join(known)}"
 
 
 def _nearest_in_tree(root: type, siblings: Sequence[str], key: str) -> str:
     """As `nearest`: first among the keys of the same section, then by last name anywhere below `root`."""
-    matches = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if not matches:
+    match = best_match(key, siblings)
+    if match is None:
         by_name: dict[str, str] = {}
         for dotted in _dotted_keys(root):
             by_name.setdefault(dotted.rpartition(".")[2], dotted)
-        found = difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.6)
-        matches = [by_name[name] for name in found]
-    return f"did you mean {matches[0]!r}?" if matches else nearest(key, siblings)
+        found = best_match(key.rpartition(".")[2], list(by_name))
+        match = by_name[found] if found else None
+    return f"did you mean {match!r}?" if match else nearest(key, siblings)
 
 
 def _dotted_keys(cls: type, prefix: str = "") -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import difflib
 import logging
 import threading
 import weakref
@@ -19,6 +18,7 @@ from weight_sync.wire.process import Home
 
 from ..config import EngineConfig
 from ..errors import ConfigError, InvalidRequestError
+from ..hints import did_you_mean
 from ..protocol.commands import (
     MEMORY_TAGS,
     AbortRequests,
@@ -236,9 +236,9 @@ def engine_config(model_path: str | Path, options: dict[str, Any]) -> EngineConf
     known = [field.name for field in dataclasses.fields(EngineConfig)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"Engine: got an unknown option {name!r}; {hint}")
+            raise ConfigError(
+                f"Engine: got an unknown option {name!r}; {did_you_mean(name, known)}"
+            )
     values = dict(options)
     if "dtype" in values and not isinstance(values["dtype"], str):
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequestError
+from ..hints import did_you_mean
 from ..protocol.commands import Generate, PromptSpec, SampleUpdate
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer, encode_prompts
@@ -180,8 +180,7 @@ def _spread(value: Any, num: int, name: str) -> list[Any]:
 def _refuse_unsupported(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in UNSUPPORTED:
-            near = difflib.get_close_matches(name, _KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KNOWN)}"
+            hint = did_you_mean(name, _KNOWN)
             raise InvalidRequestError(f"generate: got an unknown argument {name}={value!r}; {hint}")
         if value not in (None, False):
             raise InvalidRequestError(

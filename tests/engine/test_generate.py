@@ -389,7 +389,7 @@ def test_flush_cache_refuses_while_requests_run(engine: Engine) -> None:
         ({"input_ids": [1], "sampling_params": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"input_ids": [1], "sampling_params": {"top_p": 2}}, "top_p"),
         ({"input_ids": [1], "sampling_params": {"logit_bias": {"400": 1.0}}}, "logit_bias"),
-        ({"input_ids": [1], "retrun_logprob": True}, "did you mean return_logprob"),
+        ({"input_ids": [1], "retrun_logprob": True}, "did you mean 'return_logprob'"),
         ({"input_ids": [1], "lora_path": "x"}, "not supported"),
         ({"input_ids": [1], "return_logprob": True, "logprob_start_len": 5}, "logprob_start_len"),
         ({"input_ids": [1], "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),

@@ -37,7 +37,7 @@ THIRD_PARTIES = {
 
 #: The parts of `rollout`, in the order in which they may import: only from earlier lines and their own.
 ORDER = [
-    ["types", "config", "errors", "sampling_params", "settings"],
+    ["types", "config", "errors", "hints", "sampling_params", "settings"],
     ["protocol", "tokenizer"],
     ["scheduling", "cache"],
     ["layers"],
