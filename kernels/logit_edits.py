@@ -113,10 +113,17 @@ def edit(  # type: ignore[no-untyped-def]
         z = tl.where(count != 0, tl.where(z > 0, tl.div_rn(z, factor), z * factor), z)
         num = (count & 0x7FFF).to(tl.float32)
         z -= tl.load(frequency + row) * num + tl.where(num > 0, tl.load(presence + row), 0.0)
-    for i in range(tl.load(num_biases + row)):
-        token = tl.load(bias_ids + row * B + i)
-        if (token >= first) & (token < end):
+    num_ids = tl.load(num_biases + row)
+    for block in range(tl.cdiv(num_ids, 64)):
+        index = block * 64 + tl.arange(0, 64)
+        tokens = tl.load(bias_ids + row * B + index, mask=index < num_ids, other=-1)
+        here = tl.where((tokens >= first) & (tokens < end), index, 0x7FFFFFFF)
+        i = tl.min(here, 0)
+        while i < 0x7FFFFFFF:  # one after another those in these columns, mostly few
+            token = tl.load(bias_ids + row * B + i)
             z = tl.where(column == token, z + tl.load(biases + row * B + i), z)
+            here = tl.where(here == i, 0x7FFFFFFF, here)
+            i = tl.min(here, 0)
     if position < tl.load(min_tokens + row):
         for i in range(tl.load(num_ends + row)):
             token = tl.load(end_ids + row * E + i)

@@ -6,8 +6,8 @@ For chunk c (CHUNK neighbouring columns) of row r with temperature T:
     sums[r, c]   = sum over v in c of exp((z[r, v] - maxima[r, c]) / T)         in float32
 
 from which all else follows: the sum of the whole row, its logarithm, the chunk in which a draw falls, the largest
-elements. Once for the raw logits and, for rows that something edits, once for the edited ones, with one read. A chunk
-of minus infinities has the sum 0; a NaN or plus infinity makes its sum NaN. A chunk's values depend on its own columns
+elements. Once for the raw logits and, for rows that something edits, once more for the edited ones. A chunk of minus
+infinities has the sum 0; a NaN or plus infinity makes its sum NaN. A chunk's values depend on its own columns
 alone: neither on the other rows nor on how many there are.
 
 R rows, V vocabulary, C chunks.
@@ -24,11 +24,12 @@ from . import logit_edits
 from .launching import jit, launching_on, next_power_of_two, tl
 from .logit_edits import LogitEdits, edit, is_edited
 
-CHUNK = 1024
+CHUNK = 512
 """Columns of a chunk."""
 _CHUNKS = 4
 """Chunks that one program reads."""
-_WARPS = 4
+_WARPS = 2
+_EDITED_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +81,6 @@ def row_totals(maxima, sums, num_chunks, factor, NUM: tl.constexpr):  # type: ig
 
 
 @jit
-def _store_chunks(z, factor, maxima, sums, inside):  # type: ignore[no-untyped-def]
-    m = tl.max(z, 1)
-    base = tl.where(m == float("-inf"), 0.0, m)
-    s = tl.sum(tl.exp2((z - base[:, None]) * factor), 1)
-    tl.store(maxima, m, mask=inside)
-    tl.store(sums, s, mask=inside)
-
-
-@jit
 def _stats_kernel(  # type: ignore[no-untyped-def]
     logits,
     logit_rows,
@@ -96,6 +88,7 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
     positions,
     stride,
     V,
+    tiles,
     maxima,
     sums,
     plane,
@@ -108,36 +101,43 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """CHUNKS chunks of one row."""
+    """`tiles` times CHUNKS chunks of one row; with EDITS, edited, of a row that is."""
     row = tl.program_id(1)
-    source = row.to(tl.int64)
-    if INDEXED:
-        source = tl.load(logit_rows + row).to(tl.int64)
-    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
-    column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    at = logits + source * stride + column
-    z = tl.load(at, mask=column < V, other=float("-inf")).to(tl.float32)
-    factor = 1.4426950408889634 / tl.load(temperature + row)
-    to = row.to(tl.int64) * num_chunks + chunk
-    inside = chunk < num_chunks
-    _store_chunks(z, factor, maxima + to, sums + to, inside)
+    wanted = True
+    position = 0
     if EDITS:
         position = tl.load(positions + row)
-        if is_edited(row, position, edits):
-            first = tl.program_id(0) * CHUNKS * CHUNK
-            z = edit(
-                z,
-                column,
-                first,
-                first + CHUNKS * CHUNK,
-                row,
-                position,
-                V,
-                edits,
-                B,
-                E,
-            )
-            _store_chunks(z, factor, maxima + plane + to, sums + plane + to, inside)
+        wanted = is_edited(row, position, edits)
+    if wanted:
+        source = row.to(tl.int64)
+        if INDEXED:
+            source = tl.load(logit_rows + row).to(tl.int64)
+        factor = 1.4426950408889634 / tl.load(temperature + row)
+        for i in range(tiles):
+            chunk = (tl.program_id(0) * tiles + i) * CHUNKS + tl.arange(0, CHUNKS)
+            column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            at = logits + source * stride + column
+            z = tl.load(at, mask=column < V, other=float("-inf")).to(tl.float32)
+            to = row.to(tl.int64) * num_chunks + chunk
+            if EDITS:
+                first = (tl.program_id(0) * tiles + i) * CHUNKS * CHUNK
+                end = first + CHUNKS * CHUNK
+                z = edit(z, column, first, end, row, position, V, edits, B, E)
+                to += plane
+            inside = chunk < num_chunks
+            m = tl.max(z, 1)
+            base = tl.where(m == float("-inf"), 0.0, m)
+            s = tl.sum(tl.exp2((z - base[:, None]) * factor), 1)
+            tl.store(maxima + to, m, mask=inside)
+            tl.store(sums + to, s, mask=inside)
+
+
+def tiles_per_program(num_rows: int, num_tiles: int) -> int:
+    """How many tiles a program takes of a row in which it may have nothing to do. Results do not depend on it.
+
+    Programs that end at once cost a nanosecond each; programs that have something to do read their tiles one by one.
+    """
+    return min(max(num_rows * num_tiles // 4096, 1), 4)
 
 
 def compute_stats(
@@ -159,21 +159,25 @@ def compute_stats(
     assert stats.maxima.shape[2] == -(-vocab_size // CHUNK)
     assert edits is None or positions is not None
     kernel: Any = _stats_kernel
+    num_tiles = -(-stats.maxima.shape[2] // _CHUNKS)
     with launching_on(logits):
-        kernel[(-(-stats.maxima.shape[2] // _CHUNKS), num_rows)](
-            logits,
-            temperature if logit_rows is None else logit_rows,
-            temperature,
-            temperature if positions is None else positions,
-            logits.stride(0),
-            vocab_size,
-            **stats.arguments(),
-            **logit_edits.arguments(edits),
-            INDEXED=logit_rows is not None,
-            CHUNKS=_CHUNKS,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,  # edits are rounded step by step
-        )
+        for part in (None,) if edits is None else (None, edits):
+            tiles = 1 if part is None else tiles_per_program(num_rows, num_tiles)
+            kernel[(-(-num_tiles // tiles), num_rows)](
+                logits,
+                temperature if logit_rows is None else logit_rows,
+                temperature,
+                temperature if positions is None else positions,
+                logits.stride(0),
+                vocab_size,
+                tiles,
+                **stats.arguments(),
+                **logit_edits.arguments(part),
+                INDEXED=logit_rows is not None,
+                CHUNKS=_CHUNKS,
+                num_warps=_WARPS if part is None else _EDITED_WARPS,
+                enable_fp_fusion=False,  # edits are rounded step by step
+            )
 
 
 def reference(logits: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ Logarithms are of the raw logits over the whole vocabulary, whatever edits and f
 on the row's logits, its parameters, its seed and its position, and on nothing else: chunks of the vocabulary and the
 order of all sums are fixed. Up to the rounding of sums it is the draw of the engine's CPU sampler.
 
-Plain rows cost one read of the logits; edited rows one of their count table besides; filtered rows two to three more.
+Plain rows cost one read of the logits; edited rows two, and one of their count table; filtered rows one more.
 
 How it is called, once a step, in a CUDA graph or not; nothing is allocated, nothing is read by the host:
 
@@ -34,10 +34,12 @@ from typing import Any
 import torch
 
 from . import logit_edits, logit_filters
+from .filter_bounds import is_filtered
 from .launching import jit, launching_on, tl
 from .logit_edits import LogitEdits, count_token, edit, is_edited
-from .logit_filters import SamplingFilters, is_filtered
+from .logit_filters import FilterScratch, SamplingFilters
 from .logit_stats import LogitStats, compute_stats, row_totals
+from .random_numbers import uniform
 
 _WARPS = 4
 
@@ -85,38 +87,18 @@ class SamplingScratch:
 
     stats: LogitStats
     """Chunks of all rows."""
-    bounds: torch.Tensor
-    """(R) float32: the least edited logit that filters leave."""
-    candidates: torch.Tensor
-    """(R, logit_filters.CAPACITY) float32, or no row where nothing will be filtered."""
+    filters: FilterScratch | None
+    """None: nothing will be filtered."""
 
     @classmethod
     def allocate(
         cls, num_rows: int, vocab_size: int, device: torch.device, *, filters: bool = True
     ) -> SamplingScratch:
-        """Memory for up to `num_rows` rows: 20 bytes per chunk, and with `filters` 32 KiB per row."""
-        shape = (num_rows if filters else 0, logit_filters.CAPACITY)
+        """Memory for up to `num_rows` rows: 20 bytes per chunk, and with `filters` 64 KiB per row."""
         return cls(
             stats=LogitStats.allocate(num_rows, vocab_size, device),
-            bounds=torch.empty(num_rows, dtype=torch.float32, device=device),
-            candidates=torch.empty(shape, dtype=torch.float32, device=device),
+            filters=FilterScratch.allocate(num_rows, device) if filters else None,
         )
-
-
-@jit
-def _mix64(value):  # type: ignore[no-untyped-def]
-    """splitmix64 of a uint64."""
-    value = value + 0x9E3779B97F4A7C15
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
-    return value ^ (value >> 31)
-
-
-@jit
-def _uniform(seed, position):  # type: ignore[no-untyped-def]
-    """A float64 in [0, 1)."""
-    mixed = _mix64(_mix64(seed.to(tl.uint64, bitcast=True)) + position.to(tl.uint64))
-    return (mixed >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
 
 
 @jit
@@ -148,6 +130,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     top_p,
     min_p,
     bounds,
+    chosen,
     token_ids,
     logprobs,
     bad,
@@ -181,15 +164,18 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
             )
     bound = float("-inf")
     least = 0.0
+    already = -1
     if FILTERS:
         if is_filtered(row, V, takes_largest, top_k, top_p, min_p):
-            chunk_sum = sums + 2 * plane + start + tl.arange(0, NUM)
-            kept = tl.load(chunk_sum, mask=tl.arange(0, NUM) < num_chunks, other=0.0)
-            weights = tl.where(weights == weights, (kept * scale).to(tl.float64), weights)
-            bound = tl.load(bounds + row)
-            least = tl.load(min_p + row)
+            already = tl.load(chosen + row)
+            if already < 0:
+                chunk_sum = sums + 2 * plane + start + tl.arange(0, NUM)
+                kept = tl.load(chunk_sum, mask=tl.arange(0, NUM) < num_chunks, other=0.0)
+                weights = tl.where(weights == weights, (kept * scale).to(tl.float64), weights)
+                bound = tl.load(bounds + row)
+                least = tl.load(min_p + row)
     total = tl.sum(weights, 0)
-    target = _uniform(tl.load(seeds + row), position) * total
+    target = uniform(tl.load(seeds + row), position) * total
     index = tl.arange(0, NUM)
     chunk, before = _first_beyond(weights, target, index, NUM)
     largest = tl.min(tl.where(m == peak, index, NUM - 1), 0)
@@ -222,6 +208,8 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     found, _ = _first_beyond(weight.to(tl.float64), inner, offset, CHUNK)
     first = tl.min(tl.where(z == chunk_peak, offset, CHUNK - 1), 0)
     token = tl.minimum(chunk * CHUNK + tl.where(takes_largest, first, found), V - 1)
+    if FILTERS:
+        token = tl.where(already >= 0, already, token)
 
     # Neither comparison holds for NaN; an infinite peak makes its chunk's sum NaN.
     good = (total > 0) & (raw_total > 0)
@@ -261,15 +249,16 @@ def sample(
     )
     greedy = rows.greedy.view(torch.uint8)
     if filters is not None:
-        logit_filters.compute_bounds(
+        assert scratch.filters is not None
+        logit_filters.apply_filters(
             logits,
+            rows.seeds,
+            rows.positions,
             rows.temperature,
             greedy,
-            rows.positions,
             stats,
-            scratch.bounds,
-            scratch.candidates,
             filters,
+            scratch.filters,
             logit_rows=rows.logit_rows,
             edits=edits,
         )
@@ -287,7 +276,8 @@ def sample(
             **stats.arguments(),
             **logit_edits.arguments(edits),
             **logit_filters.arguments(filters, rows.temperature),
-            bounds=scratch.bounds,
+            bounds=rows.temperature if scratch.filters is None else scratch.filters.bounds,
+            chosen=rows.seeds if scratch.filters is None else scratch.filters.chosen,
             token_ids=out.token_ids,
             logprobs=out.logprobs,
             bad=out.bad.view(torch.uint8),
