@@ -17,10 +17,9 @@ from rollout.config import EngineConfig
 from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop.build import build_core
 from rollout.engine.loop.core import EngineCore
-from rollout.layers import linear
+from rollout.layers import linear, torch_step
 from rollout.layers.attention import PagedAttention
 from rollout.layers.norm import RMSNorm
-from rollout.models import decoder
 from rollout.protocol.commands import Generate, Shutdown
 
 REST = "forward: the rest"
@@ -92,8 +91,8 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     timer.watch(PagedAttention, "_decode", "forward: attention, kernel")
     timer.watch(PagedAttention, "_prefill", "forward: attention, kernel")
     timer.watch(RMSNorm, "forward", "forward: norms")
-    timer.watch(decoder, "rotate_", "forward: rotary")
-    timer.watch(decoder, "silu", "forward: activation")
+    timer.watch(torch_step, "rotate_", "forward: rotary")
+    timer.watch(torch_step, "silu", "forward: activation")
     timer.watch(core.runner, "compute_logits", "logits")
     timer.watch(core.post._sampler, "sample", "sampling")
     timer.watch(core.post, "sample", "postprocess")

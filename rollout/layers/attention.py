@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .step import AttentionLayer
 from .workspace import Workspace
 
 
@@ -64,16 +65,14 @@ class PagedStep:
 
 
 class PagedAttention:
-    """Attention of one layer over its part of the KV pool. Holds no parameters."""
+    """Attention over one layer's part of the KV pool; called once per layer."""
 
-    def __init__(
-        self, *, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int | None
-    ) -> None:
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.sliding_window = sliding_window
-        self.scale = head_dim**-0.5
+    def __init__(self, layer: AttentionLayer) -> None:
+        self.num_heads = layer.num_heads
+        self.num_kv_heads = layer.num_kv_heads
+        self.head_dim = layer.head_dim
+        self.sliding_window = layer.sliding_window
+        self.scale = layer.scale
 
     def forward(
         self, queries: torch.Tensor, kv: torch.Tensor, pool: torch.Tensor, step: PagedStep

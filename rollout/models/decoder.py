@@ -6,38 +6,22 @@ and K KV heads of this rank, D head size, I feed-forward width of this rank, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
 
 from weight_sync.layout.weight_map import Placement, WeightMap
 
-from ..layers.attention import PagedAttention, PagedStep
 from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.norm import RMSNorm
-from ..layers.rotary import Angles, RotaryEmbedding, rotate_
+from ..layers.rotary import RotaryEmbedding
 from ..layers.shards import OutputRows, split_evenly, split_kv_heads
 from ..layers.single_group import TensorParallelGroup
+from ..layers.step import AttentionLayer, LayerStep
 from .arena import ParameterArena
 from .model_config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderStep:
-    """One step's inputs, in row order; built once, read by all layers."""
-
-    token_ids: torch.Tensor
-    """(T) int64."""
-    positions: torch.Tensor
-    """(T) int64."""
-    paged: PagedStep
-    """Where keys and values go, and what each query sees."""
-    pools: Sequence[torch.Tensor]
-    """Each layer's KV pool, (blocks, block size, 2, K, D)."""
 
 
 class Attention(nn.Module):
@@ -73,28 +57,19 @@ class Attention(nn.Module):
             bias=config.output_bias,
             tp=tp,
         )
-        self.attend = PagedAttention(
+        self.layer = AttentionLayer(
+            index=layer,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=head_dim,
             sliding_window=config.sliding_windows[layer],
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
         )
 
-    def forward(
-        self, x: torch.Tensor, angles: Angles, pool: torch.Tensor, step: PagedStep
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """x (T, E) -> (T, E)."""
-        num_tokens, workspace = x.shape[0], step.workspace
-        qkv = self.qkv(x)
-        heads = qkv.view(num_tokens, -1, self.head_dim)
-        rotated = heads[:, : self.num_heads + self.num_kv_heads]
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            self.q_norm(queries, queries, workspace)
-            self.k_norm(keys, keys, workspace)
-        rotate_(rotated, angles, workspace)
-        kv = qkv[:, self.num_heads * self.head_dim :]
-        return self.output(self.attend.forward(queries, kv, pool, step))
+        return self.output(step.attend(self.qkv(x), self.layer))
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -125,11 +100,9 @@ class FeedForward(nn.Module):
             "down_proj", width, config.hidden_size, bias=config.mlp_bias, tp=tp
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """x (T, E) -> (T, E)."""
-        fused = self.gate_up(x)
-        gate, up = fused[:, : self.size], fused[:, self.size :]
-        return self.down(silu(gate, inplace=True).mul_(up))
+        return self.down(step.gate(self.gate_up(x)))
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -138,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on a normalised input and added to the residual stream."""
+    """Attention and feed-forward, each on a normalised input; what they give is added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallelGroup) -> None:
         super().__init__()
@@ -148,14 +121,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config, tp)
 
     def forward(
-        self, residual: torch.Tensor, angles: Angles, pool: torch.Tensor, step: PagedStep
-    ) -> None:
-        """Add this layer's contribution to residual (T, E), in place."""
-        workspace, shape = step.workspace, tuple(residual.shape)
-        normed = self.attention_norm(residual, workspace.take("normed", shape), workspace)
-        residual.add_(self.attention(normed, angles, pool, step))
-        normed = self.feed_forward_norm(residual, normed, workspace)
-        residual.add_(self.feed_forward(normed))
+        self, residual: torch.Tensor, x: torch.Tensor | None, step: LayerStep
+    ) -> torch.Tensor:
+        """Add x (T, E), what the layer before contributes, to residual (T, E), in place; this layer's contribution."""
+        normed = step.norm(residual, x, self.attention_norm)
+        normed = step.norm(residual, self.attention(normed, step), self.feed_forward_norm)
+        return self.feed_forward(normed, step)
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """Parts of the checkpoint in memory order."""
@@ -190,21 +161,21 @@ class Decoder(nn.Module):
             else ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+        """Angles of positions; the step's to apply."""
 
     @property
     def num_kv_heads(self) -> int:
         """KV heads of this rank."""
         return split_kv_heads(self.config.num_kv_heads, self.tp)[1]
 
-    def forward(self, step: DecoderStep) -> torch.Tensor:
-        """Hidden states after the final norm, (T, E), in scratch memory: valid until the next step."""
-        workspace = step.paged.workspace
-        shape = (step.token_ids.shape[0], self.config.hidden_size)
-        residual = self.embedding(step.token_ids, workspace.take("residual", shape))
-        angles = self.rotary.angles(step.positions, residual.dtype)
-        for layer, pool in zip(self.layers, step.pools, strict=True):
-            layer(residual, angles, pool, step.paged)
-        return self.norm(residual, workspace.take("normed", shape), workspace)
+    def forward(self, token_ids: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        """token_ids (T) -> hidden states after the final norm, (T, E), valid until the next step."""
+        shape = (token_ids.shape[0], self.config.hidden_size)
+        residual = self.embedding(token_ids, step.take("residual", shape))
+        x: torch.Tensor | None = None
+        for layer in self.layers:
+            x = layer(residual, x, step)
+        return step.norm(residual, x, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank."""

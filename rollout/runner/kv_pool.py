@@ -38,8 +38,13 @@ class KVPool:
         if not pairs:
             return
         device = self.memory.device
-        sources = torch.tensor([source for source, _ in pairs], device=device)
-        destinations = torch.tensor([destination for _, destination in pairs], device=device)
+        self.copy_on_device(
+            torch.tensor([source for source, _ in pairs], device=device),
+            torch.tensor([destination for _, destination in pairs], device=device),
+        )
+
+    def copy_on_device(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+        """The same with (N) int64 tensors on the pool's device."""
         self.memory.index_copy_(1, destinations, self.memory.index_select(1, sources))
 
     def clear_blocks(self, blocks: torch.Tensor) -> None:

@@ -8,22 +8,13 @@ import torch
 
 from weight_sync.layout.weight_map import WeightMap
 
-from ..layers.attention import PagedStep
 from ..layers.single_group import SingleGroup, TensorParallelGroup
-from ..layers.workspace import Workspace
 from ..models.build import build_model
-from ..models.decoder import Decoder, DecoderStep
+from ..models.decoder import Decoder
 from ..models.model_config import ModelConfig
 from ..scheduling.batch import ScheduledBatch
-from .forward_batch import AttentionPlanner, ForwardBatch, GroupLimits, Ints
+from .attention_backend import BackendContext, DrawnTokens, make_backend, resolve_backend
 from .kv_pool import KVPool
-
-_GATHER_BYTES = 8 << 20
-"""Keys and values gathered at once; measured flat from 4 to 16 MB with a last-level cache of 32 MB."""
-_PADDING_BYTES = 512 << 10
-"""Keys and values gathered in vain per call; takes about as long as the call itself."""
-_PADDED_QUERIES = 8192
-"""Padded query tokens in one call."""
 
 
 class ModelRunner:
@@ -42,6 +33,7 @@ class ModelRunner:
         block_size: int,
         num_blocks: int,
         tp: TensorParallelGroup | None = None,
+        attention_backend: str = "auto",
     ) -> None:
         self.model_config = model_config
         self.dtype = dtype
@@ -58,14 +50,17 @@ class ModelRunner:
             dtype=dtype,
             device=self.device,
         )
-        self._workspace = Workspace(dtype, self.device)
-        block_bytes = self.kv_bytes_per_block // model_config.num_layers
-        self.limits = GroupLimits(
-            max_blocks=max(1, _GATHER_BYTES // block_bytes),
-            max_padding_blocks=max(1, _PADDING_BYTES // block_bytes),
-            max_queries=_PADDED_QUERIES,
+        self.backend = make_backend(
+            resolve_backend(attention_backend, self.device),
+            BackendContext(
+                config=model_config,
+                model=self.model,
+                kv_pool=self.kv_pool,
+                dtype=dtype,
+                device=self.device,
+                block_size=block_size,
+            ),
         )
-        """When sequences share a kernel call; a matter of speed alone, and may be changed between steps."""
 
     @property
     def weight_map(self) -> WeightMap:
@@ -88,20 +83,21 @@ class ModelRunner:
             dtype=self.dtype,
         )
 
-    def forward(self, batch: ScheduledBatch) -> torch.Tensor:
+    def forward(self, batch: ScheduledBatch, drawn: DrawnTokens | None = None) -> torch.Tensor:
         """Compute all tokens of `batch` and store their keys and values, after the batch's own block copies.
 
-        Returns hidden states (T, hidden), rows in item order: a fresh tensor, the caller's to keep.
+        Tokens that the host does not know yet are those of `drawn`. Returns hidden states (T, hidden), rows in item
+        order: a fresh tensor, the caller's to keep.
         """
         hidden = torch.empty(
             (batch.num_tokens, self.model_config.hidden_size), dtype=self.dtype, device=self.device
         )
         with torch.inference_mode():
-            self.kv_pool.copy_blocks(batch.block_copies)
-            host = ForwardBatch.of(batch.items, self.block_size)
-            self.kv_pool.clear_blocks(self._upload(host.partial_blocks))
-            rows = self._upload(host.item_rows)
-            return torch.index_select(self.model(self._step(host)), 0, rows, out=hidden)
+            planned = self.backend.plan(batch, drawn)
+            states = self.model(planned.token_ids, planned.step)
+            if planned.item_rows is None:
+                return hidden.copy_(states)
+            return torch.index_select(states, 0, planned.item_rows, out=hidden)
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """hidden_rows (R, hidden) -> float32 logits (R, vocab): a fresh tensor, the caller's to overwrite."""
@@ -118,20 +114,3 @@ class ModelRunner:
     def refresh_derived_state(self) -> None:
         """Recompute what is a function of the parameters; to be called after every change of them."""
         self.model.refresh_derived_state()
-
-    def _step(self, host: ForwardBatch) -> DecoderStep:
-        plans = {
-            window: AttentionPlanner(host, window, self.block_size, self.limits).groups(
-                self.dtype, self.device
-            )
-            for window in dict.fromkeys(self.model_config.sliding_windows)
-        }
-        return DecoderStep(
-            token_ids=self._upload(host.token_ids),
-            positions=self._upload(host.positions),
-            paged=PagedStep(slots=self._upload(host.slots), plans=plans, workspace=self._workspace),
-            pools=self.kv_pool.layers,
-        )
-
-    def _upload(self, indices: Ints) -> torch.Tensor:
-        return torch.from_numpy(indices).to(self.device)

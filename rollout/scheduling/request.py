@@ -9,6 +9,9 @@ from ..cache.sequence import CachedSequence
 from ..sampling_params import SamplingParams
 from ..types import RequestStatus
 
+PENDING = -1
+"""In `token_ids`, as the last one: a token that is drawn, but that the host does not know yet."""
+
 
 class SampleGroup:
     """Requests with the same prompt, whose prompt is computed once.

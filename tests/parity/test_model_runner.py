@@ -91,7 +91,7 @@ def test_the_block_size_does_not_matter(
 @pytest.mark.parametrize("limit", [1, 5])
 def test_the_grouping_does_not_matter(limit, variant_folder, hand_driver, reference_logprobs):
     driver = hand_driver(variant_folder)
-    driver.runner.limits = GroupLimits(
+    driver.runner.backend.limits = GroupLimits(
         max_blocks=limit * 4, max_padding_blocks=limit, max_queries=limit * 8
     )
     requests = [driver.request(ids) for ids in random_tokens(10, 3, 4, 4, 9, 21, 30)]

@@ -1,0 +1,119 @@
+"""A step in fused kernels over the paged pool: nothing in it waits for the host, and a CUDA graph can hold it.
+
+N sequences, T tokens, E hidden size, H query heads, K KV heads, D head size, I feed-forward width, S block size,
+P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rollout_kernels.fused_norm import add_rms_norm
+from rollout_kernels.paged_decode import DecodeWorkspace, paged_decode
+from rollout_kernels.paged_prefill import paged_prefill
+from rollout_kernels.qk_norm_rope import HeadNorms, rotate_and_store
+from rollout_kernels.silu_mul import silu_mul
+
+from .norm import RMSNorm
+from .step import AttentionLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBatch:
+    """One step's indices on the model's device, all int32; decodes come first, then prefill chunks, in item order."""
+
+    positions: torch.Tensor
+    """(T)."""
+    slots: torch.Tensor
+    """(T): block * S + offset of each token's key and value; -1: a row of padding."""
+    block_tables: torch.Tensor
+    """(N, most blocks)."""
+    seq_lens: torch.Tensor
+    """(N): tokens of each sequence with this step's; 0: a row of padding."""
+    num_decodes: int
+    """The first this many sequences have one token, their last."""
+    query_starts: torch.Tensor | None
+    """(N - num_decodes + 1): where each later sequence's tokens start, counted from row `num_decodes`; None: none."""
+    max_query_len: int
+    """Most tokens of a later sequence in this step."""
+    max_len: int
+    """No decoding sequence is longer."""
+
+
+class TritonStep:
+    """`LayerStep` in fused kernels."""
+
+    def __init__(
+        self,
+        batch: DeviceBatch,
+        *,
+        pools: Sequence[torch.Tensor],
+        rotary_table: torch.Tensor,
+        workspace: DecodeWorkspace,
+        deterministic: bool = False,
+    ) -> None:
+        self._batch = batch
+        self._pools = pools
+        self._table = rotary_table
+        self._workspace = workspace
+        self._deterministic = deterministic
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Fresh memory: what a captured graph holds must be its own."""
+        return torch.empty(shape, dtype=self._table.dtype, device=self._table.device)
+
+    def norm(self, residual: torch.Tensor, x: torch.Tensor | None, norm: RMSNorm) -> torch.Tensor:
+        """The sum and its norm in one kernel; the norm goes where `x` was."""
+        out = torch.empty_like(residual) if x is None else x
+        return add_rms_norm(residual, x, norm.weight, norm.eps, out)
+
+    def attend(self, qkv: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+        """One kernel up to the pool, then one for the decodes and one for the rest."""
+        batch, pool = self._batch, self._pools[layer.index]
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = HeadNorms(
+                query=layer.q_norm.weight, key=layer.k_norm.weight, eps=layer.q_norm.eps
+            )
+        queries = rotate_and_store(
+            qkv, pool, self._table, batch.positions, batch.slots, norms=norms
+        ).unflatten(1, (layer.num_heads, layer.head_dim))
+        out = torch.empty(queries.shape, dtype=qkv.dtype, device=qkv.device)
+        num = batch.num_decodes
+        if num:
+            paged_decode(
+                queries[:num],
+                pool,
+                batch.block_tables[:num],
+                batch.seq_lens[:num],
+                out[:num],
+                scale=layer.scale,
+                window=layer.sliding_window,
+                workspace=self._workspace,
+                deterministic=self._deterministic,
+                max_len=batch.max_len,
+            )
+        if batch.query_starts is not None:
+            paged_prefill(
+                queries[num:],
+                pool,
+                batch.block_tables[num:],
+                batch.query_starts,
+                batch.seq_lens[num:],
+                out[num:],
+                scale=layer.scale,
+                window=layer.sliding_window,
+                max_query_len=batch.max_query_len,
+                deterministic=self._deterministic,
+            )
+        return out.flatten(1)
+
+    def gate(self, fused: torch.Tensor) -> torch.Tensor:
+        """One kernel."""
+        out = torch.empty(
+            (fused.shape[0], fused.shape[1] // 2), dtype=fused.dtype, device=fused.device
+        )
+        return silu_mul(fused, out)

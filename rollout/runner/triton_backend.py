@@ -1,0 +1,114 @@
+"""The backend in fused kernels: everything that a step needs goes to the device in one small copy."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+from rollout_kernels.paged_decode import DecodeWorkspace
+from rollout_kernels.qk_norm_rope import rotary_table
+
+from ..layers.triton_step import DeviceBatch, TritonStep
+from ..scheduling.batch import ScheduledBatch
+from ..scheduling.request import PENDING
+from .attention_backend import BackendContext, DrawnTokens, PlannedStep
+from .staging import Array, Staging
+
+_MOST_DECODES = 1024
+"""Decoding sequences that scratch memory is made for at first."""
+
+
+class TritonBackend:
+    """`AttentionBackend` on CUDA, and in triton's interpreter."""
+
+    name = "triton"
+
+    def __init__(self, context: BackendContext) -> None:
+        self.context = context
+        config = context.config
+        self.staging = Staging(context.device)
+        self.rotary_table = rotary_table(
+            context.model.rotary.frequencies, config.max_position_embeddings, context.dtype
+        )
+        self._max_decodes = 0
+        self._workspace: DecodeWorkspace | None = None
+
+    def plan(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> PlannedStep:
+        """Lay out the batch in item order; nothing waits for the device."""
+        context, items = self.context, batch.items
+        size = context.block_size
+        starts = np.array([item.start for item in items], dtype=np.int32)
+        lengths = np.array([item.length for item in items], dtype=np.int32)
+        ends = starts + lengths
+        num_decodes = int(np.argmax(lengths > 1)) if (lengths > 1).any() else len(items)
+        num_blocks = -(-ends // size)
+        tables = np.zeros((len(items), int(num_blocks.max())), dtype=np.int32)
+        for row, (item, count) in enumerate(zip(items, num_blocks.tolist(), strict=True)):
+            tables[row, :count] = item.request.block_ids[:count]
+        first_rows = np.cumsum(lengths, dtype=np.int32) - lengths
+        within = np.arange(int(lengths.sum()), dtype=np.int32) - np.repeat(first_rows, lengths)
+        positions = np.repeat(starts, lengths) + within
+        sequences = np.repeat(np.arange(len(items)), lengths)
+        slots = tables[sequences, positions // size] * size + positions % size
+        token_ids = np.fromiter(
+            chain.from_iterable(item.request.token_ids[item.start : item.end] for item in items),
+            dtype=np.int32,
+            count=len(positions),
+        )
+        query_starts = np.append(first_rows[num_decodes:], len(positions)) - num_decodes
+        pairs = np.array(batch.block_copies, dtype=np.int64).reshape(-1, 2)
+        arrays: list[Array] = [token_ids, positions, slots, tables, ends, pairs[:, 0], pairs[:, 1]]
+        arrays.append(query_starts.astype(np.int32))
+        pending = np.flatnonzero(token_ids == PENDING)
+        if len(pending):
+            assert drawn is not None
+            who = [items[row].request for row in sequences[pending].tolist()]
+            arrays += [pending, np.array([drawn.rows[request] for request in who])]
+        on_device = self.staging.upload(arrays)
+        if len(pairs):
+            context.kv_pool.copy_on_device(on_device[5], on_device[6])
+        if len(pending):
+            assert drawn is not None
+            found = drawn.tokens.index_select(0, on_device[9])
+            on_device[0].index_copy_(0, on_device[8], found)
+        return PlannedStep(
+            token_ids=on_device[0],
+            step=self.step(
+                DeviceBatch(
+                    positions=on_device[1],
+                    slots=on_device[2],
+                    block_tables=on_device[3],
+                    seq_lens=on_device[4],
+                    num_decodes=num_decodes,
+                    query_starts=on_device[7] if num_decodes < len(items) else None,
+                    max_query_len=int(lengths.max()),
+                    max_len=int(ends[:num_decodes].max(initial=1)),
+                )
+            ),
+            item_rows=None,
+        )
+
+    def step(self, batch: DeviceBatch) -> TritonStep:
+        """The step over a batch that is on the device."""
+        context = self.context
+        if self._workspace is None or batch.num_decodes > self._max_decodes:
+            self._allocate(max(batch.num_decodes, _MOST_DECODES))
+        assert self._workspace is not None
+        return TritonStep(
+            batch,
+            pools=context.kv_pool.layers,
+            rotary_table=self.rotary_table,
+            workspace=self._workspace,
+        )
+
+    def _allocate(self, num_decodes: int) -> None:
+        layer = self.context.model.layers[0].attention.layer  # type: ignore[union-attr]
+        self._max_decodes = num_decodes
+        self._workspace = DecodeWorkspace.allocate(
+            max_batch=num_decodes,
+            num_heads=layer.num_heads,  # type: ignore[union-attr]
+            num_kv_heads=layer.num_kv_heads,  # type: ignore[union-attr]
+            head_dim=self.context.config.head_dim,
+            device=self.context.device,
+        )
