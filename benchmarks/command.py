@@ -179,6 +179,23 @@ def gpu(
     _benchmark(run, quick, out, config, overrides)
 
 
+@app.command("gpu-generate")
+def gpu_generate(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """Decode steps, prefill, and the RL shape on one GPU, next to what its memory allows.
+
+    Random weights of Qwen3-0.6B's shape in bfloat16; log-probabilities of sampled tokens are asked for throughout.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .gpu_generate import run_gpu_generate
+
+        return run_gpu_generate(settings.gpu_generate, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
 @app.command("machine")
 def machine(
     gigabytes: Annotated[float, typer.Option(help="Bytes to copy, in units of 1e9.")] = 1.19,

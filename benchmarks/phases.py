@@ -75,7 +75,7 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     def count_flops(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> None:
         timer.linear_flops += 2.0 * x.shape[0] * weight.numel()
 
-    def count_tokens(batch: Any) -> None:
+    def count_tokens(batch: Any, drawn: Any) -> None:
         timer.num_tokens += batch.num_tokens
 
     timer.watch(core, "_next_tick", "commands")
@@ -94,8 +94,9 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     timer.watch(torch_step, "rotate_", "forward: rotary")
     timer.watch(torch_step, "silu", "forward: activation")
     timer.watch(core.runner, "compute_logits", "logits")
-    timer.watch(core.post._sampler, "sample", "sampling")
+    timer.watch(core.post._sampler, "launch", "sampling")
     timer.watch(core.post, "sample", "postprocess")
+    timer.watch(core.post, "land", "postprocess")
     timer.watch(core.post, "input_logprobs", "postprocess")
     try:
         yield timer

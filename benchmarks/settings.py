@@ -168,6 +168,40 @@ class GpuBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuGenerateBench:
+    """`rollout bench gpu-generate`."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    """The model; the default is Qwen3-0.6B's shape."""
+    dtype: str = "bfloat16"
+    """Of weights and activations."""
+    batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
+    """Requests that decode at once."""
+    prompt_tokens: int = 512
+    """Length of each prompt, for decode and for the RL shape."""
+    decode_tokens: int = 144
+    """Tokens that each request decodes; the first 16 steps are not counted."""
+    prefill_prompts: int = 64
+    """Prompts that are only computed."""
+    prefill_tokens: int = 2048
+    """Length of each."""
+    rl_prompts: int = 64
+    """Prompts of the RL shape."""
+    rl_samples: int = 8
+    """Samples of each."""
+    rl_mean_tokens: float = 256.0
+    """Mean of the geometric distribution of output lengths, before it is cut."""
+    rl_max_tokens: int = 1024
+    """Longest output."""
+    chunked_prefill_size: int = 8192
+    """Tokens of a step at most."""
+    kv_cache_gb: float = 40.0
+    """Size of the KV pool, units of 1e9 bytes."""
+    seed: int = 0
+    """Of prompts and lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -183,12 +217,14 @@ class BenchSettings:
     """What an update over a process group costs."""
     gpu: GpuBench = field(default_factory=GpuBench)
     """What an update between GPUs costs."""
+    gpu_generate: GpuGenerateBench = field(default_factory=GpuGenerateBench)
+    """Decode, prefill and the RL shape on one GPU."""
 
 
 QUICK = (
     *(
         f"{section}.model.{key}={getattr(TINY, key)}"
-        for section in ("sync", "pause", "generate", "group", "gpu")
+        for section in ("sync", "pause", "generate", "group", "gpu", "gpu_generate")
         for key in ModelShape.__dataclass_fields__
     ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
@@ -199,6 +235,11 @@ QUICK = (
     *("group.tp_sizes=[1]", "group.stream_counts=[1, 2]"),
     *("group.repetitions=2", "group.warmup=1"),
     *("gpu.repetitions=2", "gpu.warmup=1"),
+    *("gpu_generate.batch_sizes=[1, 4]", "gpu_generate.prompt_tokens=24"),
+    *("gpu_generate.decode_tokens=24", "gpu_generate.prefill_prompts=4"),
+    *("gpu_generate.prefill_tokens=64", "gpu_generate.rl_prompts=4"),
+    *("gpu_generate.rl_samples=2", "gpu_generate.rl_mean_tokens=8.0"),
+    *("gpu_generate.rl_max_tokens=16", "gpu_generate.kv_cache_gb=0.01"),
     *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),
 )
 """Overrides of `--quick`: everything small, to see that it works and what it writes."""

@@ -47,6 +47,12 @@ class EngineConfig:
     """Tokens per KV block."""
     chunked_prefill_size: int = 2048
     """Tokens computed in one step at most, prefill and decode together."""
+    attention_backend: str = "auto"
+    """What computes attention: "torch" on any device, "triton" on CUDA; "auto": triton on CUDA, else torch."""
+    overlap: bool | None = None
+    """Launch a step before the tokens of the last are known; None: on CUDA."""
+    disable_cuda_graph: bool = False
+    """On CUDA, launch every kernel of a decode step by itself; starts sooner and needs less memory."""
     enable_prefix_cache: bool = True
     """Keep the blocks of finished requests for later prompts with the same beginning and weight version."""
     executor: ExecutorKind = "inline"
@@ -99,6 +105,10 @@ class ResolvedConfig:
     """Blocks of the KV pool."""
     block_size: int
     """Tokens per block."""
+    attention_backend: str
+    """What computes attention."""
+    overlap: bool
+    """Steps are launched one ahead."""
     kv_cache_bytes: int
     """Bytes of the KV pool, all layers."""
     vocab_size: int

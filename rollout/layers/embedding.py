@@ -36,12 +36,15 @@ class VocabParallelEmbedding(nn.Module):
         torch.index_select(self.weight, 0, local.masked_fill_(foreign, 0), out=out)
         return self.tp.all_reduce(out.masked_fill_(foreign[:, None], 0))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (R, E) -> logits (R, V) in the parameters' dtype, the full vocabulary on every rank."""
-        logits = project(hidden, self.weight, None)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden (R, E) -> logits (R, V) in the parameters' dtype, of the full vocabulary on every rank; into `out`."""
         if self.tp.size == 1:
-            return logits
-        return self.tp.all_gather(logits, dim=-1)[:, : self.vocab_size]
+            if out is None:
+                return project(hidden, self.weight, None)
+            return torch.mm(hidden, self.weight.t(), out=out)
+        parts = self.tp.all_gather(project(hidden, self.weight, None), dim=-1)
+        logits = parts[:, : self.vocab_size]
+        return logits if out is None else out.copy_(logits)
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """The rows of `prefix.weight` that are real tokens, all columns; nothing where this rank has only padding."""

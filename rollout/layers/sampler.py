@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,10 +54,41 @@ class SampleOutput:
     """In row order."""
     logprobs: Tensor | None
     """(R,) float32 on the CPU, NaN in rows that did not ask and were not free; None: no row asked."""
+    bad: tuple[int, ...] = ()
+    """Rows whose logits are no distribution; their token is any."""
+
+
+class PendingSample(Protocol):
+    """Tokens that are drawn, but that the host may not have yet."""
+
+    def result(self) -> SampleOutput:
+        """Wait for them; at most once. Bad rows are in `bad`."""
+
+
+class TokenSampler(Protocol):
+    """Draws tokens without waiting for them."""
+
+    tokens: Tensor
+    """(R) integers on the model's device: what the last `launch` drew, until the next one's are written."""
+
+    def launch(
+        self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
+    ) -> PendingSample:
+        """As `Sampler.sample`, but bad rows are listed in the result instead of raised."""
 
 
 _KEPT_BATCHES = 16
 """Batches whose parameters are kept as arrays: a step may be sampled in several pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A `PendingSample` for which nobody has to wait."""
+
+    output: SampleOutput
+
+    def result(self) -> SampleOutput:
+        return self.output
 
 
 class Sampler:
@@ -64,6 +96,8 @@ class Sampler:
 
     def __init__(self) -> None:
         self._kept: dict[Request, tuple[list[Request], _Asked]] = {}
+        self.tokens = torch.zeros(0, dtype=torch.int64)
+        """(R) int64: what was drawn last."""
 
     def sample(
         self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
@@ -74,6 +108,15 @@ class Sampler:
         the requests hold the tokens drawn before this one. Raises `NonFiniteLogitsError`, whose `rows` are positions
         in `requests`.
         """
+        output = self.launch(logits, requests, rows).result()
+        if output.bad:
+            raise NonFiniteLogitsError(output.bad, requests)
+        return output
+
+    def launch(
+        self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
+    ) -> PendingSample:
+        """As `sample`, but bad rows are listed in the result instead of raised."""
         if rows is not None:
             logits = logits.index_select(0, torch.tensor(list(rows), device=logits.device))
         assert 0 < logits.shape[0] == len(requests)
@@ -84,11 +127,14 @@ class Sampler:
             _sample_edited(step, logits, requests, edited)
         else:
             step.run(logits, asked.all_rows, None, asked.wants_logprob)
-        bad = step.bad.nonzero().squeeze(1).tolist()
-        if bad:
-            raise NonFiniteLogitsError(bad, requests)
-        logprobs = step.logprobs.cpu() if asked.any_logprob else None
-        return SampleOutput(token_ids=step.tokens.tolist(), logprobs=logprobs)
+        self.tokens = step.tokens
+        return _Drawn(
+            SampleOutput(
+                token_ids=step.tokens.tolist(),
+                logprobs=step.logprobs.cpu() if asked.any_logprob else None,
+                bad=tuple(step.bad.nonzero().squeeze(1).tolist()),
+            )
+        )
 
     def _what_is_asked(self, requests: Sequence[Request], device: torch.device) -> _Asked:
         requests = list(requests)

@@ -15,6 +15,8 @@ from rollout_kernels.fused_norm import add_rms_norm
 from rollout_kernels.paged_decode import DecodeWorkspace, paged_decode
 from rollout_kernels.paged_prefill import paged_prefill
 from rollout_kernels.qk_norm_rope import HeadNorms, rotate_and_store
+from rollout_kernels.shared_prefix_decode import SharedState, shared_prefix_decode
+from rollout_kernels.shared_prefixes import SharedPrefixes
 from rollout_kernels.silu_mul import silu_mul
 
 from .norm import RMSNorm
@@ -41,6 +43,8 @@ class DeviceBatch:
     """Most tokens of a later sequence in this step."""
     max_len: int
     """No decoding sequence is longer."""
+    shared: SharedPrefixes | None = None
+    """Prefixes that decoding sequences share, and that are read once for all of them; None: each reads its own."""
 
 
 class TritonStep:
@@ -53,12 +57,14 @@ class TritonStep:
         pools: Sequence[torch.Tensor],
         rotary_table: torch.Tensor,
         workspace: DecodeWorkspace,
+        shared_state: SharedState | None = None,
         deterministic: bool = False,
     ) -> None:
         self._batch = batch
         self._pools = pools
         self._table = rotary_table
         self._workspace = workspace
+        self._shared_state = shared_state
         self._deterministic = deterministic
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -84,18 +90,7 @@ class TritonStep:
         out = torch.empty(queries.shape, dtype=qkv.dtype, device=qkv.device)
         num = batch.num_decodes
         if num:
-            paged_decode(
-                queries[:num],
-                pool,
-                batch.block_tables[:num],
-                batch.seq_lens[:num],
-                out[:num],
-                scale=layer.scale,
-                window=layer.sliding_window,
-                workspace=self._workspace,
-                deterministic=self._deterministic,
-                max_len=batch.max_len,
-            )
+            self._decode(queries[:num], pool, out[:num], layer)
         if batch.query_starts is not None:
             paged_prefill(
                 queries[num:],
@@ -110,6 +105,40 @@ class TritonStep:
                 deterministic=self._deterministic,
             )
         return out.flatten(1)
+
+    def _decode(
+        self, queries: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, layer: AttentionLayer
+    ) -> None:
+        batch, num = self._batch, queries.shape[0]
+        tables, lengths = batch.block_tables[:num], batch.seq_lens[:num]
+        if batch.shared is not None and layer.sliding_window is None:
+            assert self._shared_state is not None
+            shared_prefix_decode(
+                queries,
+                pool,
+                tables,
+                lengths,
+                out,
+                scale=layer.scale,
+                shared=batch.shared,
+                workspace=self._workspace,
+                state=self._shared_state,
+                deterministic=self._deterministic,
+                max_len=batch.max_len,
+            )
+            return
+        paged_decode(
+            queries,
+            pool,
+            tables,
+            lengths,
+            out,
+            scale=layer.scale,
+            window=layer.sliding_window,
+            workspace=self._workspace,
+            deterministic=self._deterministic,
+            max_len=batch.max_len,
+        )
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """One kernel."""

@@ -168,6 +168,13 @@ class Decoder(nn.Module):
         """KV heads of this rank."""
         return split_kv_heads(self.config.num_kv_heads, self.tp)[1]
 
+    @property
+    def attention_layer(self) -> AttentionLayer:
+        """The first layer's attention; sizes are the same in all."""
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        return first.attention.layer
+
     def forward(self, token_ids: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """token_ids (T) -> hidden states after the final norm, (T, E), valid until the next step."""
         shape = (token_ids.shape[0], self.config.hidden_size)
@@ -177,9 +184,9 @@ class Decoder(nn.Module):
             x = layer(residual, x, step)
         return step.norm(residual, x, self.norm)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank; in `out`, if any."""
+        return self.head.logits(hidden, out)
 
     def placements(self) -> Iterator[Placement]:
         """Every parameter of this rank as parts of the checkpoint, in memory order; the tied head is the embedding."""

@@ -1,15 +1,12 @@
-"""How a step is computed between its matrix products: one protocol, one registry, one setting."""
+"""How a step is computed between its matrix products: what a backend is, and what it is made from."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..errors import ConfigError
 from ..layers.step import LayerStep
 from ..models.decoder import Decoder
 from ..models.model_config import ModelConfig
@@ -17,15 +14,13 @@ from ..scheduling.batch import ScheduledBatch
 from ..scheduling.request import Request
 from .kv_pool import KVPool
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class DrawnTokens:
     """Tokens of the step before that the host may not know yet."""
 
     tokens: torch.Tensor
-    """(R) int32 on the model's device."""
+    """(R) integers on the model's device."""
     rows: dict[Request, int]
     """Who drew which of them."""
 
@@ -46,7 +41,7 @@ class AttentionBackend(Protocol):
     """Plans each step once; the plan is then called by every layer. Further libraries are one file each."""
 
     name: str
-    """As in `BACKENDS`."""
+    """As in the registry."""
 
     def plan(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> PlannedStep:
         """Make the block copies of `batch`, and plan it; tokens that are still `PENDING` are taken from `drawn`."""
@@ -68,42 +63,5 @@ class BackendContext:
     """Of everything."""
     block_size: int
     """Tokens per KV block."""
-
-
-def _torch(context: BackendContext) -> AttentionBackend:
-    from .torch_backend import TorchBackend
-
-    return TorchBackend(context)
-
-
-def _triton(context: BackendContext) -> AttentionBackend:
-    from .triton_backend import TritonBackend
-
-    return TritonBackend(context)
-
-
-BACKENDS: dict[str, Callable[[BackendContext], AttentionBackend]] = {
-    "torch": _torch,
-    "triton": _triton,
-}
-"""Every backend; "torch" runs on any device, "triton" on CUDA (and in triton's interpreter)."""
-
-
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that "auto" means on `device`, or `name` itself; `ConfigError` where nobody has that name."""
-    if name == "auto":
-        return "triton" if torch.device(device).type == "cuda" else "torch"
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"attention_backend: got {name!r}, expected 'auto' or one of {', '.join(BACKENDS)}; "
-            "leave it out for the fastest"
-        )
-    return name
-
-
-def make_backend(name: str, context: BackendContext) -> AttentionBackend:
-    """The backend of a resolved name; what was chosen, and what else there is, is logged."""
-    backend = BACKENDS[name](context)
-    others = ", ".join(other for other in BACKENDS if other != name)
-    logger.info("attention backend on %s: %s (others: %s)", context.device, name, others)
-    return backend
+    max_batch: int
+    """Sequences of a step at most."""

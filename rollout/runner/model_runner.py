@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from weight_sync.layout.weight_map import WeightMap
 
+from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from ..models.build import build_model
 from ..models.decoder import Decoder
 from ..models.model_config import ModelConfig
 from ..scheduling.batch import ScheduledBatch
-from .attention_backend import BackendContext, DrawnTokens, make_backend, resolve_backend
+from .attention_backend import BackendContext, DrawnTokens
+from .backend_registry import make_backend, resolve_backend
 from .kv_pool import KVPool
+
+if TYPE_CHECKING:  # loads triton, which only CUDA needs
+    from .cuda_graph_runner import CudaGraphRunner, Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedStep:
+    """A step that is under way on the device; either its hidden states, or its logits."""
+
+    hidden: torch.Tensor | None = None
+    """(T, hidden), rows in item order."""
+    logits: torch.Tensor | None = None
+    """(N, V), a row per item; valid until the next step is launched."""
+    sample: PendingSample | None = None
+    """A token for every item, drawn from `logits`; None: still to be drawn."""
 
 
 class ModelRunner:
@@ -34,6 +54,7 @@ class ModelRunner:
         num_blocks: int,
         tp: TensorParallelGroup | None = None,
         attention_backend: str = "auto",
+        max_batch: int = 256,
     ) -> None:
         self.model_config = model_config
         self.dtype = dtype
@@ -59,8 +80,45 @@ class ModelRunner:
                 dtype=dtype,
                 device=self.device,
                 block_size=block_size,
+                max_batch=max_batch,
             ),
         )
+
+        self.sampler: TokenSampler = Sampler()
+        """Draws from this model's logits."""
+        self.graphs: CudaGraphRunner | None = None
+        """Decode steps in one piece; None: there are none."""
+        self._init_device_sampler(max_batch)
+
+    def _init_device_sampler(self, max_batch: int) -> None:
+        if self.backend.name == "triton":
+            from ..layers.device_sampler import DeviceSampler
+            from .triton_backend import TritonBackend
+
+            assert isinstance(self.backend, TritonBackend)
+            self.sampler = DeviceSampler(
+                max_rows=max_batch,
+                vocab_size=self.model_config.vocab_size,
+                device=self.device,
+                upload=self.backend.staging.upload,
+            )
+
+    def init_device_graphs(self, context_length: int, progress: Progress | None = None) -> None:
+        """Make decode steps one piece, captured where the device has graphs; weights need not be loaded."""
+        if self.backend.name == "triton":
+            from ..layers.device_sampler import DeviceSampler
+            from .cuda_graph_runner import CudaGraphRunner
+            from .triton_backend import TritonBackend
+
+            assert isinstance(self.backend, TritonBackend)
+            assert isinstance(self.sampler, DeviceSampler)
+            self.graphs = CudaGraphRunner(
+                self.backend,
+                self.sampler,
+                max_batch=self.sampler.max_rows,
+                context_length=context_length,
+            )
+            self.graphs.capture(progress)
 
     @property
     def weight_map(self) -> WeightMap:
@@ -83,6 +141,21 @@ class ModelRunner:
             dtype=self.dtype,
         )
 
+    def launch(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
+        """Start a step; on CUDA nothing waits for it. Tokens that the host does not know yet are those of `drawn`."""
+        graphs = self.graphs
+        if graphs is None or not graphs.can_run(batch):
+            return LaunchedStep(hidden=self.forward(batch, drawn))
+        return LaunchedStep(logits=graphs.logits, sample=graphs.replay(batch, drawn))
+
+    def index(self, values: Sequence[int]) -> torch.Tensor:
+        """int64 indices on the device."""
+        staging = getattr(self.backend, "staging", None)
+        if staging is None:
+            return torch.tensor(values, device=self.device)
+        uploaded: torch.Tensor = staging.upload([np.array(values, np.int64)])[0]
+        return uploaded
+
     def forward(self, batch: ScheduledBatch, drawn: DrawnTokens | None = None) -> torch.Tensor:
         """Compute all tokens of `batch` and store their keys and values, after the batch's own block copies.
 
@@ -98,6 +171,13 @@ class ModelRunner:
             if planned.item_rows is None:
                 return hidden.copy_(states)
             return torch.index_select(states, 0, planned.item_rows, out=hidden)
+
+    def sampling_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """hidden_rows (R, hidden) -> logits (R, vocab) as the sampler takes them."""
+        if isinstance(self.sampler, Sampler):
+            return self.compute_logits(hidden_rows)
+        with torch.inference_mode():
+            return self.model.logits(hidden_rows)
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """hidden_rows (R, hidden) -> float32 logits (R, vocab): a fresh tensor, the caller's to overwrite."""

@@ -46,7 +46,8 @@ class PinnedRing:
             if buffer.numel() >= num_bytes:
                 return buffer
         size = max(1 << 16, 1 << (num_bytes - 1).bit_length())
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._on_cuda)
+        with torch.inference_mode(False):  # a buffer is written in any mode later
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._on_cuda)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """The copy from `buffer` is on the current stream."""
@@ -67,7 +68,7 @@ class Staging:
     def upload(
         self, arrays: Sequence[Array], into: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Tensors with the contents of `arrays`, on the device, in one copy; views of `into` (uint8) where it is given."""
+        """Tensors with the contents of `arrays`, on the device, in one copy; views of `into` (uint8) if given."""
         sizes = [aligned(array.nbytes) for array in arrays]
         total = sum(sizes)
         buffer = self._ring.take(total)

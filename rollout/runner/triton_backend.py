@@ -6,8 +6,10 @@ from itertools import chain
 
 import numpy as np
 import torch
+
 from rollout_kernels.paged_decode import DecodeWorkspace
 from rollout_kernels.qk_norm_rope import rotary_table
+from rollout_kernels.shared_prefix_decode import SharedState
 
 from ..layers.triton_step import DeviceBatch, TritonStep
 from ..scheduling.batch import ScheduledBatch
@@ -15,8 +17,7 @@ from ..scheduling.request import PENDING
 from .attention_backend import BackendContext, DrawnTokens, PlannedStep
 from .staging import Array, Staging
 
-_MOST_DECODES = 1024
-"""Decoding sequences that scratch memory is made for at first."""
+_TABLE_UNIT = 16
 
 
 class TritonBackend:
@@ -31,8 +32,21 @@ class TritonBackend:
         self.rotary_table = rotary_table(
             context.model.rotary.frequencies, config.max_position_embeddings, context.dtype
         )
-        self._max_decodes = 0
-        self._workspace: DecodeWorkspace | None = None
+        layer = context.model.attention_layer
+        self._workspace = DecodeWorkspace.allocate(
+            max_batch=context.max_batch,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            device=context.device,
+        )
+        self._shared_state = SharedState.allocate(
+            max_batch=context.max_batch,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            device=context.device,
+        )
 
     def plan(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> PlannedStep:
         """Lay out the batch in item order; nothing waits for the device."""
@@ -43,7 +57,9 @@ class TritonBackend:
         ends = starts + lengths
         num_decodes = int(np.argmax(lengths > 1)) if (lengths > 1).any() else len(items)
         num_blocks = -(-ends // size)
-        tables = np.zeros((len(items), int(num_blocks.max())), dtype=np.int32)
+        # Kernels are specialised for strides that 16 divides: all tables have such a one.
+        width = -(-int(num_blocks.max()) // _TABLE_UNIT) * _TABLE_UNIT
+        tables = np.zeros((len(items), width), dtype=np.int32)
         for row, (item, count) in enumerate(zip(items, num_blocks.tolist(), strict=True)):
             tables[row, :count] = item.request.block_ids[:count]
         first_rows = np.cumsum(lengths, dtype=np.int32) - lengths
@@ -71,7 +87,7 @@ class TritonBackend:
         if len(pending):
             assert drawn is not None
             found = drawn.tokens.index_select(0, on_device[9])
-            on_device[0].index_copy_(0, on_device[8], found)
+            on_device[0].index_copy_(0, on_device[8], found.to(torch.int32))
         return PlannedStep(
             token_ids=on_device[0],
             step=self.step(
@@ -91,24 +107,10 @@ class TritonBackend:
 
     def step(self, batch: DeviceBatch) -> TritonStep:
         """The step over a batch that is on the device."""
-        context = self.context
-        if self._workspace is None or batch.num_decodes > self._max_decodes:
-            self._allocate(max(batch.num_decodes, _MOST_DECODES))
-        assert self._workspace is not None
         return TritonStep(
             batch,
-            pools=context.kv_pool.layers,
+            pools=self.context.kv_pool.layers,
             rotary_table=self.rotary_table,
             workspace=self._workspace,
-        )
-
-    def _allocate(self, num_decodes: int) -> None:
-        layer = self.context.model.layers[0].attention.layer  # type: ignore[union-attr]
-        self._max_decodes = num_decodes
-        self._workspace = DecodeWorkspace.allocate(
-            max_batch=num_decodes,
-            num_heads=layer.num_heads,  # type: ignore[union-attr]
-            num_kv_heads=layer.num_kv_heads,  # type: ignore[union-attr]
-            head_dim=self.context.config.head_dim,
-            device=self.context.device,
+            shared_state=self._shared_state,
         )

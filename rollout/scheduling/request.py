@@ -38,6 +38,7 @@ class Request(CachedSequence):
 
     __slots__ = (
         "arrival",
+        "final_length",
         "group",
         "logprob_position",
         "logprob_source",
@@ -77,6 +78,8 @@ class Request(CachedSequence):
         """Unique among the scheduler's requests; samples of one prompt have one each."""
         self.num_prompt_tokens = len(self.token_ids)
         """Tokens of the prompt; what follows in `token_ids` is output."""
+        self.final_length = self.num_prompt_tokens + params.max_new_tokens
+        """Tokens, prompt included, with which it ends at the latest."""
         self.params = params
         """How tokens are drawn and when it ends; `params.n` is not looked at here."""
         self.seed = seed & ((1 << 64) - 1)

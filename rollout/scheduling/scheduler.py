@@ -4,6 +4,9 @@ Order of calls, all on the engine loop's thread: `schedule` -> the runner's forw
 per row that draws -> `finish` for requests that ended. Between two steps, anything else: `add`, `abort`,
 `retract_all`, `recompute_all`, a change of weights.
 
+A drawn token may be appended as `PENDING` and put in its place later, but before the `complete` that follows; then the
+requests that it ends are finished, and `complete` leaves them out. Between two steps no token is pending.
+
 Pure Python without clocks or random numbers: a function of the sequence of calls, so every tensor-parallel rank that
 makes the same calls schedules the same steps.
 
@@ -23,7 +26,7 @@ from ..errors import ConfigError
 from ..types import RequestStatus
 from .admission import check_new_requests
 from .batch import SampleRow, ScheduledBatch, ScheduledItem
-from .request import Request, SampleGroup
+from .request import PENDING, Request, SampleGroup
 from .waiting_queue import WaitingQueue
 
 WAITING, RUNNING, FINISHED = RequestStatus.WAITING, RequestStatus.RUNNING, RequestStatus.FINISHED
@@ -154,8 +157,10 @@ class Scheduler:
         prefills: list[Request] = []
         full: list[Request] = []
         for request in self._running:
-            start = request.num_computed
-            if len(request.token_ids) - start == 1:
+            start, num_tokens = request.num_computed, len(request.token_ids)
+            if num_tokens - start == 1:
+                if num_tokens >= request.final_length and request.token_ids[-1] == PENDING:
+                    continue  # It ends as soon as its last token is known.
                 items.append(ScheduledItem(request, start, 1, True))
                 if start == request.capacity:
                     full.append(request)
@@ -212,6 +217,8 @@ class Scheduler:
                 continue
             if running and len(running) + promised >= self._max_running:
                 break
+            if request.token_ids[-1] == PENDING:
+                break  # Retracted a moment ago; its last token is known before the next step.
             if not self._take_blocks(request, promised):
                 break
             queue.pop()

@@ -13,6 +13,7 @@ import torch
 from rollout.layers.single_group import TensorParallelGroup
 from rollout.models.loader import LoadConfig, get_model_loader
 from rollout.models.model_config import ModelConfig
+from rollout.runner.attention_backend import DrawnTokens
 from rollout.runner.model_runner import ModelRunner
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling.batch import ScheduledBatch, ScheduledItem
@@ -74,14 +75,17 @@ class HandDriver:
         num_blocks: int = 256,
         dtype: torch.dtype = torch.float32,
         tp: TensorParallelGroup | None = None,
+        attention_backend: str = "auto",
+        device: str = "cpu",
     ) -> None:
         self.runner = ModelRunner(
             ModelConfig.from_folder(folder),
             dtype=dtype,
-            device="cpu",
+            device=device,
             block_size=block_size,
             num_blocks=num_blocks,
             tp=tp,
+            attention_backend=attention_backend,
         )
         self.runner.kv_pool.memory.fill_(float("nan"))  # What was never written must never be read.
         get_model_loader(LoadConfig()).load(self.runner.model, folder)
@@ -107,6 +111,7 @@ class HandDriver:
         self,
         chunks: Sequence[tuple[Request, int]],
         block_copies: Sequence[tuple[int, int]] = (),
+        drawn: DrawnTokens | None = None,
     ) -> list[torch.Tensor]:
         """Compute the next `length` tokens of each (request, length) in one batch; the logits of each item's rows."""
         items = [
@@ -119,7 +124,7 @@ class HandDriver:
             num_tokens=sum(length for _, length in chunks),
             num_decodes=0,
         )
-        logits = self.runner.compute_logits(self.runner.forward(batch))
+        logits = self.runner.compute_logits(self.runner.forward(batch, drawn))
         rows = logits.split([length for _, length in chunks])
         for (request, length), part in zip(chunks, rows, strict=True):
             for offset in range(length):

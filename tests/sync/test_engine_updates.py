@@ -24,9 +24,12 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("qwen3", tie_word_embeddings=True)
 
 
-@pytest.fixture(scope="module", params=["inline", "local"])
+@pytest.fixture(scope="module", params=["inline", "inline, one step ahead", "local"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
-    with Engine(folder, executor=request.param, kv_cache_bytes=4 << 20, num_threads=1) as engine:
+    executor, _, ahead = request.param.partition(", ")
+    with Engine(
+        folder, executor=executor, overlap=bool(ahead), kv_cache_bytes=4 << 20, num_threads=1
+    ) as engine:
         yield engine
 
 

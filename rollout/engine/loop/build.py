@@ -10,9 +10,9 @@ import torch
 from ...cache.kv_cache_manager import KVCacheManager
 from ...config import EngineConfig, ResolvedConfig, free_memory_bytes
 from ...errors import ConfigError
-from ...layers.sampler import Sampler
 from ...models.loader import LoadConfig, get_model_loader
 from ...models.model_config import ModelConfig
+from ...runner.backend_registry import resolve_backend
 from ...runner.kv_pool import KVPool
 from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
@@ -48,9 +48,13 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
         block_size=resolved.block_size,
         num_blocks=resolved.num_blocks,
         tp=ranks.tp,
+        attention_backend=resolved.attention_backend,
+        max_batch=min(config.max_running_requests, config.chunked_prefill_size),
     )
     loader = get_model_loader(LoadConfig(load_format=config.load_format, seed=config.seed))
     loader.load(runner.model, config.model_path)
+    if ranks.tp.size == 1 and not config.disable_cuda_graph:
+        runner.init_device_graphs(resolved.context_length)
     scheduler = Scheduler(
         SchedulerConfig(
             max_running_requests=config.max_running_requests,
@@ -68,7 +72,7 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
         resolved,
         runner=runner,
         scheduler=scheduler,
-        sampler=Sampler(),
+        sampler=runner.sampler,
         admission=Admission(resolved, tokenizer, end_ids),
         ranks=ranks,
     )
@@ -97,6 +101,8 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
         context_length=context,
         num_blocks=num_blocks,
         block_size=config.block_size,
+        attention_backend=resolve_backend(config.attention_backend, device),
+        overlap=device.startswith("cuda") if config.overlap is None else config.overlap,
         kv_cache_bytes=num_blocks * block_bytes,
         vocab_size=model.vocab_size,
         weight_version=config.weight_version if config.weight_version is not None else "0",

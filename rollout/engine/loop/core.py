@@ -25,7 +25,7 @@ from weight_sync.wire.rpc import Call
 
 from ...config import ResolvedConfig
 from ...errors import EngineClosedError, EngineStepError, RolloutError
-from ...layers.sampler import Sampler
+from ...layers.sampler import TokenSampler
 from ...protocol import commands as cmd
 from ...protocol.tick_messages import Boundary, Disarm, EndPause, Expire, Item, Tick
 from ...runner.model_runner import ModelRunner
@@ -34,6 +34,7 @@ from ...scheduling.scheduler import Scheduler
 from .admission import Admission
 from .inbox import Inbox
 from .memory import MemoryOccupation
+from .pipeline import StepPipeline
 from .postprocess import Postprocessor
 from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
@@ -43,6 +44,9 @@ from .weight_host import EngineWeightHost, read_weight
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+HARMLESS = (cmd.Generate, cmd.GetStatus)
+"""Commands that may be carried out while the tokens of a step are pending."""
 
 
 class EngineCore:
@@ -57,7 +61,7 @@ class EngineCore:
         *,
         runner: ModelRunner,
         scheduler: Scheduler,
-        sampler: Sampler,
+        sampler: TokenSampler,
         admission: Admission,
         ranks: RankGroups,
     ) -> None:
@@ -68,6 +72,15 @@ class EngineCore:
         self.admission = admission
         self.post = Postprocessor(scheduler, runner, sampler)
         self.post.version = config.weight_version
+        self.pipeline = StepPipeline(
+            scheduler=scheduler,
+            runner=runner,
+            post=self.post,
+            sampler=sampler,
+            ahead=config.overlap,
+            fail=self._fail_step,
+            note=self._note_step,
+        )
         self.memory = MemoryOccupation(runner)
         self.host = EngineWeightHost(
             self,
@@ -177,9 +190,14 @@ class EngineCore:
     def run(self) -> None:
         """Serve until `Shutdown`; the thread that calls this is the loop's thread."""
         self._thread = threading.current_thread()
+        if self.runner.device.type == "cuda":
+            torch.cuda.set_device(self.runner.device)  # of this thread
         try:
             while not self._closed.is_set():
-                for item, call in self._next_tick():
+                items = self._next_tick()
+                if not all(type(call.body) in HARMLESS for _, call in items):
+                    self.pipeline.settle()
+                for item, call in items:
                     if self._failure is not None:
                         raise self._failure
                     self._carry_out(item, call)
@@ -201,19 +219,11 @@ class EngineCore:
             self.post.fail(group, died)
 
     def step(self) -> bool:
-        """Compute one batch and hand out its tokens; False if there was nothing to do."""
-        batch = self.scheduler.schedule()
-        if batch is None:
-            return False
-        try:
-            hidden = self.runner.forward(batch)
-            rows = self.scheduler.complete(batch)
-            self.post.input_logprobs(batch, hidden)
-            self.post.sample(batch, hidden, rows)
-        except Exception as error:
-            self._fail_step(batch, error)
+        """Compute one batch and hand out tokens; False if there was nothing to do."""
+        return self.pipeline.step()
+
+    def _note_step(self, batch: ScheduledBatch) -> None:
         self._throughput.note(batch)
-        return True
 
     def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
         """End the calls of a batch that could not be computed; the engine and all other calls go on."""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ...layers.logprobs import token_logprobs, top_logprobs
-from ...layers.sampler import NonFiniteLogitsError, Sampler
+from ...layers.sampler import (
+    NonFiniteLogitsError,
+    PendingSample,
+    SampleOutput,
+    Sampler,
+    TokenSampler,
+)
 from ...protocol.commands import FinishReason, SampleUpdate, TopLogprobs
-from ...runner.model_runner import ModelRunner
+from ...runner.attention_backend import DrawnTokens
+from ...runner.model_runner import LaunchedStep, ModelRunner
 from ...scheduling.batch import SampleRow, ScheduledBatch
-from ...scheduling.request import Request
+from ...scheduling.request import PENDING, Request
 from ...scheduling.scheduler import Scheduler
 from .output_hold import OutputHold
 from .sample_state import GenerateGroup, SampleState
@@ -30,14 +37,57 @@ class _Tables:
     selected: dict[int, TopLogprobs]
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnPart:
+    """What one call of the sampler drew."""
+
+    requests: list[Request]
+    """Who drew; their last token is `PENDING` until it is taken in."""
+    rows: list[int]
+    """Where in the sample each one's token is."""
+    sample: PendingSample
+    """Tokens and log-probabilities, perhaps not computed yet."""
+    tables: _Tables | None
+    """Extra log-probabilities, by position in `requests`; None: nobody asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that is launched, and not taken in."""
+
+    batch: ScheduledBatch
+    """What it computes."""
+    version: str
+    """Label of the weights that compute it."""
+    undrawn: list[Request]
+    """Requests that wanted no token; they end with it."""
+    parts: list[DrawnPart]
+    """What it draws."""
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    """Of each part, the drawn tokens on the device; empty where one sampler's buffer holds them all."""
+
+    def drawn(self, sampler: TokenSampler) -> DrawnTokens | None:
+        """The tokens for the step that comes next."""
+        if not self.parts:
+            return None
+        if len(self.parts) == 1:
+            [part] = self.parts
+            rows = dict(zip(part.requests, part.rows, strict=True))
+            return DrawnTokens(sampler.tokens, rows)
+        requests = [request for part in self.parts for request in part.requests]
+        return DrawnTokens(torch.cat(self.tokens), {r: i for i, r in enumerate(requests)})
+
+
 class Postprocessor:
     """Owns the output side of all requests under way; used on the engine loop's thread alone."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: TokenSampler) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
-        self._max_rows = max(1, LOGITS_BYTES // (4 * runner.model_config.vocab_size))
+        row_bytes = 4 * runner.model_config.vocab_size
+        self._max_logit_rows = max(1, LOGITS_BYTES // row_bytes)
+        self._max_rows = self._max_logit_rows if isinstance(sampler, Sampler) else 1 << 20
         self.groups: set[GenerateGroup] = set()
         self.version = ""
         """Label of the weights that compute the next step."""
@@ -54,11 +104,9 @@ class Postprocessor:
                 rows += [offset + position - item.start for position in item.input_logprobs]
                 owners += [(item.request, position) for position in item.input_logprobs]
             offset += item.length
-        for first in range(0, len(rows), self._max_rows):
-            piece = slice(first, first + self._max_rows)
-            logits = self._runner.compute_logits(
-                hidden[torch.tensor(rows[piece], device=hidden.device)]
-            )
+        for first in range(0, len(rows), self._max_logit_rows):
+            piece = slice(first, first + self._max_logit_rows)
+            logits = self._runner.compute_logits(hidden[self._runner.index(rows[piece])])
             self._note_inputs(logits, owners[piece])
 
     def _note_inputs(self, logits: torch.Tensor, owners: Sequence[tuple[Request, int]]) -> None:
@@ -75,51 +123,92 @@ class Postprocessor:
             inputs.selected[index] = tables.selected.get(row)
 
     def sample(
-        self, batch: ScheduledBatch, hidden: torch.Tensor, rows: Sequence[SampleRow]
-    ) -> None:
-        """Draw a token for every request whose known tokens are all computed, and finish those that end."""
+        self, batch: ScheduledBatch, launched: LaunchedStep, rows: Sequence[SampleRow]
+    ) -> Flight:
+        """Draw a token for every request whose known tokens are all computed; `land` takes them in."""
+        flight = Flight(batch, self.version, [row.request for row in rows if not row.draws], [])
+        drawing = [row for row in rows if row.draws]
+        if launched.logits is not None:
+            self._draw_decoded(flight, launched, drawing)
+            return flight
+        assert launched.hidden is not None
         last_rows, offset = [], 0
         for item in batch.items:
             offset += item.length
             last_rows.append(offset - 1)
-        for row in rows:
-            if not row.draws:
-                self._finish(row.request, FinishReason(type="length", length=0))
-        drawing = [row for row in rows if row.draws]
         for first in range(0, len(drawing), self._max_rows):
             piece = drawing[first : first + self._max_rows]
             # Samples of one prompt draw their first token from one row of logits.
             items = list(dict.fromkeys(row.item_index for row in piece))
-            picked = torch.tensor([last_rows[item] for item in items], device=hidden.device)
-            logits = self._runner.compute_logits(hidden.index_select(0, picked))
+            picked = self._runner.index([last_rows[item] for item in items])
+            logits = self._runner.sampling_logits(launched.hidden.index_select(0, picked))
             requests = [row.request for row in piece]
             if len(items) == len(piece):
-                self._draw(logits, requests, None)
+                self._draw(flight, logits, requests, None)
             else:
                 place = {item: i for i, item in enumerate(items)}
-                self._draw(logits, requests, [place[row.item_index] for row in piece])
+                self._draw(flight, logits, requests, [place[row.item_index] for row in piece])
+        return flight
+
+    def _draw_decoded(
+        self, flight: Flight, launched: LaunchedStep, drawing: Sequence[SampleRow]
+    ) -> None:
+        """The step computed a row of logits for every item, and may have drawn from each."""
+        if not drawing:
+            return
+        requests, rows = [row.request for row in drawing], [row.item_index for row in drawing]
+        if launched.sample is None:
+            assert launched.logits is not None
+            self._draw(flight, launched.logits, requests, rows)
+            return
+        flight.parts.append(DrawnPart(requests, rows, launched.sample, None))
+        for request in requests:
+            self._scheduler.append_token(request, PENDING)
 
     def _draw(
-        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
+        self,
+        flight: Flight,
+        logits: torch.Tensor,
+        requests: list[Request],
+        shared: Sequence[int] | None,
     ) -> None:
-        try:
-            drawn = self._sampler.sample(logits, requests, shared)
-        except NonFiniteLogitsError as error:
-            self._draw_the_rest(logits, requests, shared, error)
-            return
-        logprobs = [] if drawn.logprobs is None else drawn.logprobs.tolist()
+        sample = self._sampler.launch(logits, requests, shared)
         tables = self._output_tables(logits, requests, shared)
-        now, version = time.time(), self.version
-        append = self._scheduler.append_token
-        for row, (request, token) in enumerate(zip(requests, drawn.token_ids, strict=True)):
+        rows = list(range(len(requests)))
+        flight.parts.append(DrawnPart(requests, rows, sample, tables))
+        flight.tokens.append(self._sampler.tokens)
+        for request in requests:
+            self._scheduler.append_token(request, PENDING)
+
+    def land(self, flight: Flight) -> None:
+        """Take in the tokens of a step, and finish those that end with it. Waits until the step is computed."""
+        for request in flight.undrawn:
+            if not request.outputs.finished:
+                self._finish(request, FinishReason(type="length", length=0))
+        for part in flight.parts:
+            output = part.sample.result()
+            bad = set(output.bad).intersection(part.rows) if output.bad else ()
+            if bad:
+                place = {row: i for i, row in enumerate(part.rows)}
+                error = NonFiniteLogitsError([place[row] for row in sorted(bad)], part.requests)
+                for row in bad:
+                    self.fail(part.requests[place[row]].outputs.group, error)
+            self._take_in(part, output, flight.version)
+
+    def _take_in(self, part: DrawnPart, output: SampleOutput, version: str) -> None:
+        token_ids, tables, now = output.token_ids, part.tables, time.time()
+        logprobs = [] if output.logprobs is None else output.logprobs.tolist()
+        for i, (request, row) in enumerate(zip(part.requests, part.rows, strict=True)):
             state: SampleState = request.outputs
-            state.note_token(request.num_output_tokens, version)
-            append(request, token)
+            if state.finished:
+                continue
+            request.token_ids[-1] = token_ids[row]
+            state.note_token(request.num_output_tokens - 1, version)
             if request.return_logprob:
                 state.logprobs.append(logprobs[row])
                 if tables is not None:
-                    state.top.append(tables.top.get(row, []))
-                    state.selected.append(tables.selected.get(row, []))
+                    state.top.append(tables.top.get(i, []))
+                    state.selected.append(tables.selected.get(i, []))
             if state.spec.return_token_times:
                 state.token_times.append(now)
             reason = state.finish_reason(request)
@@ -127,21 +216,6 @@ class Postprocessor:
                 self._finish(request, reason)
             elif state.group.stream:
                 self._send(state.group, state.update(request, None, version))
-
-    def _draw_the_rest(
-        self,
-        logits: torch.Tensor,
-        requests: Sequence[Request],
-        shared: Sequence[int] | None,
-        error: NonFiniteLogitsError,
-    ) -> None:
-        """End the calls whose logits are no distribution, and draw for the others."""
-        shared = range(len(requests)) if shared is None else shared
-        for row in error.rows:
-            self.fail(requests[row].outputs.group, error)
-        good = [row for row, request in enumerate(requests) if not request.outputs.finished]
-        if good:
-            self._draw(logits, [requests[row] for row in good], [shared[row] for row in good])
 
     def _output_tables(
         self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None

@@ -1,0 +1,81 @@
+"""Steps in order, and, where that pays, one ahead: the next one is launched before the tokens of the last are known.
+
+    schedule N+1 -> launch N+1 -> take in the tokens of N -> complete N+1, draw or find drawn its tokens -> schedule N+2
+
+While the device computes step N+1 the host looks at the tokens of step N, hands them out, and prepares step N+2.
+Requests that a token of step N ends are part of step N+1 all the same; what it computes for them is dropped, so nobody
+sees anything past a stop, and their blocks were theirs until then. A request that ends by its length is known to end,
+and is not scheduled again. Commands that could notice wait until the step under way is taken in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...layers.sampler import TokenSampler
+from ...runner.model_runner import ModelRunner
+from ...scheduling.batch import ScheduledBatch
+from ...scheduling.scheduler import Scheduler
+from .postprocess import Flight, Postprocessor
+
+
+class StepPipeline:
+    """Runs the steps of one rank; on the engine loop's thread alone."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        post: Postprocessor,
+        sampler: TokenSampler,
+        ahead: bool,
+        fail: Callable[[ScheduledBatch, Exception], None],
+        note: Callable[[ScheduledBatch], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._post = post
+        self._sampler = sampler
+        self._fail = fail
+        self._note = note
+        self.ahead = ahead
+        """Launch a step before the last one's tokens are known."""
+        self._flight: Flight | None = None
+
+    def step(self) -> bool:
+        """Launch one batch and take in the one before (or itself, when not ahead); False if there was nothing to do."""
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return self.settle()
+        flight = self._flight
+        drawn = None if flight is None else flight.drawn(self._sampler)
+        try:
+            launched = self._runner.launch(batch, drawn)
+        except Exception as error:
+            self.settle()
+            self._fail(batch, error)
+            return True
+        self.settle()
+        try:
+            rows = self._scheduler.complete(batch)
+            if launched.hidden is not None:
+                self._post.input_logprobs(batch, launched.hidden)
+            self._flight = self._post.sample(batch, launched, rows)
+        except Exception as error:
+            self._fail(batch, error)
+        self._note(batch)
+        if not self.ahead:
+            self.settle()
+        return True
+
+    def settle(self) -> bool:
+        """Take in the step under way, after which no token is pending; False if there was none."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return False
+        try:
+            self._post.land(flight)
+        except Exception as error:
+            self._fail(flight.batch, error)
+        return True

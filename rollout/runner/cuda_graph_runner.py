@@ -1,0 +1,277 @@
+"""A decode step as one CUDA graph: from the last tokens, which are on the device, to the next ones.
+
+Per step the host writes one small buffer: where each row's token and KV block are, and how it samples. Everything that
+a graph reads or writes keeps its address: that buffer, the block tables, the logits, the sampler's results, the
+parameters and the KV pool. Addresses of the last two are looked at before every replay, because giving memory back
+moves them; then the graphs are captured again.
+
+On a CPU the same steps run without a graph (in triton's interpreter), so that they can be tested.
+
+B rows of a graph, of which the last may be padding; W blocks of a table.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollout_kernels.shared_prefixes import SharedPrefixes, num_numbers
+
+from ..layers.device_sampler import DeviceSampler
+from ..layers.sampler import PendingSample
+from ..layers.triton_step import DeviceBatch
+from ..scheduling.batch import ScheduledBatch
+from ..scheduling.request import PENDING, Request
+from .attention_backend import DrawnTokens
+from .block_tables import HostBlockTables
+from .shared_prefixes import PrefixFinder
+from .staging import Array, aligned
+from .triton_backend import TritonBackend
+
+_NUM_INPUTS = 5
+_INPUT_BYTES = 128
+"""More than the bytes of a row's numbers."""
+
+Progress = Callable[[str, int, int], None]
+"""What is captured, how many graphs are done, how many there are."""
+
+
+def batch_sizes_to_capture(max_batch: int) -> list[int]:
+    """1, 2, 4, then steps of an eighth of the size, up to `max_batch`: padding costs little, and so do graphs."""
+    sizes = {1, 2, 4, max_batch}
+    size = 8
+    while size < max_batch:
+        sizes.add(size)
+        size += max(8, 1 << (size.bit_length() - 3))
+    return sorted(size for size in sizes if size <= max_batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What one graph does."""
+
+    size: int
+    """B."""
+    filters: bool = False
+    """Some row is sampled with top-k, top-p or min-p."""
+    shared: bool = False
+    """Prefixes that rows share are read once."""
+
+
+class CudaGraphRunner:
+    """Runs decode steps of up to `max_batch` rows. Not thread-safe; one stream."""
+
+    def __init__(
+        self,
+        backend: TritonBackend,
+        sampler: DeviceSampler,
+        *,
+        max_batch: int,
+        context_length: int,
+    ) -> None:
+        context = backend.context
+        self._backend = backend
+        self._sampler = sampler
+        self._model = context.model
+        self._device = context.device
+        self._max_len = context_length
+        blocks = -(-context_length // context.block_size)
+        self._width = -(-blocks // 16) * 16  # a stride for which kernels are specialised
+        self._batch_sizes = batch_sizes_to_capture(max_batch)
+        self.max_batch = max_batch
+        self._tables = torch.zeros((max_batch, self._width), dtype=torch.int32, device=self._device)
+        self._inputs = torch.zeros(
+            max_batch * _INPUT_BYTES + 4096 + aligned(4 * self._tables.numel()),
+            dtype=torch.uint8,
+            device=self._device,
+        )
+        self.logits = torch.zeros(
+            (max_batch, context.config.vocab_size), dtype=context.dtype, device=self._device
+        )
+        """(max_batch, V): of the last replay, until the next."""
+        self._host_tables = HostBlockTables(max_batch, self._width)
+        self._prefixes = PrefixFinder(context)
+        self._graphs: dict[_Kind, Callable[[], None]] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._pool: Any = None
+        self.capture_s = 0.0
+        """Seconds that the last `capture` took."""
+
+    # ---- before a step -----------------------------------------------------------------------------------------------
+
+    def can_run(self, batch: ScheduledBatch) -> bool:
+        """Every item continues an output, and there are not too many."""
+        return (
+            batch.num_decodes == len(batch.items) == batch.num_tokens <= self.max_batch
+            and not batch.block_copies
+            and all(item.start >= item.request.num_prompt_tokens for item in batch.items)
+        )
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Capture a graph for every batch size, largest first, so that the smaller ones fit into its memory."""
+        self._graphs.clear()
+        self._addresses = self._current_addresses()
+        start = time.perf_counter()
+        if self._device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            kinds = [_Kind(size=size) for size in self._batch_sizes]
+            if self._prefixes.possible:
+                kinds += [_Kind(size=size, shared=True) for size in self._batch_sizes if size > 1]
+            kinds.sort(key=lambda kind: -kind.size)
+            with frozen_gc():
+                for done, kind in enumerate(kinds):
+                    if progress is not None:
+                        progress(f"decode step of {kind.size}", done, len(kinds))
+                    self._graphs[kind] = self._captured(kind)
+        self.capture_s = time.perf_counter() - start
+
+    def _captured(self, kind: _Kind) -> Callable[[], None]:
+        """Run the step once, so that kernels are compiled and libraries are ready, then capture it."""
+        inputs = self._padding(kind.size)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            self._body(kind, inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.inference_mode(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"),
+        ):
+            self._body(kind, inputs)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _padding(self, size: int) -> list[torch.Tensor]:
+        """Inputs of a step whose rows are all padding, at the addresses that the graph reads."""
+        numbers = np.zeros(size, np.int32)
+        columns: list[Array] = [numbers, numbers - 1, numbers, numbers - 1, numbers]
+        columns += [
+            *(np.zeros(size, np.int64), numbers, np.ones(size, np.float32)),
+            *(np.ones(size, np.uint8), numbers, np.ones(size, np.float32)),
+            *(np.zeros(size, np.float32), np.zeros(num_numbers(size), np.int32)),
+        ]
+        return self._backend.staging.upload(columns, into=self._inputs)
+
+    def _current_addresses(self) -> tuple[int, ...]:
+        buffers = self._model.arena.buffers.values()
+        pool = self._backend.context.kv_pool.memory
+        return (*(buffer.data_ptr() for buffer in buffers), pool.data_ptr())
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def replay(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> PendingSample | None:
+        """Compute the step: row i of `logits` is that of item i, and a token is drawn from each.
+
+        None: some row asks for more than a graph can do, and tokens are to be drawn from `logits`.
+        """
+        requests = [item.request for item in batch.items]
+        size = next(size for size in self._batch_sizes if size >= len(requests))
+        known = self._sampler.known(requests)
+        with torch.inference_mode():
+            inputs, shared = self._upload(batch, requests, size, drawn)
+            self._run(_Kind(size=size, filters=known.filtered, shared=shared), inputs)
+            whole = not known.editable and not known.wants_tables
+            return self._sampler.fetch(requests) if whole else None
+
+    def _run(self, kind: _Kind, inputs: Sequence[torch.Tensor]) -> None:
+        if self._device.type != "cuda":
+            self._body(kind, inputs)
+            return
+        if self._addresses != self._current_addresses():
+            with self._kept_inputs():
+                self.capture()
+        if kind not in self._graphs:
+            with self._kept_inputs():
+                self._graphs[kind] = self._captured(kind)
+        self._graphs[kind]()
+
+    @contextmanager
+    def _kept_inputs(self) -> Iterator[None]:
+        """What the step at hand reads is as before, though a capture used it."""
+        kept = self._inputs.clone(), self._sampler.tokens.clone()
+        yield
+        self._inputs.copy_(kept[0])
+        self._sampler.tokens.copy_(kept[1])
+
+    def _upload(
+        self,
+        batch: ScheduledBatch,
+        requests: list[Request],
+        size: int,
+        drawn: DrawnTokens | None,
+    ) -> tuple[list[torch.Tensor], bool]:
+        """One copy for all numbers of the step, and one on the device for the block tables.
+
+        Also says whether prefixes are shared.
+        """
+        num, block_size = len(requests), self._backend.context.block_size
+        positions = np.fromiter((item.start for item in batch.items), np.int32, num)
+        rows = self._host_tables.rows(requests)
+        width = int(positions.max()) // block_size + 1
+        tables = self._host_tables.gather(rows, width)
+        columns = np.zeros((_NUM_INPUTS, size), np.int32)
+        columns[1] = columns[3] = -1
+        columns[0, :num] = tokens = np.fromiter(
+            (request.token_ids[-1] for request in requests), np.int32, num
+        )
+        if drawn is not None:
+            known = drawn.rows
+            for row in np.flatnonzero(tokens == PENDING).tolist():
+                columns[1, row] = known[requests[row]]
+        columns[2, :num] = positions
+        blocks = tables[np.arange(num), positions // block_size]
+        columns[3, :num] = blocks * block_size + positions % block_size
+        columns[4, :num] = positions + 1
+        resets = self._host_tables.num_resets
+        shared = self._prefixes.find(requests, positions, size, resets)
+        arrays = [*columns, *self._sampler.columns(requests, size), shared.numbers, tables]
+        *inputs, uploaded = self._backend.staging.upload(arrays, into=self._inputs)
+        self._tables[:num, :width].copy_(uploaded)
+        return inputs, shared.pays
+
+    def _body(self, kind: _Kind, inputs: Sequence[torch.Tensor]) -> None:
+        """What a graph holds."""
+        size = kind.size
+        token_ids, sources, positions, slots, seq_lens, *columns, prefixes = inputs
+        drawn = self._sampler.tokens.index_select(0, sources.clamp(min=0))
+        token_ids = torch.where(sources < 0, token_ids, drawn.to(torch.int32))
+        step = self._backend.step(
+            DeviceBatch(
+                positions=positions,
+                slots=slots,
+                block_tables=self._tables[:size],
+                seq_lens=seq_lens,
+                num_decodes=size,
+                query_starts=None,
+                max_query_len=1,
+                max_len=self._max_len,
+                shared=SharedPrefixes.views(prefixes, size) if kind.shared else None,
+            )
+        )
+        logits = self.logits[:size]
+        self._model.logits(self._model(token_ids, step), out=logits)
+        self._sampler.run(logits, columns, filters=kind.filters)
+
+
+@contextmanager
+def frozen_gc() -> Iterator[None]:
+    """No garbage collection, and what lives now is never looked at again by it: a collection may free a CUDA tensor
+    in the middle of a capture."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,110 @@
+"""The backend of fused kernels against transformers, in triton's interpreter; on a GPU it is the default.
+
+The interpreter is chosen when triton is imported, so the tests that run in it are run by a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rollout.errors import ConfigError
+from rollout.runner.attention_backend import DrawnTokens
+from rollout.runner.backend_registry import resolve_backend
+from rollout.scheduling.request import PENDING
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run by the test below, in the interpreter"
+)
+
+
+def test_the_tests_of_this_file_pass_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "fused_", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (
+            "qwen3",
+            {
+                "head_dim": 16,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ],
+)
+def test_fused_chunks_mixtures_and_single_tokens_agree(
+    family, options, tiny_checkpoint, hand_driver, reference_logprobs
+):
+    folder = tiny_checkpoint(family, **options)
+    driver = hand_driver(folder, attention_backend="triton")
+    rng = random.Random(0)
+    requests = [driver.request([rng.randrange(256) for _ in range(size)]) for size in (9, 4)]
+    for sizes in ((7, 2), (1, 2), (1, 0)):
+        driver.step([(r, size) for r, size in zip(requests, sizes, strict=True) if size])
+    for request in requests:
+        expected = reference_logprobs(folder, request.token_ids)
+        assert (driver.logprobs(request) - expected).abs().max() < 1e-4
+
+
+@interpreted
+def test_fused_steps_take_tokens_that_the_host_does_not_know_from_the_device(
+    tiny_checkpoint, hand_driver, reference_logprobs
+):
+    folder = tiny_checkpoint("llama")
+    driver = hand_driver(folder, attention_backend="triton")
+    check_pending_tokens(driver, folder, reference_logprobs)
+
+
+def test_torch_steps_take_tokens_that_the_host_does_not_know_from_the_device(
+    tiny_checkpoint, hand_driver, reference_logprobs
+):
+    folder = tiny_checkpoint("llama")
+    driver = hand_driver(folder, attention_backend="torch")
+    check_pending_tokens(driver, folder, reference_logprobs)
+
+
+def check_pending_tokens(driver, folder, reference_logprobs):
+    requests = [driver.request(ids) for ids in ([1, 2, 3, 4], [5, 6], [9, 8, 7])]
+    driver.step([(request, request.num_tokens) for request in requests[:2]])
+    drawn = [11, 12, 13]
+    for request in requests[:2]:
+        request.token_ids.append(PENDING)
+        driver.own_blocks(request)
+    driver.step(
+        [(requests[0], 1), (requests[1], 1), (requests[2], 3)],
+        drawn=DrawnTokens(
+            torch.tensor([7, 11, 12], dtype=torch.int32), {requests[0]: 1, requests[1]: 2}
+        ),
+    )
+    for request, token in zip(requests[:2], drawn, strict=False):
+        request.token_ids[-1] = token
+    for request in requests:
+        expected = reference_logprobs(folder, request.token_ids)
+        assert (driver.logprobs(request) - expected).abs().max() < 1e-4
+
+
+def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_refused():
+    assert resolve_backend("auto", "cpu") == "torch"
+    assert resolve_backend("auto", "cuda:1") == "triton"
+    assert resolve_backend("torch", "cuda") == "torch"
+    with pytest.raises(ConfigError, match=r"attention_backend: got .flush., expected"):
+        resolve_backend("flush", "cpu")
