@@ -209,7 +209,7 @@ def decode_candidates(keys: int | None, programs: int) -> Iterator[configs.Decod
     """Of all sizes of tiles, or of one."""
     for size, warps, stages in (
         (64, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 3), (32, 2, 3), (32, 4, 3), (32, 4, 4), (32, 2, 2),
-        (64, 4, 5), (64, 4, 7), (64, 8, 5), (32, 4, 7), (32, 8, 7),
+        (64, 4, 5), (64, 2, 7), (32, 2, 7),
     ):  # fmt: skip
         if keys in (None, size):
             yield configs.DecodeConfig(
@@ -354,8 +354,10 @@ def search(head_dims: Sequence[int], say: Callable[[str], None]) -> dict[str, An
         label = f"{each.name} D={problem.head_dim} N={len(problem.lengths)} S={problem.block_size}"
         say(f"{label:48} {seconds * 1e6:9.1f} us {rate:7.0f} {unit:8} {asdict(best)}")
         chosen = {name: value for name, value in asdict(best).items() if value}
-        if each.name == "decode_deterministic":
-            del chosen["split_keys"]  # nothing is split
+        if problem.deterministic:  # nothing is split
+            chosen = {
+                name: chosen[name] for name in chosen if name not in ("split_keys", "programs")
+            }
         entries.setdefault(each.name, []).append({**dict(each.limits), **chosen})
     return {"device": torch.cuda.get_device_name(), "entries": entries, "rows": rows}
 

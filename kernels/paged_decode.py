@@ -222,29 +222,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         heads = pool + head.to(tl.int64) * pool_head
         for key in tl.range(first, last, N, num_stages=STAGES):
             acc, peak, total = attend_tile(
-                acc,
-                peak,
-                total,
-                queries,
-                position,
-                heads,
-                tables + n * table_row,
-                key,
-                low,
-                length,
-                scale,
-                pool_block,
-                pool_slot,
-                pool_values,
-                S=S,
-                D=D,
-                DP=DP,
-                N=N,
-                WINDOW=WINDOW,
-                MASKED=True,
-                EXACT=EXACT,
-                PRECISION=PRECISION,
-            )
+                acc, peak, total, queries, position, heads, tables + n * table_row, key, low,
+                length, scale, pool_block, pool_slot, pool_values,
+                S=S, D=D, DP=DP, N=N, WINDOW=WINDOW, MASKED=True, EXACT=EXACT, PRECISION=PRECISION,
+            )  # fmt: skip
 
     output = out + n * out_row
     if SPLITS == 1:

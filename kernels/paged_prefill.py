@@ -34,6 +34,19 @@ SEARCHED = 256
 """Sequences that a program looks through at once for its own."""
 
 
+@jit
+def sequence_of(  # type: ignore[no-untyped-def]
+    tile, query_starts, num_seqs, TOKENS: tl.constexpr, SEARCHED: tl.constexpr
+):
+    """The last sequence whose first tile is not after `tile`."""
+    n = tl.full((), -1, tl.int32)
+    for at in range(0, num_seqs, SEARCHED):
+        some = at + tl.arange(0, SEARCHED)
+        start = tl.load(query_starts + some, mask=some < num_seqs, other=0)
+        n += tl.sum(((some < num_seqs) & (start // TOKENS + some <= tile)).to(tl.int32))
+    return n
+
+
 @jit(do_not_specialize=["num_seqs"])
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q,
@@ -75,11 +88,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr = R // G
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    n = tl.full((), -1, tl.int32)
-    for at in range(0, num_seqs, SEARCHED):
-        some = at + tl.arange(0, SEARCHED)
-        start = tl.load(query_starts + some, mask=some < num_seqs, other=0)
-        n += tl.sum(((some < num_seqs) & (start // TOKENS + some <= tile)).to(tl.int32))
+    n = sequence_of(tile, query_starts, num_seqs, TOKENS, SEARCHED)
     q_first = tl.load(query_starts + n)
     q_end = tl.load(query_starts + n + 1)
     token = q_first + (tile - q_first // TOKENS - n) * TOKENS

@@ -147,6 +147,13 @@ def prefix_kernel(  # type: ignore[no-untyped-def]
         tl.store(pair + SPLITS * G * (D + 1) + at, row_total(total, EXACT), mask=real)
 
 
+def _num_splits(batch: int, num_kv_heads: int, max_len: int, config: SharedConfig) -> int:
+    """Splits of each prefix; tiles are fewer than there could be, so they are taken to have eight members each."""
+    expected = -(-batch // 8) * num_kv_heads
+    most = MAX_PROGRAMS // (batch * num_kv_heads)
+    return max(1, min(config.programs // expected, max_len // (2 * PREFIX_UNIT), most))
+
+
 def shared_prefix_decode(
     q: torch.Tensor,
     pool: torch.Tensor,
@@ -170,12 +177,7 @@ def shared_prefix_decode(
     chosen = prefix_config or shared_config(
         q.device, head_dim=head_dim, group=group, dtype=q.dtype, deterministic=deterministic
     )
-    splits = 1
-    if not deterministic:
-        # Tiles are fewer than the most there could be: take them to have eight members each.
-        expected = -(-batch // 8) * num_kv_heads
-        most = MAX_PROGRAMS // (batch * num_kv_heads)
-        splits = max(1, min(chosen.programs // expected, max_len // (2 * PREFIX_UNIT), most))
+    splits = 1 if deterministic else _num_splits(batch, num_kv_heads, max_len, chosen)
     kernel: Any = prefix_kernel
     with launching_on(q):
         kernel[(num_kv_heads, splits, max_tiles(batch))](

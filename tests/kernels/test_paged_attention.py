@@ -200,7 +200,7 @@ DECODES = {
     "head size 128": Case(lengths=(33, 150), head_dim=128, heads=8, dtype=torch.bfloat16),
     "head size 256": Case(lengths=(33, 50), head_dim=256, block_size=32, dtype=torch.bfloat16),
     "blocks of 64": Case(lengths=(33, 150), block_size=64, dtype=torch.bfloat16),
-    "blocks of 256": Case(lengths=(33, 300), block_size=256),
+    "blocks of 256": Case(lengths=(33, 270), heads=1, kv_heads=1, block_size=256),
     "blocks of no power of two": Case(lengths=(33, 100), block_size=24),
 }
 PREFILLS = {
@@ -214,7 +214,7 @@ PREFILLS = {
     "more heads of a group than 16": Case(
         lengths=(40, 7), queries=(20, 7), heads=24, kv_heads=1, dtype=torch.float16
     ),
-    "a window": Case(lengths=(5, 33, 150, 130), queries=(5, 33, 150, 40), window=32),
+    "a window": Case(lengths=(5, 150, 130), queries=(5, 90, 40), window=32),
     "a window of odd size": Case(lengths=(150, 130), queries=(100, 1), window=45, block_size=8),
     "head size 80": Case(lengths=(60, 50), queries=(60, 1), head_dim=80, dtype=torch.bfloat16),
     "head size 96": Case(lengths=(60, 50), queries=(60, 1), head_dim=96),
@@ -223,8 +223,8 @@ PREFILLS = {
     "blocks of 64": Case(lengths=(150, 100), queries=(150, 1), block_size=64, dtype=torch.bfloat16),
 }
 SHARED = {
-    "one group": (Case(lengths=(70, 100, 66, 200)), {(0, 1, 2, 3): 4}),
-    "two groups, one row alone": (Case(lengths=(150, 90, 140, 0, 200, 99)), {(0, 2): 8, (1, 5): 4}),
+    "one group": (Case(lengths=(70, 100, 66)), {(0, 1, 2): 4}),
+    "two groups, one row alone": (Case(lengths=(150, 80, 140, 0, 20, 70)), {(0, 2): 8, (1, 5): 4}),
     "no group": (Case(lengths=(70, 100)), {}),
     "more members than a tile takes": (
         Case(lengths=(70,) * 11, heads=8, kv_heads=1, head_dim=128, dtype=torch.bfloat16),
@@ -235,8 +235,8 @@ SHARED = {
         {(0, 1, 2): 4},
     ),
     "blocks larger than a tile": (
-        Case(lengths=(300, 400, 30), head_dim=96, block_size=128),
-        {(0, 1): 2},
+        Case(lengths=(150, 170, 30), head_dim=96, block_size=128),
+        {(0, 1): 1},
     ),
 }
 CHECKS: dict[str, Callable[[str], str]] = {}
@@ -269,7 +269,7 @@ def sequences_are_found_among_many(device: str) -> str:
 
     at_once, kernels.SEARCHED = kernels.SEARCHED, 16
     try:
-        batch = Batch(Case(lengths=(3,) * 40, queries=(1, 2) * 20, heads=1, kv_heads=1), device)
+        batch = Batch(Case(lengths=(3,) * 20, queries=(1, 2) * 10, heads=1, kv_heads=1), device)
         return close(batch.prefill(), batch)
     finally:
         kernels.SEARCHED = at_once
@@ -281,7 +281,7 @@ def splits_add_up(device: str) -> str:
     from rollout_kernels.attention_configs import DecodeConfig
 
     batch = Batch(replace(DECODES["block edges"], lengths=(100, 0, 1, 40)), device)
-    for splits in (2, 3, 7):
+    for splits in (3, 7):
         config = DecodeConfig(keys=16, warps=4, stages=2, programs=splits * 8, split_keys=16)
         verdict = close(batch.decode(config=config), batch)
         if verdict != "right":
@@ -299,11 +299,51 @@ def launches_follow_each_other(device: str) -> str:
     workspace = kernels.DecodeWorkspace.allocate(
         max_batch=8, num_heads=4, num_kv_heads=2, head_dim=64, device=device
     )
-    for lengths in ((100,), (20, 40), (100,)):
+    for lengths in ((60,), (20, 40), (60,)):
         batch = Batch(Case(lengths=lengths), device, seed=len(lengths))
         verdict = close(batch.decode(workspace=workspace, config=config), batch)
         if verdict != "right":
             return f"{lengths}: {verdict}"
+    return "right"
+
+
+@check
+def a_captured_decode_follows_its_inputs(device: str) -> str:
+    """Lengths, tables and groups change between replays; on the CPU, between calls."""
+    from rollout_kernels import paged_decode as kernels
+
+    first = Batch(Case(lengths=(40, 0, 70)), device, seed=1)
+    second = Batch(Case(lengths=(7, 64, 0)), device, seed=2)
+    width = min(first.block_tables.shape[1], second.block_tables.shape[1])
+    pool = first.pool.new_full((64, *first.pool.shape[1:]), math.nan)
+    tables, lens = first.block_tables[:, :width].clone(), first.seq_lens.clone()
+    q, out = first.fused.clone(), first.poisoned()
+    workspace = kernels.DecodeWorkspace.allocate(
+        max_batch=3, num_heads=4, num_kv_heads=2, head_dim=64, device=device
+    )
+
+    def launch() -> None:
+        kernels.paged_decode(
+            q[:, :4], pool, tables, lens, out, scale=0.125, workspace=workspace, max_len=128
+        )
+
+    replay = launch
+    if device != "cpu":
+        launch()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        replay = graph.replay
+    for batch in (first, second, first):
+        out.fill_(math.nan)
+        pool[: len(batch.pool)].copy_(batch.pool)
+        tables.copy_(batch.block_tables[:, :width])
+        lens.copy_(batch.seq_lens)
+        q.copy_(batch.fused)
+        replay()
+        verdict = close(out, batch)
+        if verdict != "right":
+            return f"{batch.case.lengths}: {verdict}"
     return "right"
 
 
@@ -325,7 +365,9 @@ def a_deterministic_prefill_has_the_same_bits_under_any_chunking(device: str) ->
     case = Case(lengths=(150,), queries=(150,), head_dim=128, dtype=torch.bfloat16)
     whole = Batch(case, device).prefill(deterministic=True)
     results = [whole]
-    for sizes in ((1, 149), (64, 64, 22), (33, 50, 1, 66)):
+    for sizes in (
+        ((33, 50, 1, 66),) if device == "cpu" else ((1, 149), (64, 64, 22), (33, 50, 1, 66))
+    ):
         done, chunks = 0, []
         for size in sizes:
             chunk = Batch(case, device)
@@ -340,9 +382,11 @@ def a_deterministic_prefill_has_the_same_bits_under_any_chunking(device: str) ->
 
 @check
 def a_deterministic_decode_has_the_bits_of_a_prefill(device: str) -> str:
-    case = Case(lengths=(150, 64, 65, 1), head_dim=128, dtype=torch.bfloat16)
+    case = Case(lengths=(100, 64, 1), head_dim=128, dtype=torch.bfloat16)
     verdicts = []
-    for change in ({}, {"window": 70}, {"heads": 8}, {"heads": 2}):
+    for change in ({}, {"window": 70}, {"heads": 8}, {"heads": 2})[
+        : 2 if device == "cpu" else None
+    ]:
         batch = Batch(replace(case, **change), device)
         verdicts.append(same([batch.decode(deterministic=True), batch.prefill(deterministic=True)]))
     return next((verdict for verdict in verdicts if verdict != "right"), "right")
@@ -351,7 +395,7 @@ def a_deterministic_decode_has_the_bits_of_a_prefill(device: str) -> str:
 @check
 def a_deterministic_decode_has_the_same_bits_with_and_without_sharing(device: str) -> str:
     verdicts = []
-    for heads in (2, 4, 8):
+    for heads in (4,) if device == "cpu" else (2, 4, 8):
         case = Case(
             lengths=(150, 90, 140, 0, 200, 99), heads=heads, head_dim=128, dtype=torch.bfloat16
         )
