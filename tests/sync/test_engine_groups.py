@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_group_support import free_port
 
 import weight_sync
 from rollout import Engine
@@ -332,6 +333,16 @@ def test_a_trainer_that_stops_in_the_middle_costs_a_deadline_and_no_version(
     again.update(list(trainer.named_parameters()))
     assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
     again.close()
+
+
+def test_a_trainer_that_never_comes_is_named_by_the_deadline_of_the_call(engine: Engine) -> None:
+    port = free_port()
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=f"127.0.0.1:{port}"):
+        engine.init_weights_update_group(
+            "127.0.0.1", port, 1, 1 + engine.config.tp_size, "nobody", backend="gloo", timeout_s=0.5
+        )
+    assert time.monotonic() - started < 4
 
 
 def test_groups_and_formats_that_do_not_exist_are_refused_in_words(engine: Engine) -> None:

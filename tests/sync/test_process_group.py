@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -322,6 +323,29 @@ def test_no_number_looks_like_bytes_that_never_came(dtype):
         end[: 16 - missing] = 0x3C
         last = end.view(dtype)[-1].float()
         assert torch.isnan(last)
+
+
+@pytest.mark.parametrize(("host", "address"), [("::1", "[::1]"), ("[::1]", "::1")])
+def test_ipv6_addresses_come_with_and_without_brackets(host: str, address: str):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with UpdateGroup.serve(world_size=2, group_name=NAME, host=host, timeout_s=10) as trainer:
+        engine = UpdateGroup.join(
+            master_address=address,
+            master_port=trainer.master_port,
+            rank=1,
+            world_size=2,
+            group_name=NAME,
+            timeout_s=10,
+        )
+        buffer = torch.zeros(100, dtype=torch.uint8)
+        received = engine.receive_into(buffer, timeout_s=5)
+        trainer.broadcast(content(100, 1), timeout_s=5).result()
+        received.result()
+        assert torch.equal(buffer, content(100, 1))
+        engine.destroy()
 
 
 def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):

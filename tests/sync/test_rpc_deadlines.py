@@ -262,6 +262,26 @@ def test_a_second_server_at_an_address_is_refused_and_the_first_goes_on(
     assert make_client(second.address).call(Ask(text="second"), 5.0).text == "second"
 
 
+@pytest.mark.parametrize("bind", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://[::1]:0"])
+def test_a_server_at_all_addresses_says_one_that_others_can_use(
+    bind: str, make_server: Callable[..., RpcServer], make_client: Callable[..., RpcClient]
+) -> None:
+    if "[" in bind and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = make_server(bind=bind)
+    host = server.address.removeprefix("tcp://").rpartition(":")[0]
+    assert host not in ("0.0.0.0", "*", "[::]")
+    assert make_client(server.address).call(Ask(text="here"), 5.0).text == "here"
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_a_socket_file_of_a_dead_server_is_replaced(
     make_server: Callable[..., RpcServer], tmp_path: Path
 ) -> None:

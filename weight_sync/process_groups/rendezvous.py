@@ -28,6 +28,7 @@ class StoreServer:
     """A store that this process serves for any number of groups; it ends with `close`, or with its last group."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, timeout_s: float = 60.0) -> None:
+        host = host.strip("[]")
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server((host, port), family=family)
@@ -37,7 +38,7 @@ class StoreServer:
                 "free port; pass port 0 to let the system choose"
             ) from error
         self.host = host
-        """Address that was asked for; members connect to it."""
+        """Address that was asked for, without brackets; members connect to it."""
         self.port: int = listener.getsockname()[1]
         """Port, the system's choice where 0 was asked for."""
         self._store: TCPStore | None = TCPStore(
@@ -123,7 +124,8 @@ def connect_store(
     end: float,
     abandoned: Callable[[], bool] = lambda: False,
 ) -> tuple[TCPStore, Lifeline]:
-    """Connect to the store at `host:port`, which may start later."""
+    """Connect to the store at `host:port`, which may start later. IPv6 addresses come with or without brackets."""
+    host = host.strip("[]")
 
     def knock() -> Lifeline | None:
         try:

@@ -13,11 +13,14 @@ from ..errors import AddressInUseError
 
 
 def listen(server: "zmq.Socket[bytes]", address: str) -> str:
-    """Bind `server` to `address`; returns the address with what the system chose, such as a port.
+    """Bind `server` to `address`; returns one to connect to: with what the system chose, such as a port.
+
+    For all addresses of the machine ("tcp://0.0.0.0:0") that is the one from which it reaches other machines.
 
     `AddressInUseError` where another server listens; a socket file that a dead one left behind is replaced.
     `ValueError` for what is no address that can be listened at.
     """
+    server.setsockopt(zmq.IPV6, "[" in address)
     with _alone(address):
         check_free(address)
         try:
@@ -29,7 +32,27 @@ def listen(server: "zmq.Socket[bytes]", address: str) -> str:
                 f"cannot listen at {address!r}: {error}; expected an address like 'ipc:///tmp/folder/socket', in a "
                 "folder that exists and with at most 107 characters, or 'tcp://127.0.0.1:0'"
             ) from error
-    return server.getsockopt_string(zmq.LAST_ENDPOINT)
+    return _reachable(server.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def _reachable(bound: str) -> str:
+    host, _, port = bound.removeprefix("tcp://").rpartition(":")
+    if host == "0.0.0.0":
+        return f"tcp://{_own_address(socket.AF_INET, '192.0.2.1', '127.0.0.1')}:{port}"
+    if host == "[::]":
+        return f"tcp://[{_own_address(socket.AF_INET6, '2001:db8::1', '::1')}]:{port}"
+    return bound
+
+
+def _own_address(family: socket.AddressFamily, elsewhere: str, loopback: str) -> str:
+    """From where this machine would send to `elsewhere`; nothing is sent. Without a network, the loopback's."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((elsewhere, 9))
+            address: str = probe.getsockname()[0]
+            return address
+        except OSError:
+            return loopback
 
 
 def check_free(address: str | None) -> None:

@@ -179,6 +179,7 @@ class RpcClient:
         socket = self._context.socket(zmq.DEALER)
         self._socket = socket
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, "[" in self.address)
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
