@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated
 
 import typer
 
@@ -90,7 +91,22 @@ def run(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _group() -> None:
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"rollout-sync {__version__}")
+        raise typer.Exit
+
+
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """A callback makes this a group, however few sub-commands are installed."""
 
 

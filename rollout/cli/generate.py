@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import msgspec
 import typer
 
 from ..config import EngineConfig
-from ..errors import ConfigError
 from ..sampling_params import SamplingParams
 from ..settings import load_settings
 from .options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
-from .prompts import PromptRecord, apply_chat_template, read_prompts
+from .output import Writer, check_output, finished_records, results_file
+from .prompts import (
+    BadRecords,
+    PromptRecord,
+    apply_chat_template,
+    check_records,
+    merged_params,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from rollout import Engine
@@ -36,6 +40,8 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout generate -m PATH -i prompts.jsonl -o samples.jsonl --logprobs
 
+  rollout generate -m PATH -i prompts.jsonl -o samples.jsonl --resume
+
   cat questions.txt | rollout generate -m PATH --format jsonl
 
   rollout generate -m PATH --set sampling.repetition_penalty=1.1 "Hello"
@@ -46,7 +52,8 @@ EPILOG = """[bold]Examples[/bold]
 
   A line is a JSON object, or else the text of a prompt. An object has one of
   prompt, input_ids or messages, and perhaps sampling_params of its own; its
-  other keys are copied to the output.
+  other keys are copied to the output. All prompts are checked before the
+  engine starts; results are in FILE.partial until they are complete.
 """
 
 
@@ -85,6 +92,12 @@ Format = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Wrap each text prompt in the tokenizer's chat template.")
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the unfinished results of --output.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out prompts that cannot be used, and say which.")
+]
 Samples = Annotated[int | None, setting_option(SamplingParams, "n", "-n")]
 MaxNewTokens = Annotated[int | None, setting_option(SamplingParams, "max_new_tokens")]
 Temperature = Annotated[float | None, setting_option(SamplingParams, "temperature")]
@@ -111,6 +124,8 @@ def generate(
     output_path: Output = None,
     output_format: Format = None,
     chat: Chat = False,
+    resume: Resume = False,
+    skip_bad: SkipBad = False,
     num_samples: Samples = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -148,30 +163,49 @@ def generate(
         typer.echo(as_toml(settings))
         return
     if output_path is not None:
-        check_output(output_path)
-    records = apply_chat_template(
-        read_prompts(prompts or (), input_path),
-        settings.engine.tokenizer_path or settings.engine.model_path,
-        wrap=chat,
-    )
+        check_output(output_path, resume=resume)
+    bad = BadRecords()
+    records = _checked(settings, read_prompts(prompts or (), input_path, bad), bad, wrap=chat)
+    bad.raise_unless(skip_bad)
+    for problem in bad.problems:
+        typer.echo(f"skipped: {problem}", err=True)
     pretty = output_path is None and (
         output_format == "pretty" or (output_format is None and sys.stdout.isatty())
     )
-    with output_path.open("w", encoding="utf-8") if output_path else nullcontext(sys.stdout) as out:
-        _run(settings, records, _Writer(out, pretty=pretty))
+    if output_path is None:
+        _run(settings, records, Writer(sys.stdout, pretty=pretty))
+        return
+    per_record = [int(merged_params(settings.sampling, record)["n"]) for record in records]
+    done, kept_bytes = finished_records(output_path, records, per_record)
+    if done:
+        typer.echo(f"resumed: {done:,} of {len(records):,} prompts are done", err=True)
+    with results_file(output_path, kept_bytes) as out:
+        _run(settings, records[done:], Writer(out, pretty=False))
 
 
-def check_output(path: Path) -> None:
-    """`ConfigError` for a file that cannot be written, before hours of work."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--output: got {str(path)!r}, expected a file in a folder that exists; make {path.absolute().parent} first"
-            if not path.is_dir()
-            else f"--output: got the folder {str(path)!r}, expected a file; name one in it"
-        )
+def _checked(
+    settings: GenerateSettings, records: list[PromptRecord], bad: BadRecords, *, wrap: bool
+) -> list[PromptRecord]:
+    """The records that the engine will take, chats rendered, before an engine is started."""
+    from ..engine.loop.checks import check_start
+    from ..models.model_config import ModelConfig
+    from ..tokenizer import Tokenizer
+
+    engine = settings.engine
+    check_start(engine)
+    model = ModelConfig.from_folder(engine.model_path)
+    tokenizer_path = engine.tokenizer_path or engine.model_path
+    return check_records(
+        apply_chat_template(records, tokenizer_path, wrap=wrap),
+        sampling=settings.sampling,
+        tokenizer=None if engine.skip_tokenizer_init else Tokenizer(tokenizer_path),
+        vocab_size=model.vocab_size,
+        context_length=engine.context_length or model.max_position_embeddings,
+        bad=bad,
+    )
 
 
-def _run(settings: GenerateSettings, records: list[PromptRecord], writer: _Writer) -> None:
+def _run(settings: GenerateSettings, records: list[PromptRecord], writer: Writer) -> None:
     """Start the engine, run every record through it, and tell on stderr how fast it went."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -194,7 +228,7 @@ def _run(settings: GenerateSettings, records: list[PromptRecord], writer: _Write
                 rate = writer.num_tokens / (time.perf_counter() - started)
                 progress.update(task, advance=1, speed=f"{rate:,.0f} tokens/s")
 
-            asyncio.run(_generate_all(engine, settings, records, on_result))
+            asyncio.run(_generate_all(engine, settings, records, on_result, writer.pretty))
         seconds = time.perf_counter() - started
     console.print(
         f"{writer.num_samples:,} samples, {writer.num_tokens:,} tokens in {seconds:.1f} s "
@@ -208,9 +242,9 @@ async def _generate_all(
     settings: GenerateSettings,
     records: list[PromptRecord],
     on_result: Callable[[int, list[dict[str, Any]]], None],
+    with_text: bool,
 ) -> None:
     """Keep up to `concurrency` prompts in the engine; the first that is refused ends the run."""
-    sampling = msgspec.structs.asdict(settings.sampling)
     room = asyncio.Semaphore(settings.concurrency)
 
     async def one(index: int, record: PromptRecord) -> None:
@@ -218,8 +252,9 @@ async def _generate_all(
             result = await engine.async_generate(
                 prompt=record.prompt,
                 input_ids=record.input_ids,
-                sampling_params={**sampling, **record.sampling_params},
+                sampling_params=merged_params(settings.sampling, record),
                 return_logprob=settings.return_logprob,
+                return_text_in_logprobs=with_text,
             )
         on_result(index, result if isinstance(result, list) else [result])
 
@@ -229,41 +264,6 @@ async def _generate_all(
                 tasks.create_task(one(index, record))
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from group
-
-
-class _Writer:
-    """Writes results in the order of the prompts, whatever the order in which they come."""
-
-    def __init__(self, out: TextIO, *, pretty: bool) -> None:
-        self._out = out
-        self._pretty = pretty
-        self._early: dict[int, tuple[PromptRecord, list[dict[str, Any]]]] = {}
-        self._next = 0
-        self.num_samples = 0
-        self.num_tokens = 0
-
-    def write(self, index: int, record: PromptRecord, samples: list[dict[str, Any]]) -> None:
-        self.num_samples += len(samples)
-        self.num_tokens += sum(len(sample["output_ids"]) for sample in samples)
-        self._early[index] = (record, samples)
-        while self._next in self._early:
-            self._emit(*self._early.pop(self._next))
-            self._next += 1
-        self._out.flush()
-
-    def _emit(self, record: PromptRecord, samples: list[dict[str, Any]]) -> None:
-        source = {"prompt": record.prompt, "input_ids": record.input_ids}
-        given = {key: value for key, value in source.items() if value is not None}
-        for number, sample in enumerate(samples):
-            if self._pretty:
-                reason = (sample["meta_info"]["finish_reason"] or {}).get("type")
-                title = record.prompt or record.extra.get("messages") or record.input_ids
-                head = f"── {title}" if number == 0 else f"── sample {number + 1}"
-                self._out.write(f"{head}  [{len(sample['output_ids'])} tokens, {reason}]\n")
-                self._out.write(f"{sample['text'] or sample['output_ids']}\n\n")
-            else:
-                line = {**record.extra, **given, "sample": number, **sample}
-                self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _fields(config: EngineConfig) -> dict[str, Any]:

@@ -151,3 +151,112 @@ def product(shape) -> int:
 def test_info_for_people_lists_tensors_when_asked(rollout, checkpoint):
     assert "model.norm.weight" not in rollout("info", checkpoint).stdout
     assert "model.norm.weight  [64]" in rollout("info", checkpoint, "--tensors").stdout
+
+
+# ---- long runs -------------------------------------------------------------------------------------------------------
+
+
+def write_prompts(path, *records):
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+def test_all_prompts_are_checked_first_and_errors_name_file_and_line(rollout, checkpoint, tmp_path):
+    source = write_prompts(
+        tmp_path / "in.jsonl",
+        {"prompt": "ab"},
+        {"input_ids": [1, 10**6]},
+        {"prompt": "ab", "sampling_params": {"temprature": 1}},
+        {"nothing": 1},
+        {"input_ids": [1] * 5000},
+    )
+    result = rollout("generate", "-m", checkpoint, "-i", source, "-o", tmp_path / "out.jsonl")
+    assert result.returncode == 1
+    for words in ("line 2: input_ids", "line 3: sampling parameters", "line 4", "line 5: got 5000"):
+        assert f"in.jsonl, {words}" in result.stderr.replace("\n", " "), result.stderr
+    assert "line 1" not in result.stderr and "--skip-bad" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_prompts_are_skipped_and_named_on_request(rollout, checkpoint, tmp_path):
+    source = write_prompts(
+        tmp_path / "in.jsonl", {"prompt": "ab"}, {"input_ids": []}, {"prompt": "cd"}
+    )
+    options = ("--skip-bad", "--max-new-tokens", 2, "--format", "jsonl")
+    result = rollout("generate", "-m", checkpoint, "-i", source, *options)
+    assert [line["prompt"] for line in samples(result)] == ["ab", "cd"]
+    assert "skipped: " in result.stderr and "line 2" in result.stderr
+
+
+def test_results_have_their_name_only_when_they_are_complete_and_can_be_resumed(
+    rollout, checkpoint, tmp_path, monkeypatch
+):
+    from rollout.cli.output import Writer
+
+    records = [
+        {"prompt": text, "sampling_params": {"n": n}}
+        for text, n in (("ab", 2), ("cd", 1), ("ef", 3))
+    ]
+    source, target = write_prompts(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl"
+    call = ("generate", "-m", checkpoint, "-i", source, "--max-new-tokens", 3, "--seed", 3)
+    whole = rollout(*call, "-o", tmp_path / "whole.jsonl")
+    assert whole.returncode == 0, whole.stderr
+
+    emit = Writer._emit
+
+    def dies_at_the_second(self, record, results):
+        if record.prompt == "cd":
+            self._out.write('{"prompt": "cd", "sam')
+            raise OSError("no space left on device")
+        emit(self, record, results)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "_emit", dies_at_the_second)
+        with pytest.raises(OSError, match="no space left"):
+            from rollout.cli.app import build_app
+
+            build_app()([str(part) for part in (*call, "-o", target)], standalone_mode=False)
+    assert not target.exists() and (tmp_path / "out.jsonl.partial").exists()
+
+    refused = rollout(*call, "-o", target)
+    assert refused.returncode == 1 and "--resume" in refused.stderr
+    resumed = rollout(*call, "-o", target, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 of 3 prompts are done" in resumed.stderr
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+    def essence(path):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line["prompt"], line["sample"], line["output_ids"]) for line in lines]
+
+    assert essence(target) == essence(tmp_path / "whole.jsonl")
+
+
+def test_unfinished_results_of_other_prompts_are_not_taken_for_these(rollout, checkpoint, tmp_path):
+    (tmp_path / "out.jsonl.partial").write_text('{"prompt": "other", "sample": 0}\n')
+    result = rollout("generate", "-m", checkpoint, "-o", tmp_path / "out.jsonl", "--resume", "ab")
+    assert result.returncode == 1 and "other prompts" in result.stderr
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(rollout, checkpoint, tmp_path):
+    for target in (tmp_path, tmp_path / "nowhere" / "out.jsonl"):
+        result = rollout("generate", "-m", checkpoint, "-o", target, "ab")
+        assert result.returncode == 1 and "--output" in result.stderr
+
+
+def test_a_chat_without_a_template_is_refused_in_one_line(rollout, checkpoint):
+    result = rollout("generate", "-m", checkpoint, "--chat", "ab")
+    assert result.returncode == 1
+    assert "chat template" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_log_probabilities_are_shown_to_people_too(rollout, checkpoint):
+    options = ("--format", "pretty", "--logprobs", "--max-new-tokens", 3)
+    result = rollout("generate", "-m", checkpoint, *options, "ab")
+    assert result.returncode == 0, result.stderr
+    assert "log-probabilities: -" in result.stdout
+
+
+def test_the_version_is_an_option_too(rollout):
+    result = rollout("--version")
+    assert result.returncode == 0 and result.stdout.startswith("rollout-sync ")
