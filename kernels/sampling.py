@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from . import logit_edits, logit_filters
+from . import logit_edits, logit_filters, random_numbers
 from .filter_bounds import is_filtered
 from .launching import jit, launching_on, tl
 from .logit_edits import LogitEdits, count_token, edit, is_edited
@@ -286,3 +286,28 @@ def sample(
             num_warps=_WARPS,
             enable_fp_fusion=False,  # edits are rounded step by step
         )
+
+
+def reference(
+    logits: torch.Tensor,
+    rows: SamplingRows,
+    *,
+    edits: LogitEdits | None = None,
+    filters: SamplingFilters | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R) int64 and log-probabilities (R) float64 of the formulas, in torch operations; counts nothing."""
+    raw = logits.float() if rows.logit_rows is None else logits[rows.logit_rows.long()].float()
+    z = raw if edits is None else logit_edits.reference(raw, edits, rows.positions)
+    temperature = rows.temperature.double().unsqueeze(1)
+    scaled = z.double() / temperature
+    weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
+    if filters is not None:
+        weights = weights.masked_fill(~logit_filters.reference(z, rows.temperature, filters), 0.0)
+    running = weights.cumsum(-1)
+    pairs = zip(rows.seeds.tolist(), rows.positions.tolist(), strict=True)
+    numbers = [[random_numbers.reference(seed, position)] for seed, position in pairs]
+    target = torch.tensor(numbers, dtype=torch.float64, device=logits.device) * running[:, -1:]
+    drawn = torch.searchsorted(running, target, right=True).squeeze(1)
+    tokens = torch.where(rows.greedy, z.argmax(-1), drawn)
+    logprobs = torch.log_softmax(raw.double() / temperature, -1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from interpreted import Checks, poisoned
 
+from rollout.layers.logit_edits import edit_logits
 from rollout.layers.sampler import Sampler
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling import Request
@@ -165,14 +166,18 @@ def draws_of_the_cpu_sampler(
     before = logits.clone().to(device)
     counts = batch.edits.counts.clone()
     there = before.clone()
+    edited = logit_edits.reference(there, batch.edits, batch.rows.positions).cpu()
+    kinds = {"edits": batch.edits, "filters": batch.filters}
+    tokens, logprobs = sampling.reference(there, batch.rows, **kinds)
     got = run(there, batch.rows, edits=batch.edits, filters=batch.filters)
     want = Sampler().sample(logits.float(), requests)
-    assert got.token_ids.tolist() == want.token_ids
+    assert got.token_ids.tolist() == want.token_ids == tokens.tolist()
     assert want.logprobs is not None and not got.bad.any()
     torch.testing.assert_close(got.logprobs, want.logprobs, atol=4e-6, rtol=1e-6)
-    exact = torch.log_softmax(logits.double() / batch.rows.temperature.cpu()[:, None].double(), -1)
-    exact = exact.gather(1, got.token_ids[:, None])[:, 0]
-    torch.testing.assert_close(got.logprobs.double(), exact, atol=3e-6, rtol=1e-6)
+    torch.testing.assert_close(got.logprobs.double(), logprobs.cpu(), atol=3e-6, rtol=1e-6)
+    by_layer = logits.float()
+    edit_logits(by_layer, requests)
+    assert torch.equal(edited, by_layer)
     assert torch.equal(there, before)
     for row, table in enumerate(batch.edits.tables.tolist()):
         if table >= 0:
@@ -320,6 +325,40 @@ def filters_of_a_sort(
         assert len(logits[row][other].unique()) <= (case[1] < 1), (case, int(other.sum()))
         token = exact_draw(z[row], got[row], random_numbers.reference(row, 77))
         assert int(out.token_ids[row]) == token, (case, int(chosen[row]))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_for_whatever_its_tensors_hold_and_nothing_waits() -> None:
+    device, vocab = torch.device("cuda"), 3000
+    logits = noise(15, vocab).to(device)
+    batch = Batch(make_requests(vocab, 15), vocab, device)
+    counts = batch.edits.counts.clone()
+    scratch = SamplingScratch.allocate(15, vocab, device)
+    out, again = (SampledTokens.allocate(15, device) for _ in range(2))
+
+    def draw(to: SampledTokens) -> None:
+        sampling.sample(logits, batch.rows, scratch, to, edits=batch.edits, filters=batch.filters)
+
+    draw(out)
+    first = out.token_ids.clone()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draw(out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        draw(out)
+    logits.copy_(noise(15, vocab, seed=6))
+    batch.rows.positions.add_(1)
+    batch.edits.counts.copy_(counts)
+    graph.replay()
+    batch.edits.counts.copy_(counts)
+    draw(again)
+    assert torch.equal(out.token_ids, again.token_ids)
+    assert torch.equal(out.logprobs, again.logprobs)
+    assert not torch.equal(out.token_ids, first)
 
 
 @pytest.fixture(scope="module")
