@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ from .staging import Array, aligned
 from .triton_backend import TritonBackend
 
 _NUM_INPUTS = 5
+_COMPILERS = 8
+"""Threads that compile kernels at start."""
 _INPUT_BYTES = 128
 """More than the bytes of a row's numbers."""
 
@@ -125,21 +128,37 @@ class CudaGraphRunner:
             if self._prefixes.possible:
                 kinds += [_Kind(size=size, shared=True) for size in self._batch_sizes if size > 1]
             kinds.sort(key=lambda kind: -kind.size)
+            stream = torch.cuda.Stream(self._device)
             with frozen_gc():
+                self._compile(kinds, stream)
                 for done, kind in enumerate(kinds):
                     if progress is not None:
                         progress(f"decode step of {kind.size}", done, len(kinds))
-                    self._graphs[kind] = self._captured(kind)
+                    self._graphs[kind] = self._captured(kind, stream)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
         self.capture_s = time.perf_counter() - start
 
-    def _captured(self, kind: _Kind) -> Callable[[], None]:
-        """Run the step once, so that kernels are compiled and libraries are ready, then capture it."""
-        inputs = self._padding(kind.size)
-        stream = torch.cuda.Stream(self._device)
+    def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
+        """Run every kind once on padding, so that kernels are compiled: side by side, which takes a fraction."""
+
+        inputs = {kind: self._backend.staging.upload(_padding(kind.size)) for kind in kinds}
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+
+        def run(kind: _Kind) -> None:
+            with torch.cuda.stream(stream), torch.inference_mode():
+                self._body(kind, inputs[kind])
+
+        run(kinds[0])  # most of the kernels
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(run, kinds[1:]))
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _captured(self, kind: _Kind, stream: torch.cuda.Stream) -> Callable[[], None]:
+        """Run the step once, so that libraries are ready, then capture it."""
+        inputs = self._backend.staging.upload(_padding(kind.size), into=self._inputs)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream), torch.inference_mode():
             self._body(kind, inputs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with (
             torch.inference_mode(),
@@ -148,17 +167,6 @@ class CudaGraphRunner:
             self._body(kind, inputs)
         replay: Callable[[], None] = graph.replay
         return replay
-
-    def _padding(self, size: int) -> list[torch.Tensor]:
-        """Inputs of a step whose rows are all padding, at the addresses that the graph reads."""
-        numbers = np.zeros(size, np.int32)
-        columns: list[Array] = [numbers, numbers - 1, numbers, numbers - 1, numbers]
-        columns += [
-            *(np.zeros(size, np.int64), numbers, np.ones(size, np.float32)),
-            *(np.ones(size, np.uint8), numbers, np.ones(size, np.float32)),
-            *(np.zeros(size, np.float32), np.zeros(num_numbers(size), np.int32)),
-        ]
-        return self._backend.staging.upload(columns, into=self._inputs)
 
     def _current_addresses(self) -> tuple[int, ...]:
         buffers = self._model.arena.buffers.values()
@@ -190,7 +198,9 @@ class CudaGraphRunner:
                 self.capture()
         if kind not in self._graphs:
             with self._kept_inputs():
-                self._graphs[kind] = self._captured(kind)
+                stream = torch.cuda.Stream(self._device)
+                self._graphs[kind] = self._captured(kind, stream)
+                torch.cuda.current_stream(self._device).wait_stream(stream)
         self._graphs[kind]()
 
     @contextmanager
@@ -259,6 +269,17 @@ class CudaGraphRunner:
         logits = self.logits[:size]
         self._model.logits(self._model(token_ids, step), out=logits)
         self._sampler.run(logits, columns, filters=kind.filters)
+
+
+def _padding(size: int) -> list[Array]:
+    """Inputs of a step whose rows are all padding."""
+    numbers = np.zeros(size, np.int32)
+    return [
+        *(numbers, numbers - 1, numbers, numbers - 1, numbers),
+        *(np.zeros(size, np.int64), numbers, np.ones(size, np.float32)),
+        *(np.ones(size, np.uint8), numbers, np.ones(size, np.float32)),
+        *(np.zeros(size, np.float32), np.zeros(num_numbers(size), np.int32)),
+    ]
 
 
 @contextmanager

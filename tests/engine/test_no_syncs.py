@@ -1,0 +1,167 @@
+"""Inside a step nothing waits for the device: no value is read from it, and what it needs goes there in one copy.
+
+On a CPU the kernels are left out and what the host does around them is counted; on a GPU torch itself refuses to wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rollout import Engine
+from rollout.config import EngineConfig
+from rollout.engine.executors.executor import InlineCall
+from rollout.engine.loop.build import build_core
+from rollout.engine.prepare import prepare
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "nucleus": {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    "penalties": {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    "bias": {"logit_bias": {5: 1.0}, "min_new_tokens": 3},
+    "stop strings": {"stop": ["no such words"]},
+}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("qwen3", head_dim=32)
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts operations that would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS:
+            self.reads[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decode_step_reads_nothing_and_uploads_once(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from rollout.layers.device_sampler import DeviceSampler
+    from rollout.runner.cuda_graph_runner import CudaGraphRunner
+    from rollout.runner.model_runner import ModelRunner
+    from rollout.runner.staging import Staging
+
+    uploads = Counter[str]()
+    upload = Staging.upload
+
+    def counted(self: Staging, *args: Any, **kwargs: Any) -> Any:
+        uploads["all"] += 1
+        return upload(self, *args, **kwargs)
+
+    def hidden(self: ModelRunner, batch: Any, drawn: Any = None) -> torch.Tensor:
+        return torch.zeros(batch.num_tokens, self.model_config.hidden_size)
+
+    monkeypatch.setattr(Staging, "upload", counted)
+    monkeypatch.setattr(ModelRunner, "forward", hidden)
+    monkeypatch.setattr(CudaGraphRunner, "_body", lambda self, kind, inputs: None)
+    monkeypatch.setattr(DeviceSampler, "run", lambda self, *args, **kwargs: None)
+    core = build_core(
+        EngineConfig(
+            model_path=str(folder),
+            device="cpu",
+            attention_backend="triton",
+            overlap=True,
+            kv_cache_bytes=4 << 20,
+        )
+    )
+    core._thread = threading.current_thread()
+    call = generate_call(
+        [[1, 2, 3], [4] * 40], {"max_new_tokens": 60, "ignore_eos": True, **KINDS[kind]}
+    )
+    core.submit(call)
+    for item, other in core._next_tick():
+        core._carry_out(item, other)
+    for _ in range(3):  # prefill, and the first decode step
+        core.step()
+    uploads.clear()
+    with CountingMode() as mode:
+        for _ in range(20):
+            assert core.step()
+    assert not mode.reads
+    # Penalties and biases are drawn with in a second launch, which has parameters of its own.
+    assert uploads["all"] <= (40 if kind in ("penalties", "bias") else 20)
+
+
+def generate_call(prompts: list[list[int]], params: dict[str, Any]) -> InlineCall:
+    """A command as the engine's client makes it."""
+    prepared = prepare(
+        None,
+        prompt=None,
+        input_ids=prompts,
+        sampling_params=params,
+        stream=False,
+        rid=None,
+        return_text_in_logprobs=False,
+        unsupported={},
+        per_prompt={
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "top_logprobs_num": 0,
+            "token_ids_logprob": None,
+            "return_token_times": False,
+        },
+    )
+    return InlineCall(prepared.command, time.monotonic() + 60, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_finds_nothing_on_a_gpu_that_waits(kind: str, folder: Path) -> None:
+    params = {"max_new_tokens": 40, "ignore_eos": True, **KINDS[kind]}
+    with Engine(folder, device="cuda", dtype="bfloat16", kv_cache_bytes=8 << 20) as engine:
+
+        def run() -> None:
+            engine.generate(
+                input_ids=[[1, 2, 3], [4] * 40], sampling_params=params, return_logprob=True
+            )
+
+        run()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"disable_cuda_graph": True}], ids=str)
+def test_a_gpu_draws_the_tokens_of_a_cpu(options: dict[str, Any], folder: Path) -> None:
+    def run(**where: Any) -> list[Any]:
+        with Engine(folder, dtype="float32", kv_cache_bytes=8 << 20, **where) as engine:
+            results: list[Any] = engine.generate(
+                input_ids=[[7, 8, 9]] * len(KINDS),
+                sampling_params=[
+                    {"max_new_tokens": 30, "sampling_seed": 5, **kind} for kind in KINDS.values()
+                ],
+                return_logprob=True,
+            )
+        return results
+
+    for cpu, gpu in zip(run(device="cpu"), run(device="cuda", **options), strict=True):
+        assert gpu["output_ids"] == cpu["output_ids"]
+        got, want = (
+            [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
+            for result in (gpu, cpu)
+        )
+        assert got == pytest.approx(want, abs=1e-3)
