@@ -42,11 +42,11 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: from `mem_fraction_static`."""
     mem_fraction_static: float | None = None
-    """Share of free memory for the KV pool, within (0, 1); None: 0.25 on a CPU and 0.8 on a GPU."""
+    """Share of free memory, within (0, 1): for weights and KV pool on a GPU (None: 0.85), for the pool on a CPU (0.25)."""
     block_size: int = 16
     """Tokens per KV block."""
-    chunked_prefill_size: int = 2048
-    """Tokens computed in one step at most, prefill and decode together."""
+    chunked_prefill_size: int | None = None
+    """Tokens computed in one step at most, prefill and decode together; None: 2048 on a CPU and 8192 on a GPU."""
     attention_backend: str = "auto"
     """What computes attention: "torch" on any device, "triton" on CUDA; "auto": triton on CUDA, else torch."""
     overlap: bool | None = None
@@ -105,6 +105,8 @@ class ResolvedConfig:
     """Blocks of the KV pool."""
     block_size: int
     """Tokens per block."""
+    chunked_prefill_size: int
+    """Tokens computed in one step at most."""
     attention_backend: str
     """What computes attention."""
     overlap: bool

@@ -74,6 +74,15 @@ class ModelConfig:
             if name not in indifferent and getattr(self, name) != getattr(other, name)
         ]
 
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights, but for biases."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size) + norms
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return tables + self.num_layers * layer + self.hidden_size
+
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Read `config.json` (and `generation_config.json` where there is one) of a checkpoint folder."""

@@ -32,6 +32,7 @@ from ..scheduling.batch import ScheduledBatch
 from ..scheduling.request import PENDING, Request
 from .attention_backend import DrawnTokens
 from .block_tables import HostBlockTables
+from .capture_progress import Progress
 from .shared_prefixes import PrefixFinder
 from .staging import Array, aligned
 from .triton_backend import TritonBackend
@@ -41,9 +42,6 @@ _COMPILERS = 8
 """Threads that compile kernels at start."""
 _INPUT_BYTES = 128
 """More than the bytes of a row's numbers."""
-
-Progress = Callable[[str, int, int], None]
-"""What is captured, how many graphs are done, how many there are."""
 
 
 def batch_sizes_to_capture(max_batch: int) -> list[int]:

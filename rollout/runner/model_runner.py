@@ -19,10 +19,11 @@ from ..models.model_config import ModelConfig
 from ..scheduling.batch import ScheduledBatch
 from .attention_backend import BackendContext, DrawnTokens
 from .backend_registry import make_backend, resolve_backend
+from .capture_progress import Progress
 from .kv_pool import KVPool
 
 if TYPE_CHECKING:  # loads triton, which only CUDA needs
-    from .cuda_graph_runner import CudaGraphRunner, Progress
+    from .cuda_graph_runner import CudaGraphRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 
 import torch
 
@@ -13,6 +14,7 @@ from ...errors import ConfigError
 from ...models.loader import LoadConfig, get_model_loader
 from ...models.model_config import ModelConfig
 from ...runner.backend_registry import resolve_backend
+from ...runner.capture_progress import capture_progress
 from ...runner.kv_pool import KVPool
 from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
@@ -41,24 +43,11 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
-    runner = ModelRunner(
-        model_config,
-        dtype=DTYPES[resolved.dtype],
-        device=resolved.device,
-        block_size=resolved.block_size,
-        num_blocks=resolved.num_blocks,
-        tp=ranks.tp,
-        attention_backend=resolved.attention_backend,
-        max_batch=min(config.max_running_requests, config.chunked_prefill_size),
-    )
-    loader = get_model_loader(LoadConfig(load_format=config.load_format, seed=config.seed))
-    loader.load(runner.model, config.model_path)
-    if ranks.tp.size == 1 and not config.disable_cuda_graph:
-        runner.init_device_graphs(resolved.context_length)
+    runner = _runner(config, resolved, model_config, ranks)
     scheduler = Scheduler(
         SchedulerConfig(
             max_running_requests=config.max_running_requests,
-            chunked_prefill_size=config.chunked_prefill_size,
+            chunked_prefill_size=resolved.chunked_prefill_size,
         ),
         KVCacheManager(
             num_blocks=resolved.num_blocks,
@@ -78,6 +67,42 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     )
 
 
+def _runner(
+    config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, ranks: RankGroups
+) -> ModelRunner:
+    """The runner with its weights, and decode steps in one piece where the device has graphs."""
+    try:
+        runner = ModelRunner(
+            model,
+            dtype=DTYPES[resolved.dtype],
+            device=resolved.device,
+            block_size=resolved.block_size,
+            num_blocks=resolved.num_blocks,
+            tp=ranks.tp,
+            attention_backend=resolved.attention_backend,
+            max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
+        )
+        loader = get_model_loader(
+            LoadConfig(
+                load_format=config.load_format,
+                seed=config.seed,
+                num_threads=min(16, os.cpu_count() or 1),
+            )
+        )
+        loader.load(runner.model, config.model_path)
+        if ranks.tp.size == 1 and not config.disable_cuda_graph:
+            with capture_progress() as progress:
+                runner.init_device_graphs(resolved.context_length, progress)
+    except torch.OutOfMemoryError as error:
+        weights = model.num_parameters * DTYPES[resolved.dtype].itemsize // config.tp_size
+        raise ConfigError(
+            f"{resolved.device} has too little memory: got {weights / 1e9:.1f} GB of weights and a KV pool of "
+            f"{resolved.kv_cache_bytes / 1e9:.1f} GB, expected room for both and for a step; lower kv_cache_bytes, "
+            f"mem_fraction_static, max_running_requests or chunked_prefill_size ({error})"
+        ) from error
+    return runner
+
+
 def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedConfig:
     """Settle everything that `config` leaves open, from the model and from this machine."""
     dtype = check_dtype(config, model)
@@ -93,7 +118,8 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
         head_dim=model.head_dim,
         dtype=DTYPES[dtype],
     )
-    num_blocks = _num_blocks(config, context, block_bytes, device)
+    weight_bytes = model.num_parameters * DTYPES[dtype].itemsize // config.tp_size
+    num_blocks = _num_blocks(config, context, block_bytes, weight_bytes, device)
     return ResolvedConfig(
         user=config,
         dtype=dtype,
@@ -101,6 +127,8 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
         context_length=context,
         num_blocks=num_blocks,
         block_size=config.block_size,
+        chunked_prefill_size=config.chunked_prefill_size
+        or (8192 if device.startswith("cuda") else 2048),
         attention_backend=resolve_backend(config.attention_backend, device),
         overlap=device.startswith("cuda") if config.overlap is None else config.overlap,
         kv_cache_bytes=num_blocks * block_bytes,
@@ -109,14 +137,17 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
     )
 
 
-def _num_blocks(config: EngineConfig, context: int, block_bytes: int, device: str) -> int:
+def _num_blocks(
+    config: EngineConfig, context: int, block_bytes: int, weight_bytes: int, device: str
+) -> int:
     """Blocks that fit the budget, and no more than all running requests at full length can use."""
     budget = config.kv_cache_bytes
     if budget is None:
-        on_gpu = device.startswith("cuda")
-        fraction = config.mem_fraction_static or (0.8 if on_gpu else 0.25)
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory_bytes()
-        budget = int(fraction * free)
+        if device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(device)[0]
+            budget = int((config.mem_fraction_static or 0.85) * free) - weight_bytes
+        else:
+            budget = int((config.mem_fraction_static or 0.25) * free_memory_bytes())
         useful = config.max_running_requests * -(-context // config.block_size) * block_bytes
         budget = min(budget, useful)
     num = budget // block_bytes

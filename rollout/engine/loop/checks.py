@@ -64,11 +64,11 @@ def check_config(config: EngineConfig) -> None:
     _check_folder("model_path", config.model_path)
     if config.tokenizer_path is not None and not config.skip_tokenizer_init:
         _check_folder("tokenizer_path", config.tokenizer_path)
-    for name in ("max_running_requests", "chunked_prefill_size", "block_size", "tp_size"):
+    for name in ("max_running_requests", "block_size", "tp_size"):
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
-    for name in ("context_length", "kv_cache_bytes", "num_threads"):
+    for name in ("context_length", "kv_cache_bytes", "num_threads", "chunked_prefill_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
