@@ -42,7 +42,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: from `mem_fraction_static`."""
     mem_fraction_static: float | None = None
-    """Share of free memory, within (0, 1): for weights and KV pool on a GPU (None: 0.85), for the pool on a CPU (0.25)."""
+    """Share of free memory: for weights and KV pool on a GPU (None: 0.85), for the pool alone on a CPU (None: 0.25)."""
     block_size: int = 16
     """Tokens per KV block."""
     chunked_prefill_size: int | None = None
