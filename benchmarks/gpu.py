@@ -51,6 +51,7 @@ def run_gpu(settings: GpuBench, screen: Screen) -> BenchResult:
             device="cuda",
             tp_size=settings.tp_size,
             load_format="dummy",
+            await_first_update=False,
             skip_tokenizer_init=True,
             kv_cache_bytes=64 << 20,
         ) as engine,

@@ -98,6 +98,7 @@ def _engine(
             device="cpu",  # It is the loopback that is measured.
             tp_size=tp_size,
             load_format="dummy",
+            await_first_update=False,
             skip_tokenizer_init=True,
             kv_cache_bytes=64 << 20,
         ) as engine,

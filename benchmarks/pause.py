@@ -75,6 +75,7 @@ def run_pause(settings: PauseBench, screen: Screen) -> BenchResult:
             folder,
             executor="local",
             load_format="dummy",
+            await_first_update=False,
             skip_tokenizer_init=True,
             kv_cache_bytes=_kv_bytes(settings),
         ) as engine,

@@ -22,6 +22,7 @@ def run_pool(settings: PoolBench, screen: Screen) -> BenchResult:
     tensors = trainer_tensors(settings.model, DTYPES[settings.dtype])
     options = {
         "load_format": "dummy",
+        "await_first_update": False,
         "skip_tokenizer_init": True,
         "kv_cache_bytes": 64 << 20,
         "num_threads": 1,

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,10 @@ class IdleLoop:
     def unwritable(self) -> str | None:
         """It always can."""
         return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Nothing is ever given back."""
+        return nullcontext()
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """There is nothing to refresh."""

@@ -65,6 +65,7 @@ def _large(settings: SyncBench, screen: Screen) -> tuple[Series, dict[str, Any]]
             folder,
             executor="local",
             load_format="dummy",
+            await_first_update=False,
             skip_tokenizer_init=True,
             kv_cache_bytes=64 << 20,
         ) as engine,

@@ -27,6 +27,9 @@ class EngineConfig:
     """Work on token ids alone: `text` is empty, and string prompts and stop strings are refused."""
     load_format: LoadFormat = "auto"
     """Where the first weights come from; "dummy": seeded random values, the same in every parallel layout."""
+    await_first_update: bool | None = None
+    """Refuse to generate (`NoUpdateYetError`) until a complete update has come; None: with load_format "dummy", whose
+    weights are random. False: generate with what was loaded."""
     dtype: str = "auto"
     """Parameter and activation dtype, such as "bfloat16"; "auto": the checkpoint's."""
     device: str = "auto"
@@ -64,7 +67,7 @@ class EngineConfig:
     keep_previous_weights: bool = False
     """Keep a copy of the last version, so that a commit that fails half-way rolls back instead of leaving TORN."""
     pause_lease_s: float = 300.0
-    """Seconds after which a pause ends by itself."""
+    """Seconds after which a pause ends by itself, where `pause_generation` names none."""
     listen: str | None = None
     """Address for trainers and clients in other processes, such as "tcp://127.0.0.1:0"; None: a private socket file."""
     num_threads: int | None = None
@@ -76,7 +79,9 @@ class EngineConfig:
     start_timeout_s: float = 120.0
     """Seconds that a child process may take until it is ready."""
     request_timeout_s: float = 600.0
-    """Deadline of a call to the engine that names none."""
+    """Deadline of a call to the engine that names none; `generate` has none, see `progress_timeout_s`."""
+    progress_timeout_s: float = 600.0
+    """Seconds without a step, also in a pause, after which calls of `generate` end with what they have."""
     ray_num_cpus: float = 1.0
     """CPUs that Ray sets aside for each rank of executor "ray"."""
     ray_num_gpus: float | None = None
@@ -87,6 +92,13 @@ class EngineConfig:
     """Name of a placement group of the caller's, such as the trainer's; None: one of the engine's own."""
     ray_first_bundle: int = 0
     """Bundle of that group for rank 0; the other ranks take the ones that follow."""
+
+    @property
+    def awaits_first_update(self) -> bool:
+        """Whether nothing is generated before a complete update has come."""
+        if self.await_first_update is None:
+            return self.load_format == "dummy"
+        return self.await_first_update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,32 @@
-"""Typed errors of the engine; those of weight updates are `weight_sync.errors`."""
+"""All typed errors that an engine raises: its own, and those of weight updates, which `weight_sync.errors` defines.
+
+They are the same in every executor, in pools and in Ray actors, and they can be pickled.
+"""
 
 from __future__ import annotations
 
 from weight_sync.errors import ERRORS as SYNC_ERRORS
-from weight_sync.errors import TornWeightsError
+from weight_sync.errors import (
+    AddressInUseError,
+    ArenaGoneError,
+    ConnectionLostError,
+    DeadlineExceeded,
+    EngineDiedError,
+    FingerprintMismatch,
+    ForkedProcessError,
+    ManifestMismatch,
+    NonFiniteWeightsError,
+    ProtocolError,
+    RemoteError,
+    SessionBusy,
+    SessionError,
+    StaleVersionError,
+    SyncError,
+    TornWeightsError,
+    TrainerDiedError,
+    TransportError,
+    WeightUpdateError,
+)
 
 
 class RolloutError(RuntimeError):
@@ -30,8 +53,36 @@ class MemoryReleasedError(RolloutError):
     """A call that needs memory which `release_memory_occupation` gave back; resume it first."""
 
 
+class NoUpdateYetError(TornWeightsError):
+    """The engine waits for its first complete update (`await_first_update`); what it has loaded must not be used."""
+
+    STATE = "no update has come yet"
+    """How the reason begins for which such an engine says that it is torn."""
+
+    @classmethod
+    def found(cls, torn: str | None) -> NoUpdateYetError | None:
+        """The error for an engine or a pool that is torn for this reason; None: it is another, or none."""
+        if torn is None or not torn.startswith(cls.STATE):
+            return None
+        return cls(
+            f"cannot generate: got the weights that were there at the start, expected a complete update ({torn}); "
+            "publish one first, or start with await_first_update=False"
+        )
+
+
+class NoProgressError(RolloutError, DeadlineExceeded):
+    """The engine has been at one step for longer than `progress_timeout_s`; it hangs, and must be started anew."""
+
+
 class EngineStepError(RolloutError):
     """A step of the engine failed; the requests that ran in it were ended with this error, the others go on."""
+
+
+class NonFiniteLogitsError(EngineStepError):
+    """Logits that are no distribution: NaN, infinite, or nothing that may be drawn; other requests go on."""
+
+    rows: tuple[int, ...] = ()
+    """Which rows of the step; known where the step was computed."""
 
 
 #: Error codes on the wire, by class name.
@@ -47,20 +98,58 @@ ERRORS: dict[str, type[Exception]] = {
             ConfigError,
             CheckpointError,
             EngineClosedError,
+            NoProgressError,
+            NoUpdateYetError,
+            NonFiniteLogitsError,
             MemoryReleasedError,
             EngineStepError,
         )
     },
 }
 
+
+def typed(error: BaseException, what: str) -> Exception:
+    """`error` where callers know its type, else a `RolloutError` that names it: what a caller in another process gets,
+    one in the engine's gets too."""
+    if isinstance(error, Exception) and ERRORS.get(type(error).__name__) is type(error):
+        return error
+    found = RolloutError(
+        f"{what} failed with {type(error).__name__}: {error}; look at the engine's log"
+    )
+    found.__cause__ = error
+    return found
+
+
 __all__ = [
     "ERRORS",
+    "AddressInUseError",
+    "ArenaGoneError",
     "CheckpointError",
     "ConfigError",
+    "ConnectionLostError",
+    "DeadlineExceeded",
     "EngineClosedError",
+    "EngineDiedError",
     "EngineStepError",
+    "FingerprintMismatch",
+    "ForkedProcessError",
     "InvalidRequestError",
+    "ManifestMismatch",
     "MemoryReleasedError",
+    "NoProgressError",
+    "NoUpdateYetError",
+    "NonFiniteLogitsError",
+    "NonFiniteWeightsError",
+    "ProtocolError",
+    "RemoteError",
     "RolloutError",
+    "SessionBusy",
+    "SessionError",
+    "StaleVersionError",
+    "SyncError",
     "TornWeightsError",
+    "TrainerDiedError",
+    "TransportError",
+    "WeightUpdateError",
+    "typed",
 ]

@@ -9,6 +9,7 @@ from weight_sync.wire.process import Home
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
+from .asynchronous import answer_of
 from .executors.executor import Executor, wait
 
 MAX_TIMEOUT_S = 7 * 86_400
@@ -34,6 +35,10 @@ class EngineClient:
         """The deadline of a call in seconds: the caller's, else the configured one."""
         if timeout_s is None:
             return self.config.request_timeout_s
+        return self._positive(timeout_s)
+
+    @staticmethod
+    def _positive(timeout_s: float) -> float:
         if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s <= MAX_TIMEOUT_S):
             raise InvalidRequestError(
                 f"timeout_s: got {timeout_s!r}, expected a positive number of seconds, at most a week ({MAX_TIMEOUT_S})"
@@ -44,3 +49,9 @@ class EngineClient:
         """Send one command and wait for its answer."""
         limit = self._timeout(timeout_s)
         return wait(self._executor.submit(body, timeout_s=limit), limit, type(body).__name__)
+
+    async def _async_call(self, body: Any, timeout_s: float | None = None) -> Any:
+        """As `_call`, awaitable, without a thread."""
+        limit = self._timeout(timeout_s)
+        future = self._executor.submit(body, timeout_s=limit)
+        return await answer_of(future, limit, type(body).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import threading
@@ -35,6 +34,7 @@ from ..protocol.commands import (
     Status,
 )
 from ..tokenizer import Tokenizer
+from .asynchronous import on_own_thread
 from .executors.choice import make_executor
 from .executors.executor import Executor
 from .generation import GenerationCalls
@@ -95,14 +95,10 @@ class Engine(GenerationCalls, GroupWeightCalls):
         """Stop generating until `continue_generation`, or until the lease of `lease_s` seconds ends.
 
         mode "abort" ends all requests with their partial results; "retract" drops the KV of running requests and queues
-        them again; "in_place" freezes them as they are. Returns how many requests it touched.
+        them again; "in_place" freezes them as they are. Requests that come meanwhile wait. lease_s: None for the
+        configured `pause_lease_s`; another pause replaces it. Returns how many requests it touched.
         """
-        if mode not in ("abort", "retract", "in_place"):
-            raise InvalidRequestError(
-                f"mode: got {mode!r}, expected 'abort', 'retract' or 'in_place'"
-            )
-        lease = self.config.pause_lease_s if lease_s is None else lease_s
-        answer: Done = self._call(PauseGeneration(mode=mode, lease_s=lease))
+        answer: Done = self._call(self._pause(mode, lease_s))
         return answer.count
 
     def continue_generation(self) -> None:
@@ -111,11 +107,7 @@ class Engine(GenerationCalls, GroupWeightCalls):
 
     def abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
         """End requests; their callers get the partial results with finish reason "abort". Returns how many ended."""
-        if (rid is None) != abort_all:
-            raise InvalidRequestError("abort_request: expected either rid=... or abort_all=True")
-        answer: Done = self._call(
-            AbortRequests(rids=[] if rid is None else [rid], abort_all=abort_all)
-        )
+        answer: Done = self._call(_abort(rid, abort_all))
         return answer.count
 
     def flush_cache(self) -> None:
@@ -147,39 +139,54 @@ class Engine(GenerationCalls, GroupWeightCalls):
         self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
     ) -> MemoryChanged:
         """As `release_memory_occupation`, awaitable."""
-        return await asyncio.to_thread(self.release_memory_occupation, tags, keep_weights)
+        answer: MemoryChanged = await self._async_call(
+            ReleaseMemory(tags=memory_tags(tags), keep_weights=keep_weights)
+        )
+        return answer
 
     async def async_resume_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None
     ) -> MemoryChanged:
         """As `resume_memory_occupation`, awaitable."""
-        return await asyncio.to_thread(self.resume_memory_occupation, tags)
+        answer: MemoryChanged = await self._async_call(ResumeMemory(tags=memory_tags(tags)))
+        return answer
 
     async def async_pause_generation(
         self, mode: PauseMode = "abort", lease_s: float | None = None
     ) -> int:
         """As `pause_generation`, awaitable."""
-        return await asyncio.to_thread(self.pause_generation, mode, lease_s)
+        answer: Done = await self._async_call(self._pause(mode, lease_s))
+        return answer.count
 
     async def async_continue_generation(self) -> None:
         """As `continue_generation`, awaitable."""
-        await asyncio.to_thread(self.continue_generation)
+        await self._async_call(ContinueGeneration())
 
     async def async_abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
         """As `abort_request`, awaitable."""
-        return await asyncio.to_thread(self.abort_request, rid, abort_all)
+        answer: Done = await self._async_call(_abort(rid, abort_all))
+        return answer.count
 
     async def async_flush_cache(self) -> None:
         """As `flush_cache`, awaitable."""
-        await asyncio.to_thread(self.flush_cache)
+        await self._async_call(FlushCache())
 
     async def async_status(self) -> Status:
         """As `status`, awaitable."""
-        return await asyncio.to_thread(self.status)
+        status: Status = await self._async_call(GetStatus())
+        return status
+
+    def _pause(self, mode: PauseMode, lease_s: float | None) -> PauseGeneration:
+        if mode not in ("abort", "retract", "in_place"):
+            raise InvalidRequestError(
+                f"mode: got {mode!r}, expected 'abort', 'retract' or 'in_place'"
+            )
+        lease = self.config.pause_lease_s if lease_s is None else lease_s
+        return PauseGeneration(mode=mode, lease_s=lease)
 
     async def async_shutdown(self) -> None:
         """As `shutdown`, awaitable."""
-        await asyncio.to_thread(self.shutdown)
+        await on_own_thread(self.shutdown)
 
     def shutdown(self) -> None:
         """End the engine and give back its memory, threads, process and sockets; safe to call twice.
@@ -218,6 +225,12 @@ def _close_forgotten(executor: Executor) -> None:
         threading.Thread(target=executor.close, name="rollout-close-forgotten").start()
     else:  # The interpreter ends, and starts no more threads.
         executor.close()
+
+
+def _abort(rid: str | None, abort_all: bool) -> AbortRequests:
+    if (rid is None) != abort_all:
+        raise InvalidRequestError("abort_request: expected either rid=... or abort_all=True")
+    return AbortRequests(rids=[] if rid is None else [rid], abort_all=abort_all)
 
 
 def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:

@@ -9,13 +9,21 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import InvalidRequestError
-from ..protocol.commands import AbortRequests, SampleUpdate
+import msgspec
+
+from ..errors import DeadlineExceeded, InvalidRequestError, RolloutError
+from ..protocol.commands import ENDED_LATE, AbortRequests, SampleUpdate
+from .asynchronous import answer_of
 from .client import EngineClient
 from .executors.executor import wait
 from .prepare import PreparedGenerate, prepare
 
 Result = dict[str, Any]
+
+LONGEST_S = 7 * 86_400.0
+"""How long a call may take that has no deadline of its own; the engine ends it long before, should nothing go on."""
+MIN_GRACE_S = 2.0
+"""How much longer than the deadline a caller waits, at least, for what the engine hands out then."""
 
 
 class GenerationCalls(EngineClient):
@@ -45,20 +53,28 @@ class GenerationCalls(EngineClient):
         with `stream`, an iterator of cumulative dictionaries (with their `index` where there are several samples).
 
         A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
-        `cached_tokens`, `finish_reason`, `weight_version`, `weight_versions`, `e2e_latency` (s), `num_retractions`,
-        `num_reruns`, with `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position
-        `logprob_start_len`; -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or
-        `token_ids_logprob` their tables, with `return_token_times` the wall-clock time of each token.
+        `cached_tokens`, `finish_reason`, `weight_version` (label), `weight_version_number`, `weight_versions` (spans of
+        output tokens), `e2e_latency` (s), `num_retractions`, `num_reruns`, with `return_logprob` also
+        `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`; -1: none) as
+        (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their tables, with
+        `return_token_times` the wall-clock time of each token.
+
+        There is no deadline unless `timeout_s` gives one: after so many seconds everything comes back as it is then,
+        finished samples whole, the others with finish reason "abort" and a message that says why they were not
+        finished. So they do when the engine has computed nothing for `progress_timeout_s` (600 s), be it paused
+        or out of memory. While generation is paused requests wait, and the message names the pause and its end.
 
         Raises `InvalidRequestError` (a `ValueError`) for arguments that cannot be run, before any of them runs;
-        `DeadlineExceeded` after `timeout_s` seconds (the requests are then aborted); `TornWeightsError` while the
-        weights are a mixture; `EngineDiedError` when the engine's process is gone.
+        `NoUpdateYetError` and `TornWeightsError` while the weights must not be used; `DeadlineExceeded` when the engine
+        does not even answer; `EngineDiedError` when its process is gone.
         """
+        if _is_empty(prompt) and input_ids is None:
+            return iter(()) if stream else []
         prepared = self._prepare(
             prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
             token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
         )  # fmt: skip
-        limit = self._timeout(timeout_s)
+        limit = self._limit(prepared, timeout_s)
         if stream:
             return self._stream(prepared, limit)
         future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
@@ -87,16 +103,18 @@ class GenerationCalls(EngineClient):
         **unsupported: Any,
     ) -> Any:
         """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
+        if _is_empty(prompt) and input_ids is None:
+            return _nothing() if stream else []
         prepared = self._prepare(
             prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
             token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
         )  # fmt: skip
-        limit = self._timeout(timeout_s)
+        limit = self._limit(prepared, timeout_s)
         if stream:
             return self._async_stream(prepared, limit)
         future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
         try:
-            await asyncio.wrap_future(future)
+            await answer_of(future, limit, "generate")
         except BaseException:
             self._abandon(prepared, future)
             raise
@@ -116,26 +134,23 @@ class GenerationCalls(EngineClient):
         Text is concatenated as text, token ids as token ids. With `apply_softmax` a row is normalised over the labels,
         else it holds probabilities over the whole vocabulary. Uses temperature 1.
         """
-        labels = list(label_token_ids)
-        if not labels:
-            raise InvalidRequestError("score: got no label_token_ids, expected at least one")
-        rows = [items] if isinstance(items, str) else list(items)
-        is_text = isinstance(query, str)
-        if any(isinstance(item, str) != is_text for item in rows):
-            raise InvalidRequestError(
-                "score: got text and token ids mixed, expected query and items of one kind"
-            )
-        joined = [self._joined(query, item, item_first) for item in rows]
-        # Greedy log-probabilities are untempered, so the drawn token does not matter and the rule of `generate` holds.
-        results = self.generate(
-            prompt=joined if is_text else None,
-            input_ids=None if is_text else joined,
-            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
-            return_logprob=True,
-            token_ids_logprob=labels,
-            timeout_s=timeout_s,
-        )
-        return [_label_probabilities(result, apply_softmax) for result in results]
+        call = _score_call(query, items, label_token_ids, item_first)
+        results = self.generate(**call, timeout_s=timeout_s) if call else []
+        return _label_probabilities(results, apply_softmax)
+
+    async def async_score(
+        self,
+        query: str | Sequence[int],
+        items: str | Sequence[Any],
+        label_token_ids: Sequence[int],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[list[float]]:
+        """As `score`, awaitable."""
+        call = _score_call(query, items, label_token_ids, item_first)
+        results = await self.async_generate(**call, timeout_s=timeout_s) if call else []
+        return _label_probabilities(results, apply_softmax)
 
     def sequence_logprobs(
         self,
@@ -147,27 +162,21 @@ class GenerationCalls(EngineClient):
         """Log-probability of each given token under the current weights (temperature 1), from position `start` on.
 
         What PPO and GRPO need of the old and of the reference policy. Row i has len(sequences[i]) - start entries;
-        position 0 has no log-probability and is None.
+        position 0 has no log-probability and is None. Raises `DeadlineExceeded` unless all are there in time.
         """
-        results = self.generate(
-            input_ids=[list(ids) for ids in sequences],
-            sampling_params={"max_new_tokens": 0},
-            return_logprob=True,
-            logprob_start_len=list(start) if isinstance(start, Sequence) else start,
-            timeout_s=timeout_s,
-        )
-        return [
-            [value for value, _, _ in result["meta_info"]["input_token_logprobs"]]
-            for result in results
-        ]
+        call = _logprobs_call(sequences, start)
+        return _logprobs(self.generate(**call, timeout_s=timeout_s) if call else [])
 
-    async def async_score(self, *args: Any, **kwargs: Any) -> list[list[float]]:
-        """As `score`, awaitable."""
-        return await asyncio.to_thread(self.score, *args, **kwargs)
-
-    async def async_sequence_logprobs(self, *args: Any, **kwargs: Any) -> list[list[float | None]]:
+    async def async_sequence_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        start: int | Sequence[int] = 0,
+        timeout_s: float | None = None,
+    ) -> list[list[float | None]]:
         """As `sequence_logprobs`, awaitable."""
-        return await asyncio.to_thread(self.sequence_logprobs, *args, **kwargs)
+        call = _logprobs_call(sequences, start)
+        return _logprobs(await self.async_generate(**call, timeout_s=timeout_s) if call else [])
 
     # ---- below the surface -----------------------------------------------------------------------------------------
 
@@ -228,16 +237,92 @@ class GenerationCalls(EngineClient):
         if not future.done() or future.cancelled():
             self._executor.submit(AbortRequests(rids=prepared.rids), timeout_s=self._timeout(None))
 
-    @staticmethod
-    def _joined(query: Any, item: Any, item_first: bool) -> Any:
-        first, second = (item, query) if item_first else (query, item)
-        return first + second if isinstance(first, str) else [*first, *second]
+    def _limit(self, prepared: PreparedGenerate, timeout_s: float | None) -> float:
+        """How long to wait for the engine: longer than `timeout_s`, at which it hands out what there is."""
+        if timeout_s is None:
+            return LONGEST_S
+        limit = min(self._positive(timeout_s), LONGEST_S - MIN_GRACE_S)
+        grace_s = min(max(MIN_GRACE_S, 0.1 * limit), LONGEST_S - limit)
+        prepared.command = msgspec.structs.replace(prepared.command, grace_s=grace_s)
+        return limit + grace_s
 
 
-def _label_probabilities(result: Result, apply_softmax: bool) -> list[float]:
-    values = [value for value, _, _ in result["meta_info"]["output_token_ids_logprobs"][0]]
-    probabilities = [math.exp(value) for value in values]
-    if not apply_softmax:
-        return probabilities
-    total = sum(probabilities)
-    return [p / total for p in probabilities]
+def _is_empty(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and not prompt
+
+
+async def _nothing() -> AsyncIterator[Result]:
+    return
+    yield {}  # Unreachable: it makes this a generator.
+
+
+def _score_call(
+    query: Any, items: Any, label_token_ids: Sequence[int], item_first: bool
+) -> dict[str, Any]:
+    """Arguments of the `generate` behind `score`; empty where there is nothing to score."""
+    labels = list(label_token_ids)
+    if not labels:
+        raise InvalidRequestError("score: got no label_token_ids, expected at least one")
+    rows = [items] if isinstance(items, str) else list(items)
+    is_text = isinstance(query, str)
+    if any(isinstance(item, str) != is_text for item in rows):
+        raise InvalidRequestError(
+            "score: got text and token ids mixed, expected query and items of one kind"
+        )
+    if not rows:
+        return {}
+    joined = [_joined(query, item, item_first) for item in rows]
+    # Greedy log-probabilities are untempered, so the drawn token does not matter and the rule of `generate` holds.
+    return {
+        "prompt": joined if is_text else None,
+        "input_ids": None if is_text else joined,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "token_ids_logprob": labels,
+    }
+
+
+def _joined(query: Any, item: Any, item_first: bool) -> Any:
+    first, second = (item, query) if item_first else (query, item)
+    return first + second if isinstance(first, str) else [*first, *second]
+
+
+def _label_probabilities(results: list[Result], apply_softmax: bool) -> list[list[float]]:
+    rows = []
+    for result in _whole("score", results):
+        values = [value for value, _, _ in result["meta_info"]["output_token_ids_logprobs"][0]]
+        probabilities = [math.exp(value) for value in values]
+        total = sum(probabilities) if apply_softmax else 1.0
+        rows.append([p / total for p in probabilities])
+    return rows
+
+
+def _logprobs_call(
+    sequences: Sequence[Sequence[int]], start: int | Sequence[int]
+) -> dict[str, Any]:
+    if not len(sequences):
+        return {}
+    return {
+        "input_ids": [list(ids) for ids in sequences],
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": list(start) if isinstance(start, Sequence) else start,
+    }
+
+
+def _logprobs(results: list[Result]) -> list[list[float | None]]:
+    return [
+        [value for value, _, _ in result["meta_info"]["input_token_logprobs"]]
+        for result in _whole("sequence_logprobs", results)
+    ]
+
+
+def _whole(what: str, results: list[Result]) -> list[Result]:
+    """`results`, or an error where one was ended early: half an answer is none here."""
+    for result in results:
+        reason = result["meta_info"]["finish_reason"]
+        if reason["type"] == "abort":
+            message = f"{what}: not all was computed: {reason['message']}"
+            late = reason["message"].startswith(ENDED_LATE)
+            raise DeadlineExceeded(message) if late else RolloutError(message)
+    return results

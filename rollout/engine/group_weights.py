@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
@@ -14,6 +13,7 @@ from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.wire.messages import KvPolicyName
 
+from .asynchronous import on_own_thread
 from .weights import WeightCalls, check_extras, label_of, policy_of
 
 GROUP_LAYOUTS: dict[str | None, GroupLayout] = {
@@ -110,12 +110,12 @@ class GroupWeightCalls(WeightCalls):
 
     async def async_init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
         """As `init_weights_update_group`, awaitable."""
-        await asyncio.to_thread(self.init_weights_update_group, *args, **kwargs)
+        await on_own_thread(self.init_weights_update_group, *args, **kwargs)
 
     async def async_destroy_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
         """As `destroy_weights_update_group`, awaitable."""
-        await asyncio.to_thread(self.destroy_weights_update_group, *args, **kwargs)
+        await on_own_thread(self.destroy_weights_update_group, *args, **kwargs)
 
     async def async_update_weights_from_distributed(self, *args: Any, **kwargs: Any) -> SyncReport:
         """As `update_weights_from_distributed`, awaitable."""
-        return await asyncio.to_thread(self.update_weights_from_distributed, *args, **kwargs)
+        return await on_own_thread(self.update_weights_from_distributed, *args, **kwargs)

@@ -66,13 +66,19 @@ class ResultBuilder:
             "cached_tokens": last.cached_tokens,
             "finish_reason": _finish_reason(last),
             "weight_version": last.weight_version,
+            "weight_version_number": last.weight_version_number,
             "e2e_latency": last.e2e_latency,
             "num_retractions": last.num_retractions,
             "num_reruns": last.num_reruns,
         }
         if last.finish_reason is not None:
             meta["weight_versions"] = [
-                {"version": span.version, "start": span.start, "end": span.end}
+                {
+                    "version": span.version,
+                    "number": span.number,
+                    "start": span.start,
+                    "end": span.end,
+                }
                 for span in last.weight_versions
             ]
         self._add_logprobs(meta, first, last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -23,6 +22,7 @@ from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from ..models.model_config import ModelConfig
 from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
+from .asynchronous import on_own_thread
 from .client import EngineClient
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
@@ -163,11 +163,7 @@ class WeightCalls(EngineClient):
         self, name: str, truncate_size: int = 100, timeout_s: float | None = None
     ) -> list[Any]:
         """The leading `truncate_size` rows of a parameter, as nested lists of float; works on Hugging Face names."""
-        answer: WeightValues = self._call(
-            GetWeights(name=name, truncate_size=truncate_size), timeout_s
-        )
-        values: list[Any] = np.frombuffer(answer.data, dtype="<f4").reshape(answer.shape).tolist()
-        return values
+        return _values(self._call(GetWeights(name=name, truncate_size=truncate_size), timeout_s))
 
     def weights_fingerprint(self) -> int:
         """64-bit fingerprint of the resident weights; equals `weight_sync.fingerprint(...)` on the trainer's side."""
@@ -180,41 +176,48 @@ class WeightCalls(EngineClient):
 
     async def async_begin_weight_update(self, **kwargs: Any) -> None:
         """As `begin_weight_update`, awaitable."""
-        await asyncio.to_thread(self.begin_weight_update, **kwargs)
+        await on_own_thread(self.begin_weight_update, **kwargs)
 
     async def async_end_weight_update(self) -> SyncReport:
         """As `end_weight_update`, awaitable."""
-        return await asyncio.to_thread(self.end_weight_update)
+        return await on_own_thread(self.end_weight_update)
 
     async def async_abort_weight_update(self) -> None:
         """As `abort_weight_update`, awaitable."""
-        await asyncio.to_thread(self.abort_weight_update)
+        await on_own_thread(self.abort_weight_update)
 
     async def async_update_weights_from_tensor(
         self, named_tensors: Any, *args: Any, **kwargs: Any
     ) -> SyncReport:
         """As `update_weights_from_tensor`, awaitable."""
-        return await asyncio.to_thread(
-            self.update_weights_from_tensor, named_tensors, *args, **kwargs
-        )
+        return await on_own_thread(self.update_weights_from_tensor, named_tensors, *args, **kwargs)
 
     async def async_update_weights_from_disk(
         self, model_path: str | Path, *args: Any, **kwargs: Any
     ) -> SyncReport:
         """As `update_weights_from_disk`, awaitable."""
-        return await asyncio.to_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
+        return await on_own_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
 
-    async def async_get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+    async def async_get_weights_by_name(
+        self, name: str, truncate_size: int = 100, timeout_s: float | None = None
+    ) -> list[Any]:
         """As `get_weights_by_name`, awaitable."""
-        return await asyncio.to_thread(self.get_weights_by_name, name, truncate_size)
+        command = GetWeights(name=name, truncate_size=truncate_size)
+        return _values(await self._async_call(command, timeout_s))
 
     async def async_weights_fingerprint(self) -> int:
         """As `weights_fingerprint`, awaitable."""
-        return await asyncio.to_thread(self.weights_fingerprint)
+        return await on_own_thread(self.weights_fingerprint)
 
     async def async_get_weight_version(self) -> str:
         """As `get_weight_version`, awaitable."""
-        return await asyncio.to_thread(self.get_weight_version)
+        status: Status = await self._async_call(GetStatus())
+        return status.weight_version
+
+
+def _values(answer: WeightValues) -> list[Any]:
+    values: list[Any] = np.frombuffer(answer.data, dtype="<f4").reshape(answer.shape).tolist()
+    return values
 
 
 def _check_same_model(ours: Path, folder: Path) -> None:

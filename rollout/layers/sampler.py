@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EngineStepError
+from ..errors import NonFiniteLogitsError
 from ..scheduling.request import Request
 from .draw import draw, uniforms
 from .logit_edits import edit_logits, is_editable, is_edited
@@ -33,17 +33,16 @@ from .sampling_filters import lower_bounds
 from .selection import argmax, chunk_sums
 
 
-class NonFiniteLogitsError(EngineStepError):
-    """Rows whose logits are no distribution; `rows` lists them, and the other rows can be sampled without them."""
-
-    def __init__(self, rows: Sequence[int], requests: Sequence[Request]) -> None:
-        self.rows = tuple(rows)
-        names = ", ".join(f"{row} ({requests[row].rid})" for row in self.rows[:8])
-        more = f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else ""
-        super().__init__(
-            f"logits of rows {names}{more}: got NaN, infinity, or nothing that may be drawn, "
-            "expected finite numbers; check the weights of this version"
-        )
+def non_finite(rows: Sequence[int], requests: Sequence[Request]) -> NonFiniteLogitsError:
+    """The error of rows whose logits are no distribution; the other rows can be sampled without them."""
+    names = ", ".join(f"{row} ({requests[row].rid})" for row in rows[:8])
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    error = NonFiniteLogitsError(
+        f"logits of rows {names}{more}: got NaN, infinity, or nothing that may be drawn, "
+        "expected finite numbers; check the weights of this version"
+    )
+    error.rows = tuple(rows)
+    return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +109,7 @@ class Sampler:
         """
         output = self.launch(logits, requests, rows).result()
         if output.bad:
-            raise NonFiniteLogitsError(output.bad, requests)
+            raise non_finite(output.bad, requests)
         return output
 
     def launch(

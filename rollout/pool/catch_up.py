@@ -132,7 +132,8 @@ def _reach(
     group_host: str,
     end: float,
 ) -> int:
-    if info.version == served.version and info.torn is None:
+    # What was loaded at the start may be there to be replaced: all that matters is that it is everywhere the same.
+    if info.version == served.version and (info.torn is None or served.version == 0):
         reply: FingerprintReply = member.channel.call(GetFingerprint(), left(end))
         return reply.fingerprint
     if info.version >= served.version:

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import msgspec
 
-from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
+from weight_sync.errors import EngineDiedError, TornWeightsError
 
 from ..errors import EngineClosedError, InvalidRequestError
-from ..protocol.commands import PromptSpec, SampleUpdate
+from ..protocol.commands import ENDED_LATE, PromptSpec, SampleUpdate
 from ..sampling_params import mix64
 from .job import Job, PoolCall
 from .routing import Router
@@ -39,6 +39,11 @@ class Target(Protocol):
         """End those of `rids` that name a job of its, or samples of it, early; returns at once."""
 
 
+_CLOCK_SLACK_S = 0.05
+"""By how much a replica may see a deadline earlier."""
+_WAITED = f"{ENDED_LATE}: it was still waiting for a replica; raise timeout_s, or add replicas"
+
+
 class Dispatcher:
     """The queue, and what every replica is busy with. All calls come from one thread."""
 
@@ -49,14 +54,15 @@ class Dispatcher:
         seed: int,
         max_reruns: int,
         on_lost: Callable[[int, Exception], None],
-        label: Callable[[], str],
+        served: Callable[[], tuple[str, int]],
     ) -> None:
-        """`on_lost(number, error)` tells of a replica that must not be used; `label()` is the version that serves."""
+        """`on_lost(number, error)` tells of a replica that must not be used; `served()` is the label and the number of
+        the version that serves."""
         self._router = router
         self._seed = seed
         self._max_reruns = max_reruns
         self._on_lost = on_lost
-        self._label = label
+        self._served = served
         self._num_prompts = 0
         self._num_given = 0
         self._calls: dict[
@@ -142,19 +148,12 @@ class Dispatcher:
         return sum(job.num_samples for job in waiting)
 
     def expire(self, now: float) -> None:
-        """Fail calls whose prompts waited past their deadline; replicas see to the ones that they have."""
+        """End what has waited past its deadline; replicas see to what they have."""
         self._calls = {rid: call for rid, call in self._calls.items() if not call.over}
-        for call in {
-            id(job.call): job.call for job in self._queue if job.call.deadline <= now
-        }.values():
-            waiting = sum(
-                job.num_samples for job in call.jobs if job.replica is None and not job.complete
-            )
-            error = DeadlineExceeded(
-                f"generate: {waiting} samples were still waiting for a replica at the deadline; raise timeout_s, or "
-                "add replicas"
-            )
-            self._fail(call, error)
+        late = [job for job in self._queue if job.call.deadline <= now]
+        self._queue = deque(job for job in self._queue if job.call.deadline > now)
+        for job in late:
+            self._end_waiting(job, _WAITED)
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do; None: nothing waits."""
@@ -205,7 +204,8 @@ class Dispatcher:
         sample, reason = update.index, update.finish_reason
         if reason is not None:
             self._unload(job, 1)
-            if reason.type == "abort" and not job.aborted:
+            late = time.monotonic() >= job.call.deadline - _CLOCK_SLACK_S
+            if reason.type == "abort" and not job.aborted and not late:
                 return  # Nobody asked for it: the replica is ending, and the sample is lost with it.
         if sample not in job.finished:
             if reason is not None:
@@ -309,7 +309,7 @@ class Dispatcher:
         for sample in range(job.num_samples):
             if sample not in job.finished:
                 job.finished.add(sample)
-                job.call.emit(job.empty_sample(sample, message, self._label()))
+                job.call.emit(job.empty_sample(sample, message, *self._served()))
         job.call.finish_if_complete()
 
     def _fail(self, call: PoolCall, error: BaseException) -> None:

@@ -25,7 +25,7 @@ from weight_sync.wire.rpc import Call, RpcServer
 
 from ..config import EngineConfig
 from ..engine.executors.executor import OnChunk, wait
-from ..errors import EngineClosedError, InvalidRequestError, RolloutError
+from ..errors import EngineClosedError, InvalidRequestError, NoUpdateYetError, RolloutError
 from ..protocol import commands as cmd
 from ..protocol.wire import REQUEST_TYPES, check_sendable
 from .config import PoolConfig
@@ -71,6 +71,7 @@ class PoolExecutor:
             timeout_s=config.request_timeout_s,
             on_change=lambda: self._supervisor.changed(),
             group_host=group_host,
+            awaits=NoUpdateYetError.STATE if config.awaits_first_update else None,
         )
         self._dispatcher = Dispatcher(
             Router(
@@ -81,7 +82,7 @@ class PoolExecutor:
             seed=config.seed,
             max_reruns=pool.max_reruns,
             on_lost=lambda number, error: self._supervisor.lost(number, error),
-            label=lambda: self._fleet.served.label,
+            served=lambda: (self._fleet.served.label, self._fleet.served.version),
         )
         self._supervisor = Supervisor(
             pool,
@@ -116,7 +117,8 @@ class PoolExecutor:
                 check_sendable(spec, timeout_s, f"request {spec.rid!r}")
             call = PoolCall(
                 stream=body.stream,
-                deadline=time.monotonic() + timeout_s,
+                deadline=time.monotonic() + timeout_s - body.grace_s,
+                grace_s=body.grace_s,
                 on_chunk=on_chunk,
                 future=future,
             )

@@ -55,15 +55,17 @@ class FleetWeights:
         timeout_s: float,
         on_change: Callable[[], None],
         group_host: str = "127.0.0.1",
+        awaits: str | None = None,
     ) -> None:
         """`on_change()` is told, on the thread, whenever `serving`, `behind` or `lost` may have changed.
 
         label: of what the replicas load. timeout_s: for bringing up one replica. group_host: where replicas on other
-        machines reach this one.
+        machines reach this one. awaits: why what the replicas load is not to be used; None: it is.
         """
         self.served = Served(version=0, label=label, fingerprint=None)
-        self.lost: str | None = None
-        """Why no replica has whole weights (their memory was released); None: they have."""
+        self.lost: str | None = awaits
+        """Why no replica has whole weights (their memory was released, none have come yet); None: they have."""
+        self._awaits = awaits
         self.behind: dict[int, Exception] = {}
         """Replicas that do not hold the served version, and why."""
         self._engine_id = secrets.token_hex(8)
@@ -380,7 +382,7 @@ class FleetWeights:
             member.ranks = info.tp_size
             self._num_tensors = len(info.manifest.names)
             self._adopt(member, info, end)
-            if self.lost is not None:
+            if self.lost is not None and self.lost != self._awaits:
                 raise TornWeightsError(f"the pool has no whole weights to give: {self.lost}")
             peers = [other for other in self._all if other.serving and other is not member]
             fingerprint = catch_up(

@@ -23,7 +23,9 @@ class PoolCall:
     stream: bool
     """Tokens are wanted as they come."""
     deadline: float
-    """When it fails, on the monotonic clock."""
+    """When it ends with what there is, on the monotonic clock."""
+    grace_s: float = 0.0
+    """How much longer its caller waits for that."""
     on_chunk: OnChunk | None
     """Takes every `SampleUpdate`, with the index that the caller counts by."""
     future: Future[Any] = field(default_factory=Future)
@@ -99,7 +101,7 @@ class Job:
     def command(self) -> Generate:
         """What its replica is told."""
         spec = msgspec.structs.replace(self.spec, rid=self.wire_rid)
-        return Generate(prompts=[spec], stream=self.call.stream)
+        return Generate(prompts=[spec], stream=self.call.stream, grace_s=self.call.grace_s)
 
     def sample_rid(self, sample: int) -> str:
         """The id of one of its samples, as engines make it."""
@@ -120,7 +122,7 @@ class Job:
         """Whether one of `rids` is its id or a sample's."""
         return self.spec.rid in rids or not rids.isdisjoint(self.sample_rids)
 
-    def empty_sample(self, sample: int, message: str, version: str) -> SampleUpdate:
+    def empty_sample(self, sample: int, message: str, version: str, number: int) -> SampleUpdate:
         """The answer for a sample that was ended before a replica had it: the same fields as any other."""
         spec = self.spec
         return SampleUpdate(
@@ -131,7 +133,8 @@ class Job:
             prompt_tokens=len(spec.input_ids),
             cached_tokens=0,
             weight_version=version,
-            weight_versions=[Span(version, 0, 0)],
+            weight_version_number=number,
+            weight_versions=[Span(version, 0, 0, number)],
             output_logprobs=[] if spec.return_logprob else None,
             output_top_logprobs=[] if spec.top_logprobs_num > 0 else None,
             output_ids_logprobs=[] if spec.token_ids_logprob is not None else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ from weight_sync.wire.rpc_server import private_folder
 from ..config import EngineConfig
 from ..distributed import ray_runtime
 from ..distributed.placement import spread_over
+from ..engine.asynchronous import on_own_thread
 from ..engine.engine import Engine
 from ..engine.executors.local import LocalExecutor
 from ..engine.executors.ray import RayExecutor, reservation
@@ -101,7 +101,7 @@ class RolloutPool(Engine):
 
     async def async_publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
         """As `publish`, awaitable."""
-        return await asyncio.to_thread(self.publish, named_tensors, **options)
+        return await on_own_thread(self.publish, named_tensors, **options)
 
     def add_replica(self) -> int:
         """Start one more replica and bring it to the served version; returns its number when it serves."""
@@ -120,11 +120,11 @@ class RolloutPool(Engine):
 
     async def async_add_replica(self) -> int:
         """As `add_replica`, awaitable."""
-        return await asyncio.to_thread(self.add_replica)
+        return await on_own_thread(self.add_replica)
 
     async def async_remove_replica(self, number: int | None = None, timeout_s: float = 60.0) -> int:
         """As `remove_replica`, awaitable."""
-        return await asyncio.to_thread(self.remove_replica, number, timeout_s)
+        return await on_own_thread(self.remove_replica, number, timeout_s)
 
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else f"{len(self.replicas())} replicas"

@@ -17,6 +17,7 @@ from typing import Any
 
 from weight_sync.errors import EngineDiedError, TornWeightsError
 
+from ..errors import NoUpdateYetError
 from ..protocol.commands import GetStatus, PauseGeneration
 from .config import PoolConfig
 from .dispatcher import Dispatcher
@@ -307,7 +308,7 @@ def no_weights(lost: str | None) -> TornWeightsError | None:
     """Why a pool that gave its weights back does not generate; None: it has not."""
     if lost is None:
         return None
-    return TornWeightsError(
+    return NoUpdateYetError.found(lost) or TornWeightsError(
         f"cannot generate: {lost}; resume it and publish a complete update first"
     )
 

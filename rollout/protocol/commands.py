@@ -56,6 +56,8 @@ class Generate(Message, frozen=True, kw_only=True):
     """Prompts in the order of the result."""
     stream: bool = False
     """Send every token as it comes."""
+    grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
+    """How long before the call's deadline what there is comes back, with finish reason "abort"."""
 
 
 class AbortRequests(Message, frozen=True, kw_only=True):
@@ -132,12 +134,17 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Reason in words (type "abort")."""
 
 
+ENDED_LATE = "the deadline has passed"
+"""How the message of samples begins that were not finished by the deadline of their call."""
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Output tokens [start, end) were sampled by the weight version with this label."""
+    """Output tokens [start, end) were sampled by the weight version with this label and this number."""
 
     version: str
     start: int
     end: int
+    number: int = 0
 
 
 TopLogprobs = list[tuple[float, int]]
@@ -160,6 +167,8 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """Prompt tokens that came from the prefix cache."""
     weight_version: str
     """Label of the version that serves now."""
+    weight_version_number: int = 0
+    """Its number, which grows with every update, whatever the labels."""
     weight_versions: list[Span] = []
     """Spans over all output tokens; only with a finish reason."""
     output_logprobs: list[float] | None = None
@@ -220,6 +229,8 @@ class Status(Message, frozen=True, kw_only=True):
     """Why the weights are a mixture; None: they are whole."""
     paused: str | None
     """Mode of the pause; None: not paused."""
+    pause_left_s: float | None = None
+    """Seconds until the pause ends by itself; None: not paused."""
     released: list[MemoryTag]
     """Memory that is given back at present."""
     num_running: int

@@ -29,10 +29,12 @@ class Disarm(TickMessage, frozen=True, kw_only=True):
 
 
 class Expire(TickMessage, frozen=True, kw_only=True):
-    """The deadlines of these calls of `generate` have passed."""
+    """These calls of `generate` end with what they have: their deadlines have passed, or nothing goes on."""
 
     numbers: list[int]
     """`GenerateGroup.number`: how many came before it."""
+    why: str
+    """The reason in words."""
 
 
 class EndPause(TickMessage, frozen=True, kw_only=True):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from rollout.errors import NonFiniteLogitsError
 from rollout.layers import logprobs as rule
 from rollout.layers.draw import uniforms
-from rollout.layers.sampler import NonFiniteLogitsError, Sampler
+from rollout.layers.sampler import Sampler
 from rollout.sampling_params import SamplingParams, mix64
 from rollout.scheduling import Request
 

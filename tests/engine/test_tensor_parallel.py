@@ -145,11 +145,31 @@ def test_a_pause_of_two_ranks_ends_with_its_lease(one: Engine, two: Engine) -> N
 def test_a_request_whose_deadline_passes_leaves_both_ranks_in_step(
     one: Engine, two: Engine
 ) -> None:
-    with pytest.raises(TimeoutError):
-        two.generate(input_ids=PROMPTS[:2] * 8, sampling_params=LONG, timeout_s=0.15)
+    results = two.generate(input_ids=PROMPTS[:2] * 8, sampling_params=LONG, timeout_s=0.15)
+    assert {result["meta_info"]["finish_reason"]["type"] for result in results} == {"abort"}
     params = {**LONG, "max_new_tokens": 10}
     expected = one.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"]
     assert two.generate(input_ids=PROMPTS[3], sampling_params=params)["output_ids"] == expected
+
+
+def test_many_calls_that_end_at_once_leave_both_ranks_in_step(one: Engine, two: Engine) -> None:
+    """The ranks give the blocks of eight calls back in one order, or the next prompts meet unlike caches."""
+    for attempt in range(3):
+        streams = [start_long(two, f"{attempt}-{i}") for i in range(8)]
+        filler = threading.Thread(
+            target=two.generate, kwargs={"input_ids": [3] * 300, "sampling_params": LONG}
+        )
+        filler.start()
+        two.abort_request(abort_all=True)
+        for thread, chunks in streams:
+            thread.join(60)
+            assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+        two.abort_request(abort_all=True)
+        filler.join(60)
+    params = {**LONG, "max_new_tokens": 10}
+    expected = [r["output_ids"] for r in one.generate(input_ids=PROMPTS, sampling_params=params)]
+    got = [r["output_ids"] for r in two.generate(input_ids=PROMPTS, sampling_params=params)]
+    assert got == expected
 
 
 def test_a_rank_that_does_not_start_ends_the_start_of_all(

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from rollout.engine.loop.ticks import Action, Boundaries
-from weight_sync.errors import DeadlineExceeded
+from weight_sync.errors import DeadlineExceeded, EngineDiedError
 
 
 def test_an_action_runs_when_its_boundary_comes_and_gives_its_result() -> None:
@@ -39,7 +39,7 @@ def test_an_action_that_was_given_up_never_runs_on_any_rank() -> None:
     assert not ranks[0].claim("write")
     for boundaries in ranks:
         boundaries.disarm("write")
-    with pytest.raises(DeadlineExceeded, match="rank 0"):
+    with pytest.raises(DeadlineExceeded, match="given up"):
         actions[1].wait(5.0)
     assert ran == []
 
@@ -74,8 +74,59 @@ def test_a_rank_that_arms_what_was_given_up_already_is_told_so() -> None:
     boundaries, action = Boundaries(patience_s=5.0), Action(lambda: 7)
     boundaries.disarm("write")
     boundaries.arm("write", action)
-    with pytest.raises(DeadlineExceeded, match="rank 0"):
+    with pytest.raises(DeadlineExceeded, match="given up"):
         action.wait(5.0)
+
+
+def test_a_name_that_is_armed_again_runs_once_for_each_time() -> None:
+    """A session's id may come twice: its first commit missed its boundary, its second has just been asked for."""
+    boundaries, ran = Boundaries(patience_s=5.0), []
+    actions = [Action(lambda number=number: ran.append(number)) for number in range(3)]
+    for action in actions:
+        boundaries.arm("commit", action)
+    with pytest.raises(DeadlineExceeded):
+        actions[0].wait(0.01)
+    wanted = [boundaries.claim("commit") for _ in range(4)]  # One more than was armed.
+    for is_wanted in wanted:
+        (boundaries.run if is_wanted else boundaries.disarm)("commit")
+    assert ran == [1, 2]
+
+
+def test_whoever_waits_for_a_boundary_of_a_loop_that_ends_hears_of_it_at_once() -> None:
+    boundaries, claimed, waiting = Boundaries(5.0), Action(lambda: 7), Action(lambda: 7)
+    boundaries.arm("claimed", claimed)
+    boundaries.arm("waiting", waiting)
+    assert boundaries.claim("claimed")
+    boundaries.close(EngineDiedError("the loop ended"))
+    late = Action(lambda: 7)
+    boundaries.arm("late", late)
+    for action in (claimed, waiting, late):
+        with pytest.raises(EngineDiedError, match="the loop ended"):
+            action.wait(5.0)
+
+
+def test_what_waits_under_a_prefix_can_be_given_up_and_what_has_begun_cannot() -> None:
+    boundaries, begun, waiting = Boundaries(5.0), Action(lambda: 7), Action(lambda: 7)
+    boundaries.arm("commit/a", begun)
+    boundaries.arm("commit/b", waiting)
+    assert boundaries.claim("commit/a")
+    boundaries.cancel("commit/")
+    boundaries.run("commit/a")
+    assert begun.wait(1.0) == 7
+    assert not boundaries.claim("commit/b")
+    with pytest.raises(DeadlineExceeded, match="given up"):
+        waiting.wait(5.0)
+
+
+def test_an_action_that_raises_a_timeout_of_its_own_keeps_it() -> None:
+    def fail() -> None:
+        raise DeadlineExceeded("of the copy")
+
+    boundaries, action = Boundaries(patience_s=5.0), Action(fail)
+    boundaries.arm("write", action)
+    boundaries.run("write")
+    with pytest.raises(DeadlineExceeded, match="of the copy"):
+        action.wait(1.0)
 
 
 def test_a_rank_that_gave_up_alone_does_not_go_on_without_its_part() -> None:

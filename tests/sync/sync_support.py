@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,9 @@ class ToyHost:
 
     def unwritable(self) -> str | None:
         return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         self._maybe_fail("weights_written")

@@ -215,6 +215,19 @@ def run_during(engine: Engine, action: Callable[[], Any], num_tokens: int = 300)
     return last
 
 
+def test_two_versions_under_one_label_stay_two_spans(engine: Engine, trainer: Any) -> None:
+    engine.update_weights_from_tensor(trainer, weight_version="latest")
+    train(trainer, 12)
+    result = run_during(
+        engine, lambda: engine.update_weights_from_tensor(trainer, weight_version="latest")
+    )
+    first, second = result["meta_info"]["weight_versions"]
+    assert (first["version"], second["version"]) == ("latest", "latest")
+    assert second["number"] == first["number"] + 1
+    assert second["number"] == result["meta_info"]["weight_version_number"]
+    assert (first["start"], first["end"], second["end"]) == (0, second["start"], 300)
+
+
 @pytest.mark.parametrize("verify", ["pause", "overlapped"])
 @pytest.mark.parametrize("policy", ["keep", "recompute", "flush"])
 def test_a_running_request_goes_on_under_the_new_version(
@@ -229,6 +242,7 @@ def test_a_running_request_goes_on_under_the_new_version(
         )
     spans = result["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["old", "new"]
+    assert spans[1]["number"] == spans[0]["number"] + 1
     assert (spans[0]["start"], spans[1]["end"]) == (0, 300) and spans[0]["end"] == spans[1]["start"]
     new_logprobs = logprobs_of(trainer, PROMPTS[0], result)
     trainer.load_state_dict(before, strict=False)

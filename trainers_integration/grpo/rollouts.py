@@ -52,7 +52,7 @@ def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Compl
         output_ids=output_ids,
         logprobs=logprobs,
         spans=tuple(
-            VersionSpan(version=int(s["version"]), start=s["start"], end=s["end"])
+            VersionSpan(version=s["number"], start=s["start"], end=s["end"])
             for s in meta["weight_versions"]
         ),
         finish_reason=(meta.get("finish_reason") or {}).get("type", "abort"),

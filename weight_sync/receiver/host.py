@@ -1,7 +1,8 @@
 """What an engine offers to the receiver that lives in it."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -22,6 +23,10 @@ class WeightHost(Protocol):
 
     def unwritable(self) -> str | None:
         """Why parameters cannot be written at present (their memory was given back), or None. Any thread may ask."""
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """While it is held, the memory of the parameters is not given back. Whoever reads them outside of a step
+        boundary and of a session takes it first, and asks `unwritable` then."""
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """The resident bytes are those of `version`: refresh derived state and apply the KV policy (None: the engine's

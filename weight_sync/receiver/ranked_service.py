@@ -108,7 +108,7 @@ class RankedService:
         self._queue.put(call)
 
     def close(self) -> None:
-        """Stop, fail what is queued, and close the channels. Safe to repeat."""
+        """Stop, fail what is queued or under way, and close the channels. Safe to repeat."""
         self._queue.close()
         for rank in self._ranks:
             rank.close()

@@ -87,7 +87,7 @@ class WeightReceiver:
     """Holds the served version and the one session. See the module for its states.
 
     `keep_previous` pays for a copy of the model so that a commit that fails half-way rolls back. `version` and `label`
-    are those of the weights that are resident now.
+    are those of the weights that are resident now. `torn`: why these are not to be used before a complete update.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class WeightReceiver:
         keep_previous: bool = False,
         version: int = 0,
         label: str | None = None,
+        torn: str | None = None,
         agreement: RankAgreement | None = None,
     ) -> None:
         self.engine_id = secrets.token_hex(8)
@@ -120,6 +121,9 @@ class WeightReceiver:
         self._epoch = 0
         self._session: Session | None = None
         self._endings: OrderedDict[str, _Ending] = OrderedDict()
+        if torn is not None:
+            self._repair = Repair(torn, len(names), from_nothing=True)
+            self._served = Served(version=version, label=self.label, torn=torn)
 
     @property
     def version(self) -> int:
@@ -220,10 +224,11 @@ class WeightReceiver:
                 f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
             )
         arena = self._arenas.get(request.arena_id)
-        gone = self._host.unwritable()
-        if gone is not None and not self._plans.knows(request.manifest_digest):
-            raise WeightUpdateError(f"the parameters cannot be planned for: {gone}")
-        known = self._plans.find(request.manifest_digest, request.manifest)
+        with self._host.reading():
+            gone = self._host.unwritable()
+            if gone is not None and not self._plans.knows(request.manifest_digest):
+                raise WeightUpdateError(f"the parameters cannot be planned for: {gone}")
+            known = self._plans.find(request.manifest_digest, request.manifest)
         if known is None:
             return BeginReply(epoch=0, version=version, need_manifest=True)
         stage = arena.stage(known.plan)
@@ -369,8 +374,10 @@ class WeightReceiver:
             self._end(failure)
             raise failure from error
         self._repair = repair
-        self._end(SessionError("the session has ended: it was committed; begin a new one"))
-        return self._reply(session, write)
+        try:
+            return self._reply(session, write)  # It may read parameters: the session is still open.
+        finally:
+            self._end(SessionError("the session has ended: it was committed; begin a new one"))
 
     def lose_weights(self, reason: str) -> None:
         """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.
@@ -505,10 +512,11 @@ class WeightReceiver:
         known = self._plans.canonical
 
         def read() -> np.ndarray:
-            gone = self._host.unwritable()
-            if gone is not None:  # one rank may be ahead of another with a release
-                raise WeightUpdateError(f"the parameters cannot be read: {gone}")
-            return as_uint64(known.plan.resident_fingerprints())
+            with self._host.reading():
+                gone = self._host.unwritable()
+                if gone is not None:  # one rank may be ahead of another with a release
+                    raise WeightUpdateError(f"the parameters cannot be read: {gone}")
+                return as_uint64(known.plan.resident_fingerprints())
 
         return whole_values(self._agreement, read, known.regions)
 

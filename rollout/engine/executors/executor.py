@@ -130,6 +130,13 @@ class InlineExecutor:
                 self._server = None
 
 
+def no_answer(timeout_s: float, what: str) -> DeadlineExceeded:
+    """The error of a call that an engine does not answer."""
+    return DeadlineExceeded(
+        f"{what}: no answer within {timeout_s:.3g} s; the engine is busy or hangs; raise timeout_s or shut it down"
+    )
+
+
 def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
     """Result of `future`; `DeadlineExceeded` when the engine does not answer in time."""
     try:
@@ -137,6 +144,4 @@ def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
     except TimeoutError as error:
         if isinstance(error, DeadlineExceeded):
             raise
-        raise DeadlineExceeded(
-            f"{what}: no answer within {timeout_s:.3g} s; the engine is busy or hangs; raise timeout_s or shut it down"
-        ) from None
+        raise no_answer(timeout_s, what) from None

@@ -50,7 +50,7 @@ class Admission:
             channel=call,
             finish=lambda count: call.reply(Done(count=count)),
             stream=command.stream,
-            deadline=call.deadline,
+            deadline=call.deadline - command.grace_s,
             num_samples=sum(spec.params.n for spec in command.prompts),
         )
         prompts: dict[Hashable, list[Request]] = {}

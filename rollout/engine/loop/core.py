@@ -11,20 +11,20 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 import torch
 
-from weight_sync.errors import DeadlineExceeded, EngineDiedError, TornWeightsError
+from weight_sync.errors import EngineDiedError
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
 from weight_sync.wire.rpc import Call
 
 from ...config import ResolvedConfig
-from ...errors import EngineClosedError, EngineStepError, RolloutError
+from ...errors import EngineClosedError, EngineStepError, RolloutError, typed
 from ...layers.sampler import TokenSampler
 from ...protocol import commands as cmd
 from ...protocol.tick_messages import Boundary, Disarm, EndPause, Expire, Item, Tick
@@ -32,7 +32,7 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.batch import ScheduledBatch
 from ...scheduling.scheduler import Scheduler
 from .admission import Admission
-from .inbox import Inbox
+from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
 from .pipeline import StepPipeline
 from .postprocess import Postprocessor
@@ -40,6 +40,7 @@ from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .throughput_log import ThroughputLog
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
+from .watch import Watch
 from .weight_host import EngineWeightHost, read_weight
 
 logger = logging.getLogger(__name__)
@@ -89,12 +90,14 @@ class EngineCore:
             post=self.post,
             memory=self.memory,
             kv_policy=config.user.kv_policy,
+            awaits_update=config.user.awaits_first_update,
         )
         self.receiver = WeightReceiver(
             runner.weight_map,
             self.host,
             keep_previous=config.user.keep_previous_weights,
             label=config.weight_version,
+            torn=self.host.torn,
             agreement=GroupAgreement(ranks.weights, self.give_up),
         )
         interval_s = None if ranks.spec.rank > 0 else config.user.log_interval_s
@@ -110,6 +113,7 @@ class EngineCore:
         self._failure: BaseException | None = None
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
+        self._watch = Watch(config.user.progress_timeout_s)
         self._closed = threading.Event()
         self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
         self._handlers: dict[type, Callable[[Call], None]] = {
@@ -132,6 +136,8 @@ class EngineCore:
         if self._closed.is_set():
             call.fail(self._ending)
         elif type(call.body) in self._handlers:
+            if isinstance(call.body, cmd.Generate):
+                self._watch.asked(call)
             self._inbox.put_call(call)
         else:
             self.weights.handle(call)
@@ -192,22 +198,28 @@ class EngineCore:
         self._thread = threading.current_thread()
         if self.runner.device.type == "cuda":
             torch.cuda.set_device(self.runner.device)  # of this thread
+        if not self._follows:
+            self._watch.start(self.post)
         try:
             while not self._closed.is_set():
-                items = self._next_tick()
-                if not all(type(call.body) in HARMLESS for _, call in items):
-                    self.pipeline.settle()
-                for item, call in items:
-                    if self._failure is not None:
-                        raise self._failure
-                    self._carry_out(item, call)
-                if self._may_step and not self._closed.is_set():
-                    self.step()
+                self.turn()
         except BaseException as error:
             self._fail_all(error)
             raise
         finally:
             self._close()
+
+    def turn(self) -> None:
+        """What comes before the next step, then the step."""
+        items = self._next_tick()
+        if not all(type(call.body) in HARMLESS for _, call in items):
+            self.pipeline.settle()
+        for item, call in items:
+            if self._failure is not None:
+                raise self._failure
+            self._carry_out(item, call)
+        if self._may_step and not self._closed.is_set():
+            self.step()
 
     def _fail_all(self, error: BaseException) -> None:
         """The loop cannot go on: nobody must take what they have for a result."""
@@ -215,12 +227,18 @@ class EngineCore:
             f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
         )
         self._ending = died
-        for group in list(self.post.groups):
+        for group in list(self.post.groups.values()):
             self.post.fail(group, died)
 
     def step(self) -> bool:
         """Compute one batch and hand out tokens; False if there was nothing to do."""
-        return self.pipeline.step()
+        self._watch.begins()
+        found = self.pipeline.step()
+        if found:
+            self._watch.moved()
+        else:
+            self._watch.idles()
+        return found
 
     def _note_step(self, batch: ScheduledBatch) -> None:
         self._throughput.note(batch)
@@ -247,7 +265,7 @@ class EngineCore:
             return for_nobody(self._ticks.receive())
         items = self._due()
         taken = self._inbox.take(0.0 if items or self._may_step else self._patience())
-        items += [(item, call) for item, call in taken if _in_time(call)]
+        items += [(item, call) for item, call in taken if in_time(call)]
         items = [(self._settled(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
@@ -264,12 +282,13 @@ class EngineCore:
         elif isinstance(item, Disarm):
             self._boundaries.disarm(item.name)
         elif isinstance(item, Expire):
-            self._expire(item.numbers)
+            self._expire(item)
         elif isinstance(item, EndPause):
             logger.warning(
                 "the lease of the pause (mode %s) ended; generation continues", self._paused
             )
             self._paused = None
+            self._watch.moved()
         else:
             self._command(call)
 
@@ -280,9 +299,10 @@ class EngineCore:
         try:
             self._handlers[type(call.body)](call)
         except Exception as error:
-            if not isinstance(error, (ValueError, RolloutError, TornWeightsError)):
+            known = typed(error, type(call.body).__name__)
+            if known is not error:
                 logger.exception("%s failed", type(call.body).__name__)
-            call.fail(error)
+            call.fail(known)
 
     # ---- clocks, on rank 0 -----------------------------------------------------------------------------------------
 
@@ -292,32 +312,50 @@ class EngineCore:
         due: list[Item] = []
         if self._paused is not None and now >= self._pause_ends:
             due.append(EndPause())
-        late = [group.number for group in self.post.groups if now >= group.deadline]
+        groups = self.post.groups
+        late = [number for number, group in groups.items() if now >= group.deadline]
         if late:
-            due.append(Expire(numbers=sorted(late)))
+            due.append(Expire(numbers=late, why=f"{cmd.ENDED_LATE}{self._what_stops(now)}"))
+        if groups and now >= self._watch.stalls_at:
+            why = f"no step for {self._watch.patience_s:.3g} s{self._what_stops(now)}"
+            due.append(Expire(numbers=[number for number in groups if number not in late], why=why))
         return [(item, NullCall(item)) for item in due]
 
     def _patience(self) -> float:
         """Seconds that the loop may sleep before a lease or a deadline needs it."""
         ends = [self._pause_ends] if self._paused is not None else []
-        ends += [group.deadline for group in self.post.groups]
+        ends += [group.deadline for group in self.post.groups.values()]
+        if self.post.groups:
+            ends.append(self._watch.stalls_at)
         longest = HEARTBEAT_S if self._ranks.spec.size > 1 else 3600.0
         return min(max(0.0, min(ends) - time.monotonic()), longest) if ends else longest
 
-    def _expire(self, numbers: Sequence[int]) -> None:
-        for group in [group for group in self.post.groups if group.number in numbers]:
-            missing = group.num_samples - group.num_finished
-            self.post.fail(
-                group,
-                DeadlineExceeded(
-                    f"generate: {missing} of {group.num_samples} samples were not finished by the deadline; "
-                    "raise timeout_s, or stream to keep partial results"
-                ),
+    def _what_stops(self, now: float) -> str:
+        """Why nothing is generated at present, as part of a message; empty: something is."""
+        if self._paused is not None:
+            left_s = max(0.0, self._pause_ends - now)
+            end = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + left_s))
+            return (
+                f"; generation is paused by pause_generation(mode={self._paused!r}) until {end} (in {left_s:.3g} s): "
+                "call continue_generation"
             )
+        if self.memory.released:
+            return (
+                f"; the memory of {', '.join(sorted(self.memory.released))} is released: resume it"
+            )
+        return ""
+
+    def _expire(self, item: Expire) -> None:
+        """End calls with what they have: whatever is finished or begun is worth something."""
+        for group in [self.post.groups[n] for n in item.numbers if n in self.post.groups]:
+            done = f"{group.num_finished} of {group.num_samples} samples had finished"
+            for request in group.requests:
+                self.post.abort(request, f"{item.why}; {done}")
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def _generate(self, call: Call) -> None:
+        self._watch.taken(call)
         self.host.check_whole()
         group, prompts = self.admission.open(call)
         try:
@@ -327,13 +365,15 @@ class EngineCore:
         except ValueError:
             self.post.discard(group)
             raise
-        self.post.groups.add(group)
+        if not self.post.groups:
+            self._watch.moved()
+        self.post.groups[group.number] = group
 
     def _abort(self, call: Call) -> None:
         rids = set(call.body.rids)
         chosen = [
             request
-            for group in self.post.groups
+            for group in self.post.groups.values()
             for request in group.requests
             if call.body.abort_all or request.rid in rids or request.outputs.spec.rid in rids
         ]
@@ -357,6 +397,7 @@ class EngineCore:
 
     def _continue(self, call: Call) -> None:
         self._paused = None
+        self._watch.moved()
         call.reply(cmd.Done())
 
     def _flush(self, call: Call) -> None:
@@ -382,14 +423,15 @@ class EngineCore:
 
     def _release_memory(self, call: Call) -> None:
         tags = call.body.tags
-        if self._any_rank("weights" in tags and self.receiver.updating):
-            raise RolloutError(
-                "cannot release weights: an update is under way; end or abort it first"
-            )
-        if "kv_cache" in tags:
-            self.scheduler.retract_all()
-            self.scheduler.kv.flush()
-        changed, num_bytes = self.memory.release(tags, keep_weights=call.body.keep_weights)
+        with self.memory.releasing(tags):
+            if self._any_rank("weights" in tags and self.receiver.updating):
+                raise RolloutError(
+                    "cannot release weights: an update is under way; end or abort it first"
+                )
+            if "kv_cache" in tags:
+                self.scheduler.retract_all()
+                self.scheduler.kv.flush()
+            changed, num_bytes = self.memory.release(tags, keep_weights=call.body.keep_weights)
         if "weights" in changed and not call.body.keep_weights:
             self.receiver.lose_weights("their memory was released")
         self._memory_changed(call, changed, num_bytes)
@@ -407,6 +449,7 @@ class EngineCore:
             raise failure or RolloutError(
                 "cannot resume memory: another rank of the engine has none"
             )
+        self._watch.moved()
         self._memory_changed(call, changed, num_bytes)
 
     def _any_rank(self, flag: bool) -> bool:
@@ -430,6 +473,7 @@ class EngineCore:
             version=self.receiver.version,
             torn=self.receiver.torn,
             paused=self._paused,
+            pause_left_s=None if self._paused is None else self._pause_ends - time.monotonic(),
             released=sorted(self.memory.released),
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
@@ -446,21 +490,10 @@ class EngineCore:
     def _close(self) -> None:
         """End what is left; after this `submit` refuses."""
         self._closed.set()
+        self._watch.close()
+        self._boundaries.close(EngineDiedError(str(self._ending)))
         self.post.release(True)
         self.post.abort_all("the engine was shut down")
         self.weights.close()
         self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))
-
-
-def _in_time(call: Call) -> bool:
-    """Whether somebody still waits for it; else it is refused, and no rank carries it out."""
-    if time.monotonic() < call.deadline:
-        return True
-    call.fail(
-        DeadlineExceeded(
-            f"{type(call.body).__name__}: its deadline passed before the loop came to it, and it was not carried out; "
-            "raise timeout_s, or look at what keeps the engine"
-        )
-    )
-    return False

@@ -6,9 +6,11 @@ No lock is held while a step is computed.
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable
 from typing import Any
 
+from weight_sync.errors import DeadlineExceeded
 from weight_sync.wire.rpc import Call
 
 from ...protocol.tick_messages import Item, Ordered
@@ -59,3 +61,16 @@ class Inbox:
                 items.append(self._queue.get_nowait())
         except queue.Empty:
             return [item for item in items if item is not None]
+
+
+def in_time(call: Call) -> bool:
+    """Whether somebody still waits for it; else it is refused, and no rank carries it out."""
+    if time.monotonic() < call.deadline:
+        return True
+    call.fail(
+        DeadlineExceeded(
+            f"{type(call.body).__name__}: its deadline passed before the loop came to it, and it was not carried out; "
+            "raise timeout_s, or look at what keeps the engine"
+        )
+    )
+    return False

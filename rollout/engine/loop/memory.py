@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 
 from ...errors import RolloutError
 from ...protocol.commands import MEMORY_TAGS, MemoryTag
@@ -20,6 +22,23 @@ class MemoryOccupation:
         self._weights_kept = False
         self.released: set[MemoryTag] = set()
         """Tags whose memory is gone."""
+        self.reading = threading.RLock()
+        """Whoever reads parameters on another thread than the loop's holds it: nothing is released meanwhile."""
+        self._leaving: tuple[MemoryTag, ...] = ()
+
+    @property
+    def weights_gone(self) -> bool:
+        """The weights' memory is released, or about to be; any thread may ask."""
+        return "weights" in self.released or "weights" in self._leaving
+
+    @contextlib.contextmanager
+    def releasing(self, tags: Sequence[MemoryTag]) -> Iterator[None]:
+        """Around the decision whether to release `tags`: whoever asks sees them as gone from its beginning on."""
+        self._leaving = tuple(tags)
+        try:
+            yield
+        finally:
+            self._leaving = ()
 
     def release(
         self, tags: Sequence[MemoryTag], *, keep_weights: bool = False
@@ -29,17 +48,18 @@ class MemoryOccupation:
         `keep_weights`: `resume` brings them back as they were, out of a copy in the host's memory.
         """
         changed = [tag for tag in MEMORY_TAGS if tag in tags and tag not in self.released]
-        if "weights" in changed:
-            self._weights_kept = keep_weights
-            if keep_weights:
-                if self._host_copy is None:
-                    self._host_copy = HostCopy(self._runner.model.arena.buffers.values())
-                self._host_copy.take()
-            else:
-                self._host_copy = None
-        for tag in changed:
-            self._region(tag).release()
-            self.released.add(tag)
+        with self.reading:
+            if "weights" in changed:
+                self._weights_kept = keep_weights
+                if keep_weights:
+                    if self._host_copy is None:
+                        self._host_copy = HostCopy(self._runner.model.arena.buffers.values())
+                    self._host_copy.take()
+                else:
+                    self._host_copy = None
+            for tag in changed:
+                self._region(tag).release()
+                self.released.add(tag)
         return changed, sum(self._region(tag).num_bytes for tag in changed)
 
     def resume(self, tags: Sequence[MemoryTag]) -> tuple[list[MemoryTag], int]:

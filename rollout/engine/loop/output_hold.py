@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...protocol.commands import SampleUpdate
@@ -20,17 +21,17 @@ class _Mark:
 class OutputHold:
     """From `hold_outputs` to `release_outputs` of one overlapped verification."""
 
-    def __init__(self, groups: set[GenerateGroup]) -> None:
+    def __init__(self, groups: Mapping[int, GenerateGroup]) -> None:
         self.news: list[tuple[GenerateGroup, SampleUpdate | None]] = []
         """Updates and final answers that would have been sent, in order."""
         self._marks = {
             request: _Mark(len(request.token_ids), request.outputs.num_sent)
-            for group in groups
+            for group in groups.values()
             for request in group.requests
             if not request.outputs.finished
         }
 
-    def undo(self, groups: set[GenerateGroup]) -> list[Request]:
+    def undo(self, groups: Mapping[int, GenerateGroup]) -> list[Request]:
         """Cut all outputs back to the mark, those of newer requests to their prompt.
 
         Returns the requests that had ended since and must be scheduled again; those that a caller aborted stay ended.
@@ -38,7 +39,8 @@ class OutputHold:
         The scheduler must have dropped the KV of all running requests before.
         """
         revived = []
-        for group in groups | {group for group, _ in self.news}:
+        touched = {**groups, **{group.number: group for group, _ in self.news}}
+        for group in touched.values():
             for request in group.requests:
                 state: SampleState = request.outputs
                 mark = self._marks.get(request)

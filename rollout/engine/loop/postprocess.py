@@ -10,11 +10,11 @@ import torch
 
 from ...layers.logprobs import token_logprobs, top_logprobs
 from ...layers.sampler import (
-    NonFiniteLogitsError,
     PendingSample,
     SampleOutput,
     Sampler,
     TokenSampler,
+    non_finite,
 )
 from ...protocol.commands import FinishReason, SampleUpdate, TopLogprobs
 from ...runner.attention_backend import DrawnTokens
@@ -59,6 +59,8 @@ class Flight:
     """What it computes."""
     version: str
     """Label of the weights that compute it."""
+    number: int
+    """Their number."""
     undrawn: list[Request]
     """Requests that wanted no token; they end with it."""
     parts: list[DrawnPart]
@@ -88,9 +90,12 @@ class Postprocessor:
         row_bytes = 4 * runner.model_config.vocab_size
         self._max_logit_rows = max(1, LOGITS_BYTES // row_bytes)
         self._max_rows = self._max_logit_rows if isinstance(sampler, Sampler) else 1 << 20
-        self.groups: set[GenerateGroup] = set()
+        self.groups: dict[int, GenerateGroup] = {}
+        """Calls under way by number, in the order of their arrival: what is done to all of them has an order."""
         self.version = ""
         """Label of the weights that compute the next step."""
+        self.number = 0
+        """Their number."""
         self._hold: OutputHold | None = None
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
@@ -126,7 +131,8 @@ class Postprocessor:
         self, batch: ScheduledBatch, launched: LaunchedStep, rows: Sequence[SampleRow]
     ) -> Flight:
         """Draw a token for every request whose known tokens are all computed; `land` takes them in."""
-        flight = Flight(batch, self.version, [row.request for row in rows if not row.draws], [])
+        undrawn = [row.request for row in rows if not row.draws]
+        flight = Flight(batch, self.version, self.number, undrawn, [])
         drawing = [row for row in rows if row.draws]
         if launched.logits is not None:
             self._draw_decoded(flight, launched, drawing)
@@ -190,12 +196,12 @@ class Postprocessor:
             bad = set(output.bad).intersection(part.rows) if output.bad else ()
             if bad:
                 place = {row: i for i, row in enumerate(part.rows)}
-                error = NonFiniteLogitsError([place[row] for row in sorted(bad)], part.requests)
+                error = non_finite([place[row] for row in sorted(bad)], part.requests)
                 for row in bad:
                     self.fail(part.requests[place[row]].outputs.group, error)
-            self._take_in(part, output, flight.version)
+            self._take_in(part, output, flight.version, flight.number)
 
-    def _take_in(self, part: DrawnPart, output: SampleOutput, version: str) -> None:
+    def _take_in(self, part: DrawnPart, output: SampleOutput, version: str, number: int) -> None:
         token_ids, tables, now = output.token_ids, part.tables, time.time()
         logprobs = [] if output.logprobs is None else output.logprobs.tolist()
         for i, (request, row) in enumerate(zip(part.requests, part.rows, strict=True)):
@@ -203,7 +209,7 @@ class Postprocessor:
             if state.finished:
                 continue
             request.token_ids[-1] = token_ids[row]
-            state.note_token(request.num_output_tokens - 1, version)
+            state.note_token(request.num_output_tokens - 1, version, number)
             if request.return_logprob:
                 state.logprobs.append(logprobs[row])
                 if tables is not None:
@@ -215,7 +221,7 @@ class Postprocessor:
             if reason is not None:
                 self._finish(request, reason)
             elif state.group.stream:
-                self._send(state.group, state.update(request, None, version))
+                self._send(state.group, state.update(request, None, version, number))
 
     def _output_tables(
         self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
@@ -270,16 +276,16 @@ class Postprocessor:
         group = state.group
         state.finished = True
         group.num_finished += 1
-        self._send(group, state.update(request, reason, self.version))
+        self._send(group, state.update(request, reason, self.version, self.number))
         if group.num_finished == group.num_samples:
             self._send(group, None)
-            self.groups.discard(group)
+            self.groups.pop(group.number, None)
 
     def abort_all(self, message: str) -> int:
         """End every request with what it has; returns how many there were."""
         pending = [
             request
-            for group in self.groups
+            for group in self.groups.values()
             for request in group.requests
             if not request.outputs.finished
         ]
@@ -289,13 +295,13 @@ class Postprocessor:
 
     def fail(self, group: GenerateGroup, error: Exception) -> None:
         """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
-        if group in self.groups:
+        if group.number in self.groups:
             self.discard(group)
             group.channel.fail(error)
 
     def discard(self, group: GenerateGroup) -> None:
         """Forget a call and all its requests without news."""
-        self.groups.discard(group)
+        self.groups.pop(group.number, None)
         for other in group.requests:
             if not other.outputs.finished:
                 other.outputs.finished = other.outputs.aborted = True
@@ -325,7 +331,7 @@ class Postprocessor:
         if not ok:
             self._scheduler.retract_all()
             for request in hold.undo(self.groups):
-                self.groups.add(request.outputs.group)
+                self.groups[request.outputs.group.number] = request.outputs.group
                 self._scheduler.revive(request)
             news = hold.kept_news()
         for group, update in news:

@@ -80,19 +80,19 @@ class SampleState:
         for column in (self.logprobs, self.top, self.selected, self.token_times):
             del column[num_output:]
         self.spans = [
-            Span(span.version, span.start, min(span.end, num_output))
+            Span(span.version, span.start, min(span.end, num_output), span.number)
             for span in self.spans
             if span.start < num_output
         ]
         self.num_sent = num_sent
 
-    def note_token(self, position: int, version: str) -> None:
-        """Record that output token number `position` was sampled by `version`."""
+    def note_token(self, position: int, version: str, number: int) -> None:
+        """Record that output token number `position` was sampled by `version`; one label may name two versions."""
         spans = self.spans
-        if spans and spans[-1].version == version:
-            spans[-1] = Span(version, spans[-1].start, position + 1)
+        if spans and (spans[-1].number, spans[-1].version) == (number, version):
+            spans[-1] = Span(version, spans[-1].start, position + 1, number)
         else:
-            spans.append(Span(version, position, position + 1))
+            spans.append(Span(version, position, position + 1, number))
 
     def finish_reason(self, request: Request) -> FinishReason | None:
         """Why `request` ends with the token appended last; None: it goes on."""
@@ -111,12 +111,14 @@ class SampleState:
             return FinishReason(type="length", length=num_output)
         return None
 
-    def update(self, request: Request, reason: FinishReason | None, version: str) -> SampleUpdate:
+    def update(
+        self, request: Request, reason: FinishReason | None, version: str, number: int
+    ) -> SampleUpdate:
         """What is new since the last update; everything, when this is the first one."""
         sent, spec = self.num_sent, self.spec
         output_ids = request.output_ids[sent:]
         self.num_sent = sent + len(output_ids)
-        spans = self.spans or [Span(version, 0, 0)]
+        spans = self.spans or [Span(version, 0, 0, number)]
         wants_top, wants_ids = spec.top_logprobs_num > 0, spec.token_ids_logprob is not None
         inputs = self.inputs if sent == 0 else None
         return SampleUpdate(
@@ -127,6 +129,7 @@ class SampleState:
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.num_cached_tokens,
             weight_version=version,
+            weight_version_number=number,
             weight_versions=spans if reason is not None else [],
             output_logprobs=self.logprobs[sent:] if spec.return_logprob else None,
             output_top_logprobs=self.top[sent:] if wants_top else None,

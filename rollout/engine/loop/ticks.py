@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol, TypeVar
@@ -23,7 +23,7 @@ from ...protocol.tick_messages import Item, Ordered, Tick
 T = TypeVar("T")
 
 _KEPT_NAMES = 64
-"""Boundaries that were given up and may still be armed by a rank that is behind."""
+"""Names of boundaries that were given up and may still be armed by a rank that is behind."""
 
 
 class NullCall:
@@ -53,16 +53,28 @@ class Action:
         "so."""
         self._run = run
         self._deadline = deadline
-        self._claimed = False
+        self._claimed: bool | None = None  # None: nobody has asked yet.
         self.future: Future[Any] = Future()
+
+    @property
+    def decided(self) -> bool:
+        """Whether it will run for certain, or never."""
+        return self._claimed is not None
 
     def claim(self) -> bool:
         """From now on it will run for certain; False: whoever asked has given up, and it never will."""
-        if not self._claimed and time.monotonic() >= self._deadline:
+        if self._claimed is None and time.monotonic() >= self._deadline:
             self.future.cancel()
-        if not self._claimed:
+        if self._claimed is None:
             self._claimed = self.future.set_running_or_notify_cancel()
         return self._claimed
+
+    def give_up(self, error: Exception | None = None) -> None:
+        """Unless it has begun, it never will: whoever asked gets `error`, or `DeadlineExceeded`."""
+        if error is None:
+            self.future.cancel()
+        elif self.claim() and not self.future.done():
+            self.future.set_exception(error)
 
     def __call__(self) -> None:
         """Run it, unless whoever asked has given up."""
@@ -78,8 +90,10 @@ class Action:
         try:
             return self.future.result(timeout_s)
         except CancelledError:
-            raise _too_late("it did not come by the deadline, or rank 0 has given it up") from None
-        except TimeoutError:
+            raise _too_late("it did not come by the deadline, or was given up before") from None
+        except TimeoutError as error:
+            if isinstance(error, DeadlineExceeded):  # The action's own.
+                raise
             if self.future.cancel():
                 raise _too_late(f"it did not come within {timeout_s:.3g} s") from None
             return self.future.result()  # It has begun: a write is never abandoned half-way.
@@ -92,35 +106,61 @@ def _too_late(why: str) -> DeadlineExceeded:
 
 
 class Boundaries:
-    """Actions that wait for their place in the order, by name; every rank arms its own under the same name."""
+    """Actions that wait for their place in the order, by name; every rank arms its own under the same name.
+
+    A name may be armed again, also while it waits: the first that was armed is the first to run.
+    """
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._armed: dict[str, Action] = {}
-        self._disarmed: deque[str] = deque(maxlen=_KEPT_NAMES)
+        self._armed: dict[str, deque[Action]] = {}
+        self._disarmed: OrderedDict[str, int] = OrderedDict()
+        """How often a name was given up before this rank had armed it."""
+        self._closed: Exception | None = None
         self._changed = threading.Condition()
 
     def arm(self, name: str, action: Action) -> None:
         """Make `action` known; it runs when the loop comes to `Boundary(name)`."""
         with self._changed:
-            if name in self._disarmed:
-                action.future.cancel()
+            if self._closed is None and name not in self._disarmed:
+                self._armed.setdefault(name, deque()).append(action)
+                self._changed.notify_all()
                 return
-            self._armed[name] = action
-            self._changed.notify_all()
+            if self._closed is None:
+                self._disarmed[name] -= 1
+                if not self._disarmed[name]:
+                    del self._disarmed[name]
+        action.give_up(self._closed)
 
     def claim(self, name: str) -> bool:
         """On rank 0, before other ranks hear of the boundary: whether its action is still wanted."""
         with self._changed:
-            return self._armed[name].claim()
+            undecided = (a for a in self._armed.get(name, ()) if not a.decided)
+            action = next(undecided, None)
+            return action is not None and action.claim()
 
     def disarm(self, name: str) -> None:
         """Rank 0 has given the action of that name up; so does this rank, where it is armed already or not yet."""
         with self._changed:
-            self._disarmed.append(name)
-            action = self._armed.pop(name, None)
+            action = self._take(name)
+            if action is None:
+                self._disarmed[name] = self._disarmed.get(name, 0) + 1
+                while len(self._disarmed) > _KEPT_NAMES:
+                    self._disarmed.popitem(last=False)
         if action is not None:
-            action.future.cancel()
+            action.give_up()
+
+    def cancel(self, prefix: str) -> None:
+        """Give up whatever waits under a name that begins so, unless it has begun; any thread of rank 0 may ask."""
+        with self._changed:
+            found = [
+                a
+                for name, waiting in self._armed.items()
+                for a in waiting
+                if name.startswith(prefix)
+            ]
+        for action in found:
+            action.give_up()
 
     def run(self, name: str) -> None:
         """Run the action of that name; a rank where it is not armed yet waits for it.
@@ -132,10 +172,29 @@ class Boundaries:
                 raise DeadlineExceeded(
                     f"boundary {name!r} came, but this rank has nothing to do there"
                 )
-            action = self._armed.pop(name)
+            action = self._take(name)
+        assert action is not None
         if not action.claim():
             raise DeadlineExceeded(f"boundary {name!r} came when this rank had given it up alone")
         action()
+
+    def close(self, error: Exception) -> None:
+        """The loop has ended: whoever waits for a boundary, and whoever asks from now on, gets `error` at once."""
+        with self._changed:
+            self._closed = error
+            waiting = [action for armed in self._armed.values() for action in armed]
+            self._armed.clear()
+        for action in waiting:
+            action.give_up(error)
+
+    def _take(self, name: str) -> Action | None:
+        armed = self._armed.get(name)
+        if not armed:
+            return None
+        action = armed.popleft()
+        if not armed:
+            del self._armed[name]
+        return action
 
 
 class TickLink(Protocol):

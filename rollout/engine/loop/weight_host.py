@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from weight_sync.errors import TornWeightsError
 
 from ...config import KvPolicy
 from ...distributed.group_coordinator import GroupCoordinator
+from ...errors import NoUpdateYetError
 from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler
 from .memory import MemoryOccupation
@@ -45,6 +47,7 @@ class EngineWeightHost:
         post: Postprocessor,
         memory: MemoryOccupation,
         kv_policy: KvPolicy,
+        awaits_update: bool = False,
     ) -> None:
         self._loop = loop
         self._runner = runner
@@ -52,7 +55,7 @@ class EngineWeightHost:
         self._post = post
         self._memory = memory
         self._kv_policy = kv_policy
-        self.torn: str | None = None
+        self.torn: str | None = NoUpdateYetError.STATE if awaits_update else None
         """Why nothing may be generated, or None."""
 
     def between_steps(
@@ -63,15 +66,20 @@ class EngineWeightHost:
 
     def unwritable(self) -> str | None:
         """Why parameters cannot be written at present, or None."""
-        if "weights" in self._memory.released:
+        if self._memory.weights_gone:
             return "their memory is released; call resume_memory_occupation(['weights']) first"
         return None
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """While it is held, the memory of the parameters is not given back."""
+        return self._memory.reading
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
         self.torn = None
         self._runner.refresh_derived_state()
         self._post.version = label if label is not None else str(version)
+        self._post.number = version
         if (kv_policy or self._kv_policy) in ("recompute", "flush"):
             self._scheduler.recompute_all()
         # Prefixes of older versions are never found again, whatever the policy.
@@ -97,6 +105,9 @@ class EngineWeightHost:
 
     def check_whole(self) -> None:
         """`TornWeightsError` while nothing may be generated."""
+        awaited = NoUpdateYetError.found(self.torn)
+        if awaited is not None:
+            raise awaited
         if self.torn is not None:
             raise TornWeightsError(
                 f"cannot generate: the weights are not whole ({self.torn}); push a complete update first"
