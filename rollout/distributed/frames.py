@@ -45,6 +45,11 @@ def decode(frame: torch.Tensor, rest: torch.Tensor | None, type: Any) -> Any:
     payload = frame[_LENGTH_BYTES : _LENGTH_BYTES + _length(frame)].numpy().tobytes()
     if rest is not None:
         payload += rest.numpy().tobytes()
+    return decode_bytes(payload, type)
+
+
+def decode_bytes(payload: bytes, type: Any) -> Any:
+    """The object of a whole message, as `type`; `ProtocolError` when it is something else."""
     try:
         return msgspec.msgpack.decode(payload, type=type)
     except msgspec.DecodeError as error:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar, cast
 
 import torch
 
-from weight_sync.errors import TransportError
+from weight_sync.errors import ProtocolError, TransportError
 from weight_sync.process_groups.backends import open_gloo, open_nccl
 from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.rendezvous import under
 
 from .frames import decode, encode, new_frame, rest_of
+from .place import Place
 from .stateless_process_group import StatelessProcessGroup
 from .tensor_dict import TensorDict, TensorDictHeader, header_of, pack, unpack
 
 T = TypeVar("T")
 
 
-class GroupCoordinator:
+class GroupCoordinator(Place):
     """Collectives over gloo (CPU) or NCCL (CUDA), and a gloo group beside it for objects and barriers.
 
     Every rank calls the same methods in the same order, one thread at a time. Any number of coordinators live in one
@@ -40,10 +42,7 @@ class GroupCoordinator:
         cpu_group: Communicator | None,
         device_group: Communicator | None,
     ) -> None:
-        self.rank = rank
-        """This rank's position, from 0."""
-        self.size = size
-        """Number of ranks."""
+        super().__init__(rank, size)
         self.name = name
         """What errors call the group."""
         self.device = device
@@ -106,11 +105,6 @@ class GroupCoordinator:
             device_group=None,
         )
 
-    @property
-    def world_size(self) -> int:
-        """`size`, under the name that it has elsewhere."""
-        return self.size
-
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, the same bits on all of them; written in place if `tensor` is contiguous."""
         if self.size == 1:
@@ -119,14 +113,88 @@ class GroupCoordinator:
         self._on(tensor).all_reduce(tensor)
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The ranks' tensors, of equal shapes, side by side along `dim` in rank order."""
+    def reduce_scatter_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Fill `output` (contiguous) with this rank's part of the sum over the ranks.
+
+        input: `size` parts of the shape of `output`, one behind the other along its first dimension.
+        """
+        if input.numel() != self.size * output.numel() or input.dtype != output.dtype:
+            raise TransportError(
+                f"group {self.name!r}: cannot scatter a sum of {input.dtype} {tuple(input.shape)} into {output.dtype} "
+                f"{tuple(output.shape)}, expected one dtype, and an input of {self.size} times the size"
+            )
         if self.size == 1:
-            return tensor
-        tensor = tensor.contiguous()
-        output = tensor.new_empty((self.size, *tensor.shape))
-        self._on(tensor).all_gather(output, tensor)
-        return _side_by_side(output, dim)
+            output.copy_(input.view(output.shape))
+        else:
+            self._on(input).reduce_scatter(output, input.contiguous())
+        return output
+
+    def reduce_scatter(
+        self, output: torch.Tensor, input_list: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """`reduce_scatter_tensor` of parts that are tensors of their own, one for each rank."""
+        return self.reduce_scatter_tensor(
+            output, torch.cat([part.flatten() for part in input_list])
+        )
+
+    def reduce_scatterv(
+        self,
+        input_: torch.Tensor,
+        output: torch.Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """This rank's rows of the sum over the ranks of `input_`; rank i has `sizes[i]` rows, None: as many as each."""
+        sizes = self._sizes(input_.shape[0], sizes)
+        total = self.all_reduce(input_.clone())
+        mine = total.split(list(sizes))[self.rank]
+        return mine.clone() if output is None else output.copy_(mine)
+
+    def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Fill `output` (contiguous) with the ranks' `input`s, one behind the other."""
+        if self.size == 1:
+            return output.copy_(input.view(output.shape))
+        self._on(input).all_gather(output, input.contiguous())
+        return output
+
+    def all_gather(
+        self,
+        tensor: torch.Tensor,
+        dim: int = -1,
+        output_tensor_list: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The ranks' tensors, of equal shapes, side by side along `dim` in rank order.
+
+        output_tensor_list: `size` tensors that are filled with them as well.
+        """
+        if self.size == 1:
+            gathered = tensor[None]
+        else:
+            tensor = tensor.contiguous()
+            gathered = tensor.new_empty((self.size, *tensor.shape))
+            self._on(tensor).all_gather(gathered, tensor)
+        for output, part in zip(
+            output_tensor_list or (), gathered, strict=output_tensor_list is not None
+        ):
+            output.copy_(part)
+        return tensor if self.size == 1 else _side_by_side(gathered, dim)
+
+    def all_gatherv(
+        self, input_: torch.Tensor | Sequence[torch.Tensor], sizes: Sequence[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """The ranks' rows, one rank's behind another's; rank i has `sizes[i]` of them, None: all have as many.
+
+        input_: one tensor, or a list of them with as many rows each.
+        """
+        if not isinstance(input_, torch.Tensor):
+            return [cast(torch.Tensor, self.all_gatherv(tensor, sizes)) for tensor in input_]
+        if sizes is None or self.size == 1:
+            return self.all_gather(input_, dim=0)
+        if len(sizes) != self.size or sizes[self.rank] != input_.shape[0]:
+            raise self._wrong_sizes(input_.shape[0], sizes)
+        rows = input_.new_zeros((max(sizes), *input_.shape[1:]))
+        rows[: input_.shape[0]] = input_
+        gathered = self.all_gather(rows[None], dim=0)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     def gather(self, tensor: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         """The ranks' tensors, of equal shapes, side by side along `dim` on rank `dst`; None on the others."""
@@ -148,49 +216,87 @@ class GroupCoordinator:
         self._on(tensor).broadcast(tensor, root=src)
         return tensor
 
-    def send(self, tensor: torch.Tensor, dst: int) -> None:
-        """Send `tensor` to rank `dst`, which must `recv` its shape and dtype."""
-        self._peer(dst)
+    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+        """Send `tensor` to rank `dst` (None: the next one), which must `recv` its shape and dtype."""
+        dst = self._peer(self.next_rank if dst is None else dst)
         self._on(tensor).send(tensor.contiguous(), dst)
 
-    def recv(
-        self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, src: int
-    ) -> torch.Tensor:
-        """The tensor that rank `src` sends, on this group's device."""
-        self._peer(src)
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+    def recv(self, size: Sequence[int], dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+        """The tensor that rank `src` (None: the one before) sends, on this group's device."""
+        src = self._peer(self.prev_rank if src is None else src)
+        tensor = torch.empty(tuple(size), dtype=dtype, device=self.device)
         self._on(tensor).receive(tensor, src)
         return tensor
 
     def broadcast_object(
-        self, value: T | None, type: Any = Any, *, src: int = 0, timeout_s: float | None = None
+        self, obj: T | None = None, src: int = 0, *, type: Any = Any, timeout_s: float | None = None
     ) -> T:
         """The object of rank `src`, decoded on the others as `type`: anything that msgspec encodes, never pickled.
 
         `ProtocolError` when it is not of that type. `timeout_s` is how long the others may wait for `src`.
         """
         if self.size == 1:
-            return value  # type: ignore[return-value]
+            return obj  # type: ignore[return-value]
         group = self._on_cpu()
-        frame, rest = encode(value) if self.rank == src else (new_frame(), None)
+        frame, rest = encode(obj) if self.rank == src else (new_frame(), None)
         group.broadcast(frame, root=src, timeout_s=timeout_s)
         if self.rank != src:
             rest = rest_of(frame)
         if rest is not None:
             group.broadcast(rest, root=src, timeout_s=timeout_s)
-        return value if self.rank == src else decode(frame, rest, type)  # type: ignore[return-value]
+        return obj if self.rank == src else decode(frame, rest, type)  # type: ignore[return-value]
 
-    def send_object(self, value: Any, dst: int, *, timeout_s: float | None = None) -> None:
-        """Send an object to rank `dst`, as in `broadcast_object`."""
-        self._peer(dst)
-        frame, rest = encode(value)
+    def broadcast_object_list(
+        self, obj_list: list[Any], src: int = 0, *, type: Any = Any, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Replace the items of `obj_list`, on all ranks as long as on `src`, by those of `src`; returns the list."""
+        objects: list[Any] = self.broadcast_object(
+            obj_list if self.rank == src else None, src, type=list[type], timeout_s=timeout_s
+        )
+        if len(objects) != len(obj_list):
+            raise ProtocolError(
+                f"group {self.name!r}: got a list of {len(objects)} objects, expected {len(obj_list)}; pass lists of "
+                "one length on all ranks"
+            )
+        obj_list[:] = objects
+        return obj_list
+
+    def all_gather_object(
+        self, obj: Any, *, type: Any = Any, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Every rank's object, in rank order, decoded as `type`; this rank's own as it is."""
+        if self.size == 1:
+            return [obj]
+        group = self._on_cpu()
+        frame, rest = encode(obj)
+        frames = torch.empty((self.size, frame.numel()), dtype=torch.uint8)
+        group.all_gather(frames, frame, timeout_s=timeout_s)
+        sizes = [0 if (memory := rest_of(one)) is None else memory.numel() for one in frames]
+        rests = torch.empty((self.size, max(sizes)), dtype=torch.uint8)
+        if max(sizes):
+            padded = torch.zeros(max(sizes), dtype=torch.uint8)
+            padded[: sizes[self.rank]] = rest if rest is not None else padded[:0]
+            group.all_gather(rests, padded, timeout_s=timeout_s)
+        return [
+            obj if rank == self.rank else decode(frames[rank], rests[rank, : sizes[rank]], type)
+            for rank in range(self.size)
+        ]
+
+    def send_object(
+        self, obj: Any, dst: int | None = None, *, timeout_s: float | None = None
+    ) -> None:
+        """Send an object to rank `dst` (None: the next one), as in `broadcast_object`."""
+        dst = self._peer(self.next_rank if dst is None else dst)
+        frame, rest = encode(obj)
         self._on_cpu().send(frame, dst, timeout_s=timeout_s)
         if rest is not None:
             self._on_cpu().send(rest, dst, timeout_s=timeout_s)
 
-    def recv_object(self, type: Any = Any, *, src: int, timeout_s: float | None = None) -> Any:
-        """The object that rank `src` sends, decoded as `type`."""
-        self._peer(src)
+    def recv_object(
+        self, src: int | None = None, *, type: Any = Any, timeout_s: float | None = None
+    ) -> Any:
+        """The object that rank `src` (None: the one before) sends, decoded as `type`."""
+        src = self._peer(self.prev_rank if src is None else src)
         frame = new_frame()
         self._on_cpu().receive(frame, src, timeout_s=timeout_s)
         rest = rest_of(frame)
@@ -199,22 +305,36 @@ class GroupCoordinator:
         return decode(frame, rest, type)
 
     def broadcast_tensor_dict(
-        self, values: TensorDict | None = None, *, src: int = 0
+        self, tensor_dict: TensorDict | None = None, src: int = 0
     ) -> TensorDict:
         """A dict of tensors and plain values of rank `src`: metadata as one object, all tensors as one message.
 
         Tensors come back contiguous, on this group's device.
         """
         if self.size == 1:
-            return values or {}
+            return tensor_dict or {}
         if self.rank == src:
-            assert values is not None, "the source passes the dict"
-            self.broadcast_object(header_of(values), TensorDictHeader, src=src)
-            self.broadcast(pack(values, self.device), src=src)
-            return values
-        header: TensorDictHeader = self.broadcast_object(None, TensorDictHeader, src=src)
-        buffer = torch.empty(header.num_bytes, dtype=torch.uint8, device=self.device)
-        return unpack(header, self.broadcast(buffer, src=src))
+            assert tensor_dict is not None, "the source passes the dict"
+            self.broadcast_object(header_of(tensor_dict), src)
+            self.broadcast(pack(tensor_dict, self.device), src)
+            return tensor_dict
+        header: TensorDictHeader = self.broadcast_object(None, src, type=TensorDictHeader)
+        return unpack(header, self.broadcast(self._buffer(header), src))
+
+    def send_tensor_dict(self, tensor_dict: TensorDict, dst: int | None = None) -> None:
+        """Send a dict, as in `broadcast_tensor_dict`, to rank `dst` (None: the next one)."""
+        self.send_object(header_of(tensor_dict), dst)
+        buffer = pack(tensor_dict, self.device)
+        if buffer.numel():
+            self.send(buffer, dst)
+
+    def recv_tensor_dict(self, src: int | None = None) -> TensorDict:
+        """The dict that rank `src` (None: the one before) sends."""
+        header: TensorDictHeader = self.recv_object(src, type=TensorDictHeader)
+        buffer = self._buffer(header)
+        if header.num_bytes:
+            buffer = self.recv(buffer.shape, torch.uint8, src)
+        return unpack(header, buffer)
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return when every rank has called it. On the CPU group: it says nothing about work on a GPU."""
@@ -252,12 +372,30 @@ class GroupCoordinator:
             )
         return group
 
-    def _peer(self, rank: int) -> None:
+    def _buffer(self, header: TensorDictHeader) -> torch.Tensor:
+        return torch.empty(header.num_bytes, dtype=torch.uint8, device=self.device)
+
+    def _sizes(self, num_rows: int, sizes: Sequence[int] | None) -> Sequence[int]:
+        """Rows of each rank, which have all rows together."""
+        if sizes is None and num_rows % self.size == 0:
+            return [num_rows // self.size] * self.size
+        if sizes is None or len(sizes) != self.size or sum(sizes) != num_rows:
+            raise self._wrong_sizes(num_rows, sizes)
+        return sizes
+
+    def _wrong_sizes(self, num_rows: int, sizes: Sequence[int] | None) -> TransportError:
+        return TransportError(
+            f"group {self.name!r}: got {num_rows} rows and sizes {sizes} on rank {self.rank} of {self.size}, expected "
+            "one size for each rank, of the rows that it has; pass the same sizes on all ranks"
+        )
+
+    def _peer(self, rank: int) -> int:
         if not 0 <= rank < self.size or rank == self.rank:
             raise TransportError(
                 f"group {self.name!r}: rank {self.rank} got {rank} as the other end, expected another rank below "
                 f"{self.size}; check the ranks"
             )
+        return rank
 
 
 def _side_by_side(stacked: torch.Tensor, dim: int) -> torch.Tensor:

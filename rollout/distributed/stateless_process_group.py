@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
+import msgspec
 from torch.distributed import Store
 
 from weight_sync.errors import SyncError, TransportError
@@ -22,6 +25,9 @@ from weight_sync.process_groups.rendezvous import (
     under,
 )
 
+from .frames import decode_bytes
+from .place import Place
+
 T = TypeVar("T")
 
 _SWEEP_INTERVAL = 64
@@ -30,7 +36,19 @@ _FAREWELL_S = 2.0
 """How long the rank that serves the store waits, when it leaves, for the others to have read what is there."""
 
 
-class StatelessProcessGroup:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """What this rank has put into the store."""
+
+    key: str
+    """Where."""
+    sequence: int | None
+    """The collective that it belongs to; None: a message to one rank."""
+    at: float
+    """When, `time.monotonic()`."""
+
+
+class StatelessProcessGroup(Place):
     """Barriers and small messages over a `TCPStore`; every rank calls the same methods in the same order.
 
     For the control plane: a message costs some hundred microseconds, and lies in the memory of the process that serves
@@ -38,7 +56,10 @@ class StatelessProcessGroup:
     error the group is of no more use. One thread at a time.
     """
 
-    def __init__(self, name: str, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, rank: int, world_size: int, timeout_s: float, expiration_s: float
+    ) -> None:
+        super().__init__(rank, world_size)
         if not 0 <= rank < world_size:
             raise TransportError(
                 f"cannot make group {name!r}: got rank {rank} and world size {world_size}, expected 0 <= rank < world "
@@ -46,10 +67,6 @@ class StatelessProcessGroup:
             )
         self.name = name
         """What errors call the group."""
-        self.rank = rank
-        """This process's position, from 0."""
-        self.world_size = world_size
-        """Number of ranks."""
         self.timeout_s = timeout_s
         """Deadline of a call that is given none."""
         self.store: Store
@@ -59,7 +76,10 @@ class StatelessProcessGroup:
         self._server: StoreServer | None = None
         self._sequence = 0
         self._num_broadcasts = 0
-        self._written: list[tuple[int, str]] = []
+        self._written: list[_Written] = []
+        self._expiration_s = expiration_s
+        self._num_sent: Counter[int] = Counter()
+        self._num_received: Counter[int] = Counter()
         self._broken: str | None = None
         self._thread = CallThread(f"group-{name}")
 
@@ -74,13 +94,15 @@ class StatelessProcessGroup:
         name: str,
         timeout_s: float = 60.0,
         served: bool = False,
+        data_expiration_seconds: float = 3600.0,
     ) -> Self:
         """Meet the other ranks at `host:port`; returns when all have come.
 
         Rank 0 serves the store, unless `served` says that another process does (a launcher with a `StoreServer`: then
         the system can choose the port, and many groups share it under different names). A name is used once per store.
+        What nobody has read after `data_expiration_seconds` may go.
         """
-        group = cls(name, rank, world_size, timeout_s)
+        group = cls(name, rank, world_size, timeout_s, data_expiration_seconds)
         end = time.monotonic() + timeout_s
         try:
             if rank == 0 and not served:
@@ -91,11 +113,6 @@ class StatelessProcessGroup:
             group.close()
             raise
         return group
-
-    @property
-    def size(self) -> int:
-        """`world_size`, under the name that layers use."""
-        return self.world_size
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return when every rank has called it."""
@@ -131,6 +148,82 @@ class StatelessProcessGroup:
             return gathered
 
         return self._counted("an all_gather", timeout_s, exchange)
+
+    def broadcast_obj(
+        self,
+        obj: T | None = None,
+        src: int = 0,
+        *,
+        type: Any = Any,
+        timeout_s: float | None = None,
+    ) -> T:
+        """The object of rank `src`, decoded on the others as `type`: anything that msgspec encodes, never pickled."""
+        if self.rank == src:
+            self.broadcast_bytes(msgspec.msgpack.encode(obj), src=src, timeout_s=timeout_s)
+            return obj  # type: ignore[return-value]
+        found: T = decode_bytes(self.broadcast_bytes(src=src, timeout_s=timeout_s), type)
+        return found
+
+    def all_gather_obj(
+        self, obj: Any, *, type: Any = Any, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Every rank's object, in rank order, decoded as `type`; this rank's own as it is."""
+        gathered = self.all_gather_bytes(msgspec.msgpack.encode(obj), timeout_s=timeout_s)
+        return [
+            obj if rank == self.rank else decode_bytes(data, type)
+            for rank, data in enumerate(gathered)
+        ]
+
+    def send_obj(self, obj: Any, dst: int, *, timeout_s: float | None = None) -> None:
+        """Leave an object for rank `dst`, which takes a sender's objects in their order; does not wait for it."""
+        self._check_peer(dst)
+        key = f"{self.rank}>{dst}/{self._num_sent[dst]}"
+        self._num_sent[dst] += 1
+        data = msgspec.msgpack.encode(obj)
+
+        def leave() -> None:
+            count(self.store, "sent")
+            put(self.store, key, data)
+
+        self.expire_data()
+        self._call(
+            f"a message to rank {dst}", self.timeout_s if timeout_s is None else timeout_s, leave
+        )
+        self._written.append(_Written(key=key, sequence=None, at=time.monotonic()))
+
+    def recv_obj(self, src: int, *, type: Any = Any, timeout_s: float | None = None) -> Any:
+        """The next object that rank `src` has left for this one, decoded as `type`; waits for it."""
+        self._check_peer(src)
+        key = f"{src}>{self.rank}/{self._num_received[src]}"
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        end = time.monotonic() + limit_s
+
+        def fetch() -> bytes:
+            poll(
+                lambda: has(self.store, key) or None,
+                end=end,
+                abandoned=self._is_abandoned,
+                late=lambda: (
+                    f"group {self.name!r}, rank {self.rank}: got nothing from rank {src} by the deadline, expected a "
+                    "message; look whether it lives"
+                ),
+            )
+            data = take(self.store, key)
+            drop(self.store, key)
+            count(self.store, "taken")
+            return data
+
+        data = self._call(f"a message from rank {src}", limit_s, fetch)
+        self._num_received[src] += 1
+        return decode_bytes(data, type)
+
+    def expire_data(self) -> None:
+        """Forget what this rank has written and nobody has read for `data_expiration_seconds`."""
+        limit = time.monotonic() - self._expiration_s
+        old = [entry for entry in self._written if entry.at < limit]
+        if old:
+            self._written = [entry for entry in self._written if entry.at >= limit]
+            self._call("forgetting", self.timeout_s, lambda: self._drop(old))
 
     def close(self) -> None:
         """Leave the group, and end the store if this rank serves it. Safe to repeat."""
@@ -195,7 +288,7 @@ class StatelessProcessGroup:
     def _write(self, data: bytes) -> None:
         key = f"{self._sequence}/{self.rank}"
         put(self.store, key, data)
-        self._written.append((self._sequence, key))
+        self._written.append(_Written(key=key, sequence=self._sequence, at=time.monotonic()))
 
     def _read(self, ranks: list[int], end: float) -> list[bytes]:
         keys = [f"{self._sequence}/{rank}" for rank in ranks]
@@ -219,19 +312,36 @@ class StatelessProcessGroup:
 
     def _sweep(self) -> None:
         """Every rank has come to this call, so what was written for earlier ones has been read."""
-        old = [entry for entry in self._written if entry[0] < self._sequence]
-        self._written = self._written[len(old) :]
-        for _, key in old:
-            drop(self.store, key)
+        old = [e for e in self._written if e.sequence is not None and e.sequence < self._sequence]
+        self._written = [entry for entry in self._written if entry not in old]
+        self._drop(old)
+
+    def _drop(self, entries: list[_Written]) -> None:
+        for entry in entries:
+            drop(self.store, entry.key)
 
     def _await_readers(self) -> None:
-        """Until every rank has finished as many calls as this one."""
+        """Until every rank has finished as many calls as this one, and taken what was left for it."""
+
+        def all_read() -> bool | None:
+            finished = count(self.store, "finished", 0) >= self.world_size * self._sequence
+            return (
+                finished and count(self.store, "taken", 0) >= count(self.store, "sent", 0)
+            ) or None
+
         poll(
-            lambda: count(self.store, "finished", 0) >= self.world_size * self._sequence or None,
+            all_read,
             end=time.monotonic() + _FAREWELL_S,
             abandoned=self._is_abandoned,
             late=lambda: "some rank has not read the last messages",
         )
+
+    def _check_peer(self, rank: int) -> None:
+        if not 0 <= rank < self.world_size or rank == self.rank:
+            raise TransportError(
+                f"group {self.name!r}: rank {self.rank} got {rank} as the other end, expected another rank below "
+                f"{self.world_size}; check the ranks"
+            )
 
     def _is_abandoned(self) -> bool:
         return self._thread.over

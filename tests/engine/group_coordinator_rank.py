@@ -90,13 +90,13 @@ def objects(port: int, rank: int, size: int) -> dict[str, Any]:
     for length in (0, 4050, 4096, 100_000):
         command = Command(name="run", payload=bytes(range(256)) * (length // 256 + 1))
         command.payload = command.payload[:length]
-        got = group.broadcast_object(command if rank == 1 else None, Command, src=1)
+        got = group.broadcast_object(command if rank == 1 else None, 1, type=Command)
         assert got == command
         result["sizes"].append(len(got.payload))
     if rank == 2:
         group.send_object({"k": [1, None, "x"]}, 0)
     if rank == 0:
-        result["received"] = group.recv_object(src=2)
+        result["received"] = group.recv_object(2)
     values = {
         "half": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(),
         "step": 7,
@@ -111,10 +111,10 @@ def objects(port: int, rank: int, size: int) -> dict[str, Any]:
         for name, value in got_dict.items()
     }
     wrong: Any = {"name": "run"} if rank == 0 else None
-    result["wrong"] = error_of(lambda: group.broadcast_object(wrong, Command))
+    result["wrong"] = error_of(lambda: group.broadcast_object(wrong, type=Command))
     result["late"] = error_of(
         lambda: (
-            time.sleep(1.0) if rank == 0 else group.broadcast_object(None, Command, timeout_s=0.3)
+            time.sleep(1.0) if rank == 0 else group.broadcast_object(type=Command, timeout_s=0.3)
         )
     )
     group.destroy()

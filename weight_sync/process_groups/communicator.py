@@ -1,6 +1,6 @@
 """gloo and NCCL communicators made by the backend's own constructor, with a deadline on every operation.
 
-Bytes are what travels: except in `all_reduce`, tensors are handed over as uint8, so every dtype works on every backend.
+Bytes are what travels: except in sums, tensors are handed over as uint8, so every dtype works on every backend.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import (
     BarrierOptions,
     BroadcastOptions,
     GatherOptions,
+    ReduceScatterOptions,
 )
 
 from ..errors import DeadlineExceeded, SyncError, TransportError
@@ -152,6 +153,22 @@ class Communicator:
         """Replace `tensor` (contiguous) by the sum over the members; the same bits on all of them."""
         options = self._options(AllreduceOptions(), timeout_s)
         self._run("an all_reduce", lambda backend: backend.allreduce([tensor], options), timeout_s)
+
+    def reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, *, timeout_s: float | None = None
+    ) -> None:
+        """Fill `output` with this member's part of the sum of the members' `tensor`s, which have one for each."""
+        if self.kind == "gloo":
+            total = tensor.clone()
+            self.all_reduce(total, timeout_s=timeout_s)
+            output.view(-1).copy_(total.view(self.size, -1)[self.rank])
+            return
+        options = self._options(ReduceScatterOptions(), timeout_s)
+        self._run(
+            "a reduce_scatter",
+            lambda backend: backend._reduce_scatter_base(output, tensor, options),
+            timeout_s,
+        )
 
     def all_gather(
         self, output: torch.Tensor, tensor: torch.Tensor, *, timeout_s: float | None = None

@@ -38,7 +38,7 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     resolved = resolve(config, model_config, device_of(spec, config.device))
     ranks = RankGroups.join(spec, resolved.device, config.start_timeout_s)
     # Free memory differs between ranks; their block tables must not.
-    num_blocks = ranks.order.broadcast_object(resolved.num_blocks, int, src=0)
+    num_blocks = ranks.order.broadcast_object(resolved.num_blocks, type=int)
     resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
     tokenizer = None
     if not config.skip_tokenizer_init:

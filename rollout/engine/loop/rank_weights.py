@@ -143,7 +143,7 @@ def connect_ranks(
     if ranks.spec.size == 1:
         return service
     if rank == 0:
-        others = [group.recv_object(RankAddress, src=other) for other in range(1, group.size)]
+        others = [group.recv_object(other, type=RankAddress) for other in range(1, group.size)]
         return LeadingWeights(service, others, on_lost)
     following = FollowingWeights(service, ranks.spec.bind(f"rank-{rank}"))
     group.send_object(following.address, 0)

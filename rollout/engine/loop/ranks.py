@@ -109,11 +109,11 @@ class TickGroup:
     def send(self, tick: Tick) -> None:
         """Rank 0: tell all other ranks."""
         if self.group.size > 1:
-            self.group.broadcast_object(tick, Tick, src=0)
+            self.group.broadcast_object(tick)
 
     def receive(self) -> Tick:
         """Another rank: wait for what rank 0 tells."""
-        tick: Tick = self.group.broadcast_object(None, Tick, src=0, timeout_s=SILENCE_S)
+        tick: Tick = self.group.broadcast_object(type=Tick, timeout_s=SILENCE_S)
         return tick
 
 
