@@ -1,4 +1,7 @@
-"""A toy engine in a process of its own. Prints its address, then a line with its state for every line that it reads."""
+"""A toy engine in a process of its own: where it listens ("-": anywhere), and the device of its weights.
+
+Prints its address, then a line with its state for every line that it reads; "block" stops its loop first.
+"""
 
 import json
 import sys
@@ -13,9 +16,9 @@ from sync_support import ToyEngine
 
 def main() -> None:
     torch.set_num_threads(1)
-    bind = sys.argv[1] if len(sys.argv) > 1 else None
-    memory = stand_in(PlainPatch())
-    engine = ToyEngine(serve=True, bind=bind)
+    bind, device = (*sys.argv[1:], "-", "cpu")[:2] if len(sys.argv) != 2 else (sys.argv[1], "cpu")
+    memory = stand_in(PlainPatch()) if device == "cpu" else None
+    engine = ToyEngine(serve=True, bind=None if bind == "-" else bind, device=device)
     print(engine.address)
     addresses = engine.addresses
     for line in sys.stdin:
@@ -26,7 +29,7 @@ def main() -> None:
             "values": sorted(engine.values()),
             "mixtures": engine.host.mixtures,
             "moved": engine.addresses != addresses,
-            "opened": memory.num_opened,
+            "opened": memory.num_opened if memory is not None else 0,
             "still_open": len(engine.service._allocations),
         }
         print(json.dumps(state))

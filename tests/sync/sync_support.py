@@ -48,19 +48,21 @@ def toy_shapes() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     }
 
 
-def weights(value: float, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def weights(
+    value: float, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """A trainer's tensors, every element `value`."""
     return {
-        name: torch.full(shape, value, dtype=own if dtype is None else dtype)
+        name: torch.full(shape, value, dtype=own if dtype is None else dtype, device=device)
         for name, (shape, own) in toy_shapes().items()
     }
 
 
-def toy_map() -> WeightMap:
+def toy_map(device: str = "cpu") -> WeightMap:
     """The engine's own memory for them: q, k, v in one parameter, one parameter strided, all zero."""
     shapes = toy_shapes()
-    qkv = torch.zeros(32, 16, dtype=torch.bfloat16)
-    strided = torch.zeros(10, 6, dtype=torch.bfloat16)
+    qkv = torch.zeros(32, 16, dtype=torch.bfloat16, device=device)
+    strided = torch.zeros(10, 6, dtype=torch.bfloat16, device=device)
     parameters = {"qkv": qkv, "strided": strided}
     placements = [
         Placement.whole("layers.0.q.weight", qkv[:16]),
@@ -71,7 +73,7 @@ def toy_map() -> WeightMap:
     placed = {placement.name for placement in placements}
     for name, (shape, dtype) in shapes.items():
         if name not in placed:
-            parameters[name] = torch.zeros(shape, dtype=dtype)
+            parameters[name] = torch.zeros(shape, dtype=dtype, device=device)
             placements.append(Placement.whole(name, parameters[name]))
     return WeightMap(
         placements,
@@ -183,9 +185,14 @@ class ToyEngine:
     """Receiver, service, and a server where `serve`; what `WeightPublisher` takes as an engine."""
 
     def __init__(
-        self, *, serve: bool = False, bind: str | None = None, keep_previous: bool = False
+        self,
+        *,
+        serve: bool = False,
+        bind: str | None = None,
+        keep_previous: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.weight_map = toy_map()
+        self.weight_map = toy_map(device)
         self.host = ToyHost(self.weight_map)
         self.receiver = WeightReceiver(self.weight_map, self.host, keep_previous=keep_previous)
         self.service = WeightService(self.receiver)

@@ -23,6 +23,7 @@ from sync_support import (
 
 import weight_sync
 from weight_sync import ManifestMismatch, SyncReport, WeightPublisher
+from weight_sync.receiver import service
 
 
 class Link:
@@ -82,7 +83,7 @@ def far_engine() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 KINDS = [
-    *("local", "shared_memory", "served", "tcp", "other_process", "cuda_ipc"),
+    *("local", "shared_memory", "uploaded", "served", "tcp", "other_process", "cuda_ipc"),
     *("disk", "process_group"),
 ]
 
@@ -95,6 +96,9 @@ def make_link(
 ) -> Iterator[Callable[..., Link]]:
     kind = request.param
     links: list[Link] = []
+    if kind == "uploaded":  # as for parameters on a GPU
+        patch = request.getfixturevalue("monkeypatch")
+        patch.setattr(service, "needs_upload", lambda device: True)
     if kind == "cuda_ipc":
         stand_in(request.getfixturevalue("monkeypatch"))
     if kind in ("other_process", "cuda_ipc"):
@@ -111,6 +115,8 @@ def make_link(
     def make(**options: Any) -> Link:
         if kind in ("shared_memory", "process_group", "cuda_ipc"):
             options["transport"] = kind
+        if kind == "uploaded":
+            options["transport"] = "shared_memory"
         link = (DiskLink if kind == "disk" else Link)(target, state, **options)
         if isinstance(link, DiskLink):
             link.folder = tmp_path

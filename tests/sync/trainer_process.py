@@ -1,4 +1,4 @@
-"""A trainer that stops in one phase of an update and waits there to be killed: address, phase, and a transport."""
+"""A trainer that stops in one phase of an update and waits there to be killed: address, phase, transport, device."""
 
 import sys
 import time
@@ -16,12 +16,13 @@ from weight_sync.wire.messages import Commit
 
 def main() -> None:
     torch.set_num_threads(1)
-    address, phase, *transport = sys.argv[1:]
-    if transport:
+    address, phase, *rest = sys.argv[1:]
+    transport, device = rest[:1], rest[1] if len(rest) > 1 else "cpu"
+    if transport and device == "cpu":
         stand_in(PlainPatch())
     publisher = WeightPublisher(address, transport=transport[0] if transport else "auto")
     publisher.begin()
-    named = list(weights(2.0).items())
+    named = list(weights(2.0, device=device).items())
     if phase == "stage":
         publisher.send(named[:4])
     if phase in ("vote", "commit"):

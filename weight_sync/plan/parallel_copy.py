@@ -33,6 +33,9 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     """
     if not destinations:
         return
+    if not destinations[0].is_cuda and any(source.is_cuda for source in sources):
+        _download(destinations, sources)
+        return
     threads = torch.get_num_threads()
     on_gpu = any(tensor.is_cuda for tensor in (*destinations, *sources))
     if on_gpu or threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
@@ -43,6 +46,14 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     _share(jobs, threads)
     if others:
         torch._foreach_copy_([to for to, _ in others], [source for _, source in others])
+
+
+def _download(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """From GPUs, one copy behind the other and none of them waited for before the last."""
+    for destination, source in zip(destinations, sources, strict=True):
+        destination.copy_(source, non_blocking=True)
+    for device in {source.device for source in sources if source.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _jobs(

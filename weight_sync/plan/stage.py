@@ -97,10 +97,18 @@ class ArenaStage:
         return time.perf_counter() - start
 
     def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
-        raise _not_over_a_group()
+        raise self.not_over_a_group()
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
-        raise _not_over_a_group()
+        raise self.not_over_a_group()
+
+    @staticmethod
+    def not_over_a_group() -> ProtocolError:
+        """The refusal of what only a stage over a group can take."""
+        return ProtocolError(
+            "Receive needs a session whose arena belongs to a group: got one that trainer and engine share; open an "
+            "arena with a GroupHandle"
+        )
 
     def write(self, rows: np.ndarray | None) -> None:
         self.plan.replay(self._buffer, rows)
@@ -131,10 +139,3 @@ def check_size(num_bytes: int, plan: Plan) -> None:
 def as_uint64(values: torch.Tensor) -> np.ndarray:
     """Fingerprints, which torch keeps as int64, as what they are."""
     return values.cpu().contiguous().numpy().view(np.uint64)
-
-
-def _not_over_a_group() -> ProtocolError:
-    return ProtocolError(
-        "Receive needs a session whose arena belongs to a group: got one that trainer and engine share; open an arena "
-        "with a GroupHandle"
-    )

@@ -188,15 +188,17 @@ class EngineEndpoint:
                 "use 'auto' or 'shared_memory'"
             )
         if local:
-            arena = self._local_arena(num_bytes, torch.device(self._info.device))
-            arena.key = channel.lend(arena.buffer)
-            return self._open(channel, arena, layout, "local", deadline)
+            lent = self._local_arena(num_bytes, torch.device(self._info.device))
+            lent.key = channel.lend(lent.buffer)
+            return self._open(channel, lent, layout, "local", deadline)
         if self._transport == "auto" and self._may_share_gpu_memory(self._info):
             try:
                 return self._make_cuda_ipc(channel, layout, deadline)
             except TransportError as error:
                 logger.warning("weights go through shared memory: %s", error)
-        return self._open(channel, SharedMemoryArena(num_bytes), layout, "shared_memory", deadline)
+        gpu = _gpu(self._gpu) if torch.cuda.is_initialized() else None
+        arena = SharedMemoryArena(num_bytes, gpu)
+        return self._open(channel, arena, layout, "shared_memory", deadline)
 
     def _make_cuda_ipc(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
         if channel.is_local:

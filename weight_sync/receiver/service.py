@@ -15,9 +15,11 @@ from ..errors import DeadlineExceeded, ProtocolError, SyncError, TransportError
 from ..transports.arena import OpenedArena
 from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
+from ..transports.group.kept_stage import NoStageMemory
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import OpenedLocalArena
 from ..transports.shared_memory import OpenedSharedMemoryArena
+from ..transports.uploaded_arena import OpenedUploadedArena, needs_upload
 from ..wire.messages import (
     Abort,
     Ack,
@@ -37,6 +39,7 @@ from ..wire.messages import (
     LocalHandle,
     OpenArena,
     Receive,
+    SharedMemoryHandle,
     Vote,
 )
 from ..wire.rpc_wire import Call
@@ -188,7 +191,7 @@ class WeightService:
         if isinstance(handle, CudaIpcHandle):
             return OpenedCudaIpcArena(handle, self._allocations)
         if not isinstance(handle, LocalHandle):
-            return OpenedSharedMemoryArena(handle)
+            return self._open_shared_memory(handle)
         buffer = self._lent.pop(handle.key, None)
         if buffer is None or buffer.numel() != handle.num_bytes:
             raise TransportError(
@@ -196,3 +199,11 @@ class WeightService:
                 "the key of a buffer of this process; use transport='shared_memory' between processes"
             )
         return OpenedLocalArena(buffer)
+
+    def _open_shared_memory(self, handle: SharedMemoryHandle) -> OpenedArena:
+        if needs_upload(self.receiver.device):
+            try:
+                return OpenedUploadedArena(handle, self.receiver.stage_memory)
+            except NoStageMemory as error:
+                logger.warning("updates are written out of the host's memory: %s", error)
+        return OpenedSharedMemoryArena(handle)

@@ -13,6 +13,7 @@ import struct
 
 import torch
 
+from ..devices.registration import Registration
 from ..errors import TransportError
 from ..plan.plan import Plan
 from ..plan.stage import ArenaStage
@@ -31,7 +32,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class SharedMemoryArena(SharedBytes):
     """The trainer's end."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, gpu: torch.device | None = None) -> None:
+        """`gpu`: where the trainer's tensors are; the memory is registered with it, so that they come at its rate."""
         self._nonce = secrets.token_bytes(16)
         self._num_bytes = num_bytes
         self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -46,6 +48,7 @@ class SharedMemoryArena(SharedBytes):
                 "memory; free some, or raise the limit of the container"
             ) from error
         self._mapping.write_header(_HEADER.pack(_MAGIC, num_bytes, self._nonce))
+        self._registration = None if gpu is None else Registration.of(self._mapping.tensor, gpu)
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -61,6 +64,8 @@ class SharedMemoryArena(SharedBytes):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if self._registration is not None:
+                self._registration.end()
             self._mapping.close()
 
 

@@ -36,6 +36,11 @@ def spans_of(manifest: Manifest, indices: np.ndarray) -> list[Range]:
     return [span for rows in chunks_of(manifest, indices) for span in _spans(bounds, rows)]
 
 
+def ranges_of(manifest: Manifest, rows: np.ndarray) -> list[Range]:
+    """(start, stop) of each span of one chunk in the arena; `rows` ascending."""
+    return list(_spans(_bounds(manifest), rows))
+
+
 def lengths_of(manifest: Manifest, rows: np.ndarray) -> list[int]:
     """Bytes of each span of one chunk."""
     return [stop - start for start, stop in _spans(_bounds(manifest), rows)]

@@ -14,7 +14,7 @@ from ...layout import region as regions
 from ...layout.fingerprints import ArenaFingerprints
 from ...layout.manifest import Manifest
 from ...layout.memory import byte_range, storage_key
-from ...plan.copies import Copy, Occupied, Replay
+from ...plan.copies import Copy, Occupied, Replay, copy_ranges
 from ...plan.plan import Plan
 from ...plan.stage import as_uint64
 from ..spans import lengths_of
@@ -57,8 +57,7 @@ class KeptPlan:
     def write(self, rows: np.ndarray | None) -> None:
         """From the shadow into the parameters."""
         targets, sources = self._everything() if rows is None else self._subset(rows)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        copy_ranges(targets, sources)
 
     def _everything(self) -> Pairs:
         # Not before it is needed: until then the parameters' memory may be released.

@@ -33,6 +33,10 @@ from .shadow import Shadow
 _KEPT_PLANS = 4
 
 
+class NoStageMemory(TransportError):
+    """There is no room for the rank's weights once more."""
+
+
 class StageMemory:
     """The memory of all stages of one rank, which has one session at a time. There while somebody holds it."""
 
@@ -124,8 +128,8 @@ def _no_memory_is_an_answer(num_bytes: int, device: torch.device) -> Iterator[No
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TransportError(
-            f"no memory on {device} to stage an update over a group: got none for {num_bytes} bytes, expected room for "
+        raise NoStageMemory(
+            f"no memory on {device} to stage an update: got none for {num_bytes} bytes, expected room for "
             "the rank's weights once more and two chunks; lower kv_cache_bytes or mem_fraction_static"
         ) from error
 

@@ -1,0 +1,141 @@
+"""An arena in memory of the host for parameters on a GPU: uploaded while generation goes on, written from the GPU.
+
+The engine registers its mapping of the arena with CUDA once, so that copies run at the link's rate and by themselves.
+Each bucket's tensors go up in chunks into this rank's stage, are checked there, and wait for the commit in a shadow of
+the parameters, as those that come over a group do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..devices.registration import Registration
+from ..errors import DeadlineExceeded
+from ..plan.plan import Plan
+from ..plan.stage import ArenaStage, Check, WriteMark, check_size
+from ..wire.messages import SharedMemoryHandle
+from .group.kept_plan import Chunk, KeptPlan
+from .group.kept_stage import StageMemory
+from .shared_memory import OpenedSharedMemoryArena
+from .spans import chunks_of, ranges_of
+
+
+def needs_upload(device: torch.device) -> bool:
+    """Whether parameters on `device` are better written from a stage than from memory of the host."""
+    return device.type == "cuda"
+
+
+class OpenedUploadedArena(OpenedSharedMemoryArena):
+    """An engine rank's end: the trainer's memory file, registered, and a hold on the rank's stage memory."""
+
+    _writable = True  # what is registered must be
+
+    def __init__(self, handle: SharedMemoryHandle, memory: StageMemory) -> None:
+        super().__init__(handle)
+        self._memory: StageMemory | None = None
+        self._registration = Registration.of(self.buffer, memory.device)
+        try:
+            memory.hold()
+        except BaseException:
+            self.close()
+            raise
+        self._memory = memory
+
+    def stage(self, plan: Plan) -> UploadedStage:  # type: ignore[override]
+        assert self._memory is not None, "the arena was closed"
+        return UploadedStage(self._memory, self.buffer, plan)
+
+    def close(self) -> None:
+        if self._registration is not None:
+            self._registration.end()
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.let_go()
+        super().close()
+
+
+class UploadedStage:
+    """The stage of a session whose bytes are in memory of the host."""
+
+    def __init__(self, memory: StageMemory, buffer: torch.Tensor, plan: Plan) -> None:
+        check_size(buffer.numel(), plan)
+        self._memory = memory
+        self._manifest = plan.manifest
+        self._buffer = buffer[: plan.manifest.arena_bytes]
+        self._plan: KeptPlan | None = memory.plan(plan)
+        self._mark = WriteMark()
+        on_gpu = memory.device.type == "cuda"
+        self._uploads = torch.cuda.Stream(memory.device) if on_gpu else None
+        self._checks = torch.cuda.Stream(memory.device) if on_gpu else None
+
+    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+        start = time.perf_counter()
+        for chunk, landing, arrived in self._uploaded(rows):
+            with torch.cuda.stream(self._checks):
+                if arrived is not None:
+                    arrived.wait()
+                check(chunk.rows, chunk.fingerprints(landing))
+                chunk.move(landing)
+            if self._checks is not None:  # before the landing buffer is written again
+                self._checks.synchronize()
+            if time.perf_counter() - start > timeout_s:
+                raise DeadlineExceeded(
+                    f"the bucket was not uploaded within the session's lease of {timeout_s:.3f} s; send smaller ones, "
+                    "or raise lease_s"
+                )
+        return time.perf_counter() - start
+
+    def land(self, num_bytes: int, fill: object) -> torch.Tensor:
+        raise ArenaStage.not_over_a_group()
+
+    def put(self, sources: object) -> np.ndarray:
+        raise ArenaStage.not_over_a_group()
+
+    def write(self, rows: np.ndarray | None) -> None:
+        assert self._plan is not None, "the session has ended"
+        self._plan.write(rows)
+        self._mark.record(self._memory.device)
+
+    def after_write(self) -> None:
+        self._mark.follow()
+
+    def release(self) -> None:
+        self._mark.wait()
+        if self._uploads is not None:  # the trainer may write into its arena from now on
+            self._uploads.synchronize()
+        self._plan, self._buffer = None, torch.empty(0, dtype=torch.uint8)
+
+    def _uploaded(
+        self, rows: np.ndarray
+    ) -> Iterator[tuple[Chunk, torch.Tensor, torch.cuda.Event | None]]:
+        """Each chunk, and the event that says it is there; the next one is under way by then."""
+        assert self._plan is not None, "the session has ended"
+        held: tuple[Chunk, torch.Tensor, torch.cuda.Event | None] | None = None
+        for number, part in enumerate(chunks_of(self._manifest, rows)):
+            chunk = self._plan.chunk(part)
+            landing = chunk.home
+            if landing is None:
+                landing = self._memory.landing(number % 2, chunk.manifest.arena_bytes)
+            uploaded = chunk, landing, self._upload(part, landing)
+            if held is not None:
+                yield held
+            held = uploaded
+        if held is not None:
+            yield held
+
+    def _upload(self, rows: np.ndarray, landing: torch.Tensor) -> torch.cuda.Event | None:
+        at = 0
+        with torch.cuda.stream(self._uploads):
+            for start, stop in ranges_of(self._manifest, rows):
+                part = landing[at : at + stop - start]
+                part.copy_(self._buffer[start:stop], non_blocking=True)
+                at += stop - start
+            if self._uploads is None:
+                return None
+            event = torch.cuda.Event()
+            event.record(self._uploads)
+        return event
