@@ -20,7 +20,7 @@ MARKS := $(if $(HAS_GPU),,-m "not gpu")
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow faults demo clean
+.PHONY: help venv lint format test test-slow faults gpu-faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ faults: $(STAMP) ## kill and lie in every phase of an update, and write docs/fau
 	rows=$$(mktemp -d); trap 'rm -rf "$$rows"' EXIT; \
 	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile $(FAULTS); \
 	$(BIN)/python docs/write_faults.py $$rows
+
+gpu-faults: $(STAMP) ## the same on a GPU, for updates whose bytes are there, and write docs/faults_gpu.md
+	$(BIN)/python tests/faults/gpu_faults.py
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

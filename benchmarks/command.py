@@ -161,9 +161,17 @@ def group(
     _benchmark(run, quick, out, config, overrides)
 
 
-@app.command("gpu")
+gpu_app = typer.Typer(help="Updates on GPUs.", invoke_without_command=True)
+app.add_typer(gpu_app, name="gpu")
+
+
+@gpu_app.callback()
 def gpu(
-    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+    context: typer.Context,
+    quick: Quick = False,
+    out: Out = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
 ) -> None:
     """What an update costs when trainer and engine have a GPU each: NCCL, shared memory, gloo.
 
@@ -175,6 +183,28 @@ def gpu(
         from .gpu import run_gpu
 
         return run_gpu(settings.gpu, screen)
+
+    if context.invoked_subcommand is None:
+        _benchmark(run, quick, out, config, overrides)
+
+
+@gpu_app.command("sync")
+def gpu_sync(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What an update costs when trainer and engine are two processes on one GPU.
+
+    Qwen3-0.6B's and Qwen3-8B's shapes in bfloat16: the whole call, begin to
+    verified, the pause of the engine and what a client sees of it, from the CPU,
+    memory given back and taken again; then 18,432 expert tensors next to the
+    same bytes dense. Floors are measured in the same run. Needs 60 GB of a GPU's
+    memory, or --set gpu_sync.only=small.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .gpu_sync import run_gpu_sync
+
+        return run_gpu_sync(settings.gpu_sync, screen)
 
     _benchmark(run, quick, out, config, overrides)
 

@@ -82,7 +82,7 @@ def run_pause(settings: PauseBench, screen: Screen) -> BenchResult:
         WeightPublisher(engine) as publisher,
     ):
         publisher.publish(tensors)  # makes the arena, which a trainer pays for once
-        with _streaming(engine, settings) as arrivals:
+        with streaming(engine, settings) as arrivals:
             updates = _update_now_and_then(settings, screen, arrivals, publisher, tensors)
     numbers = _numbers(arrivals, updates, copies)
     return BenchResult(
@@ -102,7 +102,7 @@ def _kv_bytes(settings: PauseBench) -> int:
 
 
 @contextmanager
-def _streaming(engine: Engine, settings: PauseBench) -> Iterator[Arrivals]:
+def streaming(engine: Engine, settings: PauseBench) -> Iterator[Arrivals]:
     """A client on a thread of its own, which notes when tokens arrive and starts over when all have ended."""
     arrivals = Arrivals([[] for _ in range(settings.batch_size)])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A Qwen3-shaped model with tied embeddings; its weights are made, not read."""
+    """A Qwen3-shaped model; its weights are made, not read."""
 
     vocab_size: int = 151_936
     """Rows of the embedding."""
@@ -23,8 +24,18 @@ class ModelShape:
     """Key and value heads."""
     head_dim: int = 128
     """Size of a head."""
+    tied: bool = True
+    """The last layer is the embedding."""
 
 
+LARGE = ModelShape(
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_layers=36,
+    num_heads=32,
+    tied=False,
+)
+"""Qwen3-8B's shape."""
 SMALL = ModelShape(
     vocab_size=8192,
     hidden_size=512,
@@ -202,6 +213,44 @@ class GpuGenerateBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuSyncBench:
+    """`rollout bench gpu sync`."""
+
+    small: ModelShape = field(default_factory=ModelShape)
+    """The default is Qwen3-0.6B's shape, 310 tensors."""
+    large: ModelShape = field(default_factory=lambda: LARGE)
+    """The default is Qwen3-8B's shape, 399 tensors; needs 60 GB of a GPU's memory."""
+    only: str = ""
+    """Either "small" or "large": leave the other one out."""
+    dtype: str = "bfloat16"
+    """Of trainer and engine."""
+    batch_size: int = 8
+    """Requests that stream while updates come."""
+    kv_cache_mb: int = 1024
+    """KV cache of the engine, MiB."""
+    quiet_s: float = 0.3
+    """Seconds of undisturbed streaming before each update."""
+    num_experts: int = 128
+    """Experts of a layer in the model of experts; 0: leave it out."""
+    expert_layers: int = 48
+    """Its layers."""
+    expert_width: int = 1024
+    """Width."""
+    expert_inner: int = 192
+    """Inner width of an expert."""
+    repetitions: int = 15
+    """Measured rounds."""
+    warmup: int = 3
+    """Rounds before them."""
+
+    @property
+    def models(self) -> dict[str, ModelShape]:
+        """Those to measure."""
+        both = {"small": self.small, "large": self.large}
+        return {self.only: both[self.only]} if self.only in both else both
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -219,12 +268,20 @@ class BenchSettings:
     """What an update between GPUs costs."""
     gpu_generate: GpuGenerateBench = field(default_factory=GpuGenerateBench)
     """Decode, prefill and the RL shape on one GPU."""
+    gpu_sync: GpuSyncBench = field(default_factory=GpuSyncBench)
+    """What an update on one GPU costs."""
 
 
 QUICK = (
     *(
-        f"{section}.model.{key}={getattr(TINY, key)}"
-        for section in ("sync", "pause", "generate", "group", "gpu", "gpu_generate")
+        f"{section}.{key}={json.dumps(getattr(TINY, key))}"
+        for section in (
+            *(
+                f"{name}.model"
+                for name in ("sync", "pause", "generate", "group", "gpu", "gpu_generate")
+            ),
+            *("gpu_sync.small", "gpu_sync.large"),
+        )
         for key in ModelShape.__dataclass_fields__
     ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
@@ -240,6 +297,8 @@ QUICK = (
     *("gpu_generate.prefill_tokens=64", "gpu_generate.rl_prompts=4"),
     *("gpu_generate.rl_samples=2", "gpu_generate.rl_mean_tokens=8.0"),
     *("gpu_generate.rl_max_tokens=16", "gpu_generate.kv_cache_gb=0.01"),
+    *("gpu_sync.repetitions=2", "gpu_sync.warmup=1", "gpu_sync.quiet_s=0.1"),
+    *("gpu_sync.kv_cache_mb=64", "gpu_sync.num_experts=2", "gpu_sync.expert_layers=2"),
     *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),
 )
 """Overrides of `--quick`: everything small, to see that it works and what it writes."""

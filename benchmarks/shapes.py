@@ -41,7 +41,7 @@ def hf_config(shape: ModelShape, dtype: str, context_length: int) -> dict[str, A
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
         "max_position_embeddings": context_length,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "torch_dtype": dtype,
         "eos_token_id": shape.vocab_size - 1,
@@ -49,7 +49,9 @@ def hf_config(shape: ModelShape, dtype: str, context_length: int) -> dict[str, A
     }
 
 
-def trainer_tensors(shape: ModelShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def trainer_tensors(
+    shape: ModelShape, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """What a trainer of such a model holds: each tensor in memory of its own, in checkpoint order."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)
@@ -72,13 +74,16 @@ def trainer_tensors(shape: ModelShape, dtype: torch.dtype) -> dict[str, torch.Te
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
         }
     shapes["model.norm.weight"] = (hidden,)
-    generator = torch.Generator().manual_seed(0)
+    if not shape.tied:
+        shapes["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
+    generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, size in shapes.items():
         if name.endswith("norm.weight"):
-            tensors[name] = torch.ones(size, dtype=dtype)
+            tensors[name] = torch.ones(size, dtype=dtype, device=device)
         else:
-            tensors[name] = torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=generator)
+            tensor = torch.empty(size, dtype=dtype, device=device)
+            tensors[name] = tensor.normal_(0, 0.02, generator=generator)
     return tensors
 
 

@@ -9,11 +9,14 @@ the bytes. With `device="cpu"` the same cells run over what stands in for a GPU'
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,13 @@ def far_engine(device: str) -> Iterator[Far]:
     try:
         yield far
     finally:
+        assert far.process.stdin is not None
+        with suppress(OSError, subprocess.TimeoutExpired):
+            far.process.stdin.close()
+            far.process.wait(10)
         collect(far.process)
+        # A killed one leaves its socket behind.
+        shutil.rmtree(Path(far.address.removeprefix("ipc://")).parent, ignore_errors=True)
 
 
 def run_cell(cell: Cell, device: str) -> float:
@@ -304,13 +313,16 @@ def document(rows: dict[str, str], device: str) -> str:
 
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: dict[str, str] = {}
-    for cell in CELLS:
+
+    def run(cell: Cell) -> str:
         try:
-            rows[str(cell)] = f"{run_cell(cell, device):.2f}"
+            return f"{run_cell(cell, device):.2f}"
         except Exception as error:
-            rows[str(cell)] = f"failed: {type(error).__name__}"
             print(f"{cell}: {error!r}", flush=True)
+            return f"failed: {type(error).__name__}"
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        rows = dict(zip(map(str, CELLS), pool.map(run, CELLS), strict=True))
     failed = sum(value.startswith("failed") for value in rows.values())
     text = document(rows, torch.cuda.get_device_name(0) if device == "cuda" else "a CPU")
     where = Path(sys.argv[1]) if len(sys.argv) > 1 else TABLE

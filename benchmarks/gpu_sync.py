@@ -1,0 +1,298 @@
+"""`rollout bench gpu sync`: what an update costs when trainer and engine are two processes on one GPU.
+
+Floors are measured in the same run: one copy of the bytes, and one pass that reads them, at the rates of this GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import weight_sync
+from rollout import Engine
+from rollout.errors import ConfigError
+from weight_sync import WeightPublisher
+
+from .expert_engine import dense_shapes, expert_shapes
+from .parts import parts_of
+from .pause import streaming
+from .results import BenchResult, Headline, Table, summary
+from .screen import Screen
+from .settings import GpuSyncBench, ModelShape, PauseBench
+from .shapes import DTYPES, model_folder, move_a_little, num_bytes, trainer_tensors
+
+_CONTEXT = 512
+_FLOOR_BYTES = 2 << 30
+Series = dict[str, list[float]]
+
+
+def run_gpu_sync(settings: GpuSyncBench, screen: Screen) -> BenchResult:
+    """Every model in turn, each with an engine of its own; then experts; then memory that comes and goes."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "rollout bench gpu sync: got no GPU, expected one, which trainer and engine share; use "
+            "`rollout bench sync` on a CPU"
+        )
+    rates = measure_rates()
+    numbers: dict[str, Any] = {"rates": rates, "models": {}}
+    for name, shape in settings.models.items():
+        screen.say(f"{name}: making the trainer's model, and an engine in another process")
+        numbers["models"][name] = _one_model(settings, shape, rates, screen)
+        _let_go()
+    if settings.num_experts:
+        screen.say("experts, and the same bytes dense")
+        numbers["experts"] = _experts(settings)
+        _let_go()
+    return _result(settings, numbers)
+
+
+def measure_rates() -> dict[str, float]:
+    """Bytes a second of a copy (payload), of a read, and of a copy from pinned memory of the host."""
+    source = torch.randint(0, 255, (_FLOOR_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    words = source.view(torch.int64)
+    pinned = torch.empty(_FLOOR_BYTES // 2, dtype=torch.uint8, pin_memory=True)
+    return {
+        "copy": _FLOOR_BYTES / _timed(lambda: target.copy_(source)),
+        "read": _FLOOR_BYTES / _timed(lambda: words.sum()),
+        "upload": len(pinned)
+        / _timed(lambda: target[: len(pinned)].copy_(pinned, non_blocking=True)),
+    }
+
+
+def _timed(action: Callable[[], object], rounds: int = 8) -> float:
+    """Median seconds on the GPU."""
+    seconds = []
+    for _ in range(rounds + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return summary(seconds[2:])["p50"]
+
+
+def _one_model(
+    settings: GpuSyncBench, shape: ModelShape, rates: dict[str, float], screen: Screen
+) -> dict[str, Any]:
+    dtype = DTYPES[settings.dtype]
+    tensors = trainer_tensors(shape, dtype, device="cuda")
+    size = num_bytes(tensors)
+    series: dict[str, Series] = {}
+    pause = PauseBench(model=shape, dtype=settings.dtype, batch_size=settings.batch_size)
+    with (
+        model_folder(shape, settings.dtype, _CONTEXT) as folder,
+        Engine(
+            folder,
+            executor="local",
+            device="cuda",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            kv_cache_bytes=settings.kv_cache_mb << 20,
+        ) as engine,
+    ):
+        with WeightPublisher(engine, transport="cuda_ipc") as publisher:
+            series["idle"] = _rounds(settings, publisher, tensors)
+            with streaming(engine, pause) as arrivals:
+                while arrivals.num_tokens < 4 * settings.batch_size and arrivals.failure is None:
+                    time.sleep(0.01)
+                for verify in ("pause", "overlapped"):
+                    found: Series = defaultdict(list)
+                    for _ in range(settings.repetitions):
+                        time.sleep(settings.quiet_s)
+                        start = time.perf_counter()
+                        report = publisher.publish(tensors, verify=verify)
+                        end = time.perf_counter()
+                        time.sleep(0.2)
+                        found["gap"].append(arrivals.worst(start, end + 0.1))
+                        found["quiet_gap"].append(arrivals.worst(start - 0.3, start))
+                        found["engine_pause"].append(report.pause_s)
+                    series[f"streaming, {verify}"] = found
+                gaps = [length for _, length in arrivals.gaps(0.0, time.perf_counter())]
+            equal = engine.weights_fingerprint() == weight_sync.fingerprint(tensors)
+        if not equal:
+            raise AssertionError("the engine was sent these tensors and holds others")
+        series["release and resume"] = _memory(settings, engine, tensors)
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        del tensors
+        _let_go()
+        with WeightPublisher(engine, transport="shared_memory") as publisher:
+            series["from the CPU"] = _rounds(settings, publisher, on_cpu)
+    return {
+        "num_tensors": len(on_cpu),
+        "num_bytes": size,
+        "decode_step_s": summary(gaps),
+        "floors_s": {
+            "copy": size / rates["copy"],
+            "read": size / rates["read"],
+            "upload": size / rates["upload"],
+        },
+        "seconds": {
+            name: {part: summary(values) for part, values in parts.items()}
+            for name, parts in series.items()
+        },
+    }
+
+
+def _rounds(
+    settings: GpuSyncBench, publisher: WeightPublisher, tensors: dict[str, torch.Tensor]
+) -> Series:
+    series: Series = defaultdict(list)
+    for i in range(settings.warmup + settings.repetitions):
+        move_a_little(tensors)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        report = publisher.publish(tensors)
+        seconds = {"publish": time.perf_counter() - start, **parts_of(report)}
+        seconds["publish_beyond_packing"] = seconds["publish"] - seconds["pack"]
+        if i >= settings.warmup:
+            for name, value in seconds.items():
+                series[name].append(value)
+    return series
+
+
+def _memory(settings: GpuSyncBench, engine: Engine, tensors: dict[str, torch.Tensor]) -> Series:
+    """Give all memory back and take it again; without keeping the weights they are pushed anew."""
+    series: Series = defaultdict(list)
+    for i in range(3 + 1):
+        for words, keep in (("kept", True), ("lost", False)):
+            start = time.perf_counter()
+            engine.release_memory_occupation(keep_weights=keep)
+            released = time.perf_counter()
+            engine.resume_memory_occupation()
+            if i:
+                series[f"release, weights {words}"].append(released - start)
+                series[f"resume, weights {words}"].append(time.perf_counter() - released)
+    with WeightPublisher(engine, transport="cuda_ipc") as publisher:
+        publisher.publish(tensors)
+    return series
+
+
+def _experts(settings: GpuSyncBench) -> dict[str, Any]:
+    sizes = (
+        settings.expert_layers,
+        settings.num_experts,
+        settings.expert_width,
+        settings.expert_inner,
+    )
+    numbers: dict[str, Any] = {}
+    for kind, shapes in (("dense", dense_shapes), ("experts", expert_shapes)):
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+            for name, shape in shapes(*sizes).items()
+        }
+        with (
+            _expert_engine(kind, sizes) as address,
+            WeightPublisher(address, transport="cuda_ipc") as publisher,
+        ):
+            series = _rounds(settings, publisher, tensors)
+            for _ in range(3):
+                start = time.perf_counter()
+                found = weight_sync.fingerprint(tensors)
+                series["fingerprint(tensors)"].append(time.perf_counter() - start)
+            if publisher.fingerprint() != found:
+                raise AssertionError("the engine was sent these tensors and holds others")
+        numbers[kind] = {name: summary(values) for name, values in series.items()}
+        numbers[kind] |= {"num_tensors": len(tensors), "num_bytes": num_bytes(tensors)}
+        del tensors
+        _let_go()
+    return numbers
+
+
+@contextmanager
+def _expert_engine(kind: str, sizes: tuple[int, ...]) -> Iterator[str]:
+    command = [sys.executable, "-m", f"{__package__}.expert_engine", kind, *map(str, sizes)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _let_go() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
+
+
+def _result(settings: GpuSyncBench, numbers: dict[str, Any]) -> BenchResult:
+    headline: list[Headline] = []
+    rows: list[tuple[str, ...]] = []
+    for name, found in numbers["models"].items():
+        seconds, floors = found["seconds"], found["floors_s"]
+        copy, read, step = floors["copy"], floors["read"], found["decode_step_s"]["p50"]
+        idle, cpu = seconds["idle"], seconds["from the CPU"]
+        memory = seconds["release and resume"]
+        for what, value, floor in (
+            ("whole call, verified", idle["publish"], 2 * copy + read),
+            ("begin to verified", idle["begin_to_verified"], copy + read),
+            ("engine's pause, verified in it", idle["pause"], copy + read),
+            ("a client's longest gap", seconds["streaming, pause"]["gap"], step + copy + read),
+            (
+                "the same, verified while it runs on",
+                seconds["streaming, overlapped"]["gap"],
+                step + copy,
+            ),
+            ("from the CPU, beyond packing", cpu["publish_beyond_packing"], floors["upload"]),
+            ("release, weights lost", memory["release, weights lost"], 0.0),
+            ("resume, weights lost", memory["resume, weights lost"], 0.0),
+            ("release, weights kept", memory["release, weights kept"], floors["upload"]),
+            ("resume, weights kept", memory["resume, weights kept"], floors["upload"]),
+        ):
+            rows.append((name, what, _ms(value["p50"]), _ms(value["p90"]), _ms(floor)))
+        floor = 2 * copy + read
+        headline.append(
+            Headline(
+                what=f"update of {found['num_bytes'] / 1e9:.1f} GB, {found['num_tensors']} tensors, on one GPU, "
+                "verified, the whole call",
+                measured=f"{_ms(idle['publish']['p50'])} ms",
+                floor=f"{_ms(floor)} ms (two copies, one read)",
+                ratio=f"{idle['publish']['p50'] / floor:.2f}",
+            )
+        )
+    if "experts" in numbers:
+        dense, experts = numbers["experts"]["dense"], numbers["experts"]["experts"]
+        for name, kind in (("dense", dense), ("experts", experts)):
+            for what in ("publish", "begin_to_verified", "pack", "fingerprint(tensors)"):
+                words = f"{kind['num_tensors']} tensors, {what.replace('_', ' ')}"
+                rows.append((name, words, _ms(kind[what]["p50"]), _ms(kind[what]["p90"]), ""))
+        headline.append(
+            Headline(
+                what=f"update of {experts['num_tensors']} expert tensors into stacked parameters, the whole call",
+                measured=f"{_ms(experts['publish']['p50'])} ms",
+                floor=f"{_ms(dense['publish']['p50'])} ms (the same bytes, dense)",
+                ratio=f"{experts['publish']['p50'] / dense['publish']['p50']:.2f}",
+            )
+        )
+    table: Table = (
+        f"milliseconds, {settings.repetitions} rounds each",
+        ("", "what", "p50", "p90", "floor"),
+        rows,
+    )
+    return BenchResult(
+        benchmark="gpu-sync",
+        config={"settings": settings, "num_threads": torch.get_num_threads()},
+        numbers=numbers,
+        headline=tuple(headline),
+        device=torch.cuda.get_device_name(0),
+        tables=(table,),
+    )
