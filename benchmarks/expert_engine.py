@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class IdleHost:
 
     def unwritable(self) -> str | None:
         return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """Nothing is derived from them."""

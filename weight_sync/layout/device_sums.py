@@ -11,6 +11,7 @@ from rollout_kernels.copy_table import CopyTable, Piece, make_piece
 
 from .tensor_sums import unsigned
 
+_ONE = (1,)
 Held = tuple[torch.Tensor, torch.dtype]
 """A tensor, and the dtype in which its fingerprint is wanted."""
 
@@ -47,6 +48,20 @@ def device_sums(tensors: Sequence[Held]) -> list[int | None]:
 
 
 def _piece(tensor: torch.Tensor, dtype: torch.dtype, output: int) -> Piece | None:
+    if tensor.dtype is dtype and dtype.itemsize <= 8 and tensor.is_contiguous():
+        return Piece(  # what most of them are, without working it out
+            source=output,
+            source_offset=0,
+            target=0,
+            target_offset=0,
+            sizes=(tensor.numel(),),
+            source_strides=_ONE,
+            target_strides=_ONE,
+            source_dtype=dtype,
+            target_dtype=dtype,
+            output=output,
+            place_strides=_ONE,
+        )
     return make_piece(
         shape=tuple(tensor.shape),
         source_strides=tensor.stride(),

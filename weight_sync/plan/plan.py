@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -167,10 +167,16 @@ class _ResidentSums:
                     self._exact.append((i, placement))
                 else:
                     spans[key].append(span)
-        self._tables = [
-            (words[key], SubsetSums(held, num_outputs=self._num, device=key[0]))
-            for key, held in spans.items()
-        ]
+        self._tables: list[ResidentTable] = []
+        by_device: defaultdict[torch.device, list[Storage]] = defaultdict(list)
+        for key in spans:
+            by_device[key[0]].append(key)
+        for device, keys in by_device.items():
+            together = [keys] if device.type == "cuda" else [[key] for key in keys]
+            self._tables += [
+                ResidentTable([(words[key], spans[key]) for key in group], self._num)
+                for group in together
+            ]
         on_gpu = [(i, placement) for i, placement in self._exact if placement.destination.is_cuda]
         self._parts = PartSums(on_gpu, num_outputs=self._num) if on_gpu else None
 
@@ -183,7 +189,7 @@ class _ResidentSums:
         num = self._num if indices is None else len(indices)
         result = torch.zeros(num, dtype=torch.int64)
         # All are under way before the first one is waited for.
-        sums = [table.sums(words, indices) for words, table in self._tables]
+        sums = [table.sums(indices) for table in self._tables]
         wanted = None if indices is None else set(np.asarray(indices).tolist())
         slow = self._exact
         if self._parts is not None:
@@ -200,6 +206,37 @@ class _ResidentSums:
                     exact[i] += part.cpu()
             result += exact if indices is None else exact[torch.as_tensor(np.asarray(indices))]
         return result
+
+
+class ResidentTable:
+    """Spans of one allocation, or of several of one GPU, whose kernel reads any address: a launch for all of them."""
+
+    def __init__(
+        self, parts: Sequence[tuple[torch.Tensor, Sequence[Span]]], num_outputs: int
+    ) -> None:
+        """`parts`: the words of an allocation, and spans of it."""
+        self._words = [words for words, _ in parts]
+        self._spans = [spans for _, spans in parts]
+        self._num_outputs = num_outputs
+        self._distances: list[int] | None = None
+        self._table: SubsetSums | None = None
+
+    def sums(self, indices: Indices | None) -> torch.Tensor:
+        """One sum per output, or per index in the order given; int64 on the allocations' device."""
+        first = self._words[0].data_ptr()
+        # Asked for each time: memory that was released may have come back elsewhere.
+        distances = [words.data_ptr() - first for words in self._words]
+        if self._table is None or distances != self._distances:
+            moved = [
+                replace(span, offset=span.offset + distance) if distance else span
+                for spans, distance in zip(self._spans, distances, strict=True)
+                for span in spans
+            ]
+            self._table = SubsetSums(
+                moved, num_outputs=self._num_outputs, device=self._words[0].device
+            )
+            self._distances = distances
+        return self._table.sums(self._words[0], indices)
 
 
 class PartSums:

@@ -32,7 +32,8 @@ class DevicePacker:
         self._fingerprints = fingerprints
         self._layouts: _Layouts | None = None
         self._table: CopyTable | None = None
-        self._fast = np.empty(0, dtype=np.int64)
+        self._addresses: list[int] = []
+        self._fast: list[int] = []
         self._slow: list[int] = []
 
     @torch.no_grad()
@@ -42,23 +43,26 @@ class DevicePacker:
         Issued on the calling thread's current stream; returns when all is packed.
         """
         addresses = [tensor.data_ptr() for tensor in sources]
-        self._prepare(rows, sources, addresses)
-        assert self._table is not None
-        targets = [self._buffer.data_ptr()]
-        values = self._table.run([addresses[i] for i in self._fast.tolist()], targets)
+        table = self._prepare(rows, sources, addresses)
+        values = table.run(self._read(addresses), [self._buffer.data_ptr()])
         for i in self._slow:
             self._manifest.view(self._buffer, rows[i]).copy_(sources[i])
+        if not self._slow:
+            return values.cpu().numpy().view(np.uint64)
         found = np.empty(len(rows), dtype=np.uint64)
-        if self._slow:
-            indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
-            slow = self._fingerprints.values(self._buffer, indices)
-            found[self._slow] = slow.numpy().view(np.uint64)
+        indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
+        slow = self._fingerprints.values(self._buffer, indices)
+        found[self._slow] = slow.numpy().view(np.uint64)
         found[self._fast] = values.cpu().numpy().view(np.uint64)
         return found
 
+    def _read(self, addresses: list[int]) -> list[int]:
+        """Those that the table reads."""
+        return [addresses[i] for i in self._fast] if self._slow else addresses
+
     def _prepare(
         self, rows: list[int], sources: Sequence[torch.Tensor], addresses: list[int]
-    ) -> None:
+    ) -> CopyTable:
         """The table for tensors of these layouts."""
         layouts: _Layouts = (
             rows,
@@ -67,11 +71,13 @@ class DevicePacker:
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
         )
         targets = [self._buffer.data_ptr()]
-        fits = self._table is not None and self._table.fits(
-            [addresses[i] for i in self._fast.tolist()], targets
-        )
-        if fits and layouts == self._layouts:
-            return
+        known = self._table is not None and layouts == self._layouts
+        if known and (
+            addresses == self._addresses or self._table.fits(self._read(addresses), targets)  # type: ignore[union-attr]
+        ):
+            self._addresses = addresses
+            assert self._table is not None
+            return self._table
         pieces: list[Piece] = []
         fast: list[int] = []
         self._slow = []
@@ -96,7 +102,7 @@ class DevicePacker:
             else:
                 pieces.append(piece)
                 fast.append(i)
-        self._fast = np.array(fast, dtype=np.int64)
+        self._fast = fast
         self._table = CopyTable(
             pieces,
             sources=[addresses[i] for i in fast],
@@ -104,4 +110,5 @@ class DevicePacker:
             device=self._buffer.device,
             num_outputs=len(fast),
         )
-        self._layouts = layouts
+        self._layouts, self._addresses = layouts, addresses
+        return self._table

@@ -126,7 +126,7 @@ class Selector:
             + (f"; did you mean {hints[name]}?" if name in hints else "")
             for name in unknown
         ]
-        if strict:
+        if strict and None in self._origin:
             problems += [f"{meta}: missing" for meta in self._missing()]
         if problems:
             raise mismatch(

@@ -1,0 +1,135 @@
+"""What GPUs do with tables, under Triton's interpreter: packing, parts of tensors, and models of many allocations.
+
+The interpreter is chosen when triton is imported, so the check runs as a process of its own: this file, as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """The verdict on each case."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "all of a model",
+        "the same again at other addresses",
+        "fewer tensors than before",
+        "other strides and dtypes",
+        "a plan's copies",
+        "resident parts in many allocations",
+    ],
+)
+def test_under_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[case] == "equal"
+
+
+def main() -> None:
+    sys.path.insert(0, str(HERE))
+    import torch
+    from sync_support import toy_map, weights
+
+    from rollout_kernels.span_table import SpanTable, TilePlan
+    from weight_sync.layout.fingerprints import ArenaFingerprints
+    from weight_sync.layout.manifest import Manifest, TensorMeta
+    from weight_sync.plan import plan as plans
+    from weight_sync.plan.copies import DeviceCopies
+    from weight_sync.plan.plan import compile_plan
+    from weight_sync.publisher import packer as packers
+
+    def noise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+
+    names = weights(0.0)
+    manifest = Manifest(
+        tensors=tuple(TensorMeta.of(name, tensor) for name, tensor in names.items()),
+        bucket_bytes=1 << 20,
+    )
+
+    def aligned(num_bytes: int) -> torch.Tensor:
+        spare = torch.zeros(num_bytes + 256, dtype=torch.uint8)
+        return spare[-spare.data_ptr() % 256 :][:num_bytes]
+
+    buffer = aligned(manifest.arena_bytes)
+    fingerprints = ArenaFingerprints(manifest)
+
+    packer = packers.DevicePacker(manifest, buffer, fingerprints)
+
+    def packs(tensors: dict[str, torch.Tensor]) -> str:
+        rows = [manifest.index[name] for name in tensors]
+        found = packer.pack(rows, list(tensors.values()))
+        for row, (name, tensor) in zip(rows, tensors.items(), strict=True):
+            if not torch.equal(manifest.view(buffer, row), tensor.to(manifest.tensors[row].dtype)):
+                return f"{name} differs"
+        expected = fingerprints.values(buffer, rows).numpy().view("uint64")
+        return "equal" if (found == expected).all() else "other fingerprints"
+
+    print(f"all of a model={packs(noise(names, 1))}")
+    print(f"the same again at other addresses={packs(noise(names, 2))}")
+    print(f"fewer tensors than before={packs(dict(list(noise(names, 3).items())[2:4]))}")
+    odd = noise(names, 4)
+    odd["embed.weight"] = odd["embed.weight"].t().contiguous().t()
+    odd["norm.weight"] = odd["norm.weight"].float().bfloat16().float()
+    odd["layers.0.q.weight"] = torch.cat([odd["layers.0.q.weight"]] * 2, 1)[:, 16:]
+    print(f"other strides and dtypes={packs(odd)}")
+
+    weight_map = toy_map()
+    plan = compile_plan(manifest, weight_map)
+    packs(noise(names, 5))
+    batch = plan._replay._all
+    DeviceCopies(manifest, buffer, batch.sources, batch.targets, batch.strided).run(buffer)
+    wrong = [
+        name
+        for i, name in enumerate(names)
+        if not torch.equal(weight_map.read(name), manifest.view(buffer, i))
+    ]
+    print(f"a plan's copies={wrong or 'equal'}")
+
+    sums = plan._resident
+    expected = plan.resident_fingerprints()
+    parts = [(words, table._spans[0]) for table in sums._tables for words in table._words]
+
+    class OnTiles(SpanTable):
+        def __init__(self, spans: object, *, num_outputs: int, device: torch.device) -> None:
+            self.num_outputs, self.device = num_outputs, device
+            self._plan = TilePlan.compile(spans, device)  # type: ignore[arg-type]
+
+    from weight_sync.layout import fingerprints as module
+
+    module.SpanTable = OnTiles  # type: ignore[misc]
+    table = plans.ResidentTable(parts, len(names))
+    found = table.sums(None)
+    exact = plans.PartSums(sums._exact, num_outputs=len(names))
+    found = found + exact.values()
+    ok = torch.equal(found, expected) and not exact.left and len(parts) > 1
+    wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
+    print(f"resident parts in many allocations={'equal' if ok else wrong}")
+
+
+if __name__ == "__main__":
+    main()
