@@ -115,7 +115,7 @@ def _prepared(settings: GenerateBench, jobs: Sequence[Job]) -> dict[str, Any]:
         "stream": False,
         "rid": None,
         "return_text_in_logprobs": False,
-        "unsupported": {},
+        "others": {},
         "per_prompt": {
             "return_logprob": False,
             "logprob_start_len": -1,

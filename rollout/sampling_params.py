@@ -175,11 +175,28 @@ _UNSUPPORTED = {
 }
 
 
+#: What others call a parameter; understood where a caller passes a dictionary.
+_ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+}
+
+
 def _known_items(value: Mapping[str, Any]) -> dict[str, Any]:
-    known = {}
-    for name, item in value.items():
+    known: dict[str, Any] = {}
+    for given, item in value.items():
+        name = _ALIASES.get(given, given)
         if name in _NORMALISERS:
             if item is not None:
+                if name in known and known[name] != item:
+                    raise _error(
+                        name,
+                        item,
+                        f"the same as elsewhere ({known[name]!r})",
+                        "give it under one name",
+                    )
                 known[name] = item
         elif name in _UNSUPPORTED:
             if item is not None and item != {}:

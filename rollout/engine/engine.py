@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import weakref
@@ -10,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
+import torch
 
 from weight_sync.wire.listening import check_free
 from weight_sync.wire.process import Home
 
-from ..config import EngineConfig
-from ..errors import ConfigError, InvalidRequestError
-from ..hints import did_you_mean
+from ..config import ExecutorKind, KvPolicy, LoadFormat
+from ..errors import InvalidRequestError
 from ..protocol.commands import (
     MEMORY_TAGS,
     AbortRequests,
@@ -39,25 +37,73 @@ from .executors.choice import make_executor
 from .executors.executor import Executor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
+from .info import InfoCalls
 from .loop.checks import check_start
+from .options import OPTIONS, engine_config
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(GenerationCalls, GroupWeightCalls):
+class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
-    `Engine(model_path, **options)` takes the fields of `rollout.config.EngineConfig`; `executor="inline"` runs the loop
-    on a thread of this process, `"local"` in a child process. Every method may be called from any thread; each has an
-    `async_` twin. Use it as a context manager, or call `shutdown()`.
+    Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common
+    dialect has are translated, ignored with a warning, or refused with the reason (`dialect.py`). `executor="inline"`
+    runs the loop on a thread of this process, `"local"` in a child process. Every method may be called from any
+    thread; each has an `async_` twin. Use it as a context manager, or call `shutdown()`.
 
         with Engine("checkpoints/qwen3-tiny", executor="local") as engine:
             engine.generate("2 + 2 =", {"max_new_tokens": 8, "temperature": 0})
             WeightPublisher(engine).publish(model)
     """
 
-    def __init__(self, model_path: str | Path, **options: Any) -> None:
-        self.config = engine_config(model_path, options)
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        tokenizer_path: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        load_format: LoadFormat = "auto",
+        await_first_update: bool | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        tp_size: int = 1,
+        seed: int = 0,
+        context_length: int | None = None,
+        max_running_requests: int = 256,
+        kv_cache_bytes: int | None = None,
+        mem_fraction_static: float | None = None,
+        block_size: int = 16,
+        chunked_prefill_size: int | None = None,
+        attention_backend: str = "auto",
+        overlap: bool | None = None,
+        disable_cuda_graph: bool = False,
+        enable_prefix_cache: bool = True,
+        executor: ExecutorKind = "inline",
+        weight_version: str | int | None = None,
+        kv_policy: KvPolicy = "keep",
+        keep_previous_weights: bool = False,
+        pause_lease_s: float = 300.0,
+        listen: str | None = None,
+        num_threads: int | None = None,
+        log_level: str | None = None,
+        log_interval_s: float | None = None,
+        start_timeout_s: float = 120.0,
+        request_timeout_s: float = 600.0,
+        progress_timeout_s: float = 600.0,
+        ray_num_cpus: float = 1.0,
+        ray_num_gpus: float | None = None,
+        ray_node_id: str | None = None,
+        ray_placement_group: str | None = None,
+        ray_first_bundle: int = 0,
+        **others: Any,
+    ) -> None:
+        given = locals()
+        options = {name: given[name] for name in OPTIONS}
+        self.config = engine_config(model_path, {**options, **others})
+        self._begin()
+
+    def _begin(self) -> None:
         self.model_path = self.config.model_path
         self._home = Home("the engine")
         self._maybe_executor = None
@@ -242,23 +288,3 @@ def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
     if unknown:
         raise InvalidRequestError(f"tags: got {unknown}, expected some of {', '.join(MEMORY_TAGS)}")
     return chosen
-
-
-def engine_config(model_path: str | Path, options: dict[str, Any]) -> EngineConfig:
-    """`EngineConfig` from keyword arguments; an unknown or ill-typed one is a `ConfigError` with the nearest name."""
-    known = [field.name for field in dataclasses.fields(EngineConfig)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"Engine: got an unknown option {name!r}; {did_you_mean(name, known)}"
-            )
-    values = dict(options)
-    if "dtype" in values and not isinstance(values["dtype"], str):
-        values["dtype"] = str(values["dtype"]).removeprefix("torch.")
-    for key in ("device", "tokenizer_path", "weight_version"):
-        if values.get(key) is not None:
-            values[key] = str(values[key])
-    try:
-        return msgspec.convert({"model_path": str(model_path), **values}, EngineConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"Engine: {error}") from None

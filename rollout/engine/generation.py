@@ -20,6 +20,19 @@ from .prepare import PreparedGenerate, prepare
 
 Result = dict[str, Any]
 
+#: Arguments of `generate` by what `_prepare` does with them.
+_OWN = ("prompt", "sampling_params", "input_ids", "stream", "rid", "return_text_in_logprobs")
+_PER_PROMPT = (
+    *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
+    "return_token_times",
+)
+_FOREIGN = (
+    *("image_data", "audio_data", "video_data", "lora_path", "custom_logit_processor"),
+    *("return_hidden_states", "return_routed_experts", "bootstrap_host", "bootstrap_port"),
+    *("bootstrap_room", "data_parallel_rank", "external_trace_header", "session_params"),
+    "priority",
+)
+
 LONGEST_S = 7 * 86_400.0
 """How long a call may take that has no deadline of its own; the engine ends it long before, should nothing go on."""
 MIN_GRACE_S = 2.0
@@ -34,23 +47,42 @@ class GenerationCalls(EngineClient):
         prompt: str | Sequence[str] | None = None,
         sampling_params: Any = None,
         input_ids: Any = None,
-        return_logprob: Any = False,
-        logprob_start_len: Any = -1,
-        top_logprobs_num: Any = 0,
-        token_ids_logprob: Any = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        return_logprob: bool | Sequence[bool] | None = False,
+        logprob_start_len: int | Sequence[int] | None = -1,
+        top_logprobs_num: int | Sequence[int] | None = 0,
+        token_ids_logprob: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
+        lora_path: None = None,
+        custom_logit_processor: None = None,
+        return_hidden_states: bool = False,
+        return_routed_experts: bool = False,
         stream: bool = False,
-        rid: Any = None,
+        bootstrap_host: None = None,
+        bootstrap_port: None = None,
+        bootstrap_room: None = None,
+        data_parallel_rank: int | None = None,
+        external_trace_header: Any = None,
+        rid: str | Sequence[str] | None = None,
+        session_params: None = None,
+        priority: int | None = None,
         *,
         return_text_in_logprobs: bool = False,
-        return_token_times: Any = False,
+        return_token_times: bool | Sequence[bool] = False,
         timeout_s: float | None = None,
-        **unsupported: Any,
+        **others: Any,
     ) -> Any:
         """Complete prompts.
 
         Give `prompt` (text) or `input_ids` (token ids), one or a list; the other arguments are one value for all or
-        a list with one per prompt. Returns one dictionary for one prompt with n = 1, else a list, prompt-major;
-        with `stream`, an iterator of cumulative dictionaries (with their `index` where there are several samples).
+        a list with one per prompt. `sampling_params`: a dictionary, `SamplingParams`, or a `GenerationConfig` of
+        transformers; `logprobs` in a dictionary is `return_logprob` with so many top tokens. Arguments that are not
+        mentioned here belong to the common dialect, whose order this is: what cannot be honoured is refused, what
+        changes no result is ignored with a warning.
+
+        Returns one dictionary for one prompt with n = 1, else a list, prompt-major; with `stream`, an iterator of
+        cumulative dictionaries (with their `index` where there are several samples).
 
         A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
         `cached_tokens`, `finish_reason`, `weight_version` (label), `weight_version_number`, `weight_versions` (spans of
@@ -68,12 +100,9 @@ class GenerationCalls(EngineClient):
         `NoUpdateYetError` and `TornWeightsError` while the weights must not be used; `DeadlineExceeded` when the engine
         does not even answer; `EngineDiedError` when its process is gone.
         """
-        if _is_empty(prompt) and input_ids is None:
+        if _is_empty(others.get("text", prompt)) and input_ids is None:
             return iter(()) if stream else []
-        prepared = self._prepare(
-            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
-            token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
-        )  # fmt: skip
+        prepared = self._prepare(locals())
         limit = self._limit(prepared, timeout_s)
         if stream:
             return self._stream(prepared, limit)
@@ -90,25 +119,36 @@ class GenerationCalls(EngineClient):
         prompt: str | Sequence[str] | None = None,
         sampling_params: Any = None,
         input_ids: Any = None,
-        return_logprob: Any = False,
-        logprob_start_len: Any = -1,
-        top_logprobs_num: Any = 0,
-        token_ids_logprob: Any = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        return_logprob: bool | Sequence[bool] | None = False,
+        logprob_start_len: int | Sequence[int] | None = -1,
+        top_logprobs_num: int | Sequence[int] | None = 0,
+        token_ids_logprob: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
+        lora_path: None = None,
+        custom_logit_processor: None = None,
+        return_hidden_states: bool = False,
+        return_routed_experts: bool = False,
         stream: bool = False,
-        rid: Any = None,
+        bootstrap_host: None = None,
+        bootstrap_port: None = None,
+        bootstrap_room: None = None,
+        data_parallel_rank: int | None = None,
+        external_trace_header: Any = None,
+        rid: str | Sequence[str] | None = None,
+        session_params: None = None,
+        priority: int | None = None,
         *,
         return_text_in_logprobs: bool = False,
-        return_token_times: Any = False,
+        return_token_times: bool | Sequence[bool] = False,
         timeout_s: float | None = None,
-        **unsupported: Any,
+        **others: Any,
     ) -> Any:
         """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
-        if _is_empty(prompt) and input_ids is None:
+        if _is_empty(others.get("text", prompt)) and input_ids is None:
             return _nothing() if stream else []
-        prepared = self._prepare(
-            prompt, sampling_params, input_ids, return_logprob, logprob_start_len, top_logprobs_num,
-            token_ids_logprob, stream, rid, return_text_in_logprobs, return_token_times, unsupported,
-        )  # fmt: skip
+        prepared = self._prepare(locals())
         limit = self._limit(prepared, timeout_s)
         if stream:
             return self._async_stream(prepared, limit)
@@ -180,28 +220,18 @@ class GenerationCalls(EngineClient):
 
     # ---- below the surface -----------------------------------------------------------------------------------------
 
-    def _prepare(
-        self, prompt: Any, sampling_params: Any, input_ids: Any, return_logprob: Any, logprob_start_len: Any,
-        top_logprobs_num: Any, token_ids_logprob: Any, stream: bool, rid: Any, return_text: bool, times: Any,
-        unsupported: dict[str, Any],
-    ) -> PreparedGenerate:  # fmt: skip
-        return prepare(
-            self._tokenizer,
-            prompt=prompt,
-            input_ids=input_ids,
-            sampling_params=sampling_params,
-            stream=stream,
-            rid=rid,
-            return_text_in_logprobs=return_text,
-            per_prompt={
-                "return_logprob": return_logprob,
-                "logprob_start_len": logprob_start_len,
-                "top_logprobs_num": top_logprobs_num,
-                "token_ids_logprob": token_ids_logprob,
-                "return_token_times": times,
-            },
-            unsupported=unsupported,
-        )
+    def _prepare(self, arguments: dict[str, Any]) -> PreparedGenerate:
+        """`arguments`: the local names of `generate` at its beginning."""
+        given = {name: arguments[name] for name in _OWN}
+        others = {name: arguments[name] for name in _FOREIGN} | arguments["others"]
+        text = others.pop("text", None)
+        if text is not None and given["prompt"] is not None:
+            raise InvalidRequestError(
+                "generate: got prompt and text, expected one: they mean the same"
+            )
+        given["prompt"] = given["prompt"] if text is None else text
+        per_prompt = {name: arguments[name] for name in _PER_PROMPT}
+        return prepare(self._tokenizer, **given, per_prompt=per_prompt, others=others)
 
     def _stream(self, prepared: PreparedGenerate, limit: float) -> Iterator[Result]:
         updates: queue.SimpleQueue[SampleUpdate | None] = queue.SimpleQueue()

@@ -12,18 +12,9 @@ from ..hints import did_you_mean
 from ..protocol.commands import Generate, PromptSpec, SampleUpdate
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer, encode_prompts
+from .dialect import check_generate_argument
 from .results import ResultBuilder
-
-#: Arguments of `generate` in the common dialect that this engine cannot honour; only neutral values pass.
-UNSUPPORTED = {
-    "lora_path": "LoRA adapters",
-    "input_embeds": "input embeddings",
-    "image_data": "images",
-    "audio_data": "audio",
-    "custom_logit_processor": "custom logit processors",
-    "return_hidden_states": "hidden states",
-    "bootstrap_host": "disaggregated prefill",
-}
+from .sampling_inputs import read_sampling_params
 
 
 @dataclass(slots=True, eq=False)
@@ -67,14 +58,17 @@ def prepare(
     rid: Any,
     return_text_in_logprobs: bool,
     per_prompt: Mapping[str, Any],
-    unsupported: Mapping[str, Any],
+    others: Mapping[str, Any],
 ) -> PreparedGenerate:
-    """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt."""
-    _refuse_unsupported(unsupported)
+    """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt.
+
+    `others` are arguments that only the common dialect has, see `dialect`.
+    """
+    _check_others(others)
     ids, is_list = _token_ids(tokenizer, prompt, input_ids)
     num = len(ids)
-    params = [
-        _params(value, i)
+    read = [
+        _params(value, i, len(ids[i]))
         for i, value in enumerate(_spread(sampling_params, num, "sampling_params"))
     ]
     rids = [uuid.uuid4().hex for _ in ids] if rid is None else _spread(rid, num, "rid")
@@ -86,7 +80,8 @@ def prepare(
             i,
             rid=rids[i],
             input_ids=ids[i],
-            params=params[i],
+            params=read[i][0],
+            num_logprobs=read[i][1],
             **{k: v[i] for k, v in columns.items()},
         )
         for i in range(num)
@@ -101,11 +96,18 @@ def prepare(
     )
 
 
-def _spec(i: int, **fields: Any) -> PromptSpec:
+def _spec(i: int, num_logprobs: int | None, **fields: Any) -> PromptSpec:
     """Structs check their types when they are decoded; a caller in this process gets the same check."""
     import msgspec
 
+    fields = {
+        name: _DEFAULTS[name] if value is None and name in _DEFAULTS else value
+        for name, value in fields.items()
+    }
     try:
+        if num_logprobs is not None:
+            fields["return_logprob"] = True
+            fields["top_logprobs_num"] = max(fields["top_logprobs_num"], num_logprobs)
         if fields["token_ids_logprob"] is not None and not fields["return_logprob"]:
             fields["return_logprob"] = True
         if fields["top_logprobs_num"] and not fields["return_logprob"]:
@@ -113,7 +115,11 @@ def _spec(i: int, **fields: Any) -> PromptSpec:
         spec = msgspec.convert(fields, PromptSpec)
         msgspec.msgpack.encode(spec)
         return spec
-    except (ValueError, OverflowError) as error:  # What has the right type may still be no message.
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # What has the right type may still be no message.
         raise InvalidRequestError(
             f"prompt {i}: {error}; see Engine.generate for the types"
         ) from None
@@ -157,9 +163,9 @@ def _checked_row(row: Any, i: int) -> list[int]:
     return ids
 
 
-def _params(value: Any, i: int) -> SamplingParams:
+def _params(value: Any, i: int, num_prompt_tokens: int) -> tuple[SamplingParams, int | None]:
     try:
-        return SamplingParams.from_dict(value)
+        return read_sampling_params(value, num_prompt_tokens)
     except ValueError as error:
         raise InvalidRequestError(f"sampling_params of prompt {i}: {error}") from None
 
@@ -177,17 +183,20 @@ def _spread(value: Any, num: int, name: str) -> list[Any]:
     return [value] * num
 
 
-def _refuse_unsupported(arguments: Mapping[str, Any]) -> None:
+def _check_others(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
-        if name not in UNSUPPORTED:
+        if not check_generate_argument(name, value):
             hint = did_you_mean(name, _KNOWN)
             raise InvalidRequestError(f"generate: got an unknown argument {name}={value!r}; {hint}")
-        if value not in (None, False):
-            raise InvalidRequestError(
-                f"generate: got {name}={value!r}, but {UNSUPPORTED[name]} are not supported; leave it out"
-            )
 
 
+#: What None stands for, where callers of the common dialect pass it.
+_DEFAULTS = {
+    "return_logprob": False,
+    "logprob_start_len": -1,
+    "top_logprobs_num": 0,
+    "return_token_times": False,
+}
 _KNOWN = (
     "prompt",
     "sampling_params",

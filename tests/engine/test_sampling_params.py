@@ -107,15 +107,23 @@ def test_what_cannot_be_meant_is_refused_in_four_parts(given: dict) -> None:
     ("unknown", "nearest"),
     [
         ("temprature", "temperature"),
-        ("max_tokens", "max_new_tokens"),
+        ("max_gen_len", "max_new_tokens"),
         ("topk", "top_k"),
-        ("seed", "sampling_seed"),
+        ("random_seed", "sampling_seed"),
         ("stop_tokens", "stop_token_ids"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(unknown: str, nearest: str) -> None:
     text = message({unknown: 1})
     assert repr(unknown) in text and text.endswith(f"did you mean {nearest!r}?")
+
+
+def test_what_others_call_a_parameter_is_understood() -> None:
+    given = {"max_tokens": 9, "min_tokens": 2, "seed": 5}
+    expected = {"max_new_tokens": 9, "min_new_tokens": 2, "sampling_seed": 5}
+    assert SamplingParams.from_dict(given) == SamplingParams(**expected)
+    assert SamplingParams.from_dict({"seed": 5, "sampling_seed": 5}).sampling_seed == 5
+    assert "under one name" in message({"max_tokens": 9, "max_new_tokens": 8})
 
 
 def test_unsupported_names_are_accepted_when_they_ask_for_nothing() -> None:

@@ -1,0 +1,43 @@
+"""From the keyword arguments of `Engine` to its `EngineConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..hints import did_you_mean
+from .dialect import engine_options
+
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(EngineConfig)
+    if field.name != "model_path"
+}
+OPTIONS = tuple(_DEFAULTS)
+"""The options of `Engine` by name, all but the model's path."""
+
+
+def engine_config(model_path: str | Path, options: Mapping[str, Any]) -> EngineConfig:
+    """`EngineConfig` from keyword arguments; an unknown or ill-typed one is a `ConfigError` with the nearest name."""
+    given = {name: value for name, value in options.items() if value != _DEFAULTS.get(name, None)}
+    values = engine_options(given)
+    for name in values:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"Engine: got an unknown option {name!r}; {did_you_mean(name, OPTIONS)}"
+            )
+    if "dtype" in values and not isinstance(values["dtype"], str):
+        values["dtype"] = str(values["dtype"]).removeprefix("torch.")
+    for key in ("device", "tokenizer_path", "weight_version"):
+        if values.get(key) is not None:
+            values[key] = str(values[key])
+    try:
+        return msgspec.convert({"model_path": str(model_path), **values}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"Engine: {error}") from None
