@@ -20,7 +20,7 @@ def run_pool(settings: PoolBench, screen: Screen) -> BenchResult:
     """Publish to one engine and to a pool, in turns, from the same tensors."""
     screen.say(f"starting one engine, and a pool of {settings.num_replicas}")
     tensors = trainer_tensors(settings.model, DTYPES[settings.dtype])
-    options = {
+    options: dict[str, Any] = {
         "load_format": "dummy",
         "await_first_update": False,
         "skip_tokenizer_init": True,
