@@ -4,24 +4,47 @@ Such a trainer says names, dtypes and shapes and then broadcasts, whatever the e
 received first, also what is refused afterwards: the group stays in step, and the trainer does not wait for ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ManifestMismatch
+from ..errors import ManifestMismatch, ProtocolError, SessionError
 from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
-from ..layout.manifest import TensorMeta, align, parse_dtype
+from ..layout.manifest import Manifest, TensorMeta, align, parse_dtype
 from ..plan.stage import Stage
 from ..process_groups.landing import telling_bytes
 from ..publisher.selection import Layout, Selector
 from ..transports.group.process_group import UpdateGroup
 from ..wire.messages import EngineInfo, Receive
-from .session import Session
+from .session import Phase, Session
 
 NamedTensor = tuple[str, torch.Tensor]
+
+
+@contextmanager
+def left_on_error(group: UpdateGroup) -> Iterator[None]:
+    """Bytes of the group may be under way that nobody takes: it cannot be used again."""
+    try:
+        yield
+    except Exception:
+        group.destroy(wait_s=0.0)
+        raise
+
+
+def check_can_receive(session: Session, canonical: Manifest) -> None:
+    """`SessionError` or `ProtocolError` where tensors of a plain trainer have no place in the session."""
+    if session.phase is not Phase.STAGING:
+        raise SessionError(
+            "tensors after the vote: expected Commit or Abort; send everything before the commit"
+        )
+    if session.manifest.tensors != canonical.tensors:
+        raise ProtocolError(
+            "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
+        )
 
 
 def receive(

@@ -13,15 +13,12 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import (
-    FingerprintMismatch,
     ProtocolError,
     SessionBusy,
     SessionError,
@@ -31,10 +28,8 @@ from ..errors import (
     WeightUpdateError,
 )
 from ..layout.manifest import Manifest
-from ..layout.tensor_sums import name_key
 from ..layout.weight_map import WeightMap
 from ..plan.plan_cache import PlanCache
-from ..plan.stage import as_uint64
 from ..transports.arena import OpenedArena
 from ..transports.group.kept_stage import StageMemory
 from ..transports.group.process_group import UpdateGroup
@@ -52,12 +47,13 @@ from ..wire.messages import (
     Receive,
 )
 from ..wire.process import current_process, why_dead
-from .agreement import RankAgreement, SoloAgreement, whole_values
+from .agreement import RankAgreement, SoloAgreement
 from .arena_table import ArenaTable
 from .commit import Served, Snapshot, WeightCommit, uint32
 from .host import WeightHost
-from .received import receive, stage_received
+from .received import check_can_receive, left_on_error, receive, stage_received
 from .repair import Repair
+from .resident import ResidentFingerprints
 from .session import Phase, Session, column
 
 logger = logging.getLogger(__name__)
@@ -71,16 +67,6 @@ class _Ending(NamedTuple):
     kind: type[Exception]
     args: tuple[Any, ...]
     arena_id: int
-
-
-@contextmanager
-def _left_on_error(group: UpdateGroup) -> Iterator[None]:
-    """Bytes of the group may be under way that nobody takes: it cannot be used again."""
-    try:
-        yield
-    except Exception:
-        group.destroy(wait_s=0.0)
-        raise
 
 
 class WeightReceiver:
@@ -110,10 +96,9 @@ class WeightReceiver:
         self._wire = self._canonical.to_wire()
         self._plans = PlanCache(self._canonical, weight_map)
         names = [meta.name for meta in self._canonical.tensors]
-        self._name_keys = np.array([name_key(name) for name in names], dtype=np.uint64)
+        self._resident = ResidentFingerprints(names, self._plans, host, self._agreement)
         self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
         self._served = Served(version=version, label=str(version) if label is None else label)
-        self._resident: np.ndarray | None = None  # fingerprints of the served version, once known
         self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
         self.stage_memory = StageMemory(weight_map, self.device)
@@ -187,13 +172,13 @@ class WeightReceiver:
 
     def fingerprint(self) -> FingerprintReply:
         """Read the resident bytes, all of them, now; `WeightUpdateError` while their memory is released."""
-        values = self._read_resident()
+        values = self._resident.read()
         served = self._served
         return FingerprintReply(
             version=served.version,
             label=served.label,
             torn=served.torn,
-            fingerprint=self._combined(values),
+            fingerprint=self._resident.combined(values),
             tensors=values.astype("<u8").tobytes(),
         )
 
@@ -280,17 +265,17 @@ class WeightReceiver:
         ranks to compare.
         """
         start = time.perf_counter()
-        with _left_on_error(group):
+        with left_on_error(group):
             session = self._require(message.session_id, message.epoch)
         try:
-            with _left_on_error(group), session.awaiting_bytes():
-                self._check_can_receive(session)
+            with left_on_error(group), session.awaiting_bytes():
+                check_can_receive(session, self._canonical)
                 session.take_from_groups(self.stage_memory, group)
                 timeout_s = min(message.timeout_s, session.request.lease_s)
                 tensors = receive(group, message, timeout_s, session.stage)
             before = session.present.copy()
             values = stage_received(session, self.info(), tensors)
-            keys = self._name_keys[session.present & ~before]
+            received = self._resident.combined(values, session.present & ~before)
         except Exception as error:
             self._fail(session, error)
             raise
@@ -298,7 +283,7 @@ class WeightReceiver:
         return BucketReply(
             num_staged=int(session.present.sum()),
             stage_s=time.perf_counter() - start,
-            received=int((keys * values).sum(dtype=np.uint64)),
+            received=received,
         )
 
     def miss(self, message: Bucket | Receive, group: UpdateGroup | None, reason: Exception) -> None:
@@ -312,16 +297,6 @@ class WeightReceiver:
         self._refuse(message.session_id)
         if group is not None:
             group.destroy(wait_s=0.0)
-
-    def _check_can_receive(self, session: Session) -> None:
-        if session.phase is not Phase.STAGING:
-            raise SessionError(
-                "tensors after the vote: expected Commit or Abort; send everything before the commit"
-            )
-        if session.manifest.tensors != self._canonical.tensors:
-            raise ProtocolError(
-                "Receive needs a session of the engine's own manifest: send the manifest of EngineInfo in Begin"
-            )
 
     def prepare(self, session_id: str, epoch: int) -> Session:
         """The vote: this rank can commit, or the session ends here. Changes nothing that serves."""
@@ -357,7 +332,7 @@ class WeightReceiver:
             agreement=self._agreement,
             snapshot=self._snapshot,
             on_served=self._set_served,
-            check_restored=self._check_restored,
+            check_restored=self._resident.check_restored,
         )
         try:
             write.run(request.timeout_s)
@@ -391,7 +366,7 @@ class WeightReceiver:
         self._host.weights_torn(reason)
 
     def _lost(self, reason: str) -> None:
-        self._resident = None
+        self._resident.forget()
         self._repair = Repair(reason.partition("\n")[0], len(self._canonical.tensors))
 
     def abort(self, session_id: str, epoch: int, reason: str) -> None:
@@ -507,41 +482,15 @@ class WeightReceiver:
     def _set_served(self, served: Served) -> None:
         self._served = served
 
-    def _read_resident(self) -> np.ndarray:
-        """Fingerprints of the whole resident tensors; all ranks ask at the same time."""
-        known = self._plans.canonical
-
-        def read() -> np.ndarray:
-            with self._host.reading():
-                gone = self._host.unwritable()
-                if gone is not None:  # one rank may be ahead of another with a release
-                    raise WeightUpdateError(f"the parameters cannot be read: {gone}")
-                return as_uint64(known.plan.resident_fingerprints())
-
-        return whole_values(self._agreement, read, known.regions)
-
-    def _combined(self, values: np.ndarray) -> int:
-        return int((self._name_keys * values).sum(dtype=np.uint64))  # modulo 2^64, as `combine`
-
-    def _check_restored(self) -> None:
-        if self._resident is not None and not np.array_equal(self._read_resident(), self._resident):
-            raise FingerprintMismatch("the restored bytes are not those of the previous version")
-
     def _reply(self, session: Session, write: WeightCommit) -> CommitReply:
         covered = session.known.covered(session.present)
-        resident = self._resident
-        if resident is None:
-            resident = np.zeros(len(covered), dtype=np.uint64)
-        exact = session.known.to_canonical(session.declared, resident, session.present)
-        if not exact or (self._resident is None and not covered.all()):
-            resident = self._read_resident()
-        self._resident = resident
+        resident = self._resident.after(session.known, session.declared, session.present, covered)
         return CommitReply(
             version=session.version,
             label=session.label,
             num_updated=int(covered.sum()),
             left=uint32(np.flatnonzero(~covered)),
-            fingerprint=self._combined(resident),
+            fingerprint=self._resident.combined(resident),
             stage_s=session.stage_s,
             begin_to_committed_s=write.committed_at - session.began,
             begin_to_verified_s=write.verified_at - session.began,
