@@ -46,8 +46,8 @@ class EngineConfig:
     """Size of the KV pool; None: from `mem_fraction_static`."""
     mem_fraction_static: float | None = None
     """Share of free memory: for weights and KV pool on a GPU (None: 0.85), for the pool alone on a CPU (None: 0.25)."""
-    block_size: int = 16
-    """Tokens per KV block."""
+    block_size: int | None = None
+    """Tokens per KV block; None: 16 on a CPU, and 64 on a GPU, whose kernels fetch whole blocks."""
     chunked_prefill_size: int | None = None
     """Tokens computed in one step at most, prefill and decode together; None: 2048 on a CPU and 8192 on a GPU."""
     attention_backend: str = "auto"
@@ -129,6 +129,11 @@ class ResolvedConfig:
     """Size of the model's vocabulary."""
     weight_version: str
     """Label of the first weights."""
+
+
+def default_block_size(device: str) -> int:
+    """Tokens per KV block where the configuration leaves them open."""
+    return 64 if device.startswith("cuda") else 16
 
 
 def free_memory_bytes() -> int:

@@ -23,7 +23,7 @@ from weight_sync.publisher.channel import Channel
 from weight_sync.wire.messages import WeightRequest
 from weight_sync.wire.rpc import Call, RpcServer
 
-from ..config import EngineConfig
+from ..config import EngineConfig, default_block_size
 from ..engine.executors.executor import OnChunk, wait
 from ..errors import EngineClosedError, InvalidRequestError, NoUpdateYetError, RolloutError
 from ..protocol import commands as cmd
@@ -76,7 +76,8 @@ class PoolExecutor:
         self._dispatcher = Dispatcher(
             Router(
                 limit=limit,
-                affinity_tokens=pool.affinity_blocks * config.block_size,
+                affinity_tokens=pool.affinity_blocks
+                * (config.block_size or default_block_size(config.device)),
                 slack=pool.affinity_slack,
             ),
             seed=config.seed,

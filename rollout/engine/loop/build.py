@@ -9,7 +9,12 @@ import os
 import torch
 
 from ...cache.kv_cache_manager import KVCacheManager
-from ...config import EngineConfig, ResolvedConfig, free_memory_bytes
+from ...config import (
+    EngineConfig,
+    ResolvedConfig,
+    default_block_size,
+    free_memory_bytes,
+)
 from ...errors import ConfigError
 from ...models.loader import LoadConfig, get_model_loader
 from ...models.model_config import ModelConfig
@@ -111,26 +116,28 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
         raise ConfigError(
             f"context_length: got {context}, expected at most the model's {model.max_position_embeddings} positions"
         )
+    on_gpu = device.startswith("cuda")
+    block_size = config.block_size or default_block_size(device)
     block_bytes = KVPool.bytes_per_block(
         num_layers=model.num_layers,
-        block_size=config.block_size,
+        block_size=block_size,
         num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
         head_dim=model.head_dim,
         dtype=DTYPES[dtype],
     )
     weight_bytes = model.num_parameters * DTYPES[dtype].itemsize // config.tp_size
-    num_blocks = _num_blocks(config, context, block_bytes, weight_bytes, device)
+    longest = -(-context // block_size)
+    num_blocks = _num_blocks(config, longest, block_bytes, weight_bytes, device)
     return ResolvedConfig(
         user=config,
         dtype=dtype,
         device=device,
         context_length=context,
         num_blocks=num_blocks,
-        block_size=config.block_size,
-        chunked_prefill_size=config.chunked_prefill_size
-        or (8192 if device.startswith("cuda") else 2048),
+        block_size=block_size,
+        chunked_prefill_size=config.chunked_prefill_size or (8192 if on_gpu else 2048),
         attention_backend=resolve_backend(config.attention_backend, device),
-        overlap=device.startswith("cuda") if config.overlap is None else config.overlap,
+        overlap=on_gpu if config.overlap is None else config.overlap,
         kv_cache_bytes=num_blocks * block_bytes,
         vocab_size=model.vocab_size,
         weight_version=config.weight_version if config.weight_version is not None else "0",
@@ -138,7 +145,7 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
 
 
 def _num_blocks(
-    config: EngineConfig, context: int, block_bytes: int, weight_bytes: int, device: str
+    config: EngineConfig, longest: int, block_bytes: int, weight_bytes: int, device: str
 ) -> int:
     """Blocks that fit the budget, and no more than all running requests at full length can use."""
     budget = config.kv_cache_bytes
@@ -148,7 +155,7 @@ def _num_blocks(
             budget = int((config.mem_fraction_static or 0.85) * free) - weight_bytes
         else:
             budget = int((config.mem_fraction_static or 0.25) * free_memory_bytes())
-        useful = config.max_running_requests * -(-context // config.block_size) * block_bytes
+        useful = config.max_running_requests * longest * block_bytes
         budget = min(budget, useful)
     num = budget // block_bytes
     if num < 2:

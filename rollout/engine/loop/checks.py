@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...config import EngineConfig, free_memory_bytes
+from ...config import EngineConfig, default_block_size, free_memory_bytes
 from ...errors import ConfigError
 from ...layers.shards import split_evenly, split_kv_heads
 from ...models.checkpoint_files import CheckpointFiles
@@ -59,16 +59,22 @@ def check_dtype(config: EngineConfig, model: ModelConfig) -> str:
     return dtype
 
 
+_AT_LEAST_ONE_OR_NONE = (
+    *("context_length", "kv_cache_bytes", "num_threads"),
+    *("chunked_prefill_size", "block_size"),
+)
+
+
 def check_config(config: EngineConfig) -> None:
     """Ranges that a type cannot express; one error for each field."""
     _check_folder("model_path", config.model_path)
     if config.tokenizer_path is not None and not config.skip_tokenizer_init:
         _check_folder("tokenizer_path", config.tokenizer_path)
-    for name in ("max_running_requests", "block_size", "tp_size"):
+    for name in ("max_running_requests", "tp_size"):
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
-    for name in ("context_length", "kv_cache_bytes", "num_threads", "chunked_prefill_size"):
+    for name in _AT_LEAST_ONE_OR_NONE:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1, or None to choose")
@@ -162,9 +168,10 @@ def _check_memory(
     wanted = config.kv_cache_bytes
     if wanted is None:
         return
+    block_size = config.block_size or default_block_size(device)
     block_bytes = KVPool.bytes_per_block(
         num_layers=model.num_layers,
-        block_size=config.block_size,
+        block_size=block_size,
         num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
         head_dim=model.head_dim,
         dtype=dtype,
@@ -178,7 +185,7 @@ def _check_memory(
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory_bytes()
     ranks_here = 1 if on_gpu else config.tp_size
     if wanted * ranks_here > free:
-        per_request = -(-context // config.block_size) * block_bytes
+        per_request = -(-context // block_size) * block_bytes
         raise ConfigError(
             f"kv_cache_bytes: got {wanted:,} for each of {ranks_here} ranks, expected at most the "
             f"{free // ranks_here:,} bytes that are free on {device}; lower it (a request of {context} tokens takes "
