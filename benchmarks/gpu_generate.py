@@ -43,6 +43,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             str(folder),
             device=device,
             load_format="dummy",
+            await_first_update=False,
             skip_tokenizer_init=True,
             max_running_requests=max(
                 *settings.batch_sizes, settings.rl_prompts * settings.rl_samples

@@ -14,11 +14,18 @@ from rollout.settings import load_settings
 from rollout_benchmarks.figures import figure_of
 from rollout_benchmarks.generate import run_generate
 from rollout_benchmarks.gpu import run_gpu
+from rollout_benchmarks.gpu_generate import num_parameters, run_gpu_generate
 from rollout_benchmarks.group import OURS, run_group
 from rollout_benchmarks.pause import Arrivals, run_pause
 from rollout_benchmarks.results import BenchResult, write_result
 from rollout_benchmarks.screen import Screen
-from rollout_benchmarks.settings import QUICK, BenchSettings, GenerateBench, GpuBench
+from rollout_benchmarks.settings import (
+    QUICK,
+    BenchSettings,
+    GenerateBench,
+    GpuBench,
+    ModelShape,
+)
 from rollout_benchmarks.sync import run_sync
 from rollout_benchmarks.workload import make_jobs, representative
 
@@ -136,3 +143,19 @@ def test_an_update_between_gpus_is_measured_next_to_a_copy(settings: BenchSettin
     for way in settings.gpu.ways:
         assert seconds[way]["publish"]["p50"] > seconds[way]["pause"]["p50"] > 0
     assert len(result.headline) == 3 and result.device.startswith("2 x ")
+
+
+def test_decode_prefill_and_the_rl_shape_come_with_floors(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
+    result = run_gpu_generate(settings.gpu_generate, Screen())
+    [path] = write_result(tmp_path / "result.json", result)
+    content = json.loads(path.read_text())
+    assert all(row["measured"] and row["floor"] and row["ratio"] for row in content["headline"])
+    numbers = content["numbers"]
+    for step in numbers["decode"].values():
+        assert 0 < step["p50_ms"] <= step["p99_ms"]
+        assert step["floor_ms"] > 0 and step["steps"] > 0
+    assert numbers["prefill"]["tokens_per_s"] > 0
+    assert numbers["rl"]["output_tokens"] >= 8
+    assert num_parameters(ModelShape()) == pytest.approx(0.596e9, rel=0.01)
