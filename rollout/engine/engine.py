@@ -22,14 +22,18 @@ from ..protocol.commands import (
     ContinueGeneration,
     Done,
     FlushCache,
+    FreezeGc,
     GetStatus,
     MemoryChanged,
     MemoryTag,
     PauseGeneration,
     PauseMode,
+    ProfileWritten,
     ReleaseMemory,
     ResumeMemory,
+    StartProfile,
     Status,
+    StopProfile,
 )
 from ..tokenizer import Tokenizer
 from .asynchronous import on_own_thread
@@ -160,6 +164,19 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
         self._call(FlushCache())
 
+    def start_profile(self) -> None:
+        """Record what the engine loops do until `stop_profile`. Raises `RolloutError` while a profile is under way."""
+        self._call(StartProfile())
+
+    def stop_profile(self) -> str:
+        """Write a trace that Perfetto opens; the path of rank 0's, on its host, where every rank writes its own."""
+        answer: ProfileWritten = self._call(StopProfile())
+        return answer.path
+
+    def freeze_gc(self) -> None:
+        """Collect garbage once and leave all that lives now out of later collections, which then are short."""
+        self._call(FreezeGc())
+
     def release_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
     ) -> MemoryChanged:
@@ -216,6 +233,19 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
     async def async_flush_cache(self) -> None:
         """As `flush_cache`, awaitable."""
         await self._async_call(FlushCache())
+
+    async def async_start_profile(self) -> None:
+        """As `start_profile`, awaitable."""
+        await self._async_call(StartProfile())
+
+    async def async_stop_profile(self) -> str:
+        """As `stop_profile`, awaitable."""
+        answer: ProfileWritten = await self._async_call(StopProfile())
+        return answer.path
+
+    async def async_freeze_gc(self) -> None:
+        """As `freeze_gc`, awaitable."""
+        await self._async_call(FreezeGc())
 
     async def async_status(self) -> Status:
         """As `status`, awaitable."""

@@ -86,6 +86,18 @@ class FlushCache(Message, frozen=True, kw_only=True):
     """Drop every cached prefix; refused while requests are pending."""
 
 
+class StartProfile(Message, frozen=True, kw_only=True):
+    """Record what the engine loops do, until `StopProfile`; refused while a profile is under way."""
+
+
+class StopProfile(Message, frozen=True, kw_only=True):
+    """Write the profile, a file for each rank on its host; answered by `ProfileWritten`."""
+
+
+class FreezeGc(Message, frozen=True, kw_only=True):
+    """Collect garbage once, and leave all that lives now out of later collections."""
+
+
 class GetWeights(Message, frozen=True, kw_only=True):
     """Read one parameter back by its Hugging Face name."""
 
@@ -193,6 +205,13 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """How often it began anew because its replica died (pools); what came before a new beginning is void."""
 
 
+class ProfileWritten(Message, frozen=True, kw_only=True):
+    """A profile is on disk."""
+
+    path: str
+    """Rank 0's file, on its host; other ranks write files of their own there."""
+
+
 class Done(Message, frozen=True, kw_only=True):
     """A command was carried out."""
 
@@ -253,10 +272,13 @@ Command = (
     | PauseGeneration
     | ContinueGeneration
     | FlushCache
+    | StartProfile
+    | StopProfile
+    | FreezeGc
     | GetWeights
     | ReleaseMemory
     | ResumeMemory
     | GetStatus
     | Shutdown
 )
-Answer = SampleUpdate | Done | MemoryChanged | WeightValues | Status
+Answer = SampleUpdate | Done | ProfileWritten | MemoryChanged | WeightValues | Status

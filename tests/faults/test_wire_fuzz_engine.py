@@ -55,6 +55,7 @@ SEEDS: list[Any] = [
     cmd.PauseGeneration(mode="retract", lease_s=0.01),
     cmd.ContinueGeneration(),
     cmd.FlushCache(),
+    cmd.FreezeGc(),
     cmd.GetWeights(name="model.norm.weight", truncate_size=3),
     cmd.GetStatus(),
     wm.Hello(),

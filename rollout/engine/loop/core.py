@@ -36,6 +36,7 @@ from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
 from .pipeline import StepPipeline
 from .postprocess import Postprocessor
+from .profiling import Profiling
 from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .throughput_log import ThroughputLog
@@ -80,7 +81,7 @@ class EngineCore:
             sampler=sampler,
             ahead=config.overlap,
             fail=self._fail_step,
-            note=self._note_step,
+            note=lambda batch: self._throughput.note(batch),
         )
         self.memory = MemoryOccupation(runner)
         self.host = EngineWeightHost(
@@ -127,6 +128,7 @@ class EngineCore:
             cmd.ResumeMemory: self._resume_memory,
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
+            **Profiling(self.pipeline, ranks.spec.rank).handlers(),
         }
 
     # ---- any thread ----------------------------------------------------------------------------------------------
@@ -239,9 +241,6 @@ class EngineCore:
         else:
             self._watch.idles()
         return found
-
-    def _note_step(self, batch: ScheduledBatch) -> None:
-        self._throughput.note(batch)
 
     def _fail_step(self, batch: ScheduledBatch, error: Exception) -> None:
         """End the calls of a batch that could not be computed; the engine and all other calls go on."""

@@ -11,6 +11,8 @@ and is not scheduled again. Commands that could notice wait until the step under
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from ...layers.sampler import TokenSampler
 from ...runner.model_runner import ModelRunner
@@ -42,26 +44,32 @@ class StepPipeline:
         self.ahead = ahead
         """Launch a step before the last one's tokens are known."""
         self._flight: Flight | None = None
+        self.named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        """The context of a part of a step, by its name; a profiler's range while there is one."""
 
     def step(self) -> bool:
         """Launch one batch and take in the one before (or itself, when not ahead); False if there was nothing to do."""
-        batch = self._scheduler.schedule()
+        with self.named("schedule"):
+            batch = self._scheduler.schedule()
         if batch is None:
             return self.settle()
         flight = self._flight
         drawn = None if flight is None else flight.drawn(self._sampler)
+        what = f"launch {len(batch.items)} requests, {batch.num_tokens} tokens"
         try:
-            launched = self._runner.launch(batch, drawn)
+            with self.named(what):
+                launched = self._runner.launch(batch, drawn)
         except Exception as error:
             self.settle()
             self._fail(batch, error)
             return True
         self.settle()
         try:
-            rows = self._scheduler.complete(batch)
-            if launched.hidden is not None:
-                self._post.input_logprobs(batch, launched.hidden)
-            self._flight = self._post.sample(batch, launched, rows)
+            with self.named("complete, draw"):
+                rows = self._scheduler.complete(batch)
+                if launched.hidden is not None:
+                    self._post.input_logprobs(batch, launched.hidden)
+                self._flight = self._post.sample(batch, launched, rows)
         except Exception as error:
             self._fail(batch, error)
         self._note(batch)
@@ -75,7 +83,8 @@ class StepPipeline:
         if flight is None:
             return False
         try:
-            self._post.land(flight)
+            with self.named("take in the tokens"):
+                self._post.land(flight)
         except Exception as error:
             self._fail(flight.batch, error)
         return True
