@@ -226,7 +226,7 @@ class CudaGraphRunner:
         width = int(positions.max()) // block_size + 1
         tables = self._host_tables.gather(rows, width)
         columns = np.zeros((_NUM_INPUTS, size), np.int32)
-        columns[1] = columns[3] = -1
+        columns[3] = -1
         columns[0, :num] = tokens = np.fromiter(
             (request.token_ids[-1] for request in requests), np.int32, num
         )
@@ -249,8 +249,8 @@ class CudaGraphRunner:
         """What a graph holds."""
         size = kind.size
         token_ids, sources, positions, slots, seq_lens, *columns, prefixes = inputs
-        drawn = self._sampler.tokens.index_select(0, sources.clamp(min=0))
-        token_ids = torch.where(sources < 0, token_ids, drawn.to(torch.int32))
+        drawn = self._sampler.tokens.index_select(0, sources)
+        token_ids = torch.where(token_ids >= 0, token_ids, drawn)
         step = self._backend.step(
             DeviceBatch(
                 positions=positions,
@@ -273,7 +273,7 @@ def _padding(size: int) -> list[Array]:
     """Inputs of a step whose rows are all padding."""
     numbers = np.zeros(size, np.int32)
     return [
-        *(numbers, numbers - 1, numbers, numbers - 1, numbers),
+        *(numbers, numbers, numbers, numbers - 1, numbers),
         *(np.zeros(size, np.int64), numbers, np.ones(size, np.float32)),
         *(np.ones(size, np.uint8), numbers, np.ones(size, np.float32)),
         *(np.zeros(size, np.float32), np.zeros(num_numbers(size), np.int32)),
