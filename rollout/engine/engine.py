@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,6 +45,7 @@ from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
 from .info import InfoCalls
 from .loop.checks import check_start
+from .model_folder import remove_model_folder, write_model_folder
 from .options import OPTIONS, engine_config
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,9 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             engine.generate("2 + 2 =", {"max_new_tokens": 8, "temperature": 0})
             WeightPublisher(engine).publish(model)
     """
+
+    _remove_folder: Callable[[], object] | None = None
+    """Removes the folder that was written for this engine alone; None: it has none."""
 
     def __init__(
         self,
@@ -122,6 +128,33 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         # on a thread that outlives it would abort the process.
         self._finalizer = weakref.finalize(self, _close_forgotten, self._maybe_executor)
         logger.info("engine ready: %s", self.status().resolved)
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, tokenizer: Any = None, **options: Any) -> Self:
+        """An engine for a transformers model in this process; returns when it serves the model's present parameters.
+
+        No weights are written to disk: the engine gets the configuration and the tokenizer in a private folder, which
+        goes with it, and the parameters as any later update. `dtype` is the parameters' unless `options`, which are
+        those of the constructor, say otherwise. Without a `tokenizer` it works on token ids.
+        """
+        folder = write_model_folder(model, tokenizer)
+        remove = functools.partial(remove_model_folder, folder, os.getpid())
+        label = options.get("weight_version")
+        options.setdefault("dtype", next(model.parameters()).dtype)
+        if tokenizer is None:
+            options.setdefault("skip_tokenizer_init", True)
+        try:
+            engine = cls(folder, **{**options, "load_format": "dummy"})
+        except BaseException:
+            remove()
+            raise
+        engine._remove_folder = weakref.finalize(engine, remove)
+        try:
+            engine._publisher.publish(model, label=None if label is None else str(label))
+        except BaseException:
+            engine.shutdown()
+            raise
+        return engine
 
     def _start(self) -> Executor:
         return make_executor(self.config)
@@ -282,6 +315,8 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
                     client.close()
         finally:
             executor.close()
+            if self._remove_folder is not None:
+                self._remove_folder()
 
     def __enter__(self) -> Self:
         return self
