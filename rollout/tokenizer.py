@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,55 @@ class Tokenizer:
         """The tokenizer's end token, None if it has none."""
         return self._tokenizer.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with the tokenizer's own special tokens."""
-        return list(self._tokenizer.encode(text))
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token, None if it has none."""
+        return self._tokenizer.pad_token_id
+
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids of `text`, with the tokenizer's own special tokens or, if `add_special_tokens` is False, without.
+
+        None: as True, but where `text` has its begin token already, as from a chat template, it gets no second one.
+        """
+        if add_special_tokens is not None:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        ids = list(self._tokenizer.encode(text))
+        begin = self._tokenizer.bos_token
+        if begin and text.lstrip().startswith(begin):
+            own = list(self._tokenizer.encode(text, add_special_tokens=False))
+            if ids[: len(own) + 1] == [self._tokenizer.bos_token_id, *own]:
+                return ids[1:]
+        return ids
 
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, spaces: bool = True
     ) -> str:
-        """Text of `token_ids`."""
-        return self._tokenizer.decode(
-            list(token_ids),
+        """Text of `token_ids` as it continues other text: a space at its beginning stays."""
+        start, text = self._start or ([], "")
+        whole: str = self._tokenizer.decode(
+            [*start, *token_ids],
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces,
         )
+        return whole[len(text) :]
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, as log-probability entries show it."""
-        return self._tokenizer.decode([token_id])
+        return self.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def _start(self) -> tuple[list[int], str] | None:
+        """What to decode before a continuation, and its text; None: nothing is needed.
+
+        Tokenizers in the way of sentencepiece take away the space that the first piece begins with.
+        """
+        ids = list(self._tokenizer.encode("a b", add_special_tokens=False))
+        if len(ids) < 2 or self._tokenizer.decode(ids) != "a b":
+            return None
+        piece = self._tokenizer.convert_ids_to_tokens(ids[-1])
+        if not piece.startswith("\u2581") or self._tokenizer.decode(ids[-1:]) == " b":
+            return None
+        return ids[:-1], self._tokenizer.decode(ids[:-1])
 
 
 #: Any of these makes a folder one that a tokenizer can be loaded from.
@@ -85,6 +118,13 @@ def end_token_ids(model_path: str | Path, tokenizer: Tokenizer | None) -> frozen
     return frozenset(found)
 
 
+def pad_token_id(model_path: str | Path) -> int | None:
+    """The padding token according to the folder's `config.json`; None: it names none."""
+    file = Path(model_path) / "config.json"
+    value = json.loads(file.read_text()).get("pad_token_id") if file.is_file() else None
+    return value if isinstance(value, int) else None
+
+
 class StopStringWatcher:
     """Looks for stop strings at the end of a growing output.
 
@@ -111,8 +151,13 @@ class StopStringWatcher:
         return next((stop for stop in self._stops if stop in tail), None)
 
 
-def encode_prompts(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt; `InvalidRequestError` where the engine has no tokenizer or a prompt is empty."""
+def encode_prompts(
+    tokenizer: Tokenizer | None, prompts: Sequence[str], add_special_tokens: bool | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt; `InvalidRequestError` where there is no tokenizer, or a prompt is empty or no text.
+
+    add_special_tokens: as `Tokenizer.encode`.
+    """
     if tokenizer is None:
         raise InvalidRequestError(
             "cannot encode a text prompt: got skip_tokenizer_init=True, expected a tokenizer; pass input_ids instead"
@@ -123,10 +168,22 @@ def encode_prompts(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> list[
             raise InvalidRequestError(
                 f"prompt {i}: got {type(prompt).__name__}, expected str; pass token ids as input_ids"
             )
-        ids = tokenizer.encode(prompt)
+        if not _is_unicode(prompt):
+            raise InvalidRequestError(
+                f"prompt {i}: got half of a surrogate pair, expected text; decode it with errors='replace'"
+            )
+        ids = tokenizer.encode(prompt, add_special_tokens)
         if not ids:
             raise InvalidRequestError(
                 f"prompt {i}: got no tokens, expected at least one; prompts must not be empty"
             )
         encoded.append(ids)
     return encoded
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,12 +7,14 @@ import math
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
 from ..errors import DeadlineExceeded, InvalidRequestError, RolloutError
 from ..protocol.commands import ENDED_LATE, AbortRequests, SampleUpdate
+from ..tokenizer import pad_token_id
 from .asynchronous import answer_of
 from .client import EngineClient
 from .executors.executor import wait
@@ -21,7 +23,10 @@ from .prepare import PreparedGenerate, prepare
 Result = dict[str, Any]
 
 #: Arguments of `generate` by what `_prepare` does with them.
-_OWN = ("prompt", "sampling_params", "input_ids", "stream", "rid", "return_text_in_logprobs")
+_OWN = (
+    *("prompt", "sampling_params", "input_ids", "stream", "rid", "return_text_in_logprobs"),
+    *("attention_mask", "add_special_tokens"),
+)
 _PER_PROMPT = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
     "return_token_times",
@@ -71,6 +76,8 @@ class GenerationCalls(EngineClient):
         return_text_in_logprobs: bool = False,
         return_token_times: bool | Sequence[bool] = False,
         timeout_s: float | None = None,
+        attention_mask: Any = None,
+        add_special_tokens: bool | None = None,
         **others: Any,
     ) -> Any:
         """Complete prompts.
@@ -84,9 +91,14 @@ class GenerationCalls(EngineClient):
         Returns one dictionary for one prompt with n = 1, else a list, prompt-major; with `stream`, an iterator of
         cumulative dictionaries (with their `index` where there are several samples).
 
+        Text gets the special tokens that the tokenizer adds, but no second begin token where a chat template has put
+        one; `add_special_tokens` True or False: exactly the tokenizer's, or none. `input_ids` may be tensors or arrays;
+        padding is refused unless `attention_mask` says where it is.
+
         A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
         `cached_tokens`, `finish_reason`, `weight_version` (label), `weight_version_number`, `weight_versions` (spans of
-        output tokens), `e2e_latency` (s), `num_retractions`, `num_reruns`, with `return_logprob` also
+        output tokens), `e2e_latency` (s), `num_retractions`, `num_reruns`, `context_exhausted` (the context ended the
+        output before `max_new_tokens` did), with `return_logprob` also
         `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`; -1: none) as
         (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their tables, with
         `return_token_times` the wall-clock time of each token.
@@ -143,6 +155,8 @@ class GenerationCalls(EngineClient):
         return_text_in_logprobs: bool = False,
         return_token_times: bool | Sequence[bool] = False,
         timeout_s: float | None = None,
+        attention_mask: Any = None,
+        add_special_tokens: bool | None = None,
         **others: Any,
     ) -> Any:
         """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
@@ -231,7 +245,19 @@ class GenerationCalls(EngineClient):
             )
         given["prompt"] = given["prompt"] if text is None else text
         per_prompt = {name: arguments[name] for name in _PER_PROMPT}
-        return prepare(self._tokenizer, **given, per_prompt=per_prompt, others=others)
+        return prepare(
+            self._tokenizer,
+            **given,
+            per_prompt=per_prompt,
+            others=others,
+            pad_token_id=self._pad_token_id,
+        )
+
+    @cached_property
+    def _pad_token_id(self) -> int | None:
+        if self._tokenizer is not None:
+            return self._tokenizer.pad_token_id
+        return pad_token_id(self.config.model_path)
 
     def _stream(self, prepared: PreparedGenerate, limit: float) -> Iterator[Result]:
         updates: queue.SimpleQueue[SampleUpdate | None] = queue.SimpleQueue()

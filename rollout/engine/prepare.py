@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from ..errors import InvalidRequestError
 from ..hints import did_you_mean
 from ..protocol.commands import Generate, PromptSpec, SampleUpdate
 from ..sampling_params import SamplingParams
-from ..tokenizer import Tokenizer, encode_prompts
+from ..tokenizer import Tokenizer
 from .dialect import check_generate_argument
+from .prompts import prompt_token_ids
 from .results import ResultBuilder
 from .sampling_inputs import read_sampling_params
 
@@ -59,13 +60,23 @@ def prepare(
     return_text_in_logprobs: bool,
     per_prompt: Mapping[str, Any],
     others: Mapping[str, Any],
+    attention_mask: Any = None,
+    add_special_tokens: bool | None = None,
+    pad_token_id: int | None = None,
 ) -> PreparedGenerate:
     """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt.
 
     `others` are arguments that only the common dialect has, see `dialect`.
     """
     _check_others(others)
-    ids, is_list = _token_ids(tokenizer, prompt, input_ids)
+    ids, is_list = prompt_token_ids(
+        tokenizer,
+        prompt,
+        input_ids,
+        attention_mask=attention_mask,
+        add_special_tokens=add_special_tokens,
+        pad_token_id=pad_token_id,
+    )
     num = len(ids)
     read = [
         _params(value, i, len(ids[i]))
@@ -125,44 +136,6 @@ def _spec(i: int, num_logprobs: int | None, **fields: Any) -> PromptSpec:
         ) from None
 
 
-def _token_ids(
-    tokenizer: Tokenizer | None, prompt: Any, input_ids: Any
-) -> tuple[list[list[int]], bool]:
-    if (prompt is None) == (input_ids is None):
-        got = "both" if prompt is not None else "neither"
-        raise InvalidRequestError(f"got {got} of prompt and input_ids, expected exactly one")
-    if prompt is not None:
-        is_list = isinstance(prompt, (list, tuple))
-        return encode_prompts(tokenizer, list(prompt) if is_list else [prompt]), is_list
-    if hasattr(input_ids, "tolist"):
-        input_ids = input_ids.tolist()
-    if (
-        not isinstance(input_ids, Sequence)
-        or isinstance(input_ids, (str, bytes))
-        or not len(input_ids)
-    ):
-        raise InvalidRequestError(
-            f"input_ids: got {type(input_ids).__name__} {str(input_ids)[:40]!r}, expected a list of token ids, or a "
-            "list of such lists, with at least one entry"
-        )
-    is_list = not isinstance(input_ids[0], int)
-    rows = input_ids if is_list else [input_ids]
-    return [_checked_row(row, i) for i, row in enumerate(rows)], is_list
-
-
-def _checked_row(row: Any, i: int) -> list[int]:
-    ids = list(row.tolist() if hasattr(row, "tolist") else row)
-    for token in ids:
-        if type(token) is not int or not 0 <= token < 1 << 31:
-            raise InvalidRequestError(
-                f"input_ids of prompt {i}: got {token!r} ({type(token).__name__}), expected token ids: whole numbers "
-                "of at least 0"
-            )
-    if not ids:
-        raise InvalidRequestError(f"input_ids of prompt {i}: got no tokens, expected at least one")
-    return ids
-
-
 def _params(value: Any, i: int, num_prompt_tokens: int) -> tuple[SamplingParams, int | None]:
     try:
         return read_sampling_params(value, num_prompt_tokens)
@@ -207,6 +180,8 @@ _KNOWN = (
     "token_ids_logprob",
     "return_text_in_logprobs",
     "return_token_times",
+    "attention_mask",
+    "add_special_tokens",
     "stream",
     "rid",
     "timeout_s",

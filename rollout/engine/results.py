@@ -65,6 +65,7 @@ class ResultBuilder:
             "completion_tokens": len(self._output_ids),
             "cached_tokens": last.cached_tokens,
             "finish_reason": _finish_reason(last),
+            "context_exhausted": self._context_exhausted(last),
             "weight_version": last.weight_version,
             "weight_version_number": last.weight_version_number,
             "e2e_latency": last.e2e_latency,
@@ -85,6 +86,11 @@ class ResultBuilder:
         if last.token_times is not None:
             meta["token_times"] = list(self._token_times)
         return {"text": self._text(last), "output_ids": list(self._output_ids), "meta_info": meta}
+
+    def _context_exhausted(self, last: SampleUpdate) -> bool:
+        """The output ended because the context did, before `max_new_tokens` were there."""
+        ended_by_length = last.finish_reason is not None and last.finish_reason.type == "length"
+        return ended_by_length and len(self._output_ids) < self._params.max_new_tokens
 
     def _add_logprobs(self, meta: dict[str, Any], first: SampleUpdate, last: SampleUpdate) -> None:
         if last.output_logprobs is not None:
