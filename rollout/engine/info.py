@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,16 @@ class InfoCalls(EngineClient):
 
     async def async_get_server_info(self) -> dict[str, Any]:
         """As `get_server_info`, awaitable."""
-        return await asyncio.to_thread(self.get_server_info)
+        status: Status = await self._async_call(GetStatus())
+        return self._server_info(status)
 
     async def async_get_model_info(self) -> dict[str, Any]:
         """As `get_model_info`, awaitable."""
-        return await asyncio.to_thread(self.get_model_info)
+        status: Status = await self._async_call(GetStatus())
+        return self._model_info(status)
 
     def _server_info(self, status: Status) -> dict[str, Any]:
-        tp_size = self.config.tp_size
+        tp_size, num_engines = self.config.tp_size, self._num_engines()
         on_gpu = str(status.resolved["device"]).startswith("cuda")
         return {
             **status.resolved,
@@ -44,9 +45,9 @@ class InfoCalls(EngineClient):
             "tokenizer_path": self._tokenizer_path(),
             "tp_size": tp_size,
             "pp_size": 1,
-            "dp_size": 1,
+            "dp_size": num_engines,
             "ep_size": 1,
-            "num_gpus": tp_size if on_gpu else 0,
+            "num_gpus": tp_size * num_engines if on_gpu else 0,
             "enable_memory_saver": True,
             "enable_return_routed_experts": False,
             "disaggregation_mode": "null",
@@ -70,6 +71,9 @@ class InfoCalls(EngineClient):
             "model_type": config.get("model_type"),
             "architectures": config.get("architectures"),
         }
+
+    def _num_engines(self) -> int:
+        return 1
 
     def _tokenizer_path(self) -> str | None:
         if self.config.skip_tokenizer_init:

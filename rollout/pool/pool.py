@@ -46,8 +46,23 @@ class RolloutPool(Engine):
             pool.publish(model, label="step 17")
     """
 
-    def __init__(self, model_path: str | Path, **options: Any) -> None:
-        own = {name: options.pop(name) for name in list(options) if name in POOL_OPTIONS}
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        num_replicas: int = 2,
+        max_inflight_samples: int | None = None,
+        affinity_blocks: int = 4,
+        affinity_slack: int = 8,
+        replace_dead: bool = True,
+        max_reruns: int = 3,
+        max_start_failures: int = 3,
+        health_interval_s: float = 2.0,
+        health_timeout_s: float = 30.0,
+        **options: Any,
+    ) -> None:
+        given = locals()
+        own = {name: given[name] for name in POOL_OPTIONS}
         try:
             self.pool_config = msgspec.convert(own, PoolConfig)
         except msgspec.ValidationError as error:
@@ -84,6 +99,9 @@ class RolloutPool(Engine):
         executor = self._executor
         assert isinstance(executor, PoolExecutor)
         return executor
+
+    def _num_engines(self) -> int:
+        return len(self.replicas())
 
     @property
     def weight_version(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
 import warnings
@@ -13,11 +14,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from rollout import Engine
+from rollout import Engine, RolloutPool
 from rollout.config import EngineConfig
 from rollout.engine.options import engine_config
 from rollout.engine.sampling_inputs import read_sampling_params
 from rollout.errors import ConfigError, InvalidRequestError
+from rollout.pool.config import PoolConfig
 from rollout.sampling_params import SamplingParams
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
@@ -41,6 +43,13 @@ def test_the_constructor_names_every_option_with_its_default() -> None:
     assert named == list(fields)
     del fields["model_path"]
     assert {name: parameters[name].default for name in fields} == fields
+
+
+def test_a_pool_names_its_own_options_with_their_defaults() -> None:
+    parameters = inspect.signature(RolloutPool.__init__).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(PoolConfig)}
+    assert {name: parameters[name].default for name in fields} == fields
+    assert list(parameters) == ["self", "model_path", *fields, "options"]
 
 
 def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
@@ -189,3 +198,5 @@ def test_an_engine_describes_itself_under_the_keys_that_callers_read(
     assert server["dtype"] == "float32" and server["disaggregation_mode"] == "null"
     assert server["max_total_num_tokens"] >= 512
     assert (model["weight_version"], model["model_type"]) == ("0", "qwen3")
+    assert asyncio.run(engine.async_get_model_info()) == model
+    assert asyncio.run(engine.async_get_server_info()) == server
