@@ -13,9 +13,20 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from sync_support import arenas_mapped, eventually, kill, num_descriptors, read_line
+from sync_support import (
+    ToyEngine,
+    arenas_mapped,
+    eventually,
+    kill,
+    num_descriptors,
+    read_line,
+    weights,
+)
 
+from weight_sync import WeightPublisher
 from weight_sync.errors import TransportError
+from weight_sync.receiver import service
+from weight_sync.transports import uploaded_arena
 from weight_sync.transports.shared_memory import (
     HEADER_BYTES,
     OpenedSharedMemoryArena,
@@ -173,3 +184,14 @@ def test_an_engine_sees_that_a_trainer_has_closed_its_end() -> None:
     assert opened.given_up()
     another.close()
     opened.close()
+
+
+def test_an_engine_whose_gpu_can_spare_nothing_writes_from_the_hosts_memory(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "needs_upload", lambda device: True)
+    monkeypatch.setattr(uploaded_arena, "can_spare", lambda device, num_bytes: False)
+    with WeightPublisher(engine, transport="shared_memory") as publisher:
+        publisher.publish(weights(1.0))
+        assert engine.values() == {1.0} and not engine.receiver.stage_memory.held
+    assert "out of the host's memory" in caplog.text

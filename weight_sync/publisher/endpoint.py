@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from ..devices.room import can_spare
 from ..errors import SyncError, TransportError
 from ..layout.fingerprints import ArenaFingerprints
 from ..transports.arena import Arena
@@ -206,18 +207,25 @@ class EngineEndpoint:
                 "cannot open memory of this process itself: got transport='cuda_ipc' and an engine in this process, "
                 "expected one in another; use 'auto' or 'local'"
             )
-        memory = ipc_memory_of(_gpu(self._gpu))
-        arena = CudaIpcArena(layout.manifest.arena_bytes, memory)
+        gpu = _gpu(self._gpu)
+        num_bytes = layout.manifest.arena_bytes
+        if self._transport == "auto" and not can_spare(gpu, num_bytes):
+            raise TransportError(
+                f"{gpu} has no {num_bytes} bytes to spare for an arena: got fewer free, expected that and some more; "
+                "transport='cuda_ipc' takes the last ones"
+            )
+        arena = CudaIpcArena(num_bytes, ipc_memory_of(gpu))
         return self._open(channel, arena, layout, "cuda_ipc", deadline)
 
     def _local_arena(self, num_bytes: int, device: torch.device) -> LocalArena:
-        try:
-            return LocalArena(num_bytes, device)
-        except TransportError as error:
-            if self._transport != "auto":
-                raise
-            logger.warning("weights go through memory of the CPU: %s", error)
+        if self._transport == "auto" and not can_spare(device, num_bytes):
+            logger.warning(
+                "weights go through memory of the CPU: %s has no %d bytes to spare",
+                device,
+                num_bytes,
+            )
             return LocalArena(num_bytes)
+        return LocalArena(num_bytes, device)
 
     @staticmethod
     def _may_share_gpu_memory(info: EngineInfo) -> bool:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from ..devices.registration import Registration
+from ..devices.room import can_spare
 from ..errors import DeadlineExceeded
 from ..plan.plan import Plan
 from ..plan.stage import ArenaStage, Check, WriteMark, check_size
 from ..wire.messages import SharedMemoryHandle
 from .group.kept_plan import Chunk, KeptPlan
-from .group.kept_stage import StageMemory
+from .group.kept_stage import NoStageMemory, StageMemory
 from .shared_memory import OpenedSharedMemoryArena
 from .spans import chunks_of, ranges_of
 
@@ -35,6 +36,11 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
     _writable = True  # what is registered must be
 
     def __init__(self, handle: SharedMemoryHandle, memory: StageMemory) -> None:
+        if not memory.held and not can_spare(memory.device, memory.shadow_bytes):
+            raise NoStageMemory(
+                f"no memory on {memory.device} to stage an update: got too little for {memory.shadow_bytes} bytes, "
+                "expected that and some for the steps; lower kv_cache_bytes or mem_fraction_static"
+            )
         super().__init__(handle)
         self._memory: StageMemory | None = None
         self._registration = Registration.of(self.buffer, memory.device)

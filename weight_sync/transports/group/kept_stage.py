@@ -61,6 +61,16 @@ class StageMemory:
         landings = sum(buffer.numel() for buffer in self._landings.values())
         return landings + (0 if self._shadow is None else self._shadow.num_bytes)
 
+    @property
+    def shadow_bytes(self) -> int:
+        """What it takes at least: this rank's parameters once."""
+        return sum(tensor.nbytes for tensor in self._weight_map.parameters.values())
+
+    @property
+    def held(self) -> bool:
+        """Somebody needs it now."""
+        return self._num_holders > 0
+
     def hold(self) -> None:
         """Somebody needs it from now on."""
         self._existing_shadow()
@@ -117,8 +127,7 @@ class StageMemory:
 
     def _existing_shadow(self) -> Shadow:
         if self._shadow is None:
-            num_bytes = sum(tensor.nbytes for tensor in self._weight_map.parameters.values())
-            with _no_memory_is_an_answer(num_bytes, self._device):
+            with _no_memory_is_an_answer(self.shadow_bytes, self._device):
                 self._shadow = Shadow(self._weight_map)
         return self._shadow
 
