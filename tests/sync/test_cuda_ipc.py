@@ -5,6 +5,8 @@ Without a GPU it runs over memory files; everything but the driver's own calls i
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +15,15 @@ import msgspec
 import pytest
 import torch
 from ipc_stand_in import MemoryFiles, stand_in
-from sync_support import ToyEngine, eventually, kill, read_line, weights
+from sync_support import ALIAS, ToyEngine, eventually, kill, read_line, weights
 
+import weight_sync
 from weight_sync import WeightPublisher
 from weight_sync.devices.raw_memory import tensor_at
 from weight_sync.errors import (
     FingerprintMismatch,
+    ManifestMismatch,
+    ProtocolError,
     SessionBusy,
     StaleVersionError,
     TransportError,
@@ -283,6 +288,77 @@ def test_an_engine_that_has_forgotten_the_manifest_is_told_it_again(
     monkeypatch.setattr(Update, "_begin_request", forgotten)
     assert publisher.publish(weights(2.0)).version == 2
     assert asked == [False, True] and state()["values"] == [2.0]
+
+
+def test_an_arena_of_two_buckets_is_filled_and_read_in_turn(
+    far: tuple[WeightPublisher, Callable[[], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, state = far
+    places: list[int | None] = []
+    real = Update._submit_bucket
+
+    def noted(update: Update, packed: Any, deadline: Any) -> None:
+        places.append(packed.at)
+        real(update, packed, deadline)
+
+    monkeypatch.setattr(Update, "_submit_bucket", noted)
+    with WeightPublisher(
+        first._endpoint._target, transport="cuda_ipc", arena_bytes=2048
+    ) as publisher:
+        for value in (2.0, 3.0):
+            report = publisher.publish(weights(value))
+            assert state()["values"] == [value]
+            assert report.fingerprint == weight_sync.fingerprint(weights(value))
+        packed = publisher._endpoint._packed
+        assert packed is not None and packed.buffer.numel() == 2048
+        assert len(places) >= 6 and set(places) == {0, 1024}
+        assert all(a != b for a, b in itertools.pairwise(places[: len(places) // 2]))
+        with pytest.raises(ManifestMismatch, match="tied tensor apart from its twin"):
+            publisher.publish(iter([*weights(4.0).items(), (ALIAS, weights(4.0)["embed.weight"])]))
+        publisher.publish(weights(5.0) | {ALIAS: weights(5.0)["embed.weight"]})
+        assert state()["values"] == [5.0] and state()["mixtures"] == []
+    with (
+        WeightPublisher(first._endpoint._target, transport="cuda_ipc", arena_bytes=1000) as small,
+        pytest.raises(TransportError, match="expected at least 1536"),
+    ):
+        small.publish(weights(6.0))
+
+
+def test_a_place_of_its_own_is_for_buckets_of_a_window_alone(
+    far: tuple[WeightPublisher, Callable[[], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, state = far
+    real = Update._submit_bucket
+
+    def placed(at: int | None) -> None:
+        monkeypatch.setattr(
+            Update,
+            "_submit_bucket",
+            lambda update, packed, deadline: real(
+                update, dataclasses.replace(packed, at=at), deadline
+            ),
+        )
+
+    placed(0)
+    with pytest.raises(ProtocolError, match="expected None"):
+        publisher.publish(weights(2.0))
+    placed(None)
+    with (
+        WeightPublisher(
+            publisher._endpoint._target, transport="cuda_ipc", arena_bytes=2048
+        ) as window,
+        pytest.raises(ProtocolError, match="at=None"),
+    ):
+        window.publish(weights(2.0))
+    placed(1 << 20)
+    with (
+        WeightPublisher(
+            publisher._endpoint._target, transport="cuda_ipc", arena_bytes=2048
+        ) as window,
+        pytest.raises(ProtocolError, match="out of its arena"),
+    ):
+        window.publish(weights(2.0))
+    assert state()["values"] == [1.0]
 
 
 def test_a_tensor_lies_over_memory_that_torch_did_not_allocate() -> None:

@@ -83,7 +83,8 @@ def far_engine() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 KINDS = [
-    *("local", "shared_memory", "uploaded", "served", "tcp", "other_process", "cuda_ipc"),
+    *("local", "shared_memory", "uploaded", "served", "tcp", "other_process"),
+    *("cuda_ipc", "cuda_ipc_window"),
     *("disk", "process_group"),
 ]
 
@@ -99,9 +100,9 @@ def make_link(
     if kind == "uploaded":  # as for parameters on a GPU
         patch = request.getfixturevalue("monkeypatch")
         patch.setattr(service, "needs_upload", lambda device: True)
-    if kind == "cuda_ipc":
+    if kind.startswith("cuda_ipc"):
         stand_in(request.getfixturevalue("monkeypatch"))
-    if kind in ("other_process", "cuda_ipc"):
+    if kind in ("other_process", "cuda_ipc", "cuda_ipc_window"):
         target, state = request.getfixturevalue("far_engine")
     else:
         served = kind in ("served", "tcp")
@@ -115,6 +116,8 @@ def make_link(
     def make(**options: Any) -> Link:
         if kind in ("shared_memory", "process_group", "cuda_ipc"):
             options["transport"] = kind
+        if kind == "cuda_ipc_window":
+            options |= {"transport": "cuda_ipc", "arena_bytes": 2048}
         if kind == "uploaded":
             options["transport"] = "shared_memory"
         link = (DiskLink if kind == "disk" else Link)(target, state, **options)

@@ -27,8 +27,13 @@ Fill = Callable[[torch.Tensor], "Future[Any]"]
 class Stage(Protocol):
     """Used by the receiver's thread; `write` by the engine loop's, while the other waits."""
 
-    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
-        """Have these tensors of the manifest, whole and checked, or raise; seconds of work, without waiting."""
+    def accept(
+        self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
+    ) -> float:
+        """Have these tensors of the manifest, whole and checked, or raise; seconds of work, without waiting.
+
+        `at`: where they begin in an arena that holds less than the model (`Bucket.at`).
+        """
 
     def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
         """Bytes that nobody has declared, uint8, once `fill` has received them; valid until the stage takes others."""
@@ -84,7 +89,10 @@ class ArenaStage:
         self._mark = WriteMark()
         self._checks = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
 
-    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+    def accept(
+        self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
+    ) -> float:
+        refuse_window(at)
         start = time.perf_counter()
         num_tensors = len(self.plan.manifest.tensors)
         # Asking for all of them, in their order, is much cheaper.
@@ -133,6 +141,15 @@ def check_size(num_bytes: int, plan: Plan) -> None:
     if num_bytes < needed:
         raise TransportError(
             f"the arena is too small: got {num_bytes} bytes, expected {needed}; make one for this manifest"
+        )
+
+
+def refuse_window(at: int | None) -> None:
+    """`ProtocolError` where a bucket has a place of its own although the arena holds the model."""
+    if at is not None:
+        raise ProtocolError(
+            f"a bucket has its place from the manifest: got at={at}, expected None; only an arena that was opened as a "
+            "window has others"
         )
 
 

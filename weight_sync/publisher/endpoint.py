@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..devices.room import can_spare
-from ..errors import SyncError, TransportError
+from ..errors import ManifestMismatch, SyncError, TransportError
 from ..layout.fingerprints import ArenaFingerprints
 from ..transports.arena import Arena
 from ..transports.cuda_ipc import CudaIpcArena
@@ -33,6 +33,7 @@ from ..wire.process import host_id
 from .channel import Channel, RpcChannel
 from .packer import DevicePacker
 from .selection import Layout, Selector
+from .window import Window, half_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,27 @@ class PackedArena:
         self.layout = layout
         self.transport = transport
         self.buffer = arena.buffer[: layout.manifest.arena_bytes]
-        self.views = layout.manifest.views(self.buffer)
-        self.num_bytes = np.array([view.nbytes for view in self.views], dtype=np.int64)
+        is_window = arena.buffer.numel() < layout.manifest.arena_bytes
+        self.window = Window(layout.manifest, arena.buffer) if is_window else None
+        """What fills it, where it holds less than the model; then there are no views."""
+        self.views = [] if is_window else layout.manifest.views(self.buffer)
+        metas = layout.manifest.tensors
+        self.num_bytes = np.array([meta.num_bytes for meta in metas], dtype=np.int64)
         self.fingerprints = ArenaFingerprints(layout.manifest)
         self.packer: DevicePacker | None = None
         """What packs into it, where it is on a GPU."""
-        if self.buffer.is_cuda:
+        if self.buffer.is_cuda and self.window is None:
             self.packer = DevicePacker(layout.manifest, self.buffer, self.fingerprints)
         self.manifest_known = False
+
+    def packed_view(self, row: int) -> torch.Tensor:
+        """What was packed for a row, to compare a tied tensor with it."""
+        if self.window is not None:
+            raise ManifestMismatch(
+                f"{self.layout.manifest.tensors[row].name}: got a tied tensor apart from its twin, which an arena of "
+                "arena_bytes does not hold any more; send one of them, or both in one list"
+            )
+        return self.views[row]
 
     @property
     def seen(self) -> bool:
@@ -74,7 +88,7 @@ class PackedArena:
     def close(self) -> None:
         """Give the memory back."""
         self.views.clear()
-        self.packer = None
+        self.packer = self.window = None
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.arena.close()
 
@@ -91,8 +105,11 @@ class EngineEndpoint:
         group_host: str = "127.0.0.1",
         group_backend: GroupBackend = "auto",
         gpu: int | None = None,
+        arena_bytes: int | None = None,
     ) -> None:
-        """`gpu`: the one that NCCL sends from; None: the calling thread's current one."""
+        """`gpu`: the one that NCCL sends from; None: the calling thread's current one. `arena_bytes`: see
+        `WeightPublisher`."""
+        self._arena_bytes = arena_bytes
         self._target = target
         self._bucket_bytes = bucket_bytes
         self._transport = transport
@@ -147,7 +164,7 @@ class EngineEndpoint:
         return Selector(
             packed.layout,
             cast=cast,
-            packed=packed.views.__getitem__,
+            packed=packed.packed_view,
             ignored=lambda names: self._ask_ignored(names, deadline),
         )
 
@@ -208,13 +225,15 @@ class EngineEndpoint:
                 "expected one in another; use 'auto' or 'local'"
             )
         gpu = _gpu(self._gpu)
-        num_bytes = layout.manifest.arena_bytes
+        num_bytes = whole = layout.manifest.arena_bytes
+        if self._arena_bytes is not None and self._arena_bytes < whole:
+            num_bytes = 2 * half_bytes(layout.manifest, self._arena_bytes)
         if self._transport == "auto" and not can_spare(gpu, num_bytes):
             raise TransportError(
                 f"{gpu} has no {num_bytes} bytes to spare for an arena: got fewer free, expected that and some more; "
                 "transport='cuda_ipc' takes the last ones"
             )
-        arena = CudaIpcArena(num_bytes, ipc_memory_of(gpu))
+        arena = CudaIpcArena(num_bytes, ipc_memory_of(gpu), is_window=num_bytes < whole)
         return self._open(channel, arena, layout, "cuda_ipc", deadline)
 
     def _local_arena(self, num_bytes: int, device: torch.device) -> LocalArena:

@@ -22,6 +22,7 @@ from ..report import SyncReport
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
+from .selection import Selection
 from .update import PackedRows, Update, UpdateOptions
 
 _MAY_HAVE_COMMITTED = "the engine may have committed: ask engine_info().version"
@@ -40,6 +41,10 @@ class WeightPublisher:
     of the engine, wherever they are, meeting at `group_host`, an address of this machine that
     they can reach. `group_backend`: "auto" is "nccl" for engines on CUDA, from the CUDA device that was current when
     the publisher was made, and "gloo" for others; gloo reaches any engine, from memory of the CPU.
+
+    `arena_bytes`: over CUDA IPC, what may be taken of the trainer's GPU; None: as much as the model. Below that the
+    arena is two buckets that are filled and read in turn, each at least as large as the largest tensor, and the engine
+    keeps the bytes on its own GPU until the commit, its shard once more.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class WeightPublisher:
         transport: TransportChoice = "auto",
         group_host: str = "127.0.0.1",
         group_backend: GroupBackend = "auto",
+        arena_bytes: int | None = None,
     ) -> None:
         _check_choice("transport", transport, get_args(TransportChoice))
         _check_choice("group_backend", group_backend, get_args(GroupBackend))
@@ -62,6 +68,7 @@ class WeightPublisher:
             transport=transport,
             group_host=group_host,
             group_backend=group_backend,
+            arena_bytes=arena_bytes,
         )
         self._bucket_bytes = bucket_bytes
         self._update: Update | None = None
@@ -244,12 +251,13 @@ class WeightPublisher:
     ) -> SyncReport:
         listed = _listed(named_tensors)
         update = self._new_update(options, deadline)
+        window = update.packed.window
+        selection: Selection | None = None
         packed: list[PackedRows] | None = None
-        if isinstance(
-            listed, list
-        ):  # known as a whole: checked and packed before there is a session
+        if isinstance(listed, list):  # known as a whole: checked before there is a session
             selection = update.selector.take(listed)
             update.selector.finish(strict=options.strict)
+        if selection is not None and window is None:  # and packed
             packed = update.pack(selection)
             if update.packed.transport == "cuda_ipc" and update.packed.manifest_known:
                 report = self._publish_at_once(update, packed, deadline)
@@ -257,7 +265,9 @@ class WeightPublisher:
                     return report
         self._open(update, deadline)
         try:
-            if packed is None:
+            if selection is not None and window is not None:
+                update.stage_window(window, selection, deadline)
+            elif packed is None:
                 self._stage(update, listed, deadline, strict=options.strict)
             for rows in packed or ():
                 update.announce(rows, deadline)
@@ -308,12 +318,19 @@ class WeightPublisher:
         strict: bool,
     ) -> None:
         """Pack and announce; one-shot iterators item by item, because they may reuse their memory."""
-        selector = update.selector
+        selector, window = update.selector, update.packed.window
         if isinstance(named_tensors, list):
             selection = selector.take(named_tensors)
             selector.finish(strict=strict)
+            if window is not None:
+                update.stage_window(window, selection, deadline)
+                return
             for packed in update.pack(selection):
                 update.announce(packed, deadline)
+            return
+        if window is not None:
+            update.stage_items(window, (selector.take((i,)) for i in named_tensors), deadline)
+            selector.finish(strict=strict)
             return
         pending: list[int] = []
         num_bytes = 0

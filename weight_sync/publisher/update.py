@@ -2,9 +2,9 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from .channel import Channel, wait
 from .endpoint import PackedArena
 from .packer import DevicePacker
 from .selection import Selection, Selector
+from .window import Window
 
 _ABORT_TIMEOUT_S = 10.0
 
@@ -57,6 +58,8 @@ class PackedRows:
     """Positions in the manifest, ascending, int64."""
     fingerprints: np.ndarray
     """One per row, uint64."""
+    at: int | None = None
+    """Where they begin in an arena that is a window."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -181,6 +184,56 @@ class Update:
             first = last
         return packed
 
+    def stage_window(self, window: Window, selection: Selection, deadline: Deadline) -> None:
+        """Pack and announce through an arena that is a window, half by half; needs the session."""
+        self.count(selection)
+        sources = selection.sources
+        for rows in window.split(sorted(sources)):
+            place = self._next_half(window, deadline).place(rows)
+            start = time.perf_counter()
+            values = place.pack([sources[i] for i in rows])
+            self.pack_s += time.perf_counter() - start
+            self._announce_half(rows, values, place.at, deadline)
+
+    def stage_items(
+        self, window: Window, selections: Iterable[Selection], deadline: Deadline
+    ) -> None:
+        """The same for tensors that come one by one, and whose memory is used again for the next one."""
+        rows: list[int] = []
+
+        def flush() -> None:
+            if rows:
+                place = window.place(rows)
+                self._announce_half(list(rows), place.read(), place.at, deadline)
+                rows.clear()
+
+        for selection in selections:
+            self.count(selection)
+            for row, source in selection.sources.items():
+                if not window.fits_behind(rows, row):
+                    flush()
+                if not rows:
+                    self._next_half(window, deadline)
+                window.write(rows, row, source)
+                rows.append(row)
+        flush()
+
+    def _next_half(self, window: Window, deadline: Deadline) -> Window:
+        if self.channel.dead is not None:
+            raise EngineDiedError(self.channel.dead)
+        while len(self._buckets) > 1:  # the one before the last was in the half that comes now
+            bucket, future = self._buckets.pop(0)
+            wait(future, bucket, deadline.left_s("stage"))
+        window.turn()
+        return window
+
+    def _announce_half(
+        self, rows: list[int], values: np.ndarray, at: int, deadline: Deadline
+    ) -> None:
+        packed = self._counted(np.array(rows, dtype=np.int64), values)
+        self._submit_bucket(replace(packed, at=at), deadline)
+        self._raise_early()
+
     def count(self, selection: Selection) -> None:
         """Note what was given, for the report."""
         self.casts += selection.casts
@@ -268,6 +321,7 @@ class Update:
             epoch=self.epoch,
             indices=packed.indices.astype("<u4").tobytes(),
             fingerprints=packed.fingerprints.astype("<u8").tobytes(),
+            at=packed.at,
         )
         self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
 

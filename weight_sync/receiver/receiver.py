@@ -245,6 +245,7 @@ class WeightReceiver:
                 session.stage_bucket(
                     column(bucket.indices, "<u4"),
                     column(bucket.fingerprints, "<u8").astype(np.uint64),
+                    bucket.at,
                 )
         except Exception as error:
             try:

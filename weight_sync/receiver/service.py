@@ -189,7 +189,7 @@ class WeightService:
         if isinstance(handle, GroupHandle):
             return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
         if isinstance(handle, CudaIpcHandle):
-            return OpenedCudaIpcArena(handle, self._allocations)
+            return OpenedCudaIpcArena(handle, self._allocations, self.receiver.stage_memory)
         if not isinstance(handle, LocalHandle):
             return self._open_shared_memory(handle)
         buffer = self._lent.pop(handle.key, None)

@@ -17,6 +17,7 @@ from ..plan.stage import ArenaStage, Stage
 from ..transports.group.joint_stage import JointStage
 from ..transports.group.kept_stage import StageMemory
 from ..transports.group.process_group import UpdateGroup
+from ..transports.uploaded_arena import UploadedStage
 from ..wire.messages import Begin
 
 MAX_NAMED = 20
@@ -116,8 +117,10 @@ class Session:
         """The tensors that have arrived, or None for all: whole-arena operations are much cheaper."""
         return None if self.complete else np.flatnonzero(self.present)
 
-    def stage_bucket(self, indices: np.ndarray, declared: np.ndarray) -> None:
-        """Check one bucket against what the trainer declared and count it as complete."""
+    def stage_bucket(
+        self, indices: np.ndarray, declared: np.ndarray, at: int | None = None
+    ) -> None:
+        """Check one bucket against what the trainer declared and count it as complete; `at`: see `Bucket`."""
         if len(indices) != len(declared):
             raise ProtocolError(
                 f"a bucket has one fingerprint per tensor: got {len(indices)} indices and "
@@ -127,12 +130,12 @@ class Session:
         if not len(indices):
             return
         self.declared[indices] = declared
-        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s)
+        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s, at)
         self.present[indices] = True
 
     def take_from_groups(self, memory: StageMemory, group: UpdateGroup) -> None:
         """From now on tensors may come over `group` as well; what is staged stays staged."""
-        if isinstance(self.stage, ArenaStage):
+        if isinstance(self.stage, ArenaStage | UploadedStage):
             self.stage = JointStage(self.stage, memory, group, np.flatnonzero(self.present))
 
     def stage_trusted(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:

@@ -23,7 +23,9 @@ from ..plan.stage import ArenaStage
 from ..wire.messages import CudaIpcHandle, ProcessRef
 from ..wire.process import current_process, host_id, why_dead
 from .arena import SharedBytes
+from .group.kept_stage import StageMemory
 from .ipc_memory import Allocation, IpcMemory
+from .uploaded_arena import UploadedStage
 
 HEADER_BYTES = 4096
 """In front of the tensors."""
@@ -34,7 +36,7 @@ _MAGIC = b"rollout-gpu-ar01"
 class CudaIpcArena(SharedBytes):
     """The trainer's end: an allocation of its own."""
 
-    def __init__(self, num_bytes: int, memory: IpcMemory) -> None:
+    def __init__(self, num_bytes: int, memory: IpcMemory, *, is_window: bool = False) -> None:
         self._memory = memory
         self._allocation: Allocation | None = memory.allocate(HEADER_BYTES + num_bytes)
         self._buffer = self._allocation.tensor[HEADER_BYTES : HEADER_BYTES + num_bytes]
@@ -51,6 +53,7 @@ class CudaIpcArena(SharedBytes):
             offset=offset,
             num_bytes=num_bytes,
             nonce=secrets.token_bytes(16),
+            is_window=is_window,
         )
         header = torch.frombuffer(bytearray(_header(self.handle)), dtype=torch.uint8)
         self._allocation.tensor[: len(header)].copy_(header)
@@ -71,8 +74,12 @@ class CudaIpcArena(SharedBytes):
 class OpenedCudaIpcArena(SharedBytes):
     """An engine rank's end; `TransportError` when the handle does not lead to an arena."""
 
-    def __init__(self, handle: CudaIpcHandle, table: OpenedAllocations) -> None:
+    def __init__(
+        self, handle: CudaIpcHandle, table: OpenedAllocations, stages: StageMemory | None = None
+    ) -> None:
+        """`stages`: where a session's bytes wait that do not stay in a window."""
         _check_owner(handle)
+        self._stages: StageMemory | None = None
         self._owner = handle.owner
         self._table = table
         self._key: _Key | None
@@ -94,6 +101,14 @@ class OpenedCudaIpcArena(SharedBytes):
             self.close()
             raise
         self._buffer = allocation.tensor[handle.offset + HEADER_BYTES : end]
+        if handle.is_window:
+            assert stages is not None, "an engine has it"
+            try:
+                stages.hold()
+            except BaseException:
+                self.close()
+                raise
+            self._stages = stages
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -104,10 +119,15 @@ class OpenedCudaIpcArena(SharedBytes):
     def owner(self) -> ProcessRef:
         return self._owner
 
-    def stage(self, plan: Plan) -> ArenaStage:
+    def stage(self, plan: Plan) -> ArenaStage | UploadedStage:
+        if self._stages is not None:
+            return UploadedStage(self._stages, self._buffer, plan, is_window=True)
         return ArenaStage(self._buffer, plan)
 
     def close(self) -> None:
+        stages, self._stages = self._stages, None
+        if stages is not None:
+            stages.let_go()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         key, self._key = self._key, None
         if key is not None:

@@ -15,10 +15,11 @@ import torch
 
 from ..devices.registration import Registration
 from ..devices.room import can_spare
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, ProtocolError
 from ..plan.plan import Plan
-from ..plan.stage import ArenaStage, Check, WriteMark, check_size
+from ..plan.stage import ArenaStage, Check, WriteMark, check_size, refuse_window
 from ..wire.messages import SharedMemoryHandle
+from .arena import Range
 from .group.kept_plan import Chunk, KeptPlan
 from .group.kept_stage import NoStageMemory, StageMemory
 from .shared_memory import OpenedSharedMemoryArena
@@ -53,6 +54,7 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
 
     def stage(self, plan: Plan) -> UploadedStage:  # type: ignore[override]
         assert self._memory is not None, "the arena was closed"
+        check_size(self.buffer.numel(), plan)
         return UploadedStage(self._memory, self.buffer, plan)
 
     def close(self) -> None:
@@ -65,22 +67,36 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
 
 
 class UploadedStage:
-    """The stage of a session whose bytes are in memory of the host."""
+    """The stage of a session whose bytes do not stay where they are: in memory of the host, or in a window."""
 
-    def __init__(self, memory: StageMemory, buffer: torch.Tensor, plan: Plan) -> None:
-        check_size(buffer.numel(), plan)
+    def __init__(
+        self, memory: StageMemory, buffer: torch.Tensor, plan: Plan, *, is_window: bool = False
+    ) -> None:
+        """`is_window`: the arena holds less than the model, and every bucket says where it is."""
+        self._is_window = is_window
+        self.plan = plan
+        """What writes it."""
         self._memory = memory
         self._manifest = plan.manifest
-        self._buffer = buffer[: plan.manifest.arena_bytes]
+        self._buffer = buffer
         self._plan: KeptPlan | None = memory.plan(plan)
         self._mark = WriteMark()
         on_gpu = memory.device.type == "cuda"
         self._uploads = torch.cuda.Stream(memory.device) if on_gpu else None
         self._checks = torch.cuda.Stream(memory.device) if on_gpu else None
 
-    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+    def accept(
+        self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
+    ) -> float:
+        if not self._is_window:
+            refuse_window(at)
+        elif at is None or (np.diff(rows.astype(np.int64)) <= 0).any():
+            raise ProtocolError(
+                f"a bucket of a window has a place and ascending indices: got at={at} and {len(rows)} indices; both "
+                "sides must run the same release"
+            )
         start = time.perf_counter()
-        for chunk, landing, arrived in self._uploaded(rows):
+        for chunk, landing, arrived in self._uploaded(rows, at):
             with torch.cuda.stream(self._checks):
                 if arrived is not None:
                     arrived.wait()
@@ -116,30 +132,38 @@ class UploadedStage:
         self._plan, self._buffer = None, torch.empty(0, dtype=torch.uint8)
 
     def _uploaded(
-        self, rows: np.ndarray
+        self, rows: np.ndarray, at: int | None
     ) -> Iterator[tuple[Chunk, torch.Tensor, torch.cuda.Event | None]]:
         """Each chunk, and the event that says it is there; the next one is under way by then."""
         assert self._plan is not None, "the session has ended"
         held: tuple[Chunk, torch.Tensor, torch.cuda.Event | None] | None = None
         for number, part in enumerate(chunks_of(self._manifest, rows)):
             chunk = self._plan.chunk(part)
+            size = chunk.manifest.arena_bytes
+            ranges = ranges_of(self._manifest, part) if at is None else [(at, at + size)]
+            if ranges and ranges[-1][1] > self._buffer.numel():
+                raise ProtocolError(
+                    f"a bucket reaches out of its arena: got bytes to {ranges[-1][1]}, expected at most "
+                    f"{self._buffer.numel()}; both sides must run the same release"
+                )
             landing = chunk.home
             if landing is None:
-                landing = self._memory.landing(number % 2, chunk.manifest.arena_bytes)
-            uploaded = chunk, landing, self._upload(part, landing)
+                landing = self._memory.landing(number % 2, size)
+            uploaded = chunk, landing, self._upload(ranges, landing)
+            at = None if at is None else at + size
             if held is not None:
                 yield held
             held = uploaded
         if held is not None:
             yield held
 
-    def _upload(self, rows: np.ndarray, landing: torch.Tensor) -> torch.cuda.Event | None:
-        at = 0
+    def _upload(self, ranges: list[Range], landing: torch.Tensor) -> torch.cuda.Event | None:
+        done = 0
         with torch.cuda.stream(self._uploads):
-            for start, stop in ranges_of(self._manifest, rows):
-                part = landing[at : at + stop - start]
+            for start, stop in ranges:
+                part = landing[done : done + stop - start]
                 part.copy_(self._buffer[start:stop], non_blocking=True)
-                at += stop - start
+                done += stop - start
             if self._uploads is None:
                 return None
             event = torch.cuda.Event()

@@ -113,6 +113,8 @@ class CudaIpcHandle(
     """Bytes of the arena behind the header."""
     nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
     """Random bytes that the header repeats, so that other memory is never taken for the arena."""
+    is_window: bool = False
+    """It holds a bucket or two, not the model: the engine keeps what it has checked in memory of its own."""
 
 
 ArenaHandle = SharedMemoryHandle | LocalHandle | GroupHandle | CudaIpcHandle
@@ -242,6 +244,9 @@ class Bucket(Message, frozen=True, kw_only=True):
     """Positions in the manifest, uint32."""
     fingerprints: Fingerprints
     """What the trainer computed over those tensors in the arena, uint64, in the same order."""
+    at: Count | None = None
+    """Byte of the arena at which they begin, one behind the other on 256-byte boundaries and in ascending order: of an
+    arena that holds less than the model. None: they are at their places in the manifest."""
 
 
 class BucketReply(Message, frozen=True, kw_only=True):

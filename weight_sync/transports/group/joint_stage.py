@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ...plan.stage import ArenaStage, Check, Fill
+from ..uploaded_arena import UploadedStage
 from .kept_stage import KeptStage, StageMemory
 from .process_group import UpdateGroup
 
@@ -19,7 +20,11 @@ class JointStage:
     """
 
     def __init__(
-        self, arena: ArenaStage, memory: StageMemory, group: UpdateGroup, rows: np.ndarray
+        self,
+        arena: ArenaStage | UploadedStage,
+        memory: StageMemory,
+        group: UpdateGroup,
+        rows: np.ndarray,
     ) -> None:
         """`rows`: those of the arena that are complete, ascending."""
         self._arena = arena
@@ -32,8 +37,10 @@ class JointStage:
             memory.let_go()
             raise
 
-    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
-        seconds = self._arena.accept(rows, check, timeout_s)
+    def accept(
+        self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
+    ) -> float:
+        seconds = self._arena.accept(rows, check, timeout_s, at)
         self._keep(rows)
         return seconds
 
@@ -57,4 +64,7 @@ class JointStage:
             memory.let_go()
 
     def _keep(self, rows: np.ndarray) -> None:
-        self._kept.put(self._arena.tensors(rows))
+        if isinstance(
+            self._arena, ArenaStage
+        ):  # what was uploaded is beside the group's tensors already
+            self._kept.put(self._arena.tensors(rows))

@@ -23,7 +23,7 @@ import torch
 from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
-from ...plan.stage import Check, Fill, WriteMark, check_size
+from ...plan.stage import Check, Fill, WriteMark, check_size, refuse_window
 from ...process_groups.landing import landing_buffer
 from ..spans import chunks_of
 from .kept_plan import Chunk, KeptPlan
@@ -155,7 +155,10 @@ class KeptStage:
         self._receiving = False  # something may be writing into the memory
         self._mark = WriteMark()
 
-    def accept(self, rows: np.ndarray, check: Check, timeout_s: float) -> float:
+    def accept(
+        self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
+    ) -> float:
+        refuse_window(at)
         end = time.monotonic() + timeout_s
         failure: Exception | None = None
         work_s = 0.0
