@@ -78,7 +78,7 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         tp_size: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         context_length: int | None = None,
         max_running_requests: int = 256,
         kv_cache_bytes: int | None = None,
