@@ -27,6 +27,9 @@ class IdleHost:
     ) -> Any:
         return action()
 
+    def forgo(self, name: str) -> None:
+        """Its actions run at once."""
+
     def unwritable(self) -> str | None:
         return None
 

@@ -70,6 +70,9 @@ class IdleLoop:
         self._actions.put(run)
         return future.result(timeout_s)
 
+    def forgo(self, name: str) -> None:
+        """Its actions run at once."""
+
     def unwritable(self) -> str | None:
         """It always can."""
         return None

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import (
+        AddressInUseError,
+        ConnectionLostError,
         DeadlineExceeded,
         EngineDiedError,
         FingerprintMismatch,
+        ForkedProcessError,
         ManifestMismatch,
+        NonFiniteWeightsError,
         ProtocolError,
         RemoteError,
         SessionBusy,
@@ -42,10 +46,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "layout.bucket": ("FlattenedTensorBucket", "FlattenedTensorMetadata"),
     "errors": (
+        "AddressInUseError",
+        "ConnectionLostError",
         "DeadlineExceeded",
         "EngineDiedError",
         "FingerprintMismatch",
+        "ForkedProcessError",
         "ManifestMismatch",
+        "NonFiniteWeightsError",
         "ProtocolError",
         "RemoteError",
         "SessionBusy",
@@ -72,13 +80,17 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AddressInUseError",
+    "ConnectionLostError",
     "DeadlineExceeded",
     "EngineDiedError",
     "FingerprintMismatch",
     "FlattenedTensorBucket",
     "FlattenedTensorMetadata",
+    "ForkedProcessError",
     "Manifest",
     "ManifestMismatch",
+    "NonFiniteWeightsError",
     "Placement",
     "Plan",
     "ProtocolError",

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from weight_sync.wire.cancellation import on_a_thread
 from weight_sync.wire.listening import check_free
 from weight_sync.wire.process import Home
 
@@ -38,9 +39,9 @@ from ..protocol.commands import (
     StopProfile,
 )
 from ..tokenizer import Tokenizer
-from .asynchronous import on_own_thread
 from .executors.choice import make_executor
 from .executors.executor import Executor
+from .executors.remote import RemoteExecutor
 from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
 from .info import InfoCalls
@@ -123,10 +124,7 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
         if self.config.executor != "ray":  # an actor listens on its own node
             check_free(self.config.listen)
-        self._maybe_executor = self._start()
-        # An engine that nobody holds any more ends, and all end before the interpreter does: native code
-        # on a thread that outlives it would abort the process.
-        self._finalizer = weakref.finalize(self, _close_forgotten, self._maybe_executor)
+        self._own(self._start())
         logger.info("engine ready: %s", self.status().resolved)
 
     @classmethod
@@ -155,6 +153,43 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             engine.shutdown()
             raise
         return engine
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        *,
+        tokenizer_path: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        timeout_s: float = 30.0,
+    ) -> Engine:
+        """A client of an engine or a pool that another process started, with every method that it has there.
+
+        address: its `address`. tokenizer_path: a folder of this machine; None: the engine's own. `shutdown()`, and the
+        end of a `with` block, close the connection, and the engine goes on. `EngineDiedError` when nobody answers
+        within `timeout_s`, and later when the connection is lost.
+        """
+        executor = RemoteExecutor(address, timeout_s=timeout_s)
+        engine = Engine.__new__(Engine)
+        engine._home = Home("the engine")
+        engine._own(executor)
+        engine._tokenizer = None
+        engine.config = executor.config
+        engine.model_path = executor.config.model_path
+        if not (skip_tokenizer_init or executor.config.skip_tokenizer_init):
+            folder = tokenizer_path or executor.config.tokenizer_path or executor.config.model_path
+            try:
+                engine._tokenizer = Tokenizer(folder)
+            except BaseException:
+                engine.shutdown()
+                raise
+        return engine
+
+    def _own(self, executor: Executor) -> None:
+        self._maybe_executor = executor
+        # An engine that nobody holds any more ends, and all end before the interpreter does: native code
+        # on a thread that outlives it would abort the process.
+        self._finalizer = weakref.finalize(self, _close_forgotten, executor, self._home)
 
     def _start(self) -> Executor:
         return make_executor(self.config)
@@ -295,7 +330,7 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
 
     async def async_shutdown(self) -> None:
         """As `shutdown`, awaitable."""
-        await on_own_thread(self.shutdown)
+        await on_a_thread(self.shutdown)
 
     def shutdown(self) -> None:
         """End the engine and give back its memory, threads, process and sockets; safe to call twice.
@@ -329,8 +364,10 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         return f"Engine({self.config.model_path!r}, {state})"
 
 
-def _close_forgotten(executor: Executor) -> None:
+def _close_forgotten(executor: Executor, home: Home) -> None:
     """End an engine that was not shut down, without holding up whichever thread found that out."""
+    if not home.here:  # a forked child ends: the engine is its parent's
+        return
     if threading.main_thread().is_alive():
         # The garbage collector runs anywhere, also on the threads that are about to be joined.
         threading.Thread(target=executor.close, name="rollout-close-forgotten").start()

@@ -11,9 +11,9 @@ from weight_sync.errors import WeightUpdateError
 from weight_sync.publisher.group_updates import Announced, Backend, GroupLayout
 from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
+from weight_sync.wire.cancellation import on_a_thread
 from weight_sync.wire.messages import KvPolicyName
 
-from .asynchronous import on_own_thread
 from .weights import WeightCalls, check_extras, label_of, policy_of
 
 GROUP_LAYOUTS: dict[str | None, GroupLayout] = {
@@ -74,6 +74,7 @@ class GroupWeightCalls(WeightCalls):
         load_format: str | None = None,
         *,
         kv_policy: KvPolicyName | None = None,
+        check_finite: bool = True,
         **extras: Any,
     ) -> SyncReport:
         """Receive tensors that the trainer broadcasts now, one after the other, and make them the next version.
@@ -104,18 +105,18 @@ class GroupWeightCalls(WeightCalls):
                     label=label_of(weight_version),
                     strict=False,
                     kv_policy=policy_of(flush_cache, kv_policy),
-                    lease_s=self.config.request_timeout_s,
+                    check_finite=check_finite,
                 )
                 return taking.update(options, announced)
 
     async def async_init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
         """As `init_weights_update_group`, awaitable."""
-        await on_own_thread(self.init_weights_update_group, *args, **kwargs)
+        await on_a_thread(self.init_weights_update_group, *args, **kwargs)
 
     async def async_destroy_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
         """As `destroy_weights_update_group`, awaitable."""
-        await on_own_thread(self.destroy_weights_update_group, *args, **kwargs)
+        await on_a_thread(self.destroy_weights_update_group, *args, **kwargs)
 
     async def async_update_weights_from_distributed(self, *args: Any, **kwargs: Any) -> SyncReport:
         """As `update_weights_from_distributed`, awaitable."""
-        return await on_own_thread(self.update_weights_from_distributed, *args, **kwargs)
+        return await on_a_thread(self.update_weights_from_distributed, *args, **kwargs)

@@ -13,16 +13,18 @@ import torch
 
 from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
 from weight_sync.layout.bucket import FlattenedTensorBucket
+from weight_sync.layout.manifest import NamedTensors as WeightSource
 from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.group_updates import GroupUpdates
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.publisher.sources import AnyNamedTensors
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
+from weight_sync.wire.cancellation import on_a_thread
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from ..models.model_config import ModelConfig
 from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
-from .asynchronous import on_own_thread
 from .client import EngineClient
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
@@ -56,6 +58,25 @@ class WeightCalls(EngineClient):
         """How a `WeightPublisher` in this process reaches the engine."""
         return self._executor.weight_channel()
 
+    def publish(self, named_tensors: WeightSource, **options: Any) -> SyncReport:
+        """Make these tensors the next version; arguments as of `WeightPublisher.publish`."""
+        return self._publisher.publish(named_tensors, **options)
+
+    async def async_publish(self, named_tensors: AnyNamedTensors, **options: Any) -> SyncReport:
+        """As `publish`, awaitable; also takes asynchronous iterators."""
+        return await self._publisher.async_publish(named_tensors, **options)
+
+    @property
+    def version(self) -> int:
+        """Number of the version that serves now."""
+        status: Status = self._call(GetStatus())
+        return status.version
+
+    @property
+    def weight_version(self) -> str:
+        """Its label."""
+        return self.get_weight_version()
+
     def begin_weight_update(
         self,
         *,
@@ -64,6 +85,7 @@ class WeightCalls(EngineClient):
         flush_cache: bool = True,
         kv_policy: KvPolicyName | None = None,
         verify: VerifyMode = "pause",
+        check_finite: bool = True,
     ) -> None:
         """Open an explicit session: update calls stage, `end_weight_update` commits all of them or none.
 
@@ -74,6 +96,7 @@ class WeightCalls(EngineClient):
             strict=strict,
             kv_policy=policy_of(flush_cache, kv_policy),
             verify=verify,
+            check_finite=check_finite,
         )
 
     @property
@@ -99,6 +122,7 @@ class WeightCalls(EngineClient):
         *,
         kv_policy: KvPolicyName | None = None,
         strict: bool = False,
+        check_finite: bool = True,
         **extras: Any,
     ) -> SyncReport:
         """Write tensors by name: a transaction of its own, or staged when an explicit session is open.
@@ -108,6 +132,7 @@ class WeightCalls(EngineClient):
             `flattened_tensor` and `metadata`; with "direct" the engine's own parameter names.
         flush_cache: drop cached prefixes and recompute running requests; False: `kv_policy` decides.
         weight_version: label of the new version.
+        check_finite: refuse NaN and infinite values, `NonFiniteWeightsError` (in a session, its own option decides).
 
         Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, and
         other subclasses of `WeightUpdateError`; the old version then goes on serving.
@@ -121,6 +146,7 @@ class WeightCalls(EngineClient):
             label=label_of(weight_version),
             strict=strict,
             kv_policy=policy_of(flush_cache, kv_policy),
+            check_finite=check_finite,
         )
 
     def update_weights_from_disk(
@@ -131,6 +157,7 @@ class WeightCalls(EngineClient):
         weight_version: str | int | None = None,
         *,
         kv_policy: KvPolicyName | None = None,
+        check_finite: bool = True,
         **extras: Any,
     ) -> SyncReport:
         """Load a safetensors folder into the running engine; it must cover every parameter.
@@ -155,6 +182,7 @@ class WeightCalls(EngineClient):
             label=label_of(weight_version) or checkpoint.label,
             kv_policy=policy_of(flush_cache, kv_policy),
             expected_fingerprints=checkpoint.fingerprints,
+            check_finite=check_finite,
         )
         self.model_path = str(model_path)
         return report
@@ -176,27 +204,27 @@ class WeightCalls(EngineClient):
 
     async def async_begin_weight_update(self, **kwargs: Any) -> None:
         """As `begin_weight_update`, awaitable."""
-        await on_own_thread(self.begin_weight_update, **kwargs)
+        await on_a_thread(self.begin_weight_update, **kwargs)
 
     async def async_end_weight_update(self) -> SyncReport:
         """As `end_weight_update`, awaitable."""
-        return await on_own_thread(self.end_weight_update)
+        return await on_a_thread(self.end_weight_update)
 
     async def async_abort_weight_update(self) -> None:
         """As `abort_weight_update`, awaitable."""
-        await on_own_thread(self.abort_weight_update)
+        await on_a_thread(self.abort_weight_update)
 
     async def async_update_weights_from_tensor(
         self, named_tensors: Any, *args: Any, **kwargs: Any
     ) -> SyncReport:
         """As `update_weights_from_tensor`, awaitable."""
-        return await on_own_thread(self.update_weights_from_tensor, named_tensors, *args, **kwargs)
+        return await on_a_thread(self.update_weights_from_tensor, named_tensors, *args, **kwargs)
 
     async def async_update_weights_from_disk(
         self, model_path: str | Path, *args: Any, **kwargs: Any
     ) -> SyncReport:
         """As `update_weights_from_disk`, awaitable."""
-        return await on_own_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
+        return await on_a_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
 
     async def async_get_weights_by_name(
         self, name: str, truncate_size: int = 100, timeout_s: float | None = None
@@ -207,7 +235,7 @@ class WeightCalls(EngineClient):
 
     async def async_weights_fingerprint(self) -> int:
         """As `weights_fingerprint`, awaitable."""
-        return await on_own_thread(self.weights_fingerprint)
+        return await on_a_thread(self.weights_fingerprint)
 
     async def async_get_weight_version(self) -> str:
         """As `get_weight_version`, awaitable."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import secrets
 from collections.abc import Collection
 
 import msgspec
 
-from weight_sync.errors import SyncError, TransportError
+from weight_sync.errors import ArenaGoneError, SyncError, TransportError
 from weight_sync.wire.messages import (
     Ack,
     ArenaHandle,
@@ -30,19 +30,18 @@ class FleetArenas:
 
     def __init__(self) -> None:
         self._handles: dict[int, ArenaHandle] = {}
-        self._ids = itertools.count(1)
 
     def handle(self, arena_id: int) -> ArenaHandle:
         """Where the bytes of an arena are."""
         if arena_id not in self._handles:
-            raise TransportError(
-                f"no such arena: got {arena_id}, expected one of {sorted(self._handles)}; open it first"
+            raise ArenaGoneError(
+                f"no such arena: got {arena_id}, expected one of the {len(self._handles)} that are open; open it again"
             )
         return self._handles[arena_id]
 
     def open(self, message: OpenArena, members: Collection[Member], end: float) -> ArenaOpened:
         """Open it on every replica, or on none."""
-        arena_id = next(self._ids)
+        arena_id = secrets.randbits(62)  # never one that another pool at this address has given
         answers = ask_all(same(members, message), end)
         for member, reply in answers.replies.items():
             member.arenas[arena_id] = reply.arena_id

@@ -9,14 +9,12 @@ from typing import Any
 
 import msgspec
 
-from weight_sync.layout.manifest import NamedTensors
-from weight_sync.report import SyncReport
+from weight_sync.wire.cancellation import on_a_thread
 from weight_sync.wire.rpc_server import private_folder
 
 from ..config import EngineConfig
 from ..distributed import ray_runtime
 from ..distributed.placement import spread_over
-from ..engine.asynchronous import on_own_thread
 from ..engine.engine import Engine
 from ..engine.executors.local import LocalExecutor
 from ..engine.executors.ray import RayExecutor, reservation
@@ -113,14 +111,6 @@ class RolloutPool(Engine):
         """Its number."""
         return self._pool.version
 
-    def publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
-        """Make these tensors the next version of every replica; arguments as of `WeightPublisher.publish`."""
-        return self._publisher.publish(named_tensors, **options)
-
-    async def async_publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
-        """As `publish`, awaitable."""
-        return await on_own_thread(self.publish, named_tensors, **options)
-
     def add_replica(self) -> int:
         """Start one more replica and bring it to the served version; returns its number when it serves."""
         return self._pool.add_replica()
@@ -138,11 +128,11 @@ class RolloutPool(Engine):
 
     async def async_add_replica(self) -> int:
         """As `add_replica`, awaitable."""
-        return await on_own_thread(self.add_replica)
+        return await on_a_thread(self.add_replica)
 
     async def async_remove_replica(self, number: int | None = None, timeout_s: float = 60.0) -> int:
         """As `remove_replica`, awaitable."""
-        return await on_own_thread(self.remove_replica, number, timeout_s)
+        return await on_a_thread(self.remove_replica, number, timeout_s)
 
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else f"{len(self.replicas())} replicas"

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class ToyHost:
         self.mixtures: list[list[float]] = []
         self.blocked = threading.Event()
         self.torn: str | None = None
+        self.waiting: dict[str | None, Future[Any]] = {}
         self.looks = True
         """Whether steps look for mixtures; off where a test sends different values on purpose."""
         self._parameters = [p for p in weight_map.parameters.values() if p.numel()]
@@ -132,6 +133,7 @@ class ToyHost:
     ) -> Any:
         self._maybe_fail("between_steps")
         future: Future[Any] = Future()
+        self.waiting[name] = future
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
@@ -144,10 +146,16 @@ class ToyHost:
         self._actions.put(run)
         try:
             return future.result(timeout_s)
+        except CancelledError:
+            raise DeadlineExceeded("the action was given up") from None
         except TimeoutError:
             if future.cancel():
                 raise DeadlineExceeded(f"no step boundary within {timeout_s:.3f} s") from None
             return future.result()
+
+    def forgo(self, name: str) -> None:
+        if name in self.waiting:
+            self.waiting[name].cancel()
 
     def unwritable(self) -> str | None:
         return None

@@ -278,9 +278,9 @@ def test_an_engine_that_has_forgotten_the_manifest_is_told_it_again(
     real = Update._begin_request
     asked: list[bool] = []
 
-    def forgotten(update: Update, *, with_manifest: bool) -> Any:
+    def forgotten(update: Update, deadline: Any, *, with_manifest: bool) -> Any:
         asked.append(with_manifest)
-        request = real(update, with_manifest=with_manifest)
+        request = real(update, deadline, with_manifest=with_manifest)
         if with_manifest:
             return request
         return msgspec.structs.replace(request, manifest_digest="0" * 32)

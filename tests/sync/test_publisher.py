@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -379,3 +379,49 @@ def test_a_publisher_may_be_closed_twice_and_used_from_many_threads(engine: ToyE
         reports = list(pool.map(publisher.publish, [weights(float(i)) for i in range(8)]))
     assert sorted(report.version for report in reports) == list(range(1, 9))
     publisher.close()
+
+
+def test_an_asynchronous_iterator_goes_on_in_its_own_loop(engine: ToyEngine) -> None:
+    async def tensors(value: float) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        loops.add(asyncio.get_running_loop())
+        for item in weights(value).items():
+            await asyncio.sleep(0)
+            yield item
+
+    async def train() -> None:
+        loops.add(asyncio.get_running_loop())
+        publisher = WeightPublisher(engine, timeout_s=10)
+        assert (await publisher.async_publish(tensors(2.0))).version == 1
+        assert await publisher.async_begin(strict=False) == 2
+        await publisher.async_send(tensors(3.0))
+        assert (await publisher.async_commit()).version == 2
+        await publisher.async_begin()
+        await publisher.async_abort()
+        publisher.close()
+
+    loops: set[asyncio.AbstractEventLoop] = set()
+    asyncio.run(train())
+    assert len(loops) == 1
+    assert engine.values() == {3.0}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    ["module.{}", "_orig_mod.module.{}", "layers.0._checkpoint_wrapped_module.{}"],
+)
+def test_names_from_inside_wrappers_are_understood(
+    engine: ToyEngine, publisher: WeightPublisher, wrapped: str
+) -> None:
+    def name_of(name: str) -> str:
+        prefix = "layers.0."
+        if wrapped.startswith(prefix):
+            return wrapped.format(name.removeprefix(prefix)) if name.startswith(prefix) else name
+        return wrapped.format(name)
+
+    tensors = {name_of(name): tensor for name, tensor in weights(5.0).items()}
+    tensors["_orig_mod.rotary_emb.inv_freq"] = torch.ones(4)
+    publisher.publish(tensors, label=7)
+    assert engine.values() == {5.0}
+    assert publisher.engine_info().label == "7"
+    with pytest.raises(ManifestMismatch, match=r"sent more than once|same tensor"):
+        publisher.publish([*weights(5.0).items(), ("module.norm.weight", torch.ones(7).bfloat16())])

@@ -74,9 +74,10 @@ class RpcChannel:
     def dead(self) -> str | None:
         return self._client.dead
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
+        """Without `wait` it takes no lock and blocks nowhere, as `RpcClient.close`."""
         if self._owned:
-            self._client.close()
+            self._client.close(wait=wait)
 
 
 def wait(future: "Future[Any]", message: Any, timeout_s: float) -> Any:

@@ -1,8 +1,10 @@
 """A trainer's standing with one engine: the connection, what the engine said of itself, and the arena it has opened."""
 
+import contextlib
 import logging
 import secrets
-from typing import Literal, Protocol
+from concurrent.futures import Future
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch
 from ..devices.room import can_spare
 from ..errors import ManifestMismatch, SyncError, TransportError
 from ..layout.fingerprints import ArenaFingerprints
+from ..layout.finite import FiniteCheck
 from ..transports.arena import Arena
 from ..transports.cuda_ipc import CudaIpcArena
 from ..transports.group.group_arena import GroupArena
@@ -29,7 +32,7 @@ from ..wire.messages import (
     LeaveGroup,
     OpenArena,
 )
-from ..wire.process import host_id
+from ..wire.process import Home, host_id
 from .channel import Channel, RpcChannel
 from .packer import DevicePacker
 from .selection import Layout, Selector
@@ -39,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 TransportChoice = Literal["auto", "local", "shared_memory", "cuda_ipc", "process_group"]
 GroupBackend = Literal["auto", "gloo", "nccl"]
-_CLOSE_TIMEOUT_S = 10.0
+_CLOSE_PATIENCE_S = 3600.0
+"""How late a good-bye is heard, should the engine read it late."""
 
 
 class HasWeightChannel(Protocol):
@@ -65,6 +69,7 @@ class PackedArena:
         metas = layout.manifest.tensors
         self.num_bytes = np.array([meta.num_bytes for meta in metas], dtype=np.int64)
         self.fingerprints = ArenaFingerprints(layout.manifest)
+        self.finite = FiniteCheck(layout.manifest)
         self.packer: DevicePacker | None = None
         """What packs into it, where it is on a GPU."""
         if self.buffer.is_cuda and self.window is None:
@@ -117,7 +122,9 @@ class EngineEndpoint:
         self._group_backend = group_backend
         self._gpu = current_gpu() if gpu is None else gpu
         self._channel: Channel | None = None
+        self._home = Home("the publisher")
         self._info: EngineInfo | None = None
+        self._engine_id = ""
         self._packed: PackedArena | None = None
         self._ignored: dict[str, bool] = {}
 
@@ -136,11 +143,11 @@ class EngineEndpoint:
 
     def hello(self, deadline: Deadline) -> EngineInfo:
         """Ask the engine who it is; another one than before needs its own arena."""
-        info: EngineInfo = self.channel().call(Hello(), deadline.left_s("connect"))
-        if self._info is None or info.engine_id != self._info.engine_id:
+        info: EngineInfo = deadline.call(self.channel(), Hello())
+        if info.engine_id != self._engine_id:
             self.drop_arena()
             self._ignored.clear()
-        self._info = info
+        self._info, self._engine_id = info, info.engine_id
         return info
 
     def arena(self, deadline: Deadline) -> PackedArena:
@@ -168,24 +175,27 @@ class EngineEndpoint:
             ignored=lambda names: self._ask_ignored(names, deadline),
         )
 
-    def drop_arena(self, wait_s: float | None = None) -> None:
+    def drop_arena(self, wait_s: float | None = None) -> "Future[Any] | None":
         """Never write into the arena again: the engine may still read it. It is told to close it, and has done so for
-        certain only after an answer within `wait_s`."""
+        certain only after an answer within `wait_s`. Returns what the engine's answer comes to, if it is to come."""
         packed, self._packed = self._packed, None
         if packed is None:
-            return
+            return None
+        closed: Future[Any] | None = None
         if self._channel is not None and self._channel.dead is None:
-            future = self._channel.submit(CloseArena(arena_id=packed.arena_id), _CLOSE_TIMEOUT_S)
-            if wait_s is not None:
-                try:
-                    future.result(wait_s)
-                except (SyncError, TimeoutError):
-                    pass  # it closes the arena when it gets there, or when this process ends
-            if isinstance(packed.arena, CudaIpcArena):
-                # Its memory goes when the engine has let go of it, or is not there any more.
-                future.add_done_callback(lambda _: packed.close())
-                return
-        packed.close()
+            # A session over it ends with it. It is closed in any case when this process closes its end, or ends.
+            with contextlib.suppress(SyncError, TimeoutError):
+                closed = self._channel.submit(
+                    CloseArena(arena_id=packed.arena_id), _CLOSE_PATIENCE_S
+                )
+                if wait_s is not None:
+                    closed.result(wait_s)
+        if closed is not None and isinstance(packed.arena, CudaIpcArena):
+            # Its memory goes when the engine has let go of it, or is not there any more.
+            closed.add_done_callback(lambda _: packed.close())
+        else:
+            packed.close()
+        return closed
 
     def close(self) -> None:
         """Give the arena and the connection back."""
@@ -193,6 +203,20 @@ class EngineEndpoint:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+    def let_go(self) -> None:
+        """`close` for an owner that was collected: on whatever thread, and waiting for nothing."""
+        if not self._home.here:
+            return
+        closed = self.drop_arena()
+        channel, self._channel = self._channel, None
+        if not isinstance(channel, RpcChannel):
+            if channel is not None:
+                channel.close()
+        elif closed is not None:
+            closed.add_done_callback(lambda _: channel.close(wait=False))
+        else:
+            channel.close(wait=False)
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
         assert self._info is not None, "it has said hello"
@@ -261,13 +285,17 @@ class EngineEndpoint:
     def _open(
         channel: Channel, arena: Arena, layout: Layout, transport: str, deadline: Deadline
     ) -> PackedArena:
-        """Have the engine open it."""
+        """Have the engine open it. When that fails here, it is closed, at both ends."""
+        future: Future[ArenaOpened] | None = None
         try:
-            opened: ArenaOpened = channel.call(
-                OpenArena(handle=arena.handle), deadline.left_s("open the arena")
-            )
+            message = OpenArena(handle=arena.handle)
+            future = channel.submit(message, deadline.left_s("open the arena"))
+            opened: ArenaOpened = deadline.wait(future, "OpenArena")
         except BaseException:
-            arena.close()
+            if future is None:
+                arena.close()
+            else:
+                future.add_done_callback(lambda late: _close_late(channel, arena, late))
             raise
         return PackedArena(arena, opened.arena_id, layout, transport)
 
@@ -296,28 +324,37 @@ class EngineEndpoint:
                 backend=backend,
                 timeout_s=deadline.left_s("join the group"),
             )
-            channel.call(join, deadline.left_s("join the group"))
-            group.joined.result(deadline.left_s("join the group"))
+            deadline.call(channel, join)
+            deadline.wait(group.joined, "join the group")
             arena = GroupArena(layout.manifest.arena_bytes, group)
-            opened: ArenaOpened = channel.call(
-                OpenArena(handle=arena.handle), deadline.left_s("open the stage")
-            )
+            return self._open(channel, arena, layout, "process_group", deadline)
         except BaseException:
             if channel.dead is None:  # ranks that have joined need not stay
-                channel.submit(LeaveGroup(group_name=group.name), _CLOSE_TIMEOUT_S)
+                with contextlib.suppress(SyncError):
+                    channel.submit(LeaveGroup(group_name=group.name), _CLOSE_PATIENCE_S)
             group.destroy()
             raise
-        return PackedArena(arena, opened.arena_id, layout, "process_group")
 
     def _ask_ignored(self, names: list[str], deadline: Deadline) -> frozenset[str]:
         new = tuple(name for name in names if name not in self._ignored and len(name) <= 512)
         if new:
-            reply: IgnoredReply = self.channel().call(
-                GetIgnored(names=new), deadline.left_s("validate")
-            )
+            reply: IgnoredReply = deadline.call(self.channel(), GetIgnored(names=new))
             ignored = set(reply.names)
             self._ignored.update({name: name in ignored for name in new})
         return frozenset(name for name in names if self._ignored.get(name, False))
+
+
+def _close_late(channel: Channel, arena: Arena, opened: "Future[ArenaOpened]") -> None:
+    """Nobody waits any more for what the engine says to an arena: close it at both ends, over there first."""
+    closed: Future[Any] | None = None
+    if opened.exception() is None and channel.dead is None:
+        with contextlib.suppress(SyncError):
+            message = CloseArena(arena_id=opened.result().arena_id)
+            closed = channel.submit(message, _CLOSE_PATIENCE_S)
+    if closed is None:
+        arena.close()
+    else:
+        closed.add_done_callback(lambda _: arena.close())
 
 
 def current_gpu() -> int:

@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 import torch
 
-from ..errors import DeadlineExceeded, ManifestMismatch, SyncError, TransportError
+from ..errors import ArenaGoneError, DeadlineExceeded, ManifestMismatch, SyncError, TransportError
 from ..layout.manifest import dtype_name, parse_dtype
 from ..report import SyncReport
 from ..wire.deadline import Deadline
@@ -29,7 +29,7 @@ from ..wire.messages import (
     Receive,
 )
 from ..wire.process import current_process
-from .channel import Channel, wait
+from .channel import Channel
 from .endpoint import HasWeightChannel, PackedArena
 from .selection import Layout, Selector
 from .update import Update, UpdateOptions
@@ -38,6 +38,8 @@ Backend = Literal["gloo", "nccl"]
 GroupLayout = Literal["tensors", "bucket", "packed_bucket"]
 _GRACE_S = 5.0
 """How much later than the engine's own deadline an answer may come: it says more than ours would."""
+_ABORT_WAIT_S = 10.0
+_INTERRUPT_WAIT_S = 0.5
 _LEAVE_TIMEOUT_S = 10.0
 
 
@@ -188,16 +190,14 @@ class GroupUpdates:
     def _stage(self, group_name: str, deadline: Deadline) -> RemoteStage:
         channel = self._open_channel()
         if group_name not in self._stages:
-            info: EngineInfo = channel.call(Hello(), deadline.left_s("connect"))
+            info: EngineInfo = deadline.call(channel, Hello())
             layout = Layout(info, info.manifest.bucket_bytes)
             handle = GroupHandle(
                 owner=current_process(),
                 group_name=group_name,
                 num_bytes=layout.manifest.arena_bytes,
             )
-            opened: ArenaOpened = channel.call(
-                OpenArena(handle=handle), deadline.left_s("open the stage")
-            )
+            opened: ArenaOpened = deadline.call(channel, OpenArena(handle=handle))
             self._stages[group_name] = RemoteStage(layout, opened.arena_id)
         return self._stages[group_name]
 
@@ -218,8 +218,21 @@ class Taking:
 
     def update(self, options: UpdateOptions, announced: Announced) -> SyncReport:
         """Make what the trainer broadcasts the next version, in a session of its own."""
-        updates, timeout_s = self._updates, self._updates._timeout_s
-        deadline = Deadline(timeout_s)
+        deadline = Deadline(self._updates._timeout_s)
+        try:
+            update = self._begun(options, deadline)
+        except ArenaGoneError:
+            self._updates._stages.pop(self._group_name, None)
+            update = self._begun(options, deadline)
+        try:
+            self._receive(update, announced, deadline)
+            return update.commit(deadline)
+        except BaseException as error:
+            _abort(update, error, deadline)
+            raise
+
+    def _begun(self, options: UpdateOptions, deadline: Deadline) -> Update:
+        updates = self._updates
         stage = updates._stage(self._group_name, deadline)
         update = Update(
             channel=updates._open_channel(),
@@ -229,22 +242,24 @@ class Taking:
                 stage.layout, cast=True, packed=_no_arena, ignored=lambda names: frozenset()
             ),
         )
-        update.begin(deadline)
+        deadline.when_cancelled(lambda: update.tell_abort("the caller cancelled the update"))
         try:
-            self._receive(update, announced)
-            return update.commit(Deadline(timeout_s))
+            update.begin(deadline)
         except BaseException as error:
-            update.abort(f"{type(error).__name__}: {error}")
+            _abort(update, error, deadline)
             raise
+        return update
 
     def stage(self, update: Update, announced: Announced) -> int:
         """Receive into a session that is open; how many tensors came."""
-        self._updates._stage(self._group_name, Deadline(self._updates._timeout_s))
-        self._receive(update, announced)
+        deadline = Deadline(self._updates._timeout_s)
+        deadline.when_cancelled(lambda: update.tell_abort("the caller cancelled the update"))
+        self._updates._stage(self._group_name, deadline)
+        self._receive(update, announced, deadline)
         return len(announced.names)
 
-    def _receive(self, update: Update, announced: Announced) -> None:
-        timeout_s = self._updates._timeout_s
+    def _receive(self, update: Update, announced: Announced, deadline: Deadline) -> None:
+        timeout_s = deadline.left_s("receive")
         message = Receive(
             session_id=update.session_id,
             epoch=update.epoch,
@@ -258,7 +273,7 @@ class Taking:
         self._updates._receiving = update
         try:
             future = update.channel.submit(message, timeout_s + _GRACE_S)
-            wait(future, message, timeout_s + _GRACE_S)
+            Deadline(timeout_s + _GRACE_S).wait(future, "Receive")
         except ManifestMismatch:
             self.taken = (
                 True  # it says so after all bytes have come, or the engine has left the group
@@ -268,6 +283,12 @@ class Taking:
             self._updates._receiving = None
         self.taken = True
         _note(update, message)
+
+
+def _abort(update: Update, error: BaseException, deadline: Deadline) -> None:
+    interrupted = not isinstance(error, Exception)
+    wait_s = _INTERRUPT_WAIT_S if interrupted else deadline.grace_s(_ABORT_WAIT_S)
+    update.abort(f"{type(error).__name__}: {error}", wait_s)
 
 
 def _note(update: Update, message: Receive) -> None:

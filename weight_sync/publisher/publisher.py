@@ -7,23 +7,31 @@ The arena has the engine's own layout, so what is left for the commit is a handf
 first update, reused by every later one, and given back by `close()`.
 """
 
-import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import nn
 
-from ..errors import DeadlineExceeded, EngineDiedError, SessionError
+from ..errors import ArenaGoneError, DeadlineExceeded, SessionError
 from ..layout.manifest import NamedTensors
 from ..report import SyncReport
+from ..wire.cancellation import on_a_thread
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
+from ..wire.process import Home
 from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
 from .selection import Selection
+from .sources import AnyNamedTensors, blocking, tensors_of
 from .update import PackedRows, Update, UpdateOptions
+
+T = TypeVar("T")
+
+_ABORT_WAIT_S = 10.0
+_INTERRUPT_WAIT_S = 0.5
+"""How long Ctrl-C waits for the engine to confirm the end of a session."""
 
 _MAY_HAVE_COMMITTED = "the engine may have committed: ask engine_info().version"
 
@@ -32,8 +40,10 @@ class WeightPublisher:
     """Pushes weights into one engine, given as an object of this process or as an address.
 
     Any thread may call; calls wait for each other. A call that fails leaves the publisher usable and the engine at its
-    old version, except after `TornWeightsError`, which the next complete update repairs. When the engine was restarted
-    at the same address, the next call connects to the new one.
+    old version, except after `TornWeightsError`, which the next complete update repairs; so does one that is
+    interrupted (Ctrl-C) or cancelled. When the engine was restarted at the same address, the next call connects to
+    the new one. A publisher that is collected closes itself. A forked child is refused: it needs a publisher of its
+    own.
 
     `timeout_s` limits every call as a whole. `bucket_bytes` is how much is packed before the engine may start checking
     it. `transport`: "auto" takes local memory for an engine of this process, the GPU's own ("cuda_ipc") where this
@@ -61,6 +71,7 @@ class WeightPublisher:
         _check_choice("transport", transport, get_args(TransportChoice))
         _check_choice("group_backend", group_backend, get_args(GroupBackend))
         self._timeout_s = timeout_s
+        self._home = Home("the publisher")
         self._lock = threading.RLock()
         self._endpoint = EngineEndpoint(
             engine_or_address,
@@ -72,23 +83,30 @@ class WeightPublisher:
         )
         self._bucket_bytes = bucket_bytes
         self._update: Update | None = None
+        self._under_way: Update | None = None
+        """Whose session may be open at the engine: set before it is opened, cleared when it has ended for certain."""
+        self._finalizer = weakref.finalize(self, self._endpoint.let_go)
 
     def publish(
         self,
         named_tensors: NamedTensors,
         version: int | None = None,
-        label: str | None = None,
+        label: str | int | None = None,
         strict: bool = True,
         kv_policy: KvPolicyName | None = None,
         verify: VerifyMode = "pause",
         base_version: int | None = None,
         cast: bool = True,
         expected_fingerprints: Mapping[str, int] | None = None,
+        check_finite: bool = True,
+        timeout_s: float | None = None,
     ) -> SyncReport:
         """Make these tensors the engine's next version: all of them or, with an error, none.
 
         named_tensors: a module (its parameters), a mapping, pairs, or an iterator of pairs, which may reuse one
-            tensor's memory for all of them. Hugging Face names; tied and fused names are understood.
+            tensor's memory for all of them. Hugging Face names, with or without what wrappers put into them
+            (`DistributedDataParallel`, `torch.compile`, checkpointing); tied and fused names are understood. Adapters
+            of a module (PEFT) are merged while their layer is packed, and taken out again, whatever happens.
         version: above the served one; None: the next. label: the caller's own name for it.
         strict: every parameter must be sent; False: those that are not keep their values and are listed in the report.
         kv_policy: what the engine does with KV of older versions; None: its own default.
@@ -96,27 +114,48 @@ class WeightPublisher:
             the new tokens back.
         base_version: refuse unless this version is served now. cast: allow another floating-point dtype than the
             engine's. expected_fingerprints: by name, checked against what was packed (checkpoints carry them).
+        check_finite: refuse NaN and infinite values, `NonFiniteWeightsError`.
+        timeout_s: limit of this call as a whole; None: the publisher's. The engine keeps the session as long.
 
         Returns when the bytes were verified; the trainer's tensors may change from then on, and an iterator's as soon
         as it is advanced.
         """
         options = UpdateOptions(
             version=version,
-            label=label,
+            label=None if label is None else str(label),
             strict=strict,
             kv_policy=kv_policy,
             verify=verify,
             base_version=base_version,
             cast=cast,
             expected_fingerprints=expected_fingerprints,
+            check_finite=check_finite,
         )
-        with self._lock:
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        with self._turn(deadline), tensors_of(named_tensors) as listed:
             self._refuse_open_session()
-            return self._publish(named_tensors, options, Deadline(self._timeout_s))
+            return self._publish(listed, options, deadline)
 
-    async def async_publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
-        """`publish` for a running event loop; takes the same arguments."""
-        return await asyncio.to_thread(self.publish, named_tensors, **options)
+    async def async_publish(self, named_tensors: AnyNamedTensors, **options: Any) -> SyncReport:
+        """`publish` for a running event loop; takes the same arguments, and asynchronous iterators, which go on in that
+        loop. Cancelling it ends the session first."""
+        return await on_a_thread(self.publish, blocking(named_tensors), **options)
+
+    async def async_begin(self, **options: Any) -> int:
+        """`begin` for a running event loop."""
+        return await on_a_thread(self.begin, **options)
+
+    async def async_send(self, named_tensors: AnyNamedTensors) -> SyncReport:
+        """`send` for a running event loop; as `async_publish`."""
+        return await on_a_thread(self.send, blocking(named_tensors))
+
+    async def async_commit(self) -> SyncReport:
+        """`commit` for a running event loop."""
+        return await on_a_thread(self.commit)
+
+    async def async_abort(self, reason: str = "the trainer gave up") -> None:
+        """`abort` for a running event loop."""
+        await on_a_thread(self.abort, reason)
 
     @property
     def in_session(self) -> bool:
@@ -126,12 +165,13 @@ class WeightPublisher:
     def begin(
         self,
         version: int | None = None,
-        label: str | None = None,
+        label: str | int | None = None,
         strict: bool = True,
         kv_policy: KvPolicyName | None = None,
         verify: VerifyMode = "pause",
         base_version: int | None = None,
         cast: bool = True,
+        check_finite: bool = True,
         lease_s: float | None = None,
     ) -> int:
         """Open an explicit session and return its version to be; `send`, any number of times, then `commit` or `abort`.
@@ -140,23 +180,19 @@ class WeightPublisher:
         """
         options = UpdateOptions(
             version=version,
-            label=label,
+            label=None if label is None else str(label),
             strict=strict,
             kv_policy=kv_policy,
             verify=verify,
             base_version=base_version,
             cast=cast,
-            lease_s=self._timeout_s if lease_s is None else lease_s,
+            check_finite=check_finite,
+            lease_s=lease_s,
         )
-        with self._lock:
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
             self._refuse_open_session()
-            deadline = Deadline(self._timeout_s)
-            self._update = self._new_update(options, deadline)
-            try:
-                self._open(self._update, deadline)
-            except BaseException:
-                self._update = None
-                raise
+            self._update, _ = self._opened(options, deadline, lambda update: None)
             return self._update.version
 
     def send(self, named_tensors: NamedTensors) -> SyncReport:
@@ -164,51 +200,55 @@ class WeightPublisher:
 
         After an error the session can only be ended: it commits all that was sent, or nothing.
         """
-        with self._lock:
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
             update = self._open_update()
             _refuse_failed(update)
-            deadline = Deadline(self._timeout_s)
             before = update.num_tensors
             try:
-                self._stage(update, _listed(named_tensors), deadline, strict=False)
+                with tensors_of(named_tensors) as listed:
+                    self._stage(update, listed, deadline, strict=False)
                 update.settle(deadline)
             except BaseException as error:
                 update.failed = error  # kept until the caller ends the session as well
-                self._abandon(update, error)
+                self._abandon(update, error, deadline)
                 raise
             return update.staged_report(update.num_tensors - before)
 
     def stage(self, bring: Callable[[Update], int]) -> SyncReport:
         """As `send`, but `bring` fills the open session in its own way, and says how many tensors came."""
-        with self._lock:
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
             update = self._open_update()
             _refuse_failed(update)
             try:
                 return update.staged_report(bring(update))
             except BaseException as error:
                 update.failed = error
-                self._abandon(update, error)
+                self._abandon(update, error, deadline)
                 raise
 
     @contextmanager
     def exclusive(self) -> Iterator[bool]:
         """Other calls wait meanwhile; yields whether an explicit session is open."""
-        with self._lock:
+        with self._turn(Deadline(self._timeout_s)):
             yield self._update is not None
 
     def commit(self) -> SyncReport:
         """End the open session with a new version; with an error when it had failed, or fails now."""
-        with self._lock:
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
             update = self._open_update()
             self._update = None
-            return self._commit(update, Deadline(self._timeout_s))
+            return self._commit(update, deadline)
 
     def abort(self, reason: str = "the trainer gave up") -> None:
         """End the open session without a trace; fine when there is none."""
-        with self._lock:
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
             update, self._update = self._update, None
             if update is not None and update.failed is None:
-                self._abandon(update, reason)
+                self._abandon(update, reason, deadline)
 
     @contextmanager
     def session(self, **options: Any) -> "Iterator[PublishSession]":
@@ -224,18 +264,24 @@ class WeightPublisher:
 
     def engine_info(self) -> EngineInfo:
         """What the engine is and serves now."""
-        with self._lock:
-            return self._endpoint.hello(Deadline(self._timeout_s))
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
+            return self._endpoint.hello(deadline)
 
     def fingerprint(self) -> int:
         """The model fingerprint of the engine's resident bytes, read now; compare `weight_sync.fingerprint`."""
-        with self._lock:
-            channel = self._endpoint.channel()
-            reply: FingerprintReply = channel.call(GetFingerprint(), self._timeout_s)
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
+            reply: FingerprintReply = deadline.call(self._endpoint.channel(), GetFingerprint())
             return reply.fingerprint
 
     def close(self) -> None:
-        """End an open session, give the arena and the connection back. Safe to repeat; the engine goes on."""
+        """End an open session, give the arena and the connection back. Safe to repeat; the engine goes on.
+
+        In a forked child it does nothing: the publisher is its parent's.
+        """
+        if not self._home.here:
+            return
         with self._lock:
             self.abort("the publisher was closed")
             self._endpoint.close()
@@ -246,50 +292,107 @@ class WeightPublisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _turn(self, deadline: Deadline) -> Iterator[None]:
+        """One call at a time; and whatever an interrupted one has left behind is given up first."""
+        self._home.check()
+        if not self._lock.acquire(timeout=deadline.left_s("its turn")):
+            raise DeadlineExceeded(
+                f"another call of this publisher took longer than {deadline.timeout_s:.3f} s; expected it to end; "
+                "raise timeout_s, or use a publisher for each thread"
+            )
+        try:
+            deadline.check_wanted()
+            update = self._under_way
+            if update is not None and update is not self._update:
+                update.tell_abort("the call was interrupted")
+                self._endpoint.drop_arena()
+                self._under_way = None
+            yield
+        finally:
+            self._lock.release()
+
     def _publish(
-        self, named_tensors: NamedTensors, options: UpdateOptions, deadline: Deadline
+        self,
+        listed: Iterable[tuple[str, torch.Tensor]],
+        options: UpdateOptions,
+        deadline: Deadline,
     ) -> SyncReport:
-        listed = _listed(named_tensors)
-        update = self._new_update(options, deadline)
-        window = update.packed.window
-        selection: Selection | None = None
-        packed: list[PackedRows] | None = None
-        if isinstance(listed, list):  # known as a whole: checked before there is a session
+        def prepare(update: Update) -> list[PackedRows] | SyncReport | Selection | None:
+            """What is known as a whole is checked before there is a session; and packed where there is room for all of
+            it, or published at once."""
+            if not isinstance(listed, list):
+                return None
             selection = update.selector.take(listed)
             update.selector.finish(strict=options.strict)
-        if selection is not None and window is None:  # and packed
+            if update.packed.window is not None:
+                return selection
             packed = update.pack(selection)
             if update.packed.transport == "cuda_ipc" and update.packed.manifest_known:
                 report = self._publish_at_once(update, packed, deadline)
                 if report is not None:
                     return report
-        self._open(update, deadline)
+            return packed
+
+        update, prepared = self._opened(options, deadline, prepare)
+        if isinstance(prepared, SyncReport):
+            return prepared
         try:
-            if selection is not None and window is not None:
-                update.stage_window(window, selection, deadline)
-            elif packed is None:
+            if isinstance(prepared, list):
+                for rows in prepared:
+                    update.announce(rows, deadline)
+            elif isinstance(prepared, Selection):
+                assert update.packed.window is not None
+                update.stage_window(update.packed.window, prepared, deadline)
+            else:
                 self._stage(update, listed, deadline, strict=options.strict)
-            for rows in packed or ():
-                update.announce(rows, deadline)
         except BaseException as error:
-            self._abandon(update, error)
+            self._abandon(update, error, deadline)
             raise
         return self._commit(update, deadline)
 
+    @staticmethod
     def _publish_at_once(
-        self, update: Update, packed: list[PackedRows], deadline: Deadline
+        update: Update, packed: list[PackedRows], deadline: Deadline
     ) -> SyncReport | None:
         """Messages take as long as the copies where nothing is carried, so none of them waits for another one."""
         try:
             return update.publish_at_once(packed, deadline)
-        except BaseException as error:
-            if update.is_open:
-                self._abandon(update, error)
-            elif isinstance(error, DeadlineExceeded | EngineDiedError):
-                self._endpoint.drop_arena()
-            if isinstance(error, DeadlineExceeded):
-                error.add_note(_MAY_HAVE_COMMITTED)
+        except DeadlineExceeded as error:
+            error.add_note(_MAY_HAVE_COMMITTED)
             raise
+
+    def _opened(
+        self, options: UpdateOptions, deadline: Deadline, prepare: Callable[[Update], T]
+    ) -> tuple[Update, T]:
+        """An update whose session is open, and what `prepare` made of it before; in another arena where the engine has
+        lost this one."""
+        try:
+            return self._opened_once(options, deadline, prepare)
+        except ArenaGoneError:
+            self._endpoint.drop_arena()
+            return self._opened_once(options, deadline, prepare)
+
+    def _opened_once(
+        self, options: UpdateOptions, deadline: Deadline, prepare: Callable[[Update], T]
+    ) -> tuple[Update, T]:
+        update = self._new_update(options, deadline)
+        # Copies into an arena may go on in other threads when this one is interrupted.
+        self._under_way = update
+        try:
+            deadline.when_cancelled(lambda: update.tell_abort("the caller cancelled the update"))
+            prepared = prepare(update)
+            if isinstance(prepared, SyncReport):  # it is over already
+                self._under_way = None
+            else:
+                update.begin(deadline)
+        except ArenaGoneError:
+            self._under_way = None
+            raise
+        except BaseException as error:
+            self._abandon(update, error, deadline)
+            raise
+        return update, prepared
 
     def _new_update(self, options: UpdateOptions, deadline: Deadline) -> Update:
         _check_choice("kv_policy", options.kv_policy, (None, *get_args(KvPolicyName)))
@@ -301,13 +404,6 @@ class WeightPublisher:
             options=options,
             selector=self._endpoint.selector(packed, deadline, cast=options.cast),
         )
-
-    def _open(self, update: Update, deadline: Deadline) -> None:
-        try:
-            update.begin(deadline)
-        except (DeadlineExceeded, EngineDiedError):
-            self._endpoint.drop_arena()  # the engine may have opened the session all the same
-            raise
 
     def _stage(
         self,
@@ -349,20 +445,28 @@ class WeightPublisher:
             update.announce(update.finish(pending), deadline)
 
     def _commit(self, update: Update, deadline: Deadline) -> SyncReport:
-        _refuse_failed(update)
         try:
-            return update.commit(deadline)
+            _refuse_failed(update)
+            report = update.commit(deadline)
         except BaseException as error:
-            self._abandon(update, error)
+            self._abandon(update, error, deadline)
             if isinstance(error, DeadlineExceeded):
                 error.add_note(_MAY_HAVE_COMMITTED)
             raise
+        self._under_way = None
+        return report
 
-    def _abandon(self, update: Update, error: BaseException | str) -> None:
-        """End the session over there."""
+    def _abandon(self, update: Update, error: BaseException | str, deadline: Deadline) -> None:
+        """End the session over there; where that is not certain, never write into its arena again."""
         reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        if not update.abort(reason):  # not confirmed: the engine may still read the arena
+        interrupted = not isinstance(error, Exception | str)
+        ended = True
+        if update.begun:
+            wait_s = _INTERRUPT_WAIT_S if interrupted else deadline.grace_s(_ABORT_WAIT_S)
+            ended = update.abort(reason, wait_s)
+        if interrupted or not ended:
             self._endpoint.drop_arena()
+        self._under_way = None
 
     def _open_update(self) -> Update:
         if self._update is None:
@@ -390,17 +494,6 @@ class PublishSession:
     def send(self, named_tensors: NamedTensors) -> SyncReport:
         """As `WeightPublisher.send`."""
         return self._publisher.send(named_tensors)
-
-
-def _listed(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
-    """A list where all tensors exist at once, else the iterator."""
-    if isinstance(named_tensors, nn.Module):
-        return list(named_tensors.named_parameters())
-    if isinstance(named_tensors, Mapping):
-        return list(named_tensors.items())
-    if isinstance(named_tensors, tuple):
-        return list(named_tensors)
-    return named_tensors
 
 
 def _refuse_failed(update: Update) -> None:

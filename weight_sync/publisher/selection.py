@@ -15,6 +15,7 @@ import torch
 from ..errors import ManifestMismatch
 from ..layout.manifest import Manifest, dtype_name, mismatch
 from ..wire.messages import EngineInfo
+from .sources import unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _HINTED = 5
@@ -155,6 +156,7 @@ class Selector:
 
     def _take_other(self, name: str, tensor: torch.Tensor, selection: Selection) -> None:
         layout = self._layout
+        name = self._known(name)
         if name in layout.fused:
             rows, shape = layout.fused[name], layout.fused_shape(name)
         else:
@@ -172,6 +174,13 @@ class Selector:
         )
         for i, part in zip(rows, parts, strict=True):
             self._place(i, name, part.detach(), selection)
+
+    def _known(self, name: str) -> str:
+        """The name that the engine knows a tensor by, where it is another one only for the trainer's wrappers."""
+        layout = self._layout
+        if name in layout.index or name in layout.fused or name in layout.aliases:
+            return name
+        return unwrapped(name)
 
     def _fits(
         self,

@@ -26,13 +26,15 @@ from ..wire.messages import (
     VerifyMode,
 )
 from ..wire.process import current_process
-from .channel import Channel, wait
+from .channel import Channel
 from .endpoint import PackedArena
 from .packer import DevicePacker
 from .selection import Selection, Selector
-from .window import Window
+from .window import Place, Window
 
-_ABORT_TIMEOUT_S = 10.0
+_ABORT_WAIT_S = 10.0
+_ABORT_PATIENCE_S = 3600.0
+"""How late an abort is carried out, should the engine read it late: it costs nothing, and a session left open does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,9 @@ class UpdateOptions:
     base_version: int | None = None
     cast: bool = True
     expected_fingerprints: Mapping[str, int] | None = None
-    lease_s: float = 60.0
+    check_finite: bool = True
+    lease_s: float | None = None
+    """None: as long as the update as a whole may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,8 @@ class Update:
     """The engine's number of the session; 0 while it is not known, which means the session of this id."""
     version: int = 0
     """Version to be."""
+    begun: bool = False
+    """The engine may have a session for it."""
     failed: BaseException | None = None
     """Why it can only be ended any more."""
     num_tensors: int = 0
@@ -88,14 +94,17 @@ class Update:
     casts: list[tuple[str, str, str]] = field(default_factory=list)
     _buckets: list[tuple[Bucket, "Future[Any]"]] = field(default_factory=list)
     _sent: list["Future[None]"] = field(default_factory=list)
+    _unchecked: list[np.ndarray] = field(default_factory=list)
+    """Rows that were packed, and may not be finite."""
     _in_step: bool = True
     """The engine has taken all that was sent into a group: the next bytes will be the next bucket's at both ends."""
 
     def begin(self, deadline: Deadline) -> None:
         """Open the session; sends the manifest where the engine has not seen it."""
+        self.begun = True
         for with_manifest in (False, True) if self.packed.manifest_known else (True,):
-            request = self._begin_request(with_manifest=with_manifest)
-            reply: BeginReply = self.channel.call(request, deadline.left_s("begin"))
+            request = self._begin_request(deadline, with_manifest=with_manifest)
+            reply: BeginReply = deadline.call(self.channel, request)
             if not reply.need_manifest:
                 break
         self.packed.manifest_known = True
@@ -109,28 +118,25 @@ class Update:
         None: the engine has forgotten the manifest, and nothing was opened. Errors are those of the first message that
         failed; those behind it fail because it did.
         """
-        opening = self._begin_request(with_manifest=False)
+        self._check_finite()
+        self.begun = True
+        opening = self._begin_request(deadline, with_manifest=False)
         opened = self.channel.submit(opening, deadline.left_s("begin"))
         for rows in packed:
             self._submit_bucket(rows, deadline)
         left_s = deadline.left_s("commit")
         request = Commit(session_id=self.session_id, epoch=self.epoch, timeout_s=left_s)
         committed = self.channel.submit(request, left_s)
-        reply: BeginReply = wait(opened, opening, deadline.left_s("begin"))
+        reply: BeginReply = deadline.wait(opened, "Begin")
         if reply.need_manifest:
             self._buckets.clear()
             self.packed.manifest_known = False
             return None
         self._opened(reply)
         self.settle(deadline)
-        return self._report(wait(committed, request, deadline.left_s("commit")))
+        return self._report(deadline.wait(committed, "Commit"))
 
-    @property
-    def is_open(self) -> bool:
-        """The engine has opened the session, as far as is known here."""
-        return self.epoch > 0
-
-    def _begin_request(self, *, with_manifest: bool) -> Begin:
+    def _begin_request(self, deadline: Deadline, *, with_manifest: bool) -> Begin:
         options, manifest = self.options, self.packed.layout.manifest
         return Begin(
             session_id=self.session_id,
@@ -144,7 +150,8 @@ class Update:
             strict=options.strict,
             kv_policy=options.kv_policy,
             verify=options.verify,
-            lease_s=options.lease_s,
+            check_finite=options.check_finite,
+            lease_s=deadline.timeout_s if options.lease_s is None else options.lease_s,
         )
 
     def _opened(self, reply: BeginReply) -> None:
@@ -193,7 +200,7 @@ class Update:
             start = time.perf_counter()
             values = place.pack([sources[i] for i in rows])
             self.pack_s += time.perf_counter() - start
-            self._announce_half(rows, values, place.at, deadline)
+            self._announce_half(rows, values, place, deadline)
 
     def stage_items(
         self, window: Window, selections: Iterable[Selection], deadline: Deadline
@@ -204,7 +211,7 @@ class Update:
         def flush() -> None:
             if rows:
                 place = window.place(rows)
-                self._announce_half(list(rows), place.read(), place.at, deadline)
+                self._announce_half(list(rows), place.read(), place, deadline)
                 rows.clear()
 
         for selection in selections:
@@ -222,16 +229,17 @@ class Update:
         if self.channel.dead is not None:
             raise EngineDiedError(self.channel.dead)
         while len(self._buckets) > 1:  # the one before the last was in the half that comes now
-            bucket, future = self._buckets.pop(0)
-            wait(future, bucket, deadline.left_s("stage"))
+            deadline.wait(self._buckets.pop(0)[1], "Bucket")
         window.turn()
         return window
 
     def _announce_half(
-        self, rows: list[int], values: np.ndarray, at: int, deadline: Deadline
+        self, rows: list[int], values: np.ndarray, place: Place, deadline: Deadline
     ) -> None:
+        if self.options.check_finite:
+            place.check_finite()
         packed = self._counted(np.array(rows, dtype=np.int64), values)
-        self._submit_bucket(replace(packed, at=at), deadline)
+        self._submit_bucket(replace(packed, at=place.at), deadline)
         self._raise_early()
 
     def count(self, selection: Selection) -> None:
@@ -275,32 +283,44 @@ class Update:
 
     def settle(self, deadline: Deadline) -> None:
         """Wait until the engine has checked every bucket; raises what it found, else why it could not be sent."""
+        self._check_finite()
         while self._buckets:
-            bucket, future = self._buckets.pop(0)
-            wait(future, bucket, deadline.left_s("stage"))
+            deadline.wait(self._buckets.pop(0)[1], "Bucket")
         while self._sent:
-            self._sent.pop(0).result(deadline.left_s("send"))
+            deadline.wait(self._sent.pop(0), "send")
         self._in_step = True
 
     def commit(self, deadline: Deadline) -> SyncReport:
         """Make it the served version. The answer means that the bytes are verified and the arena is free again."""
+        self._check_finite()
         left_s = deadline.left_s("commit")
         request = Commit(session_id=self.session_id, epoch=self.epoch, timeout_s=left_s)
         future = self.channel.submit(request, left_s)
         self.settle(deadline)
-        return self._report(wait(future, request, deadline.left_s("commit")))
+        return self._report(deadline.wait(future, "Commit"))
 
-    def abort(self, reason: str) -> bool:
-        """End the session on the engine's side; False when that is not certain, and the arena still in use.
+    def abort(self, reason: str, wait_s: float = _ABORT_WAIT_S) -> bool:
+        """End the session on the engine's side; False when that is not certain within `wait_s`, and the arena still
+        in use.
 
         Also when buckets of it were sent into a group and not all of them taken: that group cannot be used again.
         """
-        message = Abort(session_id=self.session_id, epoch=self.epoch, reason=reason[:4096])
+        future = self.tell_abort(reason)
+        if future is None:
+            return False
         try:
-            self.channel.call(message, _ABORT_TIMEOUT_S)
+            future.result(wait_s)
         except Exception:  # whatever it is, it must not hide why the update is being aborted
             return False
         return self._in_step
+
+    def tell_abort(self, reason: str) -> "Future[Any] | None":
+        """Tell the engine to end the session, without waiting for it; None when it cannot be told. Any thread."""
+        message = Abort(session_id=self.session_id, epoch=self.epoch, reason=reason[:4096])
+        try:
+            return self.channel.submit(message, _ABORT_PATIENCE_S)
+        except Exception:
+            return None
 
     def staged_report(self, num_tensors: int) -> SyncReport:
         """What an update call inside an explicit session answers: nothing is written yet."""
@@ -328,8 +348,15 @@ class Update:
     def _counted(self, indices: np.ndarray, fingerprints: np.ndarray) -> PackedRows:
         packed = PackedRows(indices=indices, fingerprints=fingerprints)
         self._check_expected(packed)
+        if self.options.check_finite and self.packed.window is None:
+            self._unchecked.append(packed.indices)
         self.num_bytes += int(self.packed.num_bytes[indices].sum())
         return packed
+
+    def _check_finite(self) -> None:
+        """`NonFiniteWeightsError` for what was packed and is not finite. The engine looks at the bytes meanwhile."""
+        while self._unchecked:
+            self.packed.finite.check(self.packed.buffer, self._unchecked.pop())
 
     def _split(self, rows: list[int]) -> list[list[int]]:
         """Rows in runs of at most a bucket's bytes."""

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import TransportError
 from ..layout.fingerprints import ArenaFingerprints
+from ..layout.finite import refuse_non_finite
 from ..layout.manifest import ALIGNMENT, Manifest, align
 from ..plan.parallel_copy import copy_tensors
 from .packer import DevicePacker
@@ -27,6 +28,7 @@ class Place:
     def __init__(self, manifest: Manifest, buffer: torch.Tensor, at: int) -> None:
         self.at = at
         """Byte of the arena at which they begin."""
+        self._manifest = manifest
         self._buffer = buffer[at : at + manifest.arena_bytes]
         self._fingerprints = ArenaFingerprints(manifest)
         self._views = manifest.views(self._buffer)
@@ -44,6 +46,11 @@ class Place:
     def read(self) -> np.ndarray:
         """The fingerprints of what lies here."""
         return self._fingerprints.values(self._buffer).numpy().view(np.uint64)
+
+    def check_finite(self) -> None:
+        """`NonFiniteWeightsError` when what lies here has NaN or infinite values."""
+        names = [meta.name for meta in self._manifest.tensors]
+        refuse_non_finite(zip(names, self._views, strict=True))
 
 
 class Window:

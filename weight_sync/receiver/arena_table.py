@@ -1,6 +1,9 @@
 """The arenas that an engine has open: a bounded number, each gone with its trainer."""
 
-from ..errors import TransportError
+import secrets
+from collections import Counter
+
+from ..errors import ArenaGoneError, TransportError
 from ..transports.arena import OpenedArena
 from ..wire.process import why_dead
 
@@ -13,7 +16,6 @@ class ArenaTable:
 
     def __init__(self) -> None:
         self._arenas: dict[int, OpenedArena] = {}
-        self._num_opened = 0
 
     def __len__(self) -> int:
         return len(self._arenas)
@@ -22,20 +24,24 @@ class ArenaTable:
         """Keep an arena and return its id; closes and refuses it when there are too many."""
         if len(self._arenas) >= MAX_ARENAS:
             arena.close()
+            owners = Counter(opened.owner.pid for opened in self._arenas.values())
+            held = ", ".join(f"{num} of process {pid}" for pid, num in owners.most_common())
             raise TransportError(
-                f"too many arenas: got {len(self._arenas)} open ones, expected at most {MAX_ARENAS}; "
+                f"too many arenas: got {len(self._arenas)} open ones ({held}), expected at most {MAX_ARENAS}; "
                 "close publishers that are not used any more"
             )
-        self._num_opened += 1
-        self._arenas[self._num_opened] = arena
-        return self._num_opened
+        # Random, so that it is never taken for an id of another engine, such as the last one at this address.
+        arena_id = secrets.randbits(62)
+        self._arenas[arena_id] = arena
+        return arena_id
 
     def get(self, arena_id: int) -> OpenedArena:
         """The arena of that id."""
         arena = self._arenas.get(arena_id)
         if arena is None:
-            raise TransportError(
-                f"no such arena: got id {arena_id}, expected one of {sorted(self._arenas)}; open it first"
+            raise ArenaGoneError(
+                f"no such arena: got id {arena_id}, expected one of the {len(self._arenas)} that are open; open it "
+                "again"
             )
         return arena
 

@@ -93,7 +93,7 @@ class WeightCommit:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
         end = time.monotonic() + timeout_s
         try:
-            name = f"commit/{self.session.request.session_id}"
+            name = boundary_name(self.session.request.session_id)
             self.host.between_steps(self._write, timeout_s, name)
         except BaseException:
             with self._lock:
@@ -235,6 +235,11 @@ class WeightCommit:
         if self._holding:
             self._holding = False
             self.host.release_outputs(ok)
+
+
+def boundary_name(session_id: str) -> str:
+    """Under which all ranks write a session at the same step boundary."""
+    return f"commit/{session_id}"
 
 
 def uint32(indices: np.ndarray) -> bytes:

@@ -21,6 +21,11 @@ class WeightHost(Protocol):
         raise its error. When no step boundary comes within `timeout_s`, raise `DeadlineExceeded`. Ranks that pass the
         same `name` run their actions at the same boundary."""
 
+    def forgo(self, name: str) -> None:
+        """The action that was, or is just being, handed to `between_steps` under this name is not wanted any more:
+        unless it has begun it never will, and its `between_steps` raises. On rank 0, which decides for all. Any
+        thread."""
+
     def unwritable(self) -> str | None:
         """Why parameters cannot be written at present (their memory was given back), or None. Any thread may ask."""
 

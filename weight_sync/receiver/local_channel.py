@@ -12,6 +12,7 @@ import torch
 
 from ..errors import EngineDiedError
 from ..publisher.channel import wait
+from ..wire.process import Home
 from .service import WeightService
 
 
@@ -50,12 +51,14 @@ class LocalChannel:
 
     def __init__(self, service: WeightService) -> None:
         self._service = service
+        self._home = Home("the engine")
         self._closed = False
 
     def call(self, message: Any, timeout_s: float) -> Any:
         return wait(self.submit(message, timeout_s), message, timeout_s)
 
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
+        self._home.check()
         call = _LocalCall(message, timeout_s)
         if self._closed:
             call.fail(EngineDiedError("the channel was closed; make a new one"))

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ManifestMismatch, ProtocolError, SessionError
 from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+from ..layout.finite import refuse_non_finite
 from ..layout.manifest import Manifest, TensorMeta, align, parse_dtype
 from ..plan.stage import Stage
 from ..process_groups.landing import telling_bytes
@@ -123,6 +124,8 @@ def stage_received(
     selector = Selector(layout, cast=True, packed=_nothing, ignored=lambda names: frozenset())
     selection = selector.take(tensors)
     selector.finish(strict=False)
+    if session.request.check_finite:
+        refuse_non_finite(tensors)
     return session.stage_trusted(selection.sources)
 
 

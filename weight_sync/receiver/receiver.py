@@ -20,7 +20,6 @@ import torch
 
 from ..errors import (
     ProtocolError,
-    SessionBusy,
     SessionError,
     StaleVersionError,
     SyncError,
@@ -49,7 +48,7 @@ from ..wire.messages import (
 from ..wire.process import current_process, why_dead
 from .agreement import RankAgreement, SoloAgreement
 from .arena_table import ArenaTable
-from .commit import Served, Snapshot, WeightCommit, uint32
+from .commit import Served, Snapshot, WeightCommit, boundary_name, uint32
 from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
 from .repair import Repair
@@ -105,6 +104,7 @@ class WeightReceiver:
         """Of sessions whose bytes come over a group."""
         self._epoch = 0
         self._session: Session | None = None
+        self._committing: str | None = None  # its id
         self._endings: OrderedDict[str, _Ending] = OrderedDict()
         if torn is not None:
             self._repair = Repair(torn, len(names), from_nothing=True)
@@ -197,7 +197,7 @@ class WeightReceiver:
         """Open the session, or say why not; nothing is held afterwards in that case."""
         self.sweep(asked=True)
         if self._session is not None:
-            raise self._busy(self._session)
+            raise self._session.busy()
         version = self._next_version(request)
         if request.verify == "overlapped" and self._agreement.size > 1:
             raise WeightUpdateError(
@@ -335,6 +335,7 @@ class WeightReceiver:
             on_served=self._set_served,
             check_restored=self._resident.check_restored,
         )
+        self._committing = request.session_id
         try:
             write.run(request.timeout_s)
         except BaseException as error:
@@ -349,11 +350,18 @@ class WeightReceiver:
             )
             self._end(failure)
             raise failure from error
+        finally:
+            self._committing = None
         self._repair = repair
         try:
             return self._reply(session, write)  # It may read parameters: the session is still open.
         finally:
             self._end(SessionError("the session has ended: it was committed; begin a new one"))
+
+    def give_up_commit(self, session_id: str) -> None:
+        """Should a commit of this session wait for its step boundary now, it ends unwritten. Any thread, of rank 0."""
+        if self._committing == session_id and self.rank == 0:
+            self._host.forgo(boundary_name(session_id))
 
     def lose_weights(self, reason: str) -> None:
         """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.
@@ -458,13 +466,6 @@ class WeightReceiver:
         self._endings[request.session_id] = _Ending(type(reason), reason.args, request.arena_id)
         while len(self._endings) > _KEPT_ENDINGS:
             self._endings.popitem(last=False)
-
-    def _busy(self, session: Session) -> SessionBusy:
-        return SessionBusy(
-            f"another update is under way: session {session.request.session_id} of process "
-            f"{session.request.holder.pid} for version {session.version} ({session.phase.value}, lease left "
-            f"{session.lease_left_s:.1f} s); expected none; wait for it, or end it in that process"
-        )
 
     def _next_version(self, request: Begin) -> int:
         version = self.version + 1 if request.version is None else request.version

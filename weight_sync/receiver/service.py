@@ -90,6 +90,8 @@ class WeightService:
 
     def handle(self, call: Call) -> None:
         """Queue a call; any thread. Its body is one of `messages.WeightRequest`."""
+        if isinstance(call.body, Abort):  # not behind the commit that it is to prevent
+            self.receiver.give_up_commit(call.body.session_id)
         self._queue.put(call)
 
     def lend(self, buffer: torch.Tensor) -> str:

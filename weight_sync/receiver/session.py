@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import FingerprintMismatch, ProtocolError
+from ..errors import FingerprintMismatch, ProtocolError, SessionBusy
 from ..layout.manifest import Manifest, mismatch
 from ..plan.plan import Plan
 from ..plan.plan_cache import KnownPlan
@@ -106,6 +106,14 @@ class Session:
     def lease_left_s(self) -> float:
         """Seconds until it ends by itself."""
         return max(0.0, self.lease_end - time.monotonic())
+
+    def busy(self) -> SessionBusy:
+        """What another trainer is told meanwhile."""
+        return SessionBusy(
+            f"another update is under way: session {self.request.session_id} of process "
+            f"{self.request.holder.pid} for version {self.version} ({self.phase.value}, lease left "
+            f"{self.lease_left_s:.1f} s); expected none; wait for it, or end it in that process"
+        )
 
     @property
     def complete(self) -> bool:

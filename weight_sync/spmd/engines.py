@@ -27,7 +27,7 @@ from ..transports.arena import SharedBytes
 from ..transports.shared_memory import SharedMemoryArena
 from ..transports.spans import spans_of
 from ..wire.deadline import Deadline
-from ..wire.messages import ArenaOpened, EngineInfo, OpenArena, SharedMemoryHandle, Vote
+from ..wire.messages import EngineInfo, SharedMemoryHandle, Vote
 from .plan import Decision
 
 Target = str | HasWeightChannel
@@ -50,11 +50,8 @@ class _Endpoint(EngineEndpoint):
     lend: Callable[[Layout], SharedMemoryArena]
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
-        arena = self.lend(layout)
-        opened: ArenaOpened = channel.call(
-            OpenArena(handle=arena.handle), deadline.left_s("open the arena")
-        )
-        return PackedArena(_Borrowed(arena), opened.arena_id, layout, "shared_memory")
+        arena = _Borrowed(self.lend(layout))
+        return self._open(channel, arena, layout, "shared_memory", deadline)
 
     def _make_group(
         self, channel: Channel, info: EngineInfo, layout: Layout, deadline: Deadline

@@ -9,13 +9,13 @@ once, and sends the sums that its shards add to the tensors' fingerprints. Rank 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self
 
 import msgspec
@@ -37,6 +37,7 @@ from ..publisher.selection import Layout
 from ..publisher.update import UpdateOptions
 from ..report import SyncReport
 from ..transports.shared_memory import WritableSharedMemoryArena
+from ..wire.cancellation import on_a_thread
 from ..wire.deadline import Deadline
 from ..wire.messages import KvPolicyName, VerifyMode
 from ..wire.process import current_process
@@ -136,6 +137,7 @@ class SpmdPublisher:
         verify: VerifyMode = "pause",
         base_version: int | None = None,
         cast: bool = True,
+        check_finite: bool = True,
     ) -> SyncReport:
         """Make these tensors the engine's next version; every rank calls it, and every rank returns or raises the same.
 
@@ -155,17 +157,18 @@ class SpmdPublisher:
             verify=verify,
             base_version=base_version,
             cast=cast,
-            lease_s=self._timeout_s,
+            check_finite=check_finite,
         )
+        deadline = Deadline(self._timeout_s)
         with self._lock:
             if self._closed:
                 raise SessionError("the publisher was closed; expected an open one; make a new one")
             self._update += 1
+            deadline.when_cancelled(partial(self._fail, SessionError("a rank was cancelled")))
             if self._coordinator is not None and self._thread is not None:
-                deadline = Deadline(self._timeout_s)
                 self._thread.submit(self._coordinator.run, self._update, engine, options, deadline)
             try:
-                return self._take_part(named_tensors, engine)
+                return self._take_part(named_tensors, engine, check_finite)
             except BaseException as error:
                 raise self._told(error) from error.__cause__
 
@@ -173,7 +176,7 @@ class SpmdPublisher:
         self, named_tensors: NamedTensors, *args: Any, **options: Any
     ) -> SyncReport:
         """`publish` for a running event loop."""
-        return await asyncio.to_thread(self.publish, named_tensors, *args, **options)
+        return await on_a_thread(self.publish, named_tensors, *args, **options)
 
     def close(self) -> None:
         """Give arena and connections back; the engine goes on. Safe to repeat, on ranks in any order."""
@@ -197,7 +200,10 @@ class SpmdPublisher:
         self.close()
 
     def _take_part(
-        self, named_tensors: NamedTensors, engine: Target | HandOver | None
+        self,
+        named_tensors: NamedTensors,
+        engine: Target | HandOver | None,
+        check_finite: bool,
     ) -> SyncReport:
         pairs = pairs_of(named_tensors)
         key = tuple((name, tuple(t.shape), t.dtype, placement_of(t)) for name, t in pairs)
@@ -222,12 +228,17 @@ class SpmdPublisher:
                 self._plans.popitem(last=False)
         assert share is not None
         self._plans.move_to_end(key)
-        return self._write(share, [local_of(tensor) for _, tensor in pairs])
+        tensors = [local_of(tensor) for _, tensor in pairs]
+        return self._write(share, tensors, check_finite)
 
-    def _write(self, share: RankShare, tensors: list[torch.Tensor]) -> SyncReport:
+    def _write(
+        self, share: RankShare, tensors: list[torch.Tensor], check_finite: bool
+    ) -> SyncReport:
         noted: list[Future[Any]] = []
         for bucket in range(share.num_buckets):
             values = share.write(bucket, tensors)
+            if check_finite:
+                share.check_finite(bucket)
             message = Wrote(
                 secret=self._secret,
                 rank=self.rank,
@@ -312,19 +323,23 @@ class SpmdPublisher:
                 f"rank 0 of the trainer's mesh is gone ({dead}): expected it to publish; restart the trainer"
             )
         if dead is None:
-            reply = error_reply(error)
-            self._tell(
-                Failed(
-                    secret=self._secret,
-                    rank=self.rank,
-                    update=self._update,
-                    code=reply.code,
-                    message=reply.message,
-                )
-            )
+            with contextlib.suppress(SyncError):
+                self._fail(error).result(_GRACE_S)
         return error
 
-    def _tell(self, message: Heard | Failed) -> None:
+    def _fail(self, error: BaseException) -> Future[Any]:
+        """Tell rank 0 that this rank cannot go on with the update."""
+        reply = error_reply(error)
+        failed = Failed(
+            secret=self._secret,
+            rank=self.rank,
+            update=self._update,
+            code=reply.code,
+            message=reply.message,
+        )
+        return self._client.submit(failed, _GRACE_S)
+
+    def _tell(self, message: Heard) -> None:
         """Until rank 0 has it: what is on its way when a connection closes may be lost."""
         with contextlib.suppress(SyncError):
             self._client.call(message, _GRACE_S)

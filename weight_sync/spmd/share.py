@@ -11,6 +11,7 @@ import torch
 from rollout_kernels.span_table import Span, SpanTable, part_sum
 
 from ..layout import region as regions
+from ..layout.finite import refuse_non_finite
 from ..layout.region import Region
 from ..layout.shards import Piece
 from ..publisher.selection import Layout
@@ -22,6 +23,7 @@ class _Bucket:
     """One rank's share of one bucket."""
 
     rows: int
+    names: list[str] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[tuple[int, Region]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -63,6 +65,7 @@ class RankShare:
             if action != WRITE:
                 continue
             bucket, output = place[part.row]
+            bucket.names.append(tensors[part.item][0])
             bucket.targets.append(regions.part(manifest.view(buffer, part.row), part.region))
             bucket.sources.append((part.item, local))
             start = int(starts[0])
@@ -106,6 +109,11 @@ class RankShare:
             held = sources[source].to(bucket.targets[source].dtype)
             values[output] += part_sum(held, starts, run_bytes).cpu()
         return values.numpy().view(np.uint64)
+
+    def check_finite(self, number: int) -> None:
+        """`NonFiniteWeightsError` when what `write` has just copied has NaN or infinite values."""
+        bucket = self._buckets[number]
+        refuse_non_finite(zip(bucket.names, bucket.targets, strict=True))
 
     @torch.no_grad()
     def compare(self, tensors: Sequence[torch.Tensor]) -> np.ndarray:

@@ -215,6 +215,9 @@ class Begin(Message, frozen=True, kw_only=True):
     """Every parameter must be covered, or the commit is refused."""
     kv_policy: KvPolicyName | None
     """What the commit does with older KV; None: the engine's default."""
+    check_finite: bool = True
+    """Refuse what a plain trainer broadcasts when it has NaN or infinite values; a publisher looks before it "
+    "commits."""
     verify: VerifyMode
     """Compare resident fingerprints inside the pause, or afterwards with the new tokens held back."""
     lease_s: Seconds

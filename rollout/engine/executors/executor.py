@@ -113,7 +113,7 @@ class InlineExecutor:
                     self._core.submit,
                     REQUEST_TYPES,
                     bind=self._config.listen,
-                    on_failure=self._core.fail,
+                    on_failure=self._core.give_up,
                 )
                 self._server.start()
             return self._server.address

@@ -63,7 +63,7 @@ def log_level(config: EngineConfig) -> str:
     return (config.log_level or os.environ.get("ROLLOUT_LOG_LEVEL", "WARNING")).upper()
 
 
-def _end_process(error: BaseException) -> None:
+def _end_process(error: Exception) -> None:
     """Nobody can reach this rank any more: end loudly rather than hold the memory of an engine that nobody can use."""
     logger.critical("the engine ends: it cannot be reached any more (%r)", error)
     os._exit(70)

@@ -111,7 +111,6 @@ class EngineCore:
         self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
         self._num_boundaries = 0
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
         self._watch = Watch(config.user.progress_timeout_s)
@@ -169,6 +168,10 @@ class EngineCore:
         result: T = armed.wait(timeout_s + FOLLOW_S if self._follows else timeout_s)
         return result
 
+    def forgo(self, name: str) -> None:
+        """On rank 0: whoever waits, or is about to wait, in `between_steps` under this name wants it no more."""
+        self._boundaries.cancel(name)
+
     def soon(self, action: Callable[[], None]) -> None:
         """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
         if threading.current_thread() is self._thread:
@@ -187,11 +190,6 @@ class EngineCore:
         if not self._follows:
             self._inbox.put(Boundary(name=name))
         return armed
-
-    def fail(self, error: BaseException) -> None:
-        """End the loop with `error`, soon: its process can serve nobody any more. Any thread."""
-        self._failure = error
-        self._inbox.put(Disarm(name="the engine fails"))
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -217,8 +215,6 @@ class EngineCore:
         if not all(type(call.body) in HARMLESS for _, call in items):
             self.pipeline.settle()
         for item, call in items:
-            if self._failure is not None:
-                raise self._failure
             self._carry_out(item, call)
         if self._may_step and not self._closed.is_set():
             self.step()

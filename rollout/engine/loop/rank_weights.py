@@ -15,7 +15,7 @@ from weight_sync.publisher.channel import Channel, RpcChannel, connect_weights
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.service import WeightService
-from weight_sync.wire.messages import WeightRequest
+from weight_sync.wire.messages import Abort, WeightRequest
 from weight_sync.wire.rpc import Call, RpcClient, RpcServer
 
 from .ranks import RankGroups
@@ -81,6 +81,10 @@ class LeadingWeights:
 
     def handle(self, call: Call) -> None:
         """Queue a call for all ranks."""
+        if isinstance(
+            call.body, Abort
+        ):  # not behind the commit that it is to prevent; rank 0 decides for all
+            self._service.receiver.give_up_commit(call.body.session_id)
         self._front.handle(call)
 
     def close(self) -> None:

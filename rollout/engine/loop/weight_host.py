@@ -30,6 +30,10 @@ class Loop(Protocol):
         """Run `action` at a step boundary and wait for it."""
         ...
 
+    def forgo(self, name: str) -> None:
+        """An action of that name that has not begun never will."""
+        ...
+
     def soon(self, action: Callable[[], None]) -> None:
         """Run `action` at a step boundary (now, on the loop's thread) without waiting for it."""
         ...
@@ -63,6 +67,10 @@ class EngineWeightHost:
     ) -> T:
         """Run `action` at a step boundary; ranks that pass the same name do so at the same one."""
         return self._loop.between_steps(action, timeout_s, name)
+
+    def forgo(self, name: str) -> None:
+        """The action of that name is not wanted any more."""
+        self._loop.forgo(name)
 
     def unwritable(self) -> str | None:
         """Why parameters cannot be written at present, or None."""

@@ -1,0 +1,59 @@
+"""An engine, or a pool, that another process started; this end has a connection, and closes no more than that."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+
+from weight_sync.publisher.channel import Channel, RpcChannel
+from weight_sync.wire.rpc import RpcClient
+
+from ...config import EngineConfig
+from ...errors import ERRORS
+from ...protocol.commands import GetStatus, Status
+from ...protocol.wire import REPLY_TYPES
+from .executor import OnChunk, wait
+
+
+class RemoteExecutor:
+    """Carries commands to an address."""
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        """`EngineDiedError` when nobody answers there within `timeout_s`."""
+        self._address = address
+        self._client = RpcClient(address, REPLY_TYPES, errors=ERRORS, connect_timeout_s=timeout_s)
+        try:
+            status: Status = wait(
+                self.submit(GetStatus(), timeout_s=timeout_s), timeout_s, "the first status"
+            )
+        except BaseException:
+            self._client.close()
+            raise
+        self.config = _config_of(status)
+        """What the engine runs with, as far as a client needs it."""
+
+    def submit(
+        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
+    ) -> Future[Any]:
+        return self._client.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
+
+    def weight_channel(self) -> Channel:
+        return RpcChannel(self._client)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _config_of(status: Status) -> EngineConfig:
+    """The configuration that a status tells; fields that mean nothing to this release keep their defaults."""
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    told = {name: value for name, value in status.resolved.items() if name in known}
+    told.setdefault("model_path", "")
+    return msgspec.convert(told, EngineConfig, strict=False)
