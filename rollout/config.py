@@ -36,8 +36,9 @@ class EngineConfig:
     """"cpu", "cuda" or "cuda:1"; "auto": CUDA where there is a GPU."""
     tp_size: int = 1
     """Tensor-parallel ranks."""
-    seed: int = 0
-    """Seed of dummy weights, and of requests that bring no `sampling_seed`."""
+    seed: int | None = None
+    """Seed of requests that bring no `sampling_seed`, and of dummy weights; None: another one at every start, which
+    `status()` tells, and 0 for dummy weights."""
     context_length: int | None = None
     """Longest prompt plus output in tokens; None: the model's own limit."""
     max_running_requests: int = 256
@@ -129,6 +130,8 @@ class ResolvedConfig:
     """Size of the model's vocabulary."""
     weight_version: str
     """Label of the first weights."""
+    seed: int
+    """Of requests that bring none; the same on all ranks."""
 
 
 def default_block_size(device: str) -> int:

@@ -62,7 +62,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids; keys may be strings when building; None: no bias."""
     sampling_seed: int | None = None
-    """Makes the draws reproducible whatever the batch; sample i of n uses seed + i; None: the engine's choice."""
+    """Makes the draws reproducible whatever the batch; every
+    sample of a request has a stream of its own, of the seed and the sample's number; None: the engine's choice."""
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -137,11 +138,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def seed_for_sample(self, index: int, engine_seed: int, request_number: int) -> int:
         """Seed (64 bits) of sample `index` of this prompt.
 
-        `sampling_seed + index` where the caller gave a seed. Otherwise a hash of `engine_seed`, `request_number`
-        (a counter of the engine's prompts) and `index`: all ranks that count alike draw alike.
+        Where the caller gave a seed, a hash of it and `index`: streams of different seeds have nothing in common.
+        Otherwise a hash of `engine_seed`, `request_number` (a counter of the engine's prompts) and `index`: all ranks
+        that count alike draw alike.
         """
         if self.sampling_seed is not None:
-            return (self.sampling_seed + index) & _MASK64
+            return mix64(mix64(self.sampling_seed & _MASK64) + index)
         return mix64(mix64(mix64(engine_seed & _MASK64) + request_number) + index)
 
 

@@ -68,6 +68,10 @@ class StaleVersionError(WeightUpdateError, ValueError):
     """The version is not above the engine's, or `base_version` is not the one that it serves."""
 
 
+class EngineRestartedError(WeightUpdateError):
+    """The engine behind an address is another one than the one that was published to, and serves what it has loaded."""
+
+
 class TransportError(WeightUpdateError):
     """The bytes cannot be reached or carried: the arena cannot be opened, is too small, or is not what it claims."""
 
@@ -103,6 +107,7 @@ ERRORS: dict[str, type[Exception]] = {
         SessionBusy,
         SessionError,
         StaleVersionError,
+        EngineRestartedError,
         TransportError,
         ArenaGoneError,
         NonFiniteWeightsError,

@@ -96,12 +96,12 @@ class GenerationCalls(EngineClient):
         padding is refused unless `attention_mask` says where it is.
 
         A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
-        `cached_tokens`, `finish_reason`, `weight_version` (label), `weight_version_number`, `weight_versions` (spans of
-        output tokens), `e2e_latency` (s), `num_retractions`, `num_reruns`, `context_exhausted` (the context ended the
-        output before `max_new_tokens` did), with `return_logprob` also
-        `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`; -1: none) as
-        (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their tables, with
-        `return_token_times` the wall-clock time of each token.
+        `cached_tokens`, `finish_reason`, `engine_id` (which life of an engine), `weight_version` (label),
+        `weight_version_number`, `weight_versions` (spans of output tokens), `e2e_latency` (s), `num_retractions`,
+        `num_reruns`, `context_exhausted` (the context ended the output before `max_new_tokens` did), with
+        `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`;
+        -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their
+        tables, with `return_token_times` the wall-clock time of each token.
 
         There is no deadline unless `timeout_s` gives one: after so many seconds everything comes back as it is then,
         finished samples whole, the others with finish reason "abort" and a message that says why they were not

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InvalidRequestError
 from ..hints import did_you_mean
-from ..protocol.commands import Generate, PromptSpec, SampleUpdate
+from ..protocol.commands import Generate, PromptSpec, SampleUpdate, too_many_samples
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .dialect import check_generate_argument
@@ -86,6 +86,8 @@ def prepare(
     if len(set(rids)) != num:
         raise InvalidRequestError(f"rid: got {rids!r}, expected a different id for each prompt")
     columns = {name: _spread(value, num, name) for name, value in per_prompt.items()}
+    # One set of parameters for all prompts is one request: its samples draw from one seed, each its own numbers.
+    shared = not isinstance(sampling_params, (list, tuple))
     specs = [
         _spec(
             i,
@@ -93,10 +95,14 @@ def prepare(
             input_ids=ids[i],
             params=read[i][0],
             num_logprobs=read[i][1],
+            first_sample=i * read[i][0].n if shared else 0,
             **{k: v[i] for k, v in columns.items()},
         )
         for i in range(num)
     ]
+    problem = too_many_samples(specs)
+    if problem is not None:
+        raise InvalidRequestError(problem)
     builders = [
         ResultBuilder(spec.params, tokenizer, return_text_in_logprobs=return_text_in_logprobs)
         for spec in specs

@@ -66,6 +66,7 @@ class ResultBuilder:
             "cached_tokens": last.cached_tokens,
             "finish_reason": _finish_reason(last),
             "context_exhausted": self._context_exhausted(last),
+            "engine_id": last.engine_id,
             "weight_version": last.weight_version,
             "weight_version_number": last.weight_version_number,
             "e2e_latency": last.e2e_latency,

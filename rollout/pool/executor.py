@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import secrets
 import shutil
 import threading
 import time
@@ -80,7 +81,7 @@ class PoolExecutor:
                 * (config.block_size or default_block_size(config.device)),
                 slack=pool.affinity_slack,
             ),
-            seed=config.seed,
+            seed=secrets.randbits(63) if config.seed is None else config.seed,
             max_reruns=pool.max_reruns,
             on_lost=lambda number, error: self._supervisor.lost(number, error),
             served=lambda: (self._fleet.served.label, self._fleet.served.version),
@@ -114,6 +115,10 @@ class PoolExecutor:
         elif isinstance(body, WEIGHT_MESSAGES):
             return FleetChannel(self._fleet).submit(body, timeout_s)
         elif isinstance(body, cmd.Generate):
+            problem = cmd.too_many_samples(body.prompts)
+            if problem is not None:
+                future.set_exception(InvalidRequestError(problem))
+                return future
             for spec in body.prompts:
                 check_sendable(spec, timeout_s, f"request {spec.rid!r}")
             call = PoolCall(

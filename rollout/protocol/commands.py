@@ -6,6 +6,7 @@ process and in a child's, so every executor serves the same surface. Weight upda
 checked where a command is carried out.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,6 +16,8 @@ from rollout.sampling_params import SamplingParams
 
 MAX_PROMPTS = 65_536
 MAX_TOKENS = 1 << 22
+MAX_CALL_SAMPLES = 65_536
+"""Samples of all prompts of one `Generate` together."""
 
 Text = Annotated[str, Meta(max_length=1 << 16)]
 Ident = Annotated[str, Meta(max_length=256)]
@@ -37,6 +40,8 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Prompt tokens, at least one."""
     params: SamplingParams
     """How to sample."""
+    first_sample: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
+    """Number of its first sample among those of one request that share a seed."""
     return_logprob: bool = False
     """Return the log-probability of every output token."""
     logprob_start_len: Annotated[int, Meta(ge=-1)] = -1
@@ -203,6 +208,8 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """How often its KV was dropped and computed again."""
     num_reruns: int = 0
     """How often it began anew because its replica died (pools); what came before a new beginning is void."""
+    engine_id: str = ""
+    """Which life of an engine computed it; empty: none has."""
 
 
 class ProfileWritten(Message, frozen=True, kw_only=True):
@@ -264,6 +271,8 @@ class Status(Message, frozen=True, kw_only=True):
     """The resolved configuration."""
     pid: int
     """Process that runs the engine loop."""
+    engine_id: str = ""
+    """Which life of an engine this is: another one at the same address has another."""
 
 
 Command = (
@@ -282,3 +291,14 @@ Command = (
     | Shutdown
 )
 Answer = SampleUpdate | Done | ProfileWritten | MemoryChanged | WeightValues | Status
+
+
+def too_many_samples(prompts: Sequence[PromptSpec]) -> str | None:
+    """Why a call asks for too much; None: it does not."""
+    num = sum(spec.params.n for spec in prompts)
+    if num <= MAX_CALL_SAMPLES:
+        return None
+    return (
+        f"generate: got {num} samples in one call ({len(prompts)} prompts), expected at most {MAX_CALL_SAMPLES}; "
+        "make several calls"
+    )

@@ -124,7 +124,7 @@ def test_n_samples_share_the_prompt_and_come_in_prompt_major_order(engine: Engin
         "sampling_seed": 11,
         "ignore_eos": True,
     }
-    results = engine.generate(input_ids=PROMPTS[:2], sampling_params=params, rid=["a", "b"])
+    results = engine.generate(input_ids=PROMPTS[:2], sampling_params=[params] * 2, rid=["a", "b"])
     assert [r["meta_info"]["id"] for r in results] == [
         "a-0",
         "a-1",
@@ -226,6 +226,29 @@ def test_seeds_reproduce_whatever_else_runs(engine: Engine) -> None:
         input_ids=[PROMPTS[1], *PROMPTS[1:3], PROMPTS[0]], sampling_params=[*others, params]
     )
     assert crowd[3]["output_ids"] == alone["output_ids"]
+
+
+def test_samples_of_one_seed_differ_and_so_do_those_of_two_seeds(engine: Engine) -> None:
+    params = {"temperature": 1.5, "max_new_tokens": 12, "sampling_seed": 10, "ignore_eos": True}
+    eight = engine.generate(input_ids=[PROMPTS[0]] * 8, sampling_params=params)
+    again = engine.generate(input_ids=PROMPTS[0], sampling_params={**params, "n": 8})
+    other = engine.generate(
+        input_ids=PROMPTS[0], sampling_params={**params, "n": 8, "sampling_seed": 11}
+    )
+    drawn = [[tuple(r["output_ids"]) for r in results] for results in (eight, again, other)]
+    assert drawn[0] == drawn[1] and len({*drawn[0], *drawn[2]}) == 16
+
+
+def test_engines_without_a_seed_draw_differently_and_one_with_a_seed_repeats(folder: Path) -> None:
+    params = {"temperature": 1.5, "max_new_tokens": 12, "ignore_eos": True}
+    drawn, seeds = [], []
+    for seed in (None, None, 5, 5):
+        with Engine(folder, kv_cache_bytes=1 << 20, seed=seed) as engine:
+            result = engine.generate(input_ids=PROMPTS[0], sampling_params=params)
+            drawn.append(result["output_ids"])
+            seeds.append(engine.status().resolved["seed"])
+    assert drawn[0] != drawn[1] and drawn[2] == drawn[3]
+    assert seeds[0] != seeds[1] and seeds[2:] == [5, 5]
 
 
 def test_streaming_is_cumulative_and_ends_with_the_whole_result(engine: Engine) -> None:

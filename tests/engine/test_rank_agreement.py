@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 
 from rollout.config import EngineConfig
 from rollout.engine.executors.executor import InlineCall
+from rollout.engine.loop import core as core_module
 from rollout.engine.loop.build import build_core
 from rollout.engine.loop.core import EngineCore
 from rollout.protocol import commands as cmd
@@ -75,7 +76,10 @@ def everything(core: EngineCore) -> dict[str, Any]:
             for r in scheduler.requests
         ],
         "running": [r.rid for r in scheduler.running],
-        "calls": [(n, [r.rid for r in g.requests]) for n, g in core.post.groups.items()],
+        "calls": [
+            (n, [r.rid for r in g.requests], g.opening and g.opening.num_left)
+            for n, g in core.post.groups.items()
+        ],
         "free": kv._allocator._free,
         "held": kv._allocator.ref_counts,
         "idle": list(kv._prefixes.idle_blocks()),
@@ -94,6 +98,7 @@ class Ranks(RuleBasedStateMachine):
             model_path=str(self.folder),
             kv_cache_bytes=NUM_BLOCKS * BLOCK_BYTES,
             max_running_requests=6,
+            seed=0,
             chunked_prefill_size=24,
             num_threads=1,
         )
@@ -150,7 +155,7 @@ class Ranks(RuleBasedStateMachine):
             for group in chosen if kind == "deadlines" else ():
                 group.deadline = 0.0
             if kind == "abort":
-                rids = [group.requests[0].outputs.spec.rid for group in chosen]
+                rids = [r.outputs.spec.rid for group in chosen for r in group.requests][:3]
                 self.tell(cmd.AbortRequests(rids=rids))
 
     @rule(mode=st.sampled_from(["abort", "retract", "in_place"]))
@@ -213,8 +218,12 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("qwen3", head_dim=32, tie_word_embeddings=True)
 
 
-def test_ranks_stay_identical_whatever_ends_or_interrupts_their_requests(folder: Path) -> None:
+def test_ranks_stay_identical_whatever_ends_or_interrupts_their_requests(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Ranks.folder = folder
+    monkeypatch.setattr(core_module, "PIECE", 3)  # Calls become requests bit by bit.
+    monkeypatch.setattr(core_module, "BACKLOG", 5)
     run_state_machine_as_test(
         Ranks,
         settings=settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True),

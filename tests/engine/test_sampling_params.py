@@ -175,8 +175,10 @@ def test_greedy_follows_from_temperature_or_top_k(
 
 
 def test_seeds_of_samples_differ_and_repeat() -> None:
-    given = SamplingParams(sampling_seed=2**63 - 1)
-    assert [given.seed_for_sample(i, 7, 3) for i in range(2)] == [2**63 - 1, 2**63]
+    given = [SamplingParams(sampling_seed=seed) for seed in (10, 11, 2**63 - 1)]
+    streams = {params.seed_for_sample(i, 7, 3) for params in given for i in range(64)}
+    assert len(streams) == 3 * 64 and max(streams) < 2**64
+    assert given[0].seed_for_sample(1, 7, 3) == given[0].seed_for_sample(1, 8, 4)
     free = SamplingParams()
     seeds = {
         free.seed_for_sample(i, engine, number)

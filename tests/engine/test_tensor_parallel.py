@@ -32,14 +32,14 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, kv_cache_bytes=4 << 20) as engine:
+    with Engine(folder, kv_cache_bytes=4 << 20, seed=0) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Iterator[Engine]:
     with Engine(
-        folder, executor="local", tp_size=2, kv_cache_bytes=2 << 20, num_threads=1
+        folder, executor="local", tp_size=2, kv_cache_bytes=2 << 20, num_threads=1, seed=0
     ) as engine:
         yield engine
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..devices.room import can_spare
-from ..errors import ManifestMismatch, SyncError, TransportError
+from ..errors import EngineRestartedError, ManifestMismatch, SyncError, TransportError
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
 from ..transports.arena import Arena
@@ -127,6 +127,8 @@ class EngineEndpoint:
         self._engine_id = ""
         self._packed: PackedArena | None = None
         self._ignored: dict[str, bool] = {}
+        self._served: tuple[str, int] | None = None
+        """Which engine committed which version for this publisher last."""
 
     def channel(self) -> Channel:
         """The connection; a new one when there is none or its engine is dead."""
@@ -149,6 +151,32 @@ class EngineEndpoint:
             self._ignored.clear()
         self._info, self._engine_id = info, info.engine_id
         return info
+
+    def note_commit(self, version: int) -> None:
+        """The engine that is connected now serves `version`, which came from here."""
+        if self._info is not None:
+            self._served = (self._info.engine_id, version)
+
+    def check_same(self, *, strict: bool) -> None:
+        """Notice an engine that has taken the place of the one that was published to, and has only loaded weights.
+
+        A complete update (`strict`) is what it needs; parts of one would make a mixture: `EngineRestartedError`.
+        """
+        info = self._info
+        if self._served is None or info is None or info.engine_id == self._served[0]:
+            return
+        _, version = self._served
+        if info.version >= version or info.torn is not None:
+            return
+        what = (
+            f"the engine (process {info.process.pid}) is not the one that committed version {version} of this "
+            f"publisher: it was started anew and serves version {info.version} ({info.label})"
+        )
+        if not strict:
+            raise EngineRestartedError(
+                f"{what}; expected the same one for a part; publish all tensors"
+            )
+        logger.warning("%s; it gets this complete update", what)
 
     def arena(self, deadline: Deadline) -> PackedArena:
         """The arena with the engine's layout, opened over there."""

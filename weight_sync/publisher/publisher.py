@@ -331,6 +331,7 @@ class WeightPublisher:
             if update.packed.transport == "cuda_ipc" and update.packed.manifest_known:
                 report = self._publish_at_once(update, packed, deadline)
                 if report is not None:
+                    self._endpoint.note_commit(report.version)
                     return report
             return packed
 
@@ -398,6 +399,7 @@ class WeightPublisher:
         _check_choice("kv_policy", options.kv_policy, (None, *get_args(KvPolicyName)))
         _check_choice("verify", options.verify, get_args(VerifyMode))
         packed = self._endpoint.arena(deadline)
+        self._endpoint.check_same(strict=options.strict)
         return Update(
             channel=self._endpoint.channel(),
             packed=packed,
@@ -454,6 +456,7 @@ class WeightPublisher:
                 error.add_note(_MAY_HAVE_COMMITTED)
             raise
         self._under_way = None
+        self._endpoint.note_commit(report.version)
         return report
 
     def _abandon(self, update: Update, error: BaseException | str, deadline: Deadline) -> None:

@@ -1,4 +1,4 @@
-"""Checks a `Generate` command and turns it into scheduler requests.
+"""Checks a `Generate` command and turns it into scheduler requests, in pieces.
 
 Everything that can be wrong with a request is found here, before the scheduler hears of it: a bad request gets a
 `ValueError` that says what, got, expected, and no other request notices.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -15,10 +16,13 @@ from weight_sync.wire.rpc import Call
 
 from ...config import ResolvedConfig
 from ...errors import InvalidRequestError
-from ...protocol.commands import Done, Generate, PromptSpec
+from ...protocol.commands import Done, Generate, PromptSpec, too_many_samples
 from ...sampling_params import SamplingParams
+from ...scheduling.admission import check_fits, in_use
 from ...scheduling.request import Request
+from ...scheduling.scheduler import Scheduler
 from ...tokenizer import StopStringWatcher, Tokenizer
+from .opening import Opening, Part
 from .sample_state import GenerateGroup, InputLogprobs, SampleState
 
 
@@ -34,16 +38,36 @@ class Admission:
         self._num_prompts = 0
         self._num_groups = 0
         self.pid = os.getpid()
+        self.engine_id = ""
+        """Which life of an engine this is; no other has it, also not one that takes its address over."""
 
-    def open(self, call: Call) -> tuple[GenerateGroup, list[list[Request]]]:
-        """Validate the whole command and build its requests, one list per distinct prompt: its n samples.
+    def open(self, call: Call, scheduler: Scheduler, openings: Iterable[Opening]) -> GenerateGroup:
+        """Validate the whole command; its requests are made later, piece by piece, of `group.opening`.
 
-        Trainers also send a prompt n times; where the same is asked about it, all its samples are one list, so it is
-        computed once. Raises `InvalidRequestError` for the first prompt that cannot be run; then none of them is.
+        Trainers also send a prompt n times; where the same is asked about it, all its samples are made together, so
+        it is computed once. Raises `InvalidRequestError` for the first prompt that cannot be run, or whose id is that
+        of a request or of a sample in `openings`; then none of them runs.
         """
         command: Generate = call.body
+        problem = too_many_samples(command.prompts)
+        if problem is not None:
+            raise InvalidRequestError(problem)
+        prompts: dict[Hashable, list[Part]] = {}
+        rids: set[str] = set()
+        index, openings = 0, list(openings)
         for i, spec in enumerate(command.prompts):
             self._check(spec, f"prompt {i}" if len(command.prompts) > 1 else "the prompt")
+            most = self._within_context(spec).max_new_tokens
+            check_fits(spec.rid, len(spec.input_ids), most, scheduler.kv)
+            part = Part(spec, index, self._num_prompts + i + 1)
+            for rid in map(part.rid, range(spec.params.n)):
+                used = rid in rids or scheduler.find(rid) or any(o.holds(rid) for o in openings)
+                if used:
+                    raise in_use(rid)
+                rids.add(rid)
+            prompts.setdefault(_asked_of_prompt(spec), []).append(part)
+            index += spec.params.n
+        self._num_prompts += len(command.prompts)
         self._num_groups += 1
         group = GenerateGroup(
             number=self._num_groups,
@@ -51,16 +75,11 @@ class Admission:
             finish=lambda count: call.reply(Done(count=count)),
             stream=command.stream,
             deadline=call.deadline - command.grace_s,
-            num_samples=sum(spec.params.n for spec in command.prompts),
+            num_samples=index,
+            engine_id=self.engine_id,
         )
-        prompts: dict[Hashable, list[Request]] = {}
-        index = 0
-        for spec in command.prompts:
-            twins = prompts.setdefault(_asked_of_prompt(spec), [])
-            inputs = twins[0].outputs.inputs if twins else self._inputs(spec)
-            twins += self._samples(spec, group, index, inputs)
-            index += spec.params.n
-        return group, list(prompts.values())
+        group.opening = Opening(prompts.values(), partial(self._samples, group))
+        return group
 
     @staticmethod
     def _inputs(spec: PromptSpec) -> InputLogprobs | None:
@@ -69,27 +88,30 @@ class Admission:
         return InputLogprobs.for_prompt(spec.input_ids, spec.logprob_start_len)
 
     def _samples(
-        self, spec: PromptSpec, group: GenerateGroup, index: int, inputs: InputLogprobs | None
+        self, group: GenerateGroup, part: Part, count: int, twin: Request | None
     ) -> list[Request]:
+        spec = part.spec
         params = self._within_context(spec)
+        inputs = twin.outputs.inputs if twin is not None else self._inputs(spec)
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._end_ids
-        self._num_prompts += 1
         samples = []
-        for i in range(params.n):
+        for i in range(part.done, part.done + count):
             watcher = None
             if params.stop and self._tokenizer is not None:
                 watcher = StopStringWatcher(
                     self._tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
                 )
-            state = SampleState(group, spec, index + i, frozenset(stop_ids), watcher, inputs)
+            state = SampleState(group, spec, part.first + i, frozenset(stop_ids), watcher, inputs)
             samples.append(
                 Request(
-                    rid=f"{spec.rid}-{i}" if params.n > 1 else spec.rid,
+                    rid=part.rid(i),
                     prompt_ids=spec.input_ids,
                     params=params,
-                    seed=params.seed_for_sample(i, self._config.user.seed, self._num_prompts),
+                    seed=params.seed_for_sample(
+                        spec.first_sample + i, self._config.seed, part.number
+                    ),
                     return_logprob=spec.return_logprob,
                     logprob_start_len=-1 if inputs is None else inputs.start,
                     top_logprobs_num=spec.top_logprobs_num,

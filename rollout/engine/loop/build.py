@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 
 import torch
 
@@ -42,9 +43,10 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     model_config = ModelConfig.from_folder(config.model_path)
     resolved = resolve(config, model_config, device_of(spec, config.device))
     ranks = RankGroups.join(spec, resolved.device, config.start_timeout_s)
-    # Free memory differs between ranks; their block tables must not.
+    # Free memory differs between ranks, and random seeds do; their block tables and draws must not.
     num_blocks = ranks.order.broadcast_object(resolved.num_blocks, type=int)
-    resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
+    seed = ranks.order.broadcast_object(resolved.seed, type=int)
+    resolved = dataclasses.replace(resolved, num_blocks=num_blocks, seed=seed)
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
@@ -90,7 +92,7 @@ def _runner(
         loader = get_model_loader(
             LoadConfig(
                 load_format=config.load_format,
-                seed=config.seed,
+                seed=config.seed or 0,
                 num_threads=min(16, os.cpu_count() or 1),
             )
         )
@@ -141,6 +143,7 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
         kv_cache_bytes=num_blocks * block_bytes,
         vocab_size=model.vocab_size,
         weight_version=config.weight_version if config.weight_version is not None else "0",
+        seed=secrets.randbits(63) if config.seed is None else config.seed,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,15 +35,18 @@ from ...scheduling.scheduler import Scheduler
 from .admission import Admission
 from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
+from .memory_commands import MemoryCommands
+from .opening import BACKLOG, PIECE
 from .pipeline import StepPipeline
 from .postprocess import Postprocessor
 from .profiling import Profiling
 from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
+from .sample_state import GenerateGroup
 from .throughput_log import ThroughputLog
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 from .watch import Watch
-from .weight_host import EngineWeightHost, read_weight
+from .weight_host import EngineWeightHost
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,6 +107,7 @@ class EngineCore:
         )
         interval_s = None if ranks.spec.rank > 0 else config.user.log_interval_s
         self._throughput = ThroughputLog(scheduler, interval_s, lambda: self.receiver.version)
+        self.admission.engine_id = self.receiver.engine_id
         self._service = WeightService(self.receiver)
         self.weights = connect_ranks(self._service, ranks, self.give_up)
         self._ranks = ranks
@@ -111,20 +116,25 @@ class EngineCore:
         self._boundaries = Boundaries(patience_s=config.user.request_timeout_s)
         self._num_boundaries = 0
         self._thread: threading.Thread | None = None
+        self._openings: deque[GenerateGroup] = deque()
+        """Calls whose samples are not all requests yet."""
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
         self._watch = Watch(config.user.progress_timeout_s)
         self._closed = threading.Event()
         self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
+        self._memory_commands = MemoryCommands(
+            self.memory, runner, scheduler, self.receiver, ranks.order, self._watch.moved
+        )
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
             cmd.AbortRequests: self._abort,
             cmd.PauseGeneration: self._pause,
             cmd.ContinueGeneration: self._continue,
             cmd.FlushCache: self._flush,
-            cmd.GetWeights: self._get_weights,
-            cmd.ReleaseMemory: self._release_memory,
-            cmd.ResumeMemory: self._resume_memory,
+            cmd.GetWeights: self._memory_commands.get_weights,
+            cmd.ReleaseMemory: self._memory_commands.release,
+            cmd.ResumeMemory: self._memory_commands.resume,
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
             **Profiling(self.pipeline, ranks.spec.rank).handlers(),
@@ -216,6 +226,7 @@ class EngineCore:
             self.pipeline.settle()
         for item, call in items:
             self._carry_out(item, call)
+        self._open_some()
         if self._may_step and not self._closed.is_set():
             self.step()
 
@@ -259,7 +270,8 @@ class EngineCore:
         if self._follows:
             return for_nobody(self._ticks.receive())
         items = self._due()
-        taken = self._inbox.take(0.0 if items or self._may_step else self._patience())
+        busy = items or self._may_step or self._may_open
+        taken = self._inbox.take(0.0 if busy else self._patience())
         items += [(item, call) for item, call in taken if in_time(call)]
         items = [(self._settled(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
@@ -344,37 +356,39 @@ class EngineCore:
         """End calls with what they have: whatever is finished or begun is worth something."""
         for group in [self.post.groups[n] for n in item.numbers if n in self.post.groups]:
             done = f"{group.num_finished} of {group.num_samples} samples had finished"
-            for request in group.requests:
-                self.post.abort(request, f"{item.why}; {done}")
+            self.post.abort_group(group, f"{item.why}; {done}")
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def _generate(self, call: Call) -> None:
         self._watch.taken(call)
         self.host.check_whole()
-        group, prompts = self.admission.open(call)
-        try:
-            for requests in prompts:
-                self.scheduler.add(requests)
-                group.requests.extend(requests)
-        except ValueError:
-            self.post.discard(group)
-            raise
+        openings = [group.opening for group in self._openings if group.opening is not None]
+        group = self.admission.open(call, self.scheduler, openings)
         if not self.post.groups:
             self._watch.moved()
         self.post.groups[group.number] = group
+        self._openings.append(group)
+
+    @property
+    def _may_open(self) -> bool:
+        return bool(self._openings) and self.scheduler.num_waiting < BACKLOG
+
+    def _open_some(self) -> None:
+        """Make the next requests of the calls that have come first."""
+        room = PIECE
+        while room > 0 and self._may_open:
+            group = self._openings[0]
+            room -= self.post.open_some(group, room)
+            if group.opening is None:
+                self._openings.popleft()
 
     def _abort(self, call: Call) -> None:
-        rids = set(call.body.rids)
-        chosen = [
-            request
-            for group in self.post.groups.values()
-            for request in group.requests
-            if call.body.abort_all or request.rid in rids or request.outputs.spec.rid in rids
-        ]
-        for request in chosen:
-            self.post.abort(request, "aborted by the caller")
-        call.reply(cmd.Done(count=len(chosen)))
+        rids = None if call.body.abort_all else set(call.body.rids)
+        num = 0
+        for group in list(self.post.groups.values()):
+            num += self.post.abort_group(group, "aborted by the caller", rids)
+        call.reply(cmd.Done(count=num))
 
     def _pause(self, call: Call) -> None:
         body: cmd.PauseGeneration = call.body
@@ -396,7 +410,7 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _flush(self, call: Call) -> None:
-        pending = self.scheduler.num_running + self.scheduler.num_waiting
+        pending = self.scheduler.num_running + self._num_waiting
         if pending:
             raise RolloutError(
                 f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "
@@ -405,55 +419,10 @@ class EngineCore:
         self.scheduler.kv.flush()
         call.reply(cmd.Done())
 
-    def _get_weights(self, call: Call) -> None:
-        if "weights" in self.memory.released:
-            raise RolloutError(
-                "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
-            )
-        tensor = read_weight(self.runner, call.body.name, self._ranks.order)
-        first, size = call.body.first_row, call.body.truncate_size
-        rows = tensor[first : first + size] if tensor.dim() else tensor
-        rows = rows.float().cpu().contiguous()
-        call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
-
-    def _release_memory(self, call: Call) -> None:
-        tags = call.body.tags
-        with self.memory.releasing(tags):
-            if self._any_rank("weights" in tags and self.receiver.updating):
-                raise RolloutError(
-                    "cannot release weights: an update is under way; end or abort it first"
-                )
-            if "kv_cache" in tags:
-                self.scheduler.retract_all()
-                self.scheduler.kv.flush()
-            changed, num_bytes = self.memory.release(tags, keep_weights=call.body.keep_weights)
-        if "weights" in changed and not call.body.keep_weights:
-            self.receiver.lose_weights("their memory was released")
-        self._memory_changed(call, changed, num_bytes)
-
-    def _resume_memory(self, call: Call) -> None:
-        failure: RolloutError | None = None
-        changed: list[cmd.MemoryTag] = []
-        num_bytes = 0
-        try:
-            changed, num_bytes = self.memory.resume(call.body.tags)
-        except RolloutError as error:
-            failure = error
-        if self._any_rank(failure is not None):
-            self.memory.undo_resume(changed)  # On all ranks or on none.
-            raise failure or RolloutError(
-                "cannot resume memory: another rank of the engine has none"
-            )
-        self._watch.moved()
-        self._memory_changed(call, changed, num_bytes)
-
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether it is so on any rank; all ranks ask at the same place in their order."""
-        return bool(self._ranks.order.all_reduce(torch.tensor([int(flag)])).any())
-
-    def _memory_changed(self, call: Call, changed: list[cmd.MemoryTag], num_bytes: int) -> None:
-        total = self._ranks.order.all_reduce(torch.tensor([num_bytes]))
-        call.reply(cmd.MemoryChanged(tags=changed, num_bytes=int(total)))
+    @property
+    def _num_waiting(self) -> int:
+        openings = [group.opening for group in self._openings if group.opening is not None]
+        return self.scheduler.num_waiting + sum(opening.num_left for opening in openings)
 
     def _status(self, call: Call) -> None:
         call.reply(self.status())
@@ -471,11 +440,12 @@ class EngineCore:
             pause_left_s=None if self._paused is None else self._pause_ends - time.monotonic(),
             released=sorted(self.memory.released),
             num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self._num_waiting,
             num_free_blocks=kv.num_available,
             num_blocks=self.config.num_blocks,
             resolved={**user, **resolved},
             pid=self.admission.pid,
+            engine_id=self.receiver.engine_id,
         )
 
     def _shutdown(self, call: Call) -> None:
@@ -489,6 +459,9 @@ class EngineCore:
         self._boundaries.close(EngineDiedError(str(self._ending)))
         self.post.release(True)
         self.post.abort_all("the engine was shut down")
+        for group in self._openings:
+            while group.opening is not None:  # Those end as soon as they are made.
+                self.post.open_some(group, PIECE)
         self.weights.close()
         self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))

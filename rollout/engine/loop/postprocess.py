@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -276,22 +276,50 @@ class Postprocessor:
         group = state.group
         state.finished = True
         group.num_finished += 1
+        if self._hold is None:
+            group.requests.pop(request, None)
         self._send(group, state.update(request, reason, self.version, self.number))
         if group.num_finished == group.num_samples:
             self._send(group, None)
             self.groups.pop(group.number, None)
 
-    def abort_all(self, message: str) -> int:
-        """End every request with what it has; returns how many there were."""
-        pending = [
+    def open_some(self, group: GenerateGroup, limit: int) -> int:
+        """Make at most `limit` of a call's samples requests; returns how many. With the last, `opening` goes."""
+        opening = group.opening
+        requests = opening.take(limit) if opening is not None else []
+        if opening is None or not requests:
+            group.opening = None
+            return 0
+        self._scheduler.add(requests)
+        group.requests.update(dict.fromkeys(requests))
+        if not opening.num_left:
+            group.opening = None
+        for request in requests:
+            why = opening.why_ended(request)
+            if why is not None:
+                self.abort(request, why)
+        return len(requests)
+
+    def abort_group(
+        self, group: GenerateGroup, message: str, rids: Collection[str] | None = None
+    ) -> int:
+        """End what goes by one of `rids` (None: all of a call) with what it has; returns how many samples."""
+        chosen = [
             request
-            for group in self.groups.values()
             for request in group.requests
             if not request.outputs.finished
+            and (rids is None or request.rid in rids or request.outputs.spec.rid in rids)
         ]
-        for request in pending:
+        num = (
+            len(chosen) if group.opening is None else len(chosen) + group.opening.end(message, rids)
+        )
+        for request in chosen:
             self.abort(request, message)
-        return len(pending)
+        return num
+
+    def abort_all(self, message: str) -> int:
+        """End every request with what it has; returns how many there were."""
+        return sum(self.abort_group(group, message) for group in list(self.groups.values()))
 
     def fail(self, group: GenerateGroup, error: Exception) -> None:
         """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
@@ -302,6 +330,7 @@ class Postprocessor:
     def discard(self, group: GenerateGroup) -> None:
         """Forget a call and all its requests without news."""
         self.groups.pop(group.number, None)
+        group.opening = None
         for other in group.requests:
             if not other.outputs.finished:
                 other.outputs.finished = other.outputs.aborted = True
@@ -336,3 +365,5 @@ class Postprocessor:
             news = hold.kept_news()
         for group, update in news:
             self._send(group, update)
+        for group in self.groups.values():
+            group.requests = {r: None for r in group.requests if not r.outputs.finished}

@@ -13,6 +13,7 @@ from typing import Protocol
 from ...protocol.commands import FinishReason, PromptSpec, SampleUpdate, Span, TopLogprobs
 from ...scheduling.request import Request
 from ...tokenizer import StopStringWatcher
+from .opening import Opening
 
 
 class ReplyChannel(Protocol):
@@ -51,8 +52,13 @@ class GenerateGroup:
     stream: bool
     deadline: float
     num_samples: int
+    engine_id: str = ""
+    """Which life of an engine it runs in."""
     num_finished: int = 0
-    requests: list[Request] = field(default_factory=list)
+    requests: dict[Request, None] = field(default_factory=dict)
+    """Those that are made and not finished, in order; while outputs are held, also those that finished since."""
+    opening: Opening | None = None
+    """Samples that are no requests yet; None: there are none."""
 
 
 @dataclass(slots=True)
@@ -140,4 +146,5 @@ class SampleState:
             token_times=self.token_times[sent:] if spec.return_token_times else None,
             e2e_latency=time.perf_counter() - self.arrival,
             num_retractions=request.num_retractions,
+            engine_id=self.group.engine_id,
         )

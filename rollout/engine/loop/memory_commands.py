@@ -1,0 +1,92 @@
+"""Commands about an engine's memory and what is in it; all ranks carry them out at one place in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from weight_sync.receiver.receiver import WeightReceiver
+from weight_sync.wire.rpc import Call
+
+from ...distributed.group_coordinator import GroupCoordinator
+from ...errors import RolloutError
+from ...protocol import commands as cmd
+from ...runner.model_runner import ModelRunner
+from ...scheduling.scheduler import Scheduler
+from .memory import MemoryOccupation
+from .weight_host import read_weight
+
+
+class MemoryCommands:
+    """Handlers for the engine loop, on its thread."""
+
+    def __init__(
+        self,
+        memory: MemoryOccupation,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        receiver: WeightReceiver,
+        order: GroupCoordinator,
+        moved: Callable[[], None],
+    ) -> None:
+        """`order`: the group of the ranks' order. `moved()` is told when requests may go on."""
+        self._memory = memory
+        self._runner = runner
+        self._scheduler = scheduler
+        self._receiver = receiver
+        self._order = order
+        self._moved = moved
+
+    def get_weights(self, call: Call) -> None:
+        """`cmd.GetWeights`."""
+        if "weights" in self._memory.released:
+            raise RolloutError(
+                "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
+            )
+        tensor = read_weight(self._runner, call.body.name, self._order)
+        first, size = call.body.first_row, call.body.truncate_size
+        rows = tensor[first : first + size] if tensor.dim() else tensor
+        rows = rows.float().cpu().contiguous()
+        call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
+
+    def release(self, call: Call) -> None:
+        """`cmd.ReleaseMemory`."""
+        tags = call.body.tags
+        with self._memory.releasing(tags):
+            if self._any_rank("weights" in tags and self._receiver.updating):
+                raise RolloutError(
+                    "cannot release weights: an update is under way; end or abort it first"
+                )
+            if "kv_cache" in tags:
+                self._scheduler.retract_all()
+                self._scheduler.kv.flush()
+            changed, num_bytes = self._memory.release(tags, keep_weights=call.body.keep_weights)
+        if "weights" in changed and not call.body.keep_weights:
+            self._receiver.lose_weights("their memory was released")
+        self._memory_changed(call, changed, num_bytes)
+
+    def resume(self, call: Call) -> None:
+        """`cmd.ResumeMemory`."""
+        failure: RolloutError | None = None
+        changed: list[cmd.MemoryTag] = []
+        num_bytes = 0
+        try:
+            changed, num_bytes = self._memory.resume(call.body.tags)
+        except RolloutError as error:
+            failure = error
+        if self._any_rank(failure is not None):
+            self._memory.undo_resume(changed)  # On all ranks or on none.
+            raise failure or RolloutError(
+                "cannot resume memory: another rank of the engine has none"
+            )
+        self._moved()
+        self._memory_changed(call, changed, num_bytes)
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank; all ranks ask at the same place in their order."""
+        return bool(self._order.all_reduce(torch.tensor([int(flag)])).any())
+
+    def _memory_changed(self, call: Call, changed: list[cmd.MemoryTag], num_bytes: int) -> None:
+        total = self._order.all_reduce(torch.tensor([num_bytes]))
+        call.reply(cmd.MemoryChanged(tags=changed, num_bytes=int(total)))
