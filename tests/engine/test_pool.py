@@ -279,7 +279,8 @@ def test_a_plain_torch_trainer_broadcasts_to_all_replicas(pool: RolloutPool, tra
         joining.result(30)
         named = [(name, tensor.detach()) for name, tensor in trainer.named_parameters()]
         pool.begin_weight_update(weight_version="broadcast", strict=True)
-        for first in range(0, len(named), 8):
+        pool.update_weights_from_tensor(named[:8])  # both ways in one session
+        for first in range(8, len(named), 8):
             part = named[first : first + 8]
             staged = background.submit(
                 pool.update_weights_from_distributed,
