@@ -29,7 +29,12 @@ from weight_sync.errors import ManifestMismatch, TransportError
 from weight_sync.layout.manifest import TensorMeta
 from weight_sync.process_groups.backends import open_gloo
 from weight_sync.process_groups.communicator import Communicator
-from weight_sync.process_groups.landing import Landing, forwards, landing_buffer, telling_bytes
+from weight_sync.process_groups.expected import (
+    ExpectedMessage,
+    forwards,
+    receive_buffer,
+    telling_bytes,
+)
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
 from weight_sync.process_groups.streams import receive_parts, send_parts
 from weight_sync.transports.group.process_group import UpdateGroup
@@ -216,13 +221,13 @@ def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():
         ).result()  # nobody to send to
 
 
-def test_a_landing_buffer_costs_only_what_is_written():
+def test_a_receive_buffer_costs_only_what_is_written():
     def resident_bytes() -> int:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * 4096
 
     before = resident_bytes()
-    buffer = landing_buffer(16 * MIB)
+    buffer = receive_buffer(16 * MIB)
     assert buffer.untyped_storage().nbytes() >= 80 * MIB
     assert resident_bytes() - before < 24 * MIB
 
@@ -260,7 +265,7 @@ class Tree:
             end = time.monotonic() + 10
             if rank == 0:
                 return send_parts(self.members[0], sent, depth=2, end=end)
-            buffer = landing_buffer(sum(expected))
+            buffer = receive_buffer(sum(expected))
             parts = list(buffer.split(expected))
             try:
                 tells = [telling] * len(parts)
@@ -315,8 +320,8 @@ def test_parts_behind_one_another_come_whole_through_every_member():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn"])
 def test_no_number_looks_like_bytes_that_never_came(dtype):
     dtype = getattr(torch, dtype)
-    part = landing_buffer(64)
-    Landing(part)  # marks the end
+    part = receive_buffer(64)
+    ExpectedMessage(part)  # marks the end
     told = telling_bytes(dtype)
     for missing in range(told, 16 + 1):
         end = part[-16:].clone()

@@ -1,4 +1,4 @@
-"""The stage of a rank whose weights come over a group: its own shard and two landing buffers, never the whole model."""
+"""The stage of a rank whose weights come over a group: its own shard and two receive buffers, never the whole model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from weight_sync.layout.fingerprints import ArenaFingerprints
 from weight_sync.layout.manifest import Manifest
 from weight_sync.layout.weight_map import WeightMap
 from weight_sync.plan.plan import Plan, compile_plan
-from weight_sync.process_groups.landing import landing_buffer
+from weight_sync.process_groups.expected import receive_buffer
 from weight_sync.publisher.update import Update
-from weight_sync.transports.group.kept_stage import KeptStage, StageMemory
+from weight_sync.transports.group.shadow_stage import ShadowStage, StageMemory
 from weight_sync.transports.spans import chunks_of, spans_of
 
 CHUNK_BYTES = 20_000
@@ -93,14 +93,14 @@ class Rank:
     def all_rows(self) -> np.ndarray:
         return np.arange(len(self.manifest.tensors), dtype=np.uint32)
 
-    def stage(self) -> KeptStage:
+    def stage(self) -> ShadowStage:
         wire: Any = self.wire
-        return KeptStage(self.memory, wire, self.manifest.arena_bytes, self.plan)
+        return ShadowStage(self.memory, wire, self.manifest.arena_bytes, self.plan)
 
     def check(self, rows: np.ndarray, values: np.ndarray) -> None:
         assert (values == self.values[rows]).all()
 
-    def accept(self, stage: KeptStage, rows: np.ndarray, check: Any = None) -> None:
+    def accept(self, stage: ShadowStage, rows: np.ndarray, check: Any = None) -> None:
         self.wire.announce(rows)
         stage.accept(rows, check or self.check, 5.0)
 
@@ -247,7 +247,7 @@ def test_a_rank_of_two_holds_its_shard_and_two_chunks_and_not_the_model(
     assert whole > 20 * CHUNK_BYTES
 
 
-def test_one_rank_whose_memory_is_laid_out_like_the_arena_needs_no_landing_buffer(
+def test_one_rank_whose_memory_is_laid_out_like_the_arena_needs_no_receive_buffer(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     config = ModelConfig.from_folder(tiny_checkpoint("llama", tie_word_embeddings=False))
@@ -268,7 +268,7 @@ def test_memory_is_kept_from_update_to_update_and_given_back_with_its_last_holde
     assert len({buffer.data_ptr() for buffer in rank.wire.posted}) <= 2
     landed_now: Future[None] = Future()
     landed_now.set_result(None)
-    landed = [rank.stage().land(size, lambda _: landed_now).data_ptr() for size in (100, 90)]
+    landed = [rank.stage().receive(size, lambda _: landed_now).data_ptr() for size in (100, 90)]
     assert landed[0] == landed[1], "plain trainers' calls land in the same buffer"
     shadow = weakref.ref(rank.memory._shadow)  # type: ignore[arg-type]
     rank.memory.let_go()
@@ -301,7 +301,9 @@ def test_memory_that_a_broken_group_may_still_write_is_never_used_again() -> Non
 def test_a_chunk_arrives_while_the_one_before_it_is_checked_in_another_buffer(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weight_sync.transports.group.kept_plan.Chunk._find_home", lambda *_: None)
+    monkeypatch.setattr(
+        "weight_sync.transports.group.shadow_plan.Chunk._find_home", lambda *_: None
+    )
     config = ModelConfig.from_folder(tiny_checkpoint("llama", tie_word_embeddings=False))
     rank = Rank(build_model(config, torch.float32, "cpu").weight_map)
     seen: list[tuple[int, int]] = []
@@ -456,7 +458,7 @@ def test_updates_after_a_refused_bucket_get_their_own_bytes(
         assert engine.values() == {value}
 
 
-def test_no_memory_for_a_landing_buffer_is_an_error_and_the_next_update_works(
+def test_no_memory_for_a_receive_buffer_is_an_error_and_the_next_update_works(
     make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("weight_sync.transports.spans.CHUNK_BYTES", 2_000)
@@ -467,13 +469,13 @@ def test_no_memory_for_a_landing_buffer_is_an_error_and_the_next_update_works(
     def scarce(num_bytes: int) -> torch.Tensor:
         if next(calls) == 1:
             raise torch.OutOfMemoryError("nothing is left")
-        return landing_buffer(num_bytes)
+        return receive_buffer(num_bytes)
 
     with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
         publisher.publish(weights(1.0))
         with monkeypatch.context() as patch:
-            patch.setattr("weight_sync.transports.group.kept_stage.landing_buffer", scarce)
-            engine.receiver.stage_memory._landings.clear()
+            patch.setattr("weight_sync.transports.group.shadow_stage.receive_buffer", scarce)
+            engine.receiver.stage_memory._incoming.clear()
             with pytest.raises(TransportError, match="no memory on cpu"):
                 publisher.publish(weights(2.0))
         assert engine.values() == {1.0}

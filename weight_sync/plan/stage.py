@@ -1,7 +1,7 @@
 """Where the bytes of one session wait, from the trainer's announcement until the commit writes them.
 
 Two kinds: the trainer's own arena, where both ends see it (`ArenaStage`), and memory of this rank, where bytes arrive
-over a group (`kept_stage.KeptStage`). A session does not know which of them it has.
+over a group (`shadow_stage.ShadowStage`). A session does not know which of them it has.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Stage(Protocol):
         `at`: where they begin in an arena that holds less than the model (`Bucket.at`).
         """
 
-    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+    def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
         """Bytes that nobody has declared, uint8, once `fill` has received them; valid until the stage takes others."""
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
@@ -104,7 +104,7 @@ class ArenaStage:
         check(rows, values)
         return time.perf_counter() - start
 
-    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+    def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
         raise self.not_over_a_group()
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:

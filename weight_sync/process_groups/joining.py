@@ -41,7 +41,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class RendezvousPlace:
     """A member's place at the rendezvous."""
 
     store: Store
@@ -84,24 +84,24 @@ def gpu_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def sit_as_trainer(
+def meet_as_trainer(
     member: Member,
     server: StoreServer,
     offer: Offer,
     *,
     end: float,
     abandoned: Callable[[], bool],
-) -> Seat:
+) -> RendezvousPlace:
     """Wait for all engine ranks at the store that this process serves."""
     meeting = convene(
         server.store, member.name, offer, gpu=member.gpu, end=end, abandoned=abandoned
     )
-    return Seat(store=server.store, address=server.host, lifeline=None, meeting=meeting)
+    return RendezvousPlace(store=server.store, address=server.host, lifeline=None, meeting=meeting)
 
 
-def sit_as_engine(
+def meet_as_engine(
     member: Member, host: str, port: int, *, end: float, abandoned: Callable[[], bool]
-) -> Seat:
+) -> RendezvousPlace:
     """Find the trainer's store, and in it the trainer's way of making the group; wait for the others if it is ours."""
     store, lifeline = connect_store(
         host, port, world_size=member.world_size, end=end, abandoned=abandoned
@@ -116,7 +116,9 @@ def sit_as_engine(
     except BaseException:
         lifeline.close()
         raise
-    return Seat(store=store, address=lifeline.address, lifeline=lifeline, meeting=meeting)
+    return RendezvousPlace(
+        store=store, address=lifeline.address, lifeline=lifeline, meeting=meeting
+    )
 
 
 def meet(
@@ -157,9 +159,11 @@ def meet(
     return meeting
 
 
-def connect(member: Member, seat: Seat, meeting: Meeting, *, end: float) -> Communicator:
+def connect(
+    member: Member, place: RendezvousPlace, meeting: Meeting, *, end: float
+) -> Communicator:
     """The communicator. gloo's is returned when all members are connected, NCCL connects when it is first used."""
-    store = under(seat.store, meeting.prefix)
+    store = under(place.store, meeting.prefix)
     left_s = left(end).total_seconds()
     if member.backend == "nccl":
         return open_nccl(
@@ -170,7 +174,7 @@ def connect(member: Member, seat: Seat, meeting: Meeting, *, end: float) -> Comm
         rank=member.rank,
         size=member.world_size,
         name=member.name,
-        address=seat.address,
+        address=place.address,
         connections=meeting.offer.connections if meeting.offer is not None else 1,
         join_timeout_s=left_s,
         timeout_s=left_s,

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import TransportError
 from ..layout.manifest import TensorMeta, align, mismatch
-from .landing import landing_buffer
+from .expected import receive_buffer
 
 DEFAULT_PART_BYTES = 64 << 20
 """With several of these under way at once, a loopback or a fast network is busy all the time."""
@@ -41,7 +41,7 @@ def allocate(metas: Sequence[TensorMeta], device: torch.device) -> list[torch.Te
     """New tensors in one allocation, with scratch behind the last one on the CPU."""
     sizes = [align(meta.num_bytes) for meta in metas]
     if device.type == "cpu":
-        buffer = landing_buffer(sum(sizes))
+        buffer = receive_buffer(sum(sizes))
     else:
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     tensors, start = [], 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from .communicator import Communicator, Posted
-from .landing import Landing, post
+from .expected import ExpectedMessage, post
 
 
 def send_parts(
@@ -40,34 +40,34 @@ def receive_parts(
     """Fill uint8 `parts`, which share no memory, with what rank 0 sends, in order.
 
     With `telling`, one number for each part, what is behind a part in its allocation is scratch, and over gloo lengths
-    are proved, one part at a time (see `landing`).
+    are proved, one part at a time (see `expected`).
     """
     guarded = telling is not None and communicator.kind == "gloo"
     if guarded:
         depth = 1  # what is behind a part is scratch until it has been checked
-    window: deque[tuple[int, Posted, Landing | None]] = deque()
+    window: deque[tuple[int, Posted, ExpectedMessage | None]] = deque()
 
     def complete_first() -> None:
-        i, posted, landing = window.popleft()
+        i, posted, message = window.popleft()
         posted.wait()
-        if landing is not None:
-            landing.check(f"group {communicator.name!r}, part {i}")
+        if message is not None:
+            message.check(f"group {communicator.name!r}, part {i}")
 
     try:
         for i, part in enumerate(parts):
             if len(window) >= depth:
                 complete_first()
-            landing = None
+            message = None
             if guarded and telling is not None:
-                landing = post(
+                message = post(
                     part, rank=communicator.rank, size=communicator.size, telling=telling[i]
                 )
             posted = communicator.post_broadcast(
-                part if landing is None else landing.posted,
+                part if message is None else message.posted,
                 root=0,
                 timeout_s=end - time.monotonic(),
             )
-            window.append((i, posted, landing))
+            window.append((i, posted, message))
         while window:
             complete_first()
     finally:

@@ -17,7 +17,7 @@ from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from ..layout.finite import refuse_non_finite
 from ..layout.manifest import Manifest, TensorMeta, align, parse_dtype
 from ..plan.stage import Stage
-from ..process_groups.landing import telling_bytes
+from ..process_groups.expected import telling_bytes
 from ..publisher.selection import Layout, Selector
 from ..transports.group.process_group import UpdateGroup
 from ..wire.messages import EngineInfo, Receive
@@ -72,12 +72,12 @@ def _receive_tensors(
     sizes = [align(meta.num_bytes) for meta in metas]
     tensors: list[torch.Tensor] = []
 
-    def fill(landing: torch.Tensor) -> Future[Any]:
-        for meta, raw in zip(metas, landing.split(sizes), strict=True):
+    def fill(incoming: torch.Tensor) -> Future[Any]:
+        for meta, raw in zip(metas, incoming.split(sizes), strict=True):
             tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
         return group.receive_tensors(metas, timeout_s=timeout_s, into=tensors, scratch_behind=True)
 
-    stage.land(sum(sizes), fill)
+    stage.receive(sum(sizes), fill)
     return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
 
 
@@ -104,12 +104,12 @@ def _receive_bucket(
         )
         end = align(end) if aligned else end
 
-    def fill(landing: torch.Tensor) -> Future[Any]:
+    def fill(incoming: torch.Tensor) -> Future[Any]:
         spans = [(0, end)] if end else []
         telling = telling_bytes(metas[-1].dtype) if metas else 0
-        return group.receive_into(landing, spans, timeout_s=timeout_s, telling=telling)
+        return group.receive_into(incoming, spans, timeout_s=timeout_s, telling=telling)
 
-    buffer = stage.land(end, fill)
+    buffer = stage.receive(end, fill)
     return FlattenedTensorBucket(flattened_tensor=buffer, metadata=metadata).reconstruct_tensors()
 
 

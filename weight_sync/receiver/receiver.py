@@ -12,8 +12,6 @@ its end. All methods run on one thread, the service's; only the write happens on
 import logging
 import secrets
 import time
-from collections import OrderedDict
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +28,8 @@ from ..layout.manifest import Manifest
 from ..layout.weight_map import WeightMap
 from ..plan.plan_cache import PlanCache
 from ..transports.arena import OpenedArena
-from ..transports.group.kept_stage import StageMemory
 from ..transports.group.process_group import UpdateGroup
+from ..transports.group.shadow_stage import StageMemory
 from ..wire.messages import (
     PROTOCOL_VERSION,
     Begin,
@@ -49,6 +47,7 @@ from ..wire.process import current_process, why_dead
 from .agreement import RankAgreement, SoloAgreement
 from .arena_table import ArenaTable
 from .commit import Served, Snapshot, WeightCommit, boundary_name, uint32
+from .endings import Endings
 from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
 from .repair import Repair
@@ -56,16 +55,6 @@ from .resident import ResidentFingerprints
 from .session import Phase, Session, column
 
 logger = logging.getLogger(__name__)
-
-_KEPT_ENDINGS = 32
-
-
-class _Ending(NamedTuple):
-    """Why a session is over. Without the error's traceback, which would keep the arena mapped."""
-
-    kind: type[Exception]
-    args: tuple[Any, ...]
-    arena_id: int
 
 
 class WeightReceiver:
@@ -105,7 +94,7 @@ class WeightReceiver:
         self._epoch = 0
         self._session: Session | None = None
         self._committing: str | None = None  # its id
-        self._endings: OrderedDict[str, _Ending] = OrderedDict()
+        self._endings = Endings()
         if torn is not None:
             self._repair = Repair(torn, len(names), from_nothing=True)
             self._served = Served(version=version, label=self.label, torn=torn)
@@ -433,9 +422,7 @@ class WeightReceiver:
                 f"a message of another epoch: got {epoch}, expected {session.epoch}; "
                 "use the epoch that BeginReply gave"
             )
-        ending = self._endings.get(session_id)
-        if ending is not None:
-            raise ending.kind(*ending.args)
+        self._endings.reraise(session_id)
         raise SessionError(
             f"no such session: got {session_id!r}, expected "
             f"{session.request.session_id if session else 'Begin first'!r}; begin a new one"
@@ -443,17 +430,16 @@ class WeightReceiver:
 
     def _refuse(self, session_id: str) -> None:
         """A bucket of a session that is over is not taken; its bytes may be under way all the same."""
-        ending = self._endings.get(session_id)
-        if ending is not None:
-            self._arenas.refuse(ending.arena_id)
+        arena_id = self._endings.arena_of(session_id)
+        if arena_id is not None:
+            self._arenas.refuse(arena_id)
 
     def _fail(self, session: Session, error: Exception) -> None:
         """End `session` because of `error`; raises why it has ended, if that was before, while its bytes came."""
-        ending = self._endings.get(session.request.session_id)
         if self._session is session:
             self._end(error)
-        elif ending is not None:
-            raise ending.kind(*ending.args) from error
+        else:
+            self._endings.reraise(session.request.session_id)
 
     def _end(self, reason: Exception) -> None:
         session = self._session
@@ -462,10 +448,7 @@ class WeightReceiver:
         logger.debug("session %s ends: %s", session.request.session_id, reason)
         session.end()
         self._session = None
-        request = session.request
-        self._endings[request.session_id] = _Ending(type(reason), reason.args, request.arena_id)
-        while len(self._endings) > _KEPT_ENDINGS:
-            self._endings.popitem(last=False)
+        self._endings.note(session.request, reason)
 
     def _next_version(self, request: Begin) -> int:
         version = self.version + 1 if request.version is None else request.version

@@ -15,7 +15,7 @@ from ..errors import DeadlineExceeded, ProtocolError, SyncError, TransportError
 from ..transports.arena import OpenedArena
 from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
-from ..transports.group.kept_stage import NoStageMemory
+from ..transports.group.shadow_stage import NoStageMemory
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import OpenedLocalArena
 from ..transports.shared_memory import OpenedSharedMemoryArena

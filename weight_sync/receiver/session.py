@@ -15,8 +15,8 @@ from ..plan.plan import Plan
 from ..plan.plan_cache import KnownPlan
 from ..plan.stage import ArenaStage, Stage
 from ..transports.group.joint_stage import JointStage
-from ..transports.group.kept_stage import StageMemory
 from ..transports.group.process_group import UpdateGroup
+from ..transports.group.shadow_stage import StageMemory
 from ..transports.uploaded_arena import UploadedStage
 from ..wire.messages import Begin
 

@@ -23,7 +23,7 @@ from ..plan.stage import ArenaStage
 from ..wire.messages import CudaIpcHandle, ProcessRef
 from ..wire.process import current_process, host_id, why_dead
 from .arena import SharedBytes
-from .group.kept_stage import StageMemory
+from .group.shadow_stage import StageMemory
 from .ipc_memory import Allocation, IpcMemory
 from .uploaded_arena import UploadedStage
 

@@ -20,8 +20,8 @@ from ..plan.plan import Plan
 from ..plan.stage import ArenaStage, Check, WriteMark, check_size, refuse_window
 from ..wire.messages import SharedMemoryHandle
 from .arena import Range
-from .group.kept_plan import Chunk, KeptPlan
-from .group.kept_stage import NoStageMemory, StageMemory
+from .group.shadow_plan import Chunk, ShadowPlan
+from .group.shadow_stage import NoStageMemory, StageMemory
 from .shared_memory import OpenedSharedMemoryArena
 from .spans import chunks_of, ranges_of
 
@@ -79,7 +79,7 @@ class UploadedStage:
         self._memory = memory
         self._manifest = plan.manifest
         self._buffer = buffer
-        self._plan: KeptPlan | None = memory.plan(plan)
+        self._plan: ShadowPlan | None = memory.plan(plan)
         self._mark = WriteMark()
         on_gpu = memory.device.type == "cuda"
         self._uploads = torch.cuda.Stream(memory.device) if on_gpu else None
@@ -96,13 +96,13 @@ class UploadedStage:
                 "sides must run the same release"
             )
         start = time.perf_counter()
-        for chunk, landing, arrived in self._uploaded(rows, at):
+        for chunk, incoming, arrived in self._uploaded(rows, at):
             with torch.cuda.stream(self._checks):
                 if arrived is not None:
                     arrived.wait()
-                check(chunk.rows, chunk.fingerprints(landing))
-                chunk.move(landing)
-            if self._checks is not None:  # before the landing buffer is written again
+                check(chunk.rows, chunk.fingerprints(incoming))
+                chunk.move(incoming)
+            if self._checks is not None:  # before the receive buffer is written again
                 self._checks.synchronize()
             if time.perf_counter() - start > timeout_s:
                 raise DeadlineExceeded(
@@ -111,7 +111,7 @@ class UploadedStage:
                 )
         return time.perf_counter() - start
 
-    def land(self, num_bytes: int, fill: object) -> torch.Tensor:
+    def receive(self, num_bytes: int, fill: object) -> torch.Tensor:
         raise ArenaStage.not_over_a_group()
 
     def put(self, sources: object) -> np.ndarray:
@@ -146,10 +146,10 @@ class UploadedStage:
                     f"a bucket reaches out of its arena: got bytes to {ranges[-1][1]}, expected at most "
                     f"{self._buffer.numel()}; both sides must run the same release"
                 )
-            landing = chunk.home
-            if landing is None:
-                landing = self._memory.landing(number % 2, size)
-            uploaded = chunk, landing, self._upload(ranges, landing)
+            incoming = chunk.home
+            if incoming is None:
+                incoming = self._memory.incoming(number % 2, size)
+            uploaded = chunk, incoming, self._upload(ranges, incoming)
             at = None if at is None else at + size
             if held is not None:
                 yield held
@@ -157,11 +157,11 @@ class UploadedStage:
         if held is not None:
             yield held
 
-    def _upload(self, ranges: list[Range], landing: torch.Tensor) -> torch.cuda.Event | None:
+    def _upload(self, ranges: list[Range], incoming: torch.Tensor) -> torch.cuda.Event | None:
         done = 0
         with torch.cuda.stream(self._uploads):
             for start, stop in ranges:
-                part = landing[done : done + stop - start]
+                part = incoming[done : done + stop - start]
                 part.copy_(self._buffer[start:stop], non_blocking=True)
                 done += stop - start
             if self._uploads is None:

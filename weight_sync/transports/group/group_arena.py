@@ -14,8 +14,8 @@ from ...plan.plan import Plan
 from ...wire.messages import GroupHandle, ProcessRef
 from ...wire.process import current_process
 from ..arena import Range
-from .kept_stage import KeptStage, StageMemory
 from .process_group import UpdateGroup
+from .shadow_stage import ShadowStage, StageMemory
 
 
 class GroupArena:
@@ -72,9 +72,9 @@ class OpenedGroupArena:
     def owner(self) -> ProcessRef:
         return self._owner
 
-    def stage(self, plan: Plan) -> KeptStage:
+    def stage(self, plan: Plan) -> ShadowStage:
         assert self._memory is not None, "the arena was closed"
-        return KeptStage(self._memory, self._group, self._num_bytes, plan)
+        return ShadowStage(self._memory, self._group, self._num_bytes, plan)
 
     def refuse(self) -> None:
         self._group.destroy(wait_s=0.0)

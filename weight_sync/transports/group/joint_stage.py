@@ -9,8 +9,8 @@ import torch
 
 from ...plan.stage import ArenaStage, Check, Fill
 from ..uploaded_arena import UploadedStage
-from .kept_stage import KeptStage, StageMemory
 from .process_group import UpdateGroup
+from .shadow_stage import ShadowStage, StageMemory
 
 
 class JointStage:
@@ -31,7 +31,7 @@ class JointStage:
         self._memory: StageMemory | None = memory
         memory.hold()
         try:
-            self._kept = KeptStage(memory, group, arena.plan.manifest.arena_bytes, arena.plan)
+            self._kept = ShadowStage(memory, group, arena.plan.manifest.arena_bytes, arena.plan)
             self._keep(rows)
         except BaseException:
             memory.let_go()
@@ -44,8 +44,8 @@ class JointStage:
         self._keep(rows)
         return seconds
 
-    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
-        return self._kept.land(num_bytes, fill)
+    def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+        return self._kept.receive(num_bytes, fill)
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         return self._kept.put(sources)

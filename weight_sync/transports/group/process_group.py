@@ -21,18 +21,18 @@ from ...errors import TransportError
 from ...layout.manifest import TensorMeta
 from ...process_groups.calls import CallThread
 from ...process_groups.communicator import Communicator, as_bytes
+from ...process_groups.expected import telling_bytes
 from ...process_groups.joining import (
     BACKENDS,
     Member,
-    Seat,
+    RendezvousPlace,
     check_member,
     connect,
     gpu_name,
     meet,
-    sit_as_engine,
-    sit_as_trainer,
+    meet_as_engine,
+    meet_as_trainer,
 )
-from ...process_groups.landing import telling_bytes
 from ...process_groups.meeting import PROTOCOL_VERSION, Offer
 from ...process_groups.parts import Span, allocate, check_tensors, cut
 from ...process_groups.rendezvous import StoreServer
@@ -69,7 +69,7 @@ class UpdateGroup:
         """Where buffers are."""
         self._member = dataclasses.replace(member, gpu=gpu_name(device))
         self._server: StoreServer | None = None
-        self._seat: Seat | None = None
+        self._place: RendezvousPlace | None = None
         self._offer: Offer | None = None
         self._communicator: Communicator | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -188,7 +188,7 @@ class UpdateGroup:
 
         The spans must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
         trainer is ours, and the whole buffer in one part if it is not. `telling` (see `telling_bytes`) says that what
-        follows a span in the buffer's allocation may be overwritten (see `landing_buffer`): then a part of another
+        follows a span in the buffer's allocation may be overwritten (see `receive_buffer`): then a part of another
         length than announced is an error, on all members alike, and no crash.
         """
         whole = [(0, buffer.numel())]
@@ -280,26 +280,28 @@ class UpdateGroup:
         return self._thread.submit(guarded, timeout_s=timeout_s, what=f"{self._member}: {what}")
 
     def _sit_as_trainer(self, server: StoreServer, offer: Offer, end: float) -> None:
-        self._seat = sit_as_trainer(
+        self._place = meet_as_trainer(
             self._member, server, offer, end=end, abandoned=self._is_abandoned
         )
         self._connected(end)
 
     def _sit_as_engine(self, host: str, port: int, end: float) -> None:
-        self._seat = sit_as_engine(self._member, host, port, end=end, abandoned=self._is_abandoned)
-        if self._seat.meeting is not None:
+        self._place = meet_as_engine(
+            self._member, host, port, end=end, abandoned=self._is_abandoned
+        )
+        if self._place.meeting is not None:
             self._connected(end)
 
     def _connected(self, end: float) -> Communicator:
         """The communicator, made when it is first needed."""
         if self._communicator is None:
-            assert self._seat is not None, "joining comes first, and a failed one breaks the group"
-            meeting = self._seat.meeting or meet(
-                self._member, self._seat.store, end=end, abandoned=self._is_abandoned
+            assert self._place is not None, "joining comes first, and a failed one breaks the group"
+            meeting = self._place.meeting or meet(
+                self._member, self._place.store, end=end, abandoned=self._is_abandoned
             )
             assert meeting is not None
             self._offer = meeting.offer
-            self._communicator = connect(self._member, self._seat, meeting, end=end)
+            self._communicator = connect(self._member, self._place, meeting, end=end)
             if self.backend == "nccl" and self._offer is not None:
                 # NCCL connects in its first operation; here a member that cannot still fails the joining.
                 first = torch.zeros(1, dtype=torch.uint8, device=self.device)
@@ -330,8 +332,8 @@ class UpdateGroup:
 
     def _lost(self) -> str | None:
         """Why the trainer is known to be gone. gloo does not always tell members that wait for a message from it."""
-        seat = self._seat
-        return seat.lifeline.lost() if seat is not None and seat.lifeline is not None else None
+        place = self._place
+        return place.lifeline.lost() if place is not None and place.lifeline is not None else None
 
     def _abort(self) -> None:
         """From any thread: free the group's thread where the backend can."""
@@ -345,6 +347,6 @@ class UpdateGroup:
             self._communicator.close()
         if self._server is not None:
             self._server.close()
-        if self._seat is not None and self._seat.lifeline is not None:
-            self._seat.lifeline.close()
-        self._communicator = self._seat = self._server = None
+        if self._place is not None and self._place.lifeline is not None:
+            self._place.lifeline.close()
+        self._communicator = self._place = self._server = None

@@ -24,7 +24,7 @@ _CACHED_ARENAS = 4
 _CACHED_SUBSETS = 16
 
 
-class KeptPlan:
+class ShadowPlan:
     """A plan by way of the shadow, and the chunks of it that came lately."""
 
     def __init__(self, plan: Plan, shadow: Shadow) -> None:
@@ -79,7 +79,7 @@ class KeptPlan:
 
 
 class Chunk:
-    """Whole tensors of a manifest that are received together, one behind the other in a landing buffer."""
+    """Whole tensors of a manifest that are received together, one behind the other in a receive buffer."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ class Chunk:
             tensors=tuple(manifest.tensors[row] for row in rows.tolist()),
             bucket_bytes=manifest.bucket_bytes,
         )
-        """How they lie in the landing buffer."""
+        """How they lie in the receive buffer."""
         ends = list(accumulate(lengths_of(manifest, rows), initial=0))
         self.spans = list(pairwise(ends))
-        """The ranges of the landing buffer that travel as one each."""
+        """The ranges of the receive buffer that travel as one each."""
         self._fingerprints = ArenaFingerprints(self.manifest)
         moved = [
             Copy(index=i, region=copy.region, destination=shadow.of(copy.destination))
@@ -107,16 +107,16 @@ class Chunk:
         ]
         self._replay = Replay(self.manifest, moved, occupied)
         self.home = self._find_home(moved, shadow, occupied)
-        """Memory of the shadow that has the layout of the landing buffer, and can be it; or None."""
+        """Memory of the shadow that has the layout of the receive buffer, and can be it; or None."""
 
-    def fingerprints(self, landing: torch.Tensor) -> np.ndarray:
+    def fingerprints(self, incoming: torch.Tensor) -> np.ndarray:
         """One per tensor, (N,) uint64."""
-        return as_uint64(self._fingerprints.values(landing))
+        return as_uint64(self._fingerprints.values(incoming))
 
-    def move(self, landing: torch.Tensor) -> None:
+    def move(self, incoming: torch.Tensor) -> None:
         """Into the shadow: this rank's parts, at their places."""
         if self.home is None:
-            self._replay.run(landing, None)
+            self._replay.run(incoming, None)
 
     def _find_home(
         self, moved: Sequence[Copy], shadow: Shadow, occupied: Occupied

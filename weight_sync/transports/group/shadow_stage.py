@@ -1,11 +1,11 @@
-"""A stage of this rank's own, for bytes that arrive over a group: two landing buffers and a shadow of the parameters.
+"""A stage of this rank's own, for bytes that arrive over a group: two receive buffers and a shadow of the parameters.
 
-    wire -> landing buffer, a chunk of whole tensors -> fingerprints checked -> plan -> shadow | commit -> parameters
+    wire -> receive buffer, a chunk of whole tensors -> fingerprints checked -> plan -> shadow | commit -> parameters
 
 While one chunk is checked and moved, the next one arrives in the other buffer. What this takes is the bytes that the
 rank keeps and two chunks, however large the model is: a rank receives every byte and keeps its part. A chunk that the
 rank keeps as it travels (one rank alone, as a rule) lands in the shadow itself. A trainer that declares nothing needs a
-landing buffer for its largest call.
+receive buffer for its largest call.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
 from ...plan.stage import Check, Fill, WriteMark, check_size, refuse_window
-from ...process_groups.landing import landing_buffer
+from ...process_groups.expected import receive_buffer
 from ..spans import chunks_of
-from .kept_plan import Chunk, KeptPlan
 from .process_group import UpdateGroup
 from .shadow import Shadow
+from .shadow_plan import Chunk, ShadowPlan
 
 _KEPT_PLANS = 4
 
@@ -45,8 +45,8 @@ class StageMemory:
         self._device = device
         self._num_holders = 0
         self._shadow: Shadow | None = None
-        self._landings: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._plans: OrderedDict[str, KeptPlan] = OrderedDict()
+        self._incoming: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._plans: OrderedDict[str, ShadowPlan] = OrderedDict()
         self.wait: Callable[[Future[Any]], Any] = Future.result
         """How this thread waits for a trainer's bytes: the result of a future. It may do other things meanwhile."""
 
@@ -57,9 +57,9 @@ class StageMemory:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes now: this rank's parameters once, and the largest chunk of each landing buffer."""
-        landings = sum(buffer.numel() for buffer in self._landings.values())
-        return landings + (0 if self._shadow is None else self._shadow.num_bytes)
+        """What it takes now: this rank's parameters once, and the largest chunk of each receive buffer."""
+        incoming = sum(buffer.numel() for buffer in self._incoming.values())
+        return incoming + (0 if self._shadow is None else self._shadow.num_bytes)
 
     @property
     def shadow_bytes(self) -> int:
@@ -82,22 +82,22 @@ class StageMemory:
         if not self._num_holders:
             self.forget()
 
-    def landing(
+    def incoming(
         self, which: int, num_bytes: int, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Landing buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone.
+        """Receive buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone.
 
         `device`: None for the rank's own. `TransportError` when there is no memory for it.
         """
         device = self._device if device is None else device
         key = which, device
-        buffer = self._landings.get(key)
+        buffer = self._incoming.get(key)
         if buffer is None or buffer.numel() < num_bytes:
-            self._landings.pop(key, None)
+            self._incoming.pop(key, None)
             del buffer  # before there is another one
             with _no_memory_is_an_answer(num_bytes, device):
-                self._landings[key] = buffer = (
-                    landing_buffer(num_bytes)
+                self._incoming[key] = buffer = (
+                    receive_buffer(num_bytes)
                     if device.type == "cpu"
                     else torch.empty(num_bytes, dtype=torch.uint8, device=device)
                 )
@@ -106,15 +106,15 @@ class StageMemory:
     def forget(self) -> None:
         """Use none of it again: a thread of a group may still write into it, for longer than anybody waits for that."""
         self._shadow = None
-        self._landings.clear()
+        self._incoming.clear()
         self._plans.clear()
 
-    def plan(self, plan: Plan) -> KeptPlan:
+    def plan(self, plan: Plan) -> ShadowPlan:
         """The way of this plan's tensors through the shadow, worked out once."""
         digest = plan.manifest.digest
         known = self._plans.get(digest)
         if known is None:
-            known = self._plans[digest] = KeptPlan(plan, self._existing_shadow())
+            known = self._plans[digest] = ShadowPlan(plan, self._existing_shadow())
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(digest)
@@ -143,7 +143,7 @@ def _no_memory_is_an_answer(num_bytes: int, device: torch.device) -> Iterator[No
         ) from error
 
 
-class KeptStage:
+class ShadowStage:
     """The stage of a session that `group` fills."""
 
     def __init__(self, memory: StageMemory, group: UpdateGroup, num_bytes: int, plan: Plan) -> None:
@@ -151,7 +151,7 @@ class KeptStage:
         self._memory = memory
         self._group = group
         self._manifest = plan.manifest
-        self._plan: KeptPlan | None = memory.plan(plan)
+        self._plan: ShadowPlan | None = memory.plan(plan)
         self._receiving = False  # something may be writing into the memory
         self._mark = WriteMark()
 
@@ -163,13 +163,13 @@ class KeptStage:
         failure: Exception | None = None
         work_s = 0.0
         self._receiving = True
-        for chunk, landing in self._arriving(self._chunks(rows), end):
+        for chunk, incoming in self._arriving(self._chunks(rows), end):
             if failure is not None:  # the rest is received all the same: the group stays in step
                 continue
             start = time.perf_counter()
             try:
-                check(chunk.rows, chunk.fingerprints(landing))
-                chunk.move(landing)
+                check(chunk.rows, chunk.fingerprints(incoming))
+                chunk.move(incoming)
             except Exception as error:
                 failure = error
             work_s += time.perf_counter() - start
@@ -179,24 +179,24 @@ class KeptStage:
         self._memory.settle()
         return work_s
 
-    def land(self, num_bytes: int, fill: Fill) -> torch.Tensor:
+    def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
         # Where the group guards against messages that are longer than announced: gloo's are on the CPU.
-        landing = self._memory.landing(0, num_bytes, self._group.device)
+        incoming = self._memory.incoming(0, num_bytes, self._group.device)
         self._receiving = True
-        self._memory.wait(fill(landing))
+        self._memory.wait(fill(incoming))
         self._receiving = False
-        return landing
+        return incoming
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         found = [np.empty(0, dtype=np.uint64)]
         for chunk in self._chunks(np.array(sorted(sources), dtype=np.int64)):
-            landing = self._place(chunk, 1)
+            incoming = self._place(chunk, 1)
             with torch.no_grad():
                 torch._foreach_copy_(
-                    chunk.manifest.views(landing), [sources[row] for row in chunk.rows.tolist()]
+                    chunk.manifest.views(incoming), [sources[row] for row in chunk.rows.tolist()]
                 )
-            found.append(chunk.fingerprints(landing))
-            chunk.move(landing)
+            found.append(chunk.fingerprints(incoming))
+            chunk.move(incoming)
         self._memory.settle()
         return np.concatenate(found)
 
@@ -222,31 +222,31 @@ class KeptStage:
     def _place(self, chunk: Chunk, which: int) -> torch.Tensor:
         if chunk.home is not None:
             return chunk.home
-        return self._memory.landing(which, chunk.manifest.arena_bytes)
+        return self._memory.incoming(which, chunk.manifest.arena_bytes)
 
     def _arriving(
         self, chunks: Iterable[Chunk], end: float
     ) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """Each chunk when it is whole; those after it are under way by then, as far as there is memory for them."""
         under_way: deque[tuple[Chunk, torch.Tensor, Future[None]]] = deque()
-        num_landing = 0  # how many of them are on their way into a landing buffer
+        num_incoming = 0  # how many of them are on their way into a receive buffer
         which = 0
 
         def arrived() -> tuple[Chunk, torch.Tensor]:
-            nonlocal num_landing
-            chunk, landing, whole = under_way.popleft()
+            nonlocal num_incoming
+            chunk, incoming, whole = under_way.popleft()
             self._memory.wait(whole)
-            num_landing -= chunk.home is None
-            return chunk, landing
+            num_incoming -= chunk.home is None
+            return chunk, incoming
 
         for chunk in chunks:
-            while chunk.home is None and num_landing == 2:
+            while chunk.home is None and num_incoming == 2:
                 yield arrived()
-            landing = self._place(chunk, which)
+            incoming = self._place(chunk, which)
             if chunk.home is None:
-                num_landing, which = num_landing + 1, 1 - which
+                num_incoming, which = num_incoming + 1, 1 - which
             left_s = max(0.0, end - time.monotonic())
-            whole = self._group.receive_into(landing, chunk.spans, timeout_s=left_s)
-            under_way.append((chunk, landing, whole))
+            whole = self._group.receive_into(incoming, chunk.spans, timeout_s=left_s)
+            under_way.append((chunk, incoming, whole))
         while under_way:
             yield arrived()

@@ -26,7 +26,7 @@ _MADV_POPULATE_WRITE = 23
 _SPARE_BYTES = 64 << 20
 
 
-def landing_buffer(num_bytes: int) -> torch.Tensor:
+def receive_buffer(num_bytes: int) -> torch.Tensor:
     """`num_bytes` of uint8 on the CPU whose allocation goes on behind them, in address space that costs no memory.
 
     The room is four times the size: a tensor that was announced as bfloat16 and sent as float64 still fits.
@@ -50,21 +50,23 @@ def forwards(rank: int, size: int) -> bool:
     return rank > 0 and rank + (1 << rank.bit_length()) < size
 
 
-def post(part: torch.Tensor, *, rank: int, size: int, telling: int) -> Landing:
+def post(part: torch.Tensor, *, rank: int, size: int, telling: int) -> ExpectedMessage:
     """Mark `part` for a broadcast from rank 0 to member `rank` of `size`. Raises `TransportError` where it must not be.
 
     What is forwarded travels, so whoever forwards posts less than there is: room for elements of twice the width, or
     for 8 MiB. Whoever is behind another must have room for as much.
     """
     forwarded = max(part.numel(), _FORWARDED_SPARE_BYTES)
-    landing = Landing(part, spare=forwarded if forwards(rank, size) else None, telling=telling)
-    spare = landing.posted.numel() - part.numel()
+    message = ExpectedMessage(
+        part, spare=forwarded if forwards(rank, size) else None, telling=telling
+    )
+    spare = message.posted.numel() - part.numel()
     if forwards(1, size) and spare < forwarded:
         raise TransportError(
             f"cannot receive {part.numel()} bytes in a group of {size}: got address space for {spare} more, expected "
             f"{forwarded}, because members pass on marks; raise the limit on address space (ulimit -v)"
         )
-    return landing
+    return message
 
 
 def telling_bytes(dtype: torch.dtype) -> int:
@@ -77,7 +79,7 @@ def telling_bytes(dtype: torch.dtype) -> int:
     return 2 if dtype.is_floating_point and dtype.itemsize > 1 else 4
 
 
-class Landing:
+class ExpectedMessage:
     """One expected message: `posted` is what to receive into, `check` says whether exactly `part` was filled.
 
     What follows `part` in its allocation is scratch.
