@@ -84,7 +84,7 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         max_running_requests: int = 256,
         kv_cache_bytes: int | None = None,
         mem_fraction_static: float | None = None,
-        block_size: int = 16,
+        block_size: int | None = None,
         chunked_prefill_size: int | None = None,
         attention_backend: str = "auto",
         overlap: bool | None = None,

@@ -65,7 +65,8 @@ def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
         *("lora_path", "custom_logit_processor", "return_hidden_states", "return_routed_experts"),
         *("stream", "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"),
         *("external_trace_header", "rid", "session_params", "priority"),
-        *("return_text_in_logprobs", "return_token_times", "timeout_s", "others"),
+        *("return_text_in_logprobs", "return_token_times", "timeout_s", "attention_mask"),
+        *("add_special_tokens", "others"),
     ]  # fmt: skip
 
 
