@@ -83,6 +83,11 @@ def this_place() -> Place:
     )
 
 
+def was_restarted() -> bool:
+    """Whether Ray has made the actor of this process anew, after an earlier one of it died."""
+    return bool(ray_module().get_runtime_context().was_current_actor_reconstructed)
+
+
 def this_address() -> str:
     """The address by which other nodes reach this process."""
     address: str = connected_ray().util.get_node_ip_address()

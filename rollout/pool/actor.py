@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from weight_sync.errors import TornWeightsError
 
 from ..distributed import ray_runtime
 from ..engine.engine import Engine
@@ -37,6 +40,9 @@ class RolloutActor:
     options of `.remote` are those of `Engine`. With one rank the loop runs in the actor's process, with several
     (`tp_size`) in child processes that share the GPUs of the actor. Tensors reach the engine best through `address`,
     without a detour through Ray's arguments.
+
+    An actor that Ray restarts (`max_restarts`) has none of the weights that were pushed before, and a new `address`: it
+    raises `TornWeightsError` until a complete update has committed.
     """
 
     @classmethod
@@ -78,6 +84,10 @@ class EngineHost:
             configured = str(options.get("device", "auto"))
             options["device"] = device_in_actor(configured, place.gpu_ids, visible)
         self._engine = Engine(model_path, **options)
+        self._restarted = ray_runtime.was_restarted()
+        if self._restarted:  # What it has loaded is not what was served here before.
+            self._engine.release_memory_occupation(["weights"])
+            self._engine.resume_memory_occupation(["weights"])
 
     async def address(self) -> str:
         """Where a `WeightPublisher` connects."""
@@ -87,18 +97,34 @@ class EngineHost:
         """As `Engine.generate`, without `stream`."""
         if kwargs.get("stream"):
             raise TypeError("generate: got stream=True, expected False; use generate_stream")
-        return await self._engine.async_generate(*args, **kwargs)
+        with self._told_of_restart():
+            return await self._engine.async_generate(*args, **kwargs)
 
     async def generate_stream(self, *args: Any, **kwargs: Any) -> AsyncIterator[dict[str, Any]]:
         """The chunks of `Engine.generate(..., stream=True)`, as a Ray generator."""
         kwargs["stream"] = True
-        async for chunk in await self._engine.async_generate(*args, **kwargs):
-            yield chunk
+        with self._told_of_restart():
+            async for chunk in await self._engine.async_generate(*args, **kwargs):
+                yield chunk
+
+    @contextmanager
+    def _told_of_restart(self) -> Iterator[None]:
+        """Say why there are no weights."""
+        try:
+            yield
+        except TornWeightsError as error:
+            if not self._restarted:
+                raise
+            raise TornWeightsError(
+                "Ray has restarted this actor, and the weights that were pushed before are gone; publish a complete "
+                f"update to its new address: {error}"
+            ) from None
 
 
 def _forward(name: str) -> Callable[..., Any]:
     async def method(self: EngineHost, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self._engine, f"async_{name}")(*args, **kwargs)
+        with self._told_of_restart():
+            return await getattr(self._engine, f"async_{name}")(*args, **kwargs)
 
     method.__name__ = name
     method.__doc__ = f"As `Engine.{name}`."

@@ -11,7 +11,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import msgspec
@@ -25,6 +25,8 @@ from weight_sync.errors import (
     TornWeightsError,
     TransportError,
 )
+from weight_sync.joint.members import left
+from weight_sync.joint.session import JointSession
 from weight_sync.layout.manifest import Manifest
 from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.publisher import WeightPublisher
@@ -33,6 +35,7 @@ from weight_sync.wire.messages import (
     Begin,
     BeginReply,
     Bucket,
+    BucketReply,
     Commit,
     CommitReply,
     EngineInfo,
@@ -40,12 +43,11 @@ from weight_sync.wire.messages import (
     GetFingerprint,
     GroupHandle,
     OpenArena,
+    Receive,
 )
 from weight_sync.wire.process import current_process, host_id
 
 from ..protocol.commands import GetWeights, WeightValues
-from .fleet_update import FleetUpdate
-from .members import GONE, Member, left
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,36 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True, kw_only=True)
+class WatchedSession(JointSession):
+    """A session of which one remembers what it brought."""
+
+    num_tensors: int
+    """Of the engines' own layout."""
+    opaque: bool = False
+    """Some of it came without fingerprints: from a plain trainer."""
+    present: np.ndarray = field(init=False)
+    """Which tensors of the manifest are staged, bool."""
+    declared: np.ndarray = field(init=False)
+    """Their fingerprints, uint64."""
+
+    def __post_init__(self) -> None:
+        num = self.num_tensors if self.manifest is None else len(self.manifest.names)
+        self.present = np.zeros(num, dtype=bool)
+        self.declared = np.zeros(num, dtype=np.uint64)
+
+    def bucket(self, message: Bucket, end: float) -> Future[BucketReply]:
+        asked = JointSession.bucket(self, message, end)
+        indices = np.frombuffer(message.indices, dtype="<u4")
+        self.present[indices] = True
+        self.declared[indices] = np.frombuffer(message.fingerprints, dtype="<u8")
+        return asked
+
+    def receive(self, message: Receive, end: float) -> Future[BucketReply]:
+        self.opaque = True
+        return JointSession.receive(self, message, end)
+
+
+@dataclass(slots=True, kw_only=True)
 class Source:
     """An arena, and what its bytes were when they were last committed."""
 
@@ -78,9 +110,9 @@ class Source:
     """Which of them the arena holds in the served version, bool."""
 
     @classmethod
-    def after(cls, update: FleetUpdate, old: Self | None, handle: ArenaHandle) -> Self | None:
+    def after(cls, update: WatchedSession, old: Self | None, handle: ArenaHandle) -> Self | None:
         """What is known of the arena of `update`, which was just committed; `old` is what was known before."""
-        if update.opaque or isinstance(handle, GroupHandle):
+        if update.opaque or isinstance(handle, GroupHandle) or getattr(handle, "is_window", False):
             return None
         request, present = update.request, update.present
         new = cls(
@@ -101,11 +133,11 @@ class Source:
 
 
 def catch_up(
-    member: Member,
+    member: Any,
     info: EngineInfo,
     served: Served,
     source: Source | None,
-    peers: Sequence[Member],
+    peers: Sequence[Any],
     group_host: str,
     end: float,
 ) -> int:
@@ -116,7 +148,7 @@ def catch_up(
     found = _reach(member, info, served, source, peers, group_host, end)
     if served.fingerprint is not None and found != served.fingerprint:
         raise FingerprintMismatch(
-            f"replica {member.number} holds other weights than the pool serves: got fingerprint {found:#018x}, "
+            f"{member.name} holds other weights than the pool serves: got fingerprint {found:#018x}, "
             f"expected {served.fingerprint:#018x} for version {served.version}; load the same weights everywhere, and "
             "do not update single replicas of a pool"
         )
@@ -124,11 +156,11 @@ def catch_up(
 
 
 def _reach(
-    member: Member,
+    member: Any,
     info: EngineInfo,
     served: Served,
     source: Source | None,
-    peers: Sequence[Member],
+    peers: Sequence[Any],
     group_host: str,
     end: float,
 ) -> int:
@@ -138,29 +170,29 @@ def _reach(
         return reply.fingerprint
     if info.version >= served.version:
         raise StaleVersionError(
-            f"replica {member.number} cannot go back: got version {info.version} ({info.torn or 'whole'}), expected "
+            f"{member.name} cannot go back: got version {info.version} ({info.torn or 'whole'}), expected "
             f"less than {served.version}, which the pool serves"
         )
     if source is not None:
         try:
             return from_source(member, source, served, end)
-        except GONE:
+        except member.gone:
             raise
         except SyncError as error:
-            logger.info("replica %d: not from the arena: %s", member.number, error)
+            logger.info("%s: not from the arena: %s", member.name, error)
     for peer in peers:
         try:
             return from_peer(member, peer, info, served, group_host, end)
-        except GONE as error:
+        except peer.gone as error:
             if member.channel.dead is not None:
                 raise
-            logger.info("replica %d: not from replica %d: %s", member.number, peer.number, error)
+            logger.info("%s: not from %s: %s", member.name, peer.name, error)
     raise TornWeightsError(
         f"no replica, and no arena of a publisher, holds version {served.version} any more; publish a complete update"
     )
 
 
-def from_source(member: Member, source: Source, served: Served, end: float) -> int:
+def from_source(member: Any, source: Source, served: Served, end: float) -> int:
     """Commit what the arena holds; returns the fingerprint. Raises a `WeightUpdateError` when it is not all there."""
     if not source.known.all():
         raise TransportError("the publisher's arena does not hold all of the served version")
@@ -200,7 +232,7 @@ def from_source(member: Member, source: Source, served: Served, end: float) -> i
 
 
 def from_peer(
-    member: Member, peer: Member, info: EngineInfo, served: Served, group_host: str, end: float
+    member: Any, peer: Any, info: EngineInfo, served: Served, group_host: str, end: float
 ) -> int:
     """Read every parameter of `peer` and publish it to `member`, whose `info` is given; returns the fingerprint."""
     manifest = Manifest.from_wire(info.manifest)
@@ -241,7 +273,7 @@ class _Borrowed:
         """The channel is another's."""
 
 
-def _read_all(peer: Member, manifest: Manifest, end: float) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_all(peer: Any, manifest: Manifest, end: float) -> Iterator[tuple[str, torch.Tensor]]:
     for meta in manifest.tensors:
         yield meta.name, _read(peer.ask, meta.name, meta.shape, end)
 

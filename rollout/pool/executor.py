@@ -1,7 +1,7 @@
 """The executor of a pool: commands of one engine's surface, carried out by many engines.
 
 Prompts go to one replica each, weight messages to all through the fleet, and whatever else there is to all, with the
-answers added up.
+answers added up. One thread, the pool's, decides everything but updates, which wait for replicas and have their own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, get_args
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
+from weight_sync.joint.service import JointChannel
 from weight_sync.publisher.channel import Channel
 from weight_sync.wire.messages import WeightRequest
 from weight_sync.wire.rpc import Call, RpcServer
@@ -32,20 +33,21 @@ from ..protocol.wire import REQUEST_TYPES, check_sendable
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
-from .fleet_channel import FleetChannel
 from .job import PoolCall
-from .replica import Replica, ReplicaExecutor, ReplicaStatus, ask_all
+from .replica import Replica, ReplicaStatus, answers_of, when_all_have_answered
 from .routing import Router
-from .supervisor import MakeExecutor, Supervisor, no_weights
+from .supervisor import MakeExecutor, Supervisor
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _EXPIRE_INTERVAL_S = 0.25
 WEIGHT_MESSAGES = get_args(WeightRequest)
+ABORTED = "generation was paused (mode abort); resubmit prompt plus partial output"
 
 
 class PoolExecutor:
-    """Runs the dispatcher on a thread of its own; see `Executor` for the methods."""
+    """Many engines as one; see `Executor` for the methods."""
 
     def __init__(
         self,
@@ -60,46 +62,43 @@ class PoolExecutor:
 
         socket_folder: for a socket file of the pool, which removes the folder at its end; None: a private one.
         """
-        self._socket_folder = socket_folder
         self._config = config
+        self._socket_folder = socket_folder
         self._server: RpcServer | None = None
         self._lock = threading.Lock()
         self._closed = False
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        limit = pool.max_inflight_samples or max(1, config.max_running_requests * 5 // 4)
-        self._fleet = FleetWeights(
+        self._fleet = fleet = FleetWeights(
             label=config.weight_version if config.weight_version is not None else "0",
             timeout_s=config.request_timeout_s,
-            on_change=lambda: self._supervisor.changed(),
+            on_change=self._changed,
             group_host=group_host,
             awaits=NoUpdateYetError.STATE if config.awaits_first_update else None,
         )
         self._dispatcher = Dispatcher(
             Router(
-                limit=limit,
+                limit=pool.max_inflight_samples or max(1, config.max_running_requests * 5 // 4),
                 affinity_tokens=pool.affinity_blocks
                 * (config.block_size or default_block_size(config.device)),
                 slack=pool.affinity_slack,
             ),
             seed=secrets.randbits(63) if config.seed is None else config.seed,
             max_reruns=pool.max_reruns,
-            on_lost=lambda number, error: self._supervisor.lost(number, error),
-            served=lambda: (self._fleet.served.label, self._fleet.served.version),
+            on_lost=self._lost,
+            served=lambda: (fleet.served.label, fleet.served.version),
         )
         self._supervisor = Supervisor(
             pool,
             make_executor=make_executor,
-            make_replica=self._replica,
             dispatcher=self._dispatcher,
+            fleet=fleet,
             post=self._events.put,
-            fleet=self._fleet,
         )
-        self._thread = threading.Thread(target=self._run, name="pool-dispatch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
-        starts = [self._supervisor.start() for _ in range(pool.num_replicas)]
         try:
-            for start in starts:
-                self._await_start(start)
+            for came in [self._start() for _ in range(pool.num_replicas)]:
+                self._await_start(came)
         except BaseException:
             self.close()
             raise
@@ -113,7 +112,7 @@ class PoolExecutor:
         if self._closed:
             future.set_exception(EngineClosedError("the pool was shut down; start a new one"))
         elif isinstance(body, WEIGHT_MESSAGES):
-            return FleetChannel(self._fleet).submit(body, timeout_s)
+            return self.weight_channel().submit(body, timeout_s)
         elif isinstance(body, cmd.Generate):
             problem = cmd.too_many_samples(body.prompts)
             if problem is not None:
@@ -131,11 +130,11 @@ class PoolExecutor:
             self._events.put(lambda: self._dispatcher.add(call, body.prompts))
         else:
             check_sendable(body, timeout_s, type(body).__name__)
-            self._events.put(lambda: self._carry_out(body, timeout_s, future))
+            self._events.put(lambda: self._command(body, timeout_s, future))
         return future
 
     def weight_channel(self) -> Channel:
-        return FleetChannel(self._fleet)
+        return JointChannel(self._fleet)
 
     @property
     def address(self) -> str:
@@ -152,27 +151,30 @@ class PoolExecutor:
         if self._closed:
             return
         self._closed = True
-
-        def end_all() -> None:
-            self._dispatcher.expect_aborts("the pool was shut down")
-            self._dispatcher.block(EngineClosedError("the pool was shut down; start a new one"))
-
-        self._events.put(end_all)
-        self._supervisor.close()
+        replicas = self._on_thread(self._end_all)
+        closing = [threading.Thread(target=r.executor.close, daemon=True) for r in replicas]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(timeout=30.0)
         self._fleet.close()
         self._events.put(None)
         self._thread.join(timeout=30.0)
-        with contextlib.suppress(queue.Empty):  # What the end of the replicas has brought.
-            while True:
-                event = self._events.get_nowait()
-                if event is not None:
-                    event()
+        while not self._events.empty():  # What the end of the replicas has brought.
+            event = self._events.get()
+            if event is not None:
+                event()
         with self._lock:
             if self._server is not None:
                 self._server.close()
                 self._server = None
         if self._socket_folder is not None:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+    def _end_all(self) -> list[Replica]:
+        self._dispatcher.expect_aborts("the pool was shut down")
+        self._dispatcher.block(EngineClosedError("the pool was shut down; start a new one"))
+        return self._supervisor.close()
 
     # ---- what only a pool has ----------------------------------------------------------------------------------------
 
@@ -188,74 +190,83 @@ class PoolExecutor:
 
     def add_replica(self) -> int:
         """Start one more; returns its number once it serves."""
-        return self._await_start(self._supervisor.start())
+        return self._await_start(self._start())
 
     def remove_replica(self, number: int | None, timeout_s: float) -> int:
         """Let a replica (None: the least busy one) finish what it has, then end it; returns its number."""
-        loads = self._loads()
-        if number is None:
-            number = min(loads, key=lambda n: (loads[n], -n))
-        if number not in self._supervisor.replicas:
-            raise RolloutError(
-                f"remove_replica: got {number}, expected one of {sorted(self._supervisor.replicas)}"
+        done: Future[int] = Future()
+        end = time.monotonic() + timeout_s
+
+        def retire() -> None:
+            loads, replicas = self._dispatcher.loads, self._supervisor.replicas
+            leaving = (
+                min(loads, key=lambda n: (loads[n], -n)) if number is None and loads else number
             )
-        if len(loads) < 2:
-            raise RolloutError(
-                "remove_replica: got the last replica, expected another one to go on; shut the pool down instead"
-            )
-        leaving = number
-        self._supervisor.retire(leaving, lambda: not self._loads().get(leaving), timeout_s)
-        return number
+            if leaving not in replicas:
+                raise RolloutError(
+                    f"remove_replica: got {leaving}, expected one of {sorted(replicas)}"
+                )
+            if len(loads) < 2:
+                raise RolloutError(
+                    "remove_replica: got the last replica, expected another one to go on; shut the pool down instead"
+                )
+            self._supervisor.retire(leaving, end, done)
+
+        self._on_thread(retire)
+        return wait(done, timeout_s + 60.0, "the end of a replica")
 
     def replica_statuses(self) -> list[ReplicaStatus]:
         """What the replicas look like now."""
-        loads, behind, serving = self._loads(), dict(self._fleet.behind), self._fleet.serving
-        statuses = []
-        for number, replica in sorted(self._supervisor.replicas.items()):
-            executor: Any = replica.executor
-            statuses.append(
-                ReplicaStatus(
-                    number=number,
-                    state="serving" if number in serving else "behind",
-                    address=executor.address,
-                    num_inflight=loads.get(number, 0),
-                    pids=tuple(getattr(executor, "pids", ())),
-                    node_id=getattr(executor, "node_id", None),
-                    why_behind=str(behind[number]) if number in behind else None,
-                )
-            )
-        return statuses
 
-    # ---- below -------------------------------------------------------------------------------------------------------
+        def look() -> list[ReplicaStatus]:
+            loads, behind = self._dispatcher.loads, self._fleet.behind
+            return [
+                replica.status(loads.get(number, 0), behind.get(number))
+                for number, replica in sorted(self._supervisor.replicas.items())
+            ]
+
+        return self._on_thread(look)
+
+    # ---- the pool's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        next_expire = 0.0
+        wake = 0.0
         while True:
-            event: Callable[[], None] | None = _nothing
-            with contextlib.suppress(queue.Empty):
-                event = self._events.get(timeout=_EXPIRE_INTERVAL_S)
+            try:
+                event = self._events.get(timeout=max(0.0, wake - time.monotonic()))
+            except queue.Empty:
+                event = _nothing
             if event is None:
                 return
             try:
                 event()
-            except Exception:  # One event must not end the dispatching of all requests.
-                logger.exception("the pool's dispatcher failed at an event")
-            if (now := time.monotonic()) >= next_expire:
-                next_expire = now + _EXPIRE_INTERVAL_S
+                now = time.monotonic()
                 self._dispatcher.expire(now)
+                wake = min(now + _EXPIRE_INTERVAL_S, self._supervisor.tick(now))
+            except Exception:  # One event must not end the dispatching of all requests.
+                logger.exception("the pool failed at an event")
 
-    def _await_start(self, start: Future[int]) -> int:
+    def _on_thread(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises on the pool's thread."""
+        future: Future[T] = Future()
+        self._events.put(lambda: _resolve(future, function))
+        return wait(future, 30.0, "the pool's thread")
+
+    def _start(self) -> Future[int]:
+        came: Future[int] = Future()
+        self._events.put(lambda: self._supervisor.start(came))
+        return came
+
+    def _await_start(self, came: Future[int]) -> int:
         limit = self._config.start_timeout_s + self._config.request_timeout_s
-        number: int = wait(start, limit, "the start of a replica")
+        number: int = wait(came, limit, "the start of a replica")
         return number
 
-    def _replica(self, number: int, executor: ReplicaExecutor) -> Replica:
-        return Replica(number, executor, self._dispatcher, self._events.put, time.monotonic)
+    def _changed(self) -> None:
+        self._events.put(self._supervisor.reconcile)
 
-    def _loads(self) -> dict[int, int]:
-        future: Future[dict[int, int]] = Future()
-        self._events.put(lambda: future.set_result(self._dispatcher.loads))
-        return future.result(30.0)
+    def _lost(self, number: int, error: Exception) -> None:
+        self._supervisor.lost(number, error)
 
     def _serve(self, call: Call) -> None:
         """A command from another process."""
@@ -281,47 +292,57 @@ class PoolExecutor:
 
         future.add_done_callback(answer)
 
-    def _carry_out(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
-        try:
-            self._command(body, timeout_s, future)
-        except Exception as error:  # Whoever asked waits for an answer.
-            future.set_exception(error)
-
     def _command(self, body: Any, timeout_s: float, future: Future[Any]) -> None:
-        """Carry out what is not about prompts or weights; on the dispatcher's thread."""
-        num, post = 0, self._events.put
-        replicas = list(self._supervisor.replicas.values())
+        """Carry out what is not about prompts or weights."""
         if isinstance(body, cmd.AbortRequests):
-            num = self._dispatcher.abort(body.rids, body.abort_all, "aborted by the caller")
-            future.set_result(cmd.Done(count=num))
+            why = "aborted by the caller"
+            _resolve(
+                future,
+                lambda: cmd.Done(count=self._dispatcher.abort(body.rids, body.abort_all, why)),
+            )
             return
+        num = 0
+        loses = isinstance(body, cmd.ReleaseMemory) and not body.keep_weights
+        is_release = loses and "weights" in body.tags
+        replicas = list(self._supervisor.replicas.values())
         if isinstance(body, cmd.GetWeights):
             serving = self._fleet.serving
-            replicas.sort(key=lambda replica: replica.number not in serving)
-            ask_all(replicas[:1], body, timeout_s, lambda answers: answers[0], future, post)
-            return
-        if isinstance(body, cmd.PauseGeneration):
-            self._supervisor.note_pause(body)
-            if body.mode == "abort":
-                num = self._dispatcher.expect_aborts(
-                    "generation was paused (mode abort); resubmit prompt plus partial output"
-                )
-        elif isinstance(body, cmd.ContinueGeneration):
-            self._supervisor.note_pause(None)
-        elif (
-            isinstance(body, cmd.ReleaseMemory) and "weights" in body.tags and not body.keep_weights
-        ):
-            # First, so that what the replicas end now waits here instead of going to the next one.
-            self._fleet.lose("the memory of the weights was released")
-            self._dispatcher.refuse(no_weights(self._fleet.lost))
-        ask_all(
-            replicas, body, timeout_s, lambda answers: self._combined(answers, num), future, post
-        )
+            replicas = sorted(replicas, key=lambda replica: replica.number not in serving)[:1]
+        elif isinstance(body, cmd.PauseGeneration | cmd.ContinueGeneration):
+            self._supervisor.note(body)
+            if isinstance(body, cmd.PauseGeneration) and body.mode == "abort":
+                num = self._dispatcher.expect_aborts(ABORTED)
+        elif isinstance(body, cmd.ReleaseMemory | cmd.ResumeMemory):
+            self._supervisor.note(body)
+            if is_release:
+                # First, so that what the replicas end now waits here instead of going to the next one.
+                self._supervisor.releasing = "the memory of the weights is being released"
+                self._supervisor.reconcile()
+        asked = [replica.executor.submit(body, timeout_s=timeout_s) for replica in replicas]
+
+        def conclude() -> None:
+            if isinstance(body, cmd.ResumeMemory):
+                self._supervisor.reconcile()  # Who could not be brought up for lack of memory is tried again.
+            _resolve(future, lambda: self._combined(answers_of(asked), num))
+
+        def released() -> None:
+            self._supervisor.releasing = None
+            self._supervisor.reconcile()
+            conclude()
+
+        def look() -> None:  # Whether they have released it is theirs to say.
+            looked = self._fleet.look()
+            looked.add_done_callback(lambda _: self._events.put(released))
+
+        then = look if is_release else conclude
+        when_all_have_answered(asked, self._events.put, then)
 
     def _combined(self, answers: Sequence[Any], num: int) -> Any:
         first = answers[0]
         if isinstance(first, cmd.Status):
             return self._status(answers)
+        if isinstance(first, cmd.WeightValues):
+            return first
         if isinstance(first, cmd.MemoryChanged):
             return msgspec.structs.replace(first, num_bytes=sum(a.num_bytes for a in answers))
         return cmd.Done(count=num + sum(answer.count for answer in answers))
@@ -342,6 +363,17 @@ class PoolExecutor:
             pid=os.getpid(),
             **sums,
         )
+
+
+def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:
+    """Put what `function` returns or raises into `future`."""
+    try:
+        future.set_result(function())
+    except InvalidStateError:
+        pass  # Whoever asked has given up.
+    except Exception as error:
+        with contextlib.suppress(InvalidStateError):
+            future.set_exception(error)
 
 
 def _nothing() -> None:

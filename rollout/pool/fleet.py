@@ -1,8 +1,8 @@
 """One weight update for many engines: what a trainer tells the pool, every replica is told, and all must agree.
 
 The trainer packs its arena once; all replicas map it. A refusal by one replica before the commit ends the session on
-all of them. A replica that dies is left out. One that cannot write what the others have written is behind: it is taken
-out of service at once, and brought to the served version or replaced.
+all of them. A replica that dies is left out. What a replica holds is what it has said last; one that has not said so
+is asked, and gets requests only when it holds what the pool serves.
 
 A `WeightPublisher` sees one engine: the pool has its own arena ids and epochs, and an identity that stays when replicas
 come and go.
@@ -11,42 +11,58 @@ come and go.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import msgspec
 
 from weight_sync.errors import (
     DeadlineExceeded,
     EngineDiedError,
-    SessionError,
     StaleVersionError,
     TornWeightsError,
     WeightUpdateError,
 )
+from weight_sync.joint.members import Member, left, same
+from weight_sync.joint.service import JointService
+from weight_sync.joint.session import JointSession, Outcome
 from weight_sync.wire import messages as msg
 from weight_sync.wire.process import current_process
-from weight_sync.wire.rpc import Call
 
-from .catch_up import Served, Source, catch_up
-from .fleet_arenas import FleetArenas
-from .fleet_update import FleetUpdate, Outcome, first_error
-from .members import GONE, Asked, Member, ask_all, collect, left, same
-from .serving_thread import ServingThread
+from ..errors import EngineClosedError
+from .catch_up import Served, Source, WatchedSession, catch_up
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 32
+GONE = (EngineDiedError, EngineClosedError)
 
 
-class FleetWeights:
-    """Serves trainers on behalf of all replicas; calls are worked off in order on one thread."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class ReplicaMember(Member):
+    """One replica, as a trainer's messages reach it."""
+
+    gone: ClassVar[tuple[type[Exception], ...]] = GONE
+
+    number: int
+    """Its number in the pool."""
+    ask: Callable[..., Future[Any]]
+    """`ask(command, timeout_s=...)`: its other commands."""
+    holds: int | None = None
+    """The version that it said it holds, whole and with the pool's bytes; None: it has to be asked, or does not."""
+    why: Exception | None = None
+    """Why it does not hold the served version; None: it does, or is new."""
+
+
+class FleetWeights(JointService):
+    """Serves trainers on behalf of all replicas, and brings those up that do not hold what the others serve."""
+
+    spare = True
+    what = "pool"
 
     def __init__(
         self,
@@ -66,117 +82,82 @@ class FleetWeights:
         self.lost: str | None = awaits
         """Why no replica has whole weights (their memory was released, none have come yet); None: they have."""
         self._awaits = awaits
-        self.behind: dict[int, Exception] = {}
-        """Replicas that do not hold the served version, and why."""
         self._engine_id = secrets.token_hex(8)
         self._timeout_s = timeout_s
         self._on_change = on_change
         self._group_host = group_host
-        self._members: dict[int, Member] = {}
-        self._arenas = FleetArenas()
-        self._epochs = itertools.count(1)
-        self._manifests: OrderedDict[str, msg.WireManifest] = OrderedDict()
         self._num_tensors = 0
-        self._update: FleetUpdate | None = None
-        self._aborted: tuple[str, Asked] = (
-            "",
-            {},
-        )  # the last session that was, and its replicas' answers
-        self._endings: OrderedDict[str, tuple[type[Exception], tuple[Any, ...]]] = OrderedDict()
         self._source: Source | None = None
-        self._doubt: FleetUpdate | None = None
-        """The last update, while no replica has said that it committed it, and some may have."""
-        self._unsure: set[Member] = set()
-        actions: dict[type, Callable[[Any, float], Any]] = {
-            msg.Hello: self._hello,
-            msg.GetIgnored: self._ask_one,
-            msg.OpenArena: lambda m, end: self._arenas.open(m, self._all, end),
-            msg.CloseArena: self._close_arena,
-            msg.JoinGroup: lambda m, end: self._arenas.join(m, self._all, end),
-            msg.LeaveGroup: lambda m, end: self._arenas.leave(m, self._all, end),
-            msg.Begin: self._begin,
-            msg.Bucket: lambda m, end: self._in_session(m, end, FleetUpdate.bucket),
-            msg.Receive: lambda m, end: self._in_session(m, end, FleetUpdate.receive),
-            msg.Vote: lambda m, end: self._in_session(m, end, FleetUpdate.vote),
-            msg.Abort: self._abort,
-            msg.Commit: self._commit,
-            msg.GetFingerprint: self._fingerprint,
-        }
-        self._thread = ServingThread(actions, name="pool-weights")
+        self._doubt: int | None = None
+        """The version of the last update, while some may have committed it and none has said so."""
+        self._members: list[ReplicaMember]
+        super().__init__([], name="pool")
 
     # ---- any thread --------------------------------------------------------------------------------------------------
 
     @property
     def serving(self) -> set[int]:
-        """Replicas that hold the served version, whole."""
-        return {member.number for member in self._all if member.serving}
+        """Replicas that hold the served version, whole, and live as far as one knows."""
+        return {member.number for member in self._members if self._serves(member)}
 
     @property
-    def closed(self) -> bool:
-        """It takes no more calls."""
-        return self._thread.closed
+    def behind(self) -> dict[int, Exception]:
+        """Replicas that do not hold the served version, and why."""
+        return {m.number: m.why for m in self._members if m.why is not None}
 
-    def handle(self, call: Call) -> None:
-        """Queue a trainer's call; its body is one of `messages.WeightRequest`."""
-        self._thread.handle(call)
-
-    def add(self, member: Member) -> Future[None]:
+    def add(self, member: ReplicaMember) -> Future[None]:
         """Take a replica in and bring it to the served version. With an error it is there, but behind."""
 
         def bring_up() -> None:
-            self._members = {**self._members, member.number: member}
+            self._members = [*self._members, member]
             self._bring_up(member)
 
-        return self._thread.do(bring_up)
+        return self.do(bring_up)
 
     def bring_up(self, number: int) -> Future[None]:
         """Once more for a replica that fell behind."""
-        return self._thread.do(lambda: self._bring_up(self._members[number]))
+
+        def bring_up() -> None:
+            for member in [member for member in self._members if member.number == number]:
+                self._bring_up(member)
+
+        return self.do(bring_up)
 
     def remove(self, number: int) -> Future[None]:
         """Forget a replica."""
 
         def forget() -> None:
-            member = self._members.get(number)
-            self._members = {n: m for n, m in self._members.items() if n != number}
-            self.behind.pop(number, None)
-            if member is not None:
-                self._unsure.discard(member)
-            if member is not None and self._update is not None:
-                self._update.epochs.pop(member, None)
+            for member in [member for member in self._members if member.number == number]:
+                self._members = [other for other in self._members if other is not member]
+                if self._session is not None:
+                    self._session.epochs.pop(member, None)
 
-        return self._thread.do(forget)
+        return self.do(forget)
 
-    def lose(self, reason: str) -> Future[None]:
-        """No replica has whole weights any more, on purpose; the next complete update ends that."""
+    def look(self) -> Future[None]:
+        """Ask all what they hold: their memory may have been released. `lost` says so, until a complete update."""
 
-        def note() -> None:
-            self._source = None
+        def look() -> None:
+            infos = self._ask(same(self._members, msg.Hello()), time.monotonic() + self._timeout_s)
+            torn = [info.torn for info in infos.replies.values()]
+            self.lost = torn[0] if torn and all(torn) else None
+            if any(torn):
+                self._source = None
             self._on_change()
 
-        self.lost = reason
-        return self._thread.do(note)
+        return self.do(look)
 
-    def close(self) -> None:
-        """Stop; what is queued is dropped. Safe to repeat."""
-        self._thread.close()
+    # ---- messages, on the thread -------------------------------------------------------------------------------------
 
-    # ---- the thread --------------------------------------------------------------------------------------------------
-
-    @property
-    def _all(self) -> list[Member]:
-        return [member for _, member in sorted(self._members.items())]
+    def _serves(self, member: ReplicaMember) -> bool:
+        return member.holds == self.served.version and member.channel.dead is None
 
     def _ask_one(self, message: Any, end: float) -> Any:
         """The answer of any replica, one that serves if there is one."""
-        for member in sorted(self._all, key=lambda m: not m.serving):
-            try:
+        for member in sorted(self._members, key=lambda m: not self._serves(m)):
+            with contextlib.suppress(*GONE):
                 return member.channel.call(message, left(end))
-            except GONE:
-                continue
         raise EngineDiedError("no replica of the pool is alive at present; try again later")
-
-    # ---- messages ----------------------------------------------------------------------------------------------------
 
     def _hello(self, message: msg.Hello, end: float) -> msg.EngineInfo:
         info: msg.EngineInfo = self._ask_one(message, end)
@@ -188,68 +169,46 @@ class FleetWeights:
             version=self.served.version,
             label=self.served.label,
             torn=self.lost or nobody,
-            tp_size=sum(member.ranks for member in self._all),
+            tp_size=sum(member.ranks for member in self._members),
         )
 
     def _close_arena(self, message: msg.CloseArena, end: float) -> msg.Ack:
         if self._source is not None and self._source.layout[0] == message.arena_id:
             self._source = None
-        return self._arenas.close(message, self._all, end)
+        return super()._close_arena(message, end)
 
     def _fingerprint(self, message: msg.GetFingerprint, end: float) -> msg.FingerprintReply:
-        members = [member for member in self._all if member.serving] or self._all
-        answers = ask_all(same(members, message), end)
-        answers.raise_refusal()
-        found = {member.number: reply.fingerprint for member, reply in answers.replies.items()}
-        if len(set(found.values())) > 1:
-            shown = ", ".join(f"replica {n}: {value:#018x}" for n, value in sorted(found.items()))
-            raise WeightUpdateError(
-                f"the replicas hold different weights: got {shown}, expected one value; publish a complete update"
-            )
-        reply: msg.FingerprintReply = next(iter(answers.replies.values()))
+        serving = [member for member in self._members if self._serves(member)]
+        reply = self._one_fingerprint(serving or self._members, message, end)
+        served = self.served
         return msgspec.structs.replace(
-            reply, version=self.served.version, label=self.served.label, torn=self.lost
+            reply, version=served.version, label=served.label, torn=self.lost
         )
 
     def _begin(self, message: msg.Begin, end: float) -> msg.BeginReply:
-        for member in list(self._unsure):
-            with contextlib.suppress(*GONE):
-                self._adopt(member, member.channel.call(msg.Hello(), left(end)), end)
+        self._settle(end)
         version = self._next_version(message)
         try:
-            return self._open(message, version, end)
+            return self._begin_version(message, version, end)
         except StaleVersionError:
             if message.version is not None:
                 raise
         # A replica holds a later version than the pool has heard of; the next one is above that.
-        infos = ask_all(same(self._all, msg.Hello()), end).replies.values()
-        highest = max((info.version for info in infos), default=self.served.version)
-        return self._open(message, highest + 1, end)
+        infos = self._ask(same(self._members, msg.Hello()), end).replies.values()
+        highest = max((info.version for info in infos), default=version)
+        return self._begin_version(message, highest + 1, end)
 
-    def _open(self, message: msg.Begin, version: int, end: float) -> msg.BeginReply:
-        serving = [member for member in self._all if member.serving]
-        # Parts of an update would make a mixture of what a replica that is behind holds.
-        members = self._all if message.strict or not serving else serving
-        digest = message.manifest_digest
-        if message.manifest is not None:
-            self._manifests[digest] = message.manifest
-            while len(self._manifests) > _KEPT:
-                self._manifests.popitem(last=False)
-        manifest = self._manifests.get(digest)
-        update = FleetUpdate.begin(
+    def _begin_version(self, message: msg.Begin, version: int, end: float) -> msg.BeginReply:
+        serving = [member for member in self._members if self._serves(member)]
+        each = msgspec.structs.replace(
             message,
-            epoch=next(self._epochs),
             version=version,
+            base_version=None,
             strict=message.strict or (not serving and self.lost is None),
-            members=self._arenas.opened_by(message.arena_id, members, end),
-            manifest=manifest,
-            num_rows=self._num_tensors if manifest is None else len(manifest.names),
-            end=end,
         )
-        if update is None:
-            return msg.BeginReply(epoch=0, version=version, need_manifest=True)
-        self._update = update
-        return msg.BeginReply(epoch=update.epoch, version=version, need_manifest=False)
+        # Parts of an update would make a mixture of what a replica that is behind holds.
+        members = self._members if message.strict or not serving else serving
+        return self._open(message, each, members, end)
 
     def _next_version(self, request: msg.Begin) -> int:
         served = self.served.version
@@ -266,115 +225,76 @@ class FleetWeights:
             )
         return version
 
-    def _in_session(
-        self, message: Any, end: float, ask: Callable[[FleetUpdate, Any, float], Any]
-    ) -> Any:
-        """What `ask` returns; a failure ends the session on every replica."""
-        update = self._update
-        ending = self._endings.get(message.session_id)
-        if ending is not None:
-            raise ending[0](*ending[1])
-        if update is None:
-            raise SessionError(f"no such session: got {message.session_id!r}; begin one first")
-        update.check(message)
-        try:
-            return ask(update, message, end)
-        except Exception as error:
-            self._aborted = message.session_id, update.abort(f"a replica refused: {error}")
-            self._end(update, error)
-            raise
+    def _make_session(self, messages: dict[Any, msg.Begin], **fields: Any) -> JointSession | None:
+        return WatchedSession.begin(self, messages, num_tensors=self._num_tensors, **fields)
 
-    def _abort(self, message: msg.Abort, end: float) -> msg.Ack:
-        """The answer means that no replica reads the arena any more; `DeadlineExceeded` where that is not known."""
-        update = self._update
-        if update is not None and update.request.session_id == message.session_id:
-            self._aborted = message.session_id, update.abort(message.reason)
-            self._end(update, SessionError(f"the session was aborted: {message.reason}"))
-        session_id, asked = self._aborted
-        if session_id == message.session_id:
-            for error in collect(asked, end).errors.values():
-                raise error
-        return msg.Ack()
-
-    def _commit(self, message: msg.Commit, end: float) -> msg.CommitReply:
-        update = self._update
-        outcome: Outcome = self._in_session(message, end, FleetUpdate.commit)
-        assert update is not None
-        self._end(update, SessionError("the session has ended: it was committed; begin a new one"))
-        reply = self._committed(update, outcome)
-        self._on_change()
-        return reply
-
-    def _end(self, update: FleetUpdate, why: Exception) -> None:
-        self._update = None
-        # Without the traceback, which would keep what it saw alive.
-        self._endings[update.request.session_id] = type(why), why.args
-        while len(self._endings) > _KEPT:
-            self._endings.popitem(last=False)
-
-    # ---- who serves what ---------------------------------------------------------------------------------------------
-
-    def _committed(self, update: FleetUpdate, outcome: Outcome) -> msg.CommitReply:
+    def _committed(self, session: JointSession, outcome: Outcome) -> msg.CommitReply:
         """Note the new version; whoever does not hold it is behind."""
-        if not outcome.committed:
+        try:
+            reply = outcome.reply
+        except Exception:
             for member, error in outcome.failed.items():
                 if isinstance(error, DeadlineExceeded):
-                    self._doubt = update
-                    self._unsure.add(member)
+                    self._doubt = session.version
                 if isinstance(error, (TornWeightsError, DeadlineExceeded)):
                     self._fall_behind(member, error)
             self._on_change()
-            raise first_error(outcome)
+            raise
         self._doubt = None
-        self._unsure.clear()
-        leader = next((m for m in outcome.committed if m.serving), next(iter(outcome.committed)))
-        reply = outcome.reply
-        fingerprint = outcome.committed[leader].fingerprint
-        self.served = Served(version=update.version, label=reply.label, fingerprint=fingerprint)
-        self._source = Source.after(
-            update, self._source, self._arenas.handle(update.request.arena_id)
+        leader = next(
+            (m for m in outcome.committed if self._serves(m)), next(iter(outcome.committed))
         )
-        for member in self._all:
+        fingerprint = outcome.committed[leader].fingerprint
+        assert isinstance(session, WatchedSession)
+        self._source = Source.after(
+            session, self._source, self._arenas.handle(session.request.arena_id)
+        )
+        self.served = Served(version=session.version, label=reply.label, fingerprint=fingerprint)
+        for member in self._members:
             found = outcome.committed.get(member)
             if found is not None and found.fingerprint == fingerprint:
-                self._serves(member)
+                self._hold(member)
             else:
                 why = outcome.failed.get(member) or WeightUpdateError("it took no part in it")
                 self._fall_behind(member, why)
         if self.lost is not None:
             info = self._ask_one(msg.Hello(), time.monotonic() + self._timeout_s)
             self.lost = info.torn and self.lost
+        self._on_change()
         return msgspec.structs.replace(reply, fingerprint=fingerprint)
 
-    def _serves(self, member: Member) -> None:
-        member.whole = True
-        self.behind.pop(member.number, None)
+    # ---- who holds what ----------------------------------------------------------------------------------------------
 
-    def _fall_behind(self, member: Member, error: Exception) -> None:
-        logger.warning(
-            "replica %d does not hold version %d: %s", member.number, self.served.version, error
-        )
-        member.whole = False
-        self.behind[member.number] = error
+    def _hold(self, member: ReplicaMember) -> None:
+        member.holds, member.why = self.served.version, None
 
-    def _adopt(self, member: Member, info: msg.EngineInfo, end: float) -> None:
-        """Settle whether a replica has committed the update in doubt; if so, that is what the pool serves."""
-        self._unsure.discard(member)
-        doubt = self._doubt
-        if doubt is None or info.torn is not None or info.version != doubt.version:
+    def _fall_behind(self, member: ReplicaMember, error: Exception) -> None:
+        logger.warning("%s does not hold version %d: %s", member.name, self.served.version, error)
+        member.holds, member.why = None, error
+
+    def _settle(self, end: float) -> None:
+        """Ask those that may have committed the last update; `DeadlineExceeded` when they do not say in time."""
+        for member in self._members if self._doubt is not None else ():
+            with contextlib.suppress(*GONE):
+                self._adopt(member, member.channel.call(msg.Hello(), left(end)), end)
+        self._doubt = None
+
+    def _adopt(self, member: ReplicaMember, info: msg.EngineInfo, end: float) -> None:
+        """What one replica has committed in the update that is in doubt is what the pool serves."""
+        if info.torn is not None or info.version != self._doubt:
             return
         reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left(end))
-        logger.warning("replica %d has committed version %d late", member.number, info.version)
+        logger.warning("%s has committed version %d late", member.name, info.version)
         label = info.label if info.label is not None else str(info.version)
         self.served = Served(version=info.version, label=label, fingerprint=reply.fingerprint)
         self._doubt, self._source = None, None
-        for other in self._all:
-            why = WeightUpdateError(f"replica {member.number} has committed version {info.version}")
+        for other in self._members:
+            why = WeightUpdateError(f"{member.name} has committed version {info.version}")
             self._fall_behind(other, why)
-        self._serves(member)
+        self._hold(member)
         self._on_change()
 
-    def _bring_up(self, member: Member) -> None:
+    def _bring_up(self, member: ReplicaMember) -> None:
         """Make a replica hold the served version, or note why it does not."""
         end = time.monotonic() + self._timeout_s
         try:
@@ -384,7 +304,7 @@ class FleetWeights:
             self._adopt(member, info, end)
             if self.lost is not None and self.lost != self._awaits:
                 raise TornWeightsError(f"the pool has no whole weights to give: {self.lost}")
-            peers = [other for other in self._all if other.serving and other is not member]
+            peers = [m for m in self._members if self._serves(m) and m is not member]
             fingerprint = catch_up(
                 member, info, self.served, self._source, peers, self._group_host, end
             )
@@ -393,6 +313,6 @@ class FleetWeights:
             raise
         else:
             self.served = msgspec.structs.replace(self.served, fingerprint=fingerprint)
-            self._serves(member)
+            self._hold(member)
         finally:
             self._on_change()

@@ -1,10 +1,13 @@
-"""One engine of a pool: its executor, where its answers go, and what it looks like from outside."""
+"""One engine of a pool: its executor, where it stands, and how it is given work."""
 
 from __future__ import annotations
 
+import enum
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
@@ -12,12 +15,15 @@ import msgspec
 from weight_sync.errors import EngineDiedError
 
 from ..engine.executors.executor import Executor
-from ..protocol.commands import AbortRequests, GetStatus, SampleUpdate, Status
+from ..protocol.commands import AbortRequests, SampleUpdate
 from .dispatcher import Dispatcher
+from .fleet import GONE
 from .job import Job
-from .members import GONE
 
 ABORT_TIMEOUT_S = 30.0
+
+Post = Callable[[Callable[[], None]], None]
+"""Runs an action on the pool's thread; any thread may call."""
 
 
 class ReplicaExecutor(Executor, Protocol):
@@ -46,26 +52,47 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why it does not serve; None: it does."""
 
 
-class Replica:
-    """A replica as the dispatcher uses it; `post` brings its answers to the dispatcher's thread."""
+class State(enum.Enum):
+    """Where a replica stands; `Supervisor` has the transitions."""
 
-    def __init__(
-        self,
-        number: int,
-        executor: ReplicaExecutor,
-        dispatcher: Dispatcher,
-        post: Callable[[Callable[[], None]], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self.number = number
-        self.executor = executor
-        self._dispatcher = dispatcher
-        self._post = post
-        self._clock = clock
+    COMING = "coming"
+    """It is told what the pool was asked for, and is brought to the served version."""
+    SERVING = "serving"
+    """It holds the served version, and gets requests."""
+    BEHIND = "behind"
+    """It does not hold the served version."""
+    RETIRING = "retiring"
+    """It gets nothing new, and ends when it has finished what it has."""
+    GONE = "gone"
+    """It is no part of the pool any more."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Replica:
+    """A replica. Its fields are the pool's thread's, its answers come there."""
+
+    number: int
+    """Never used again after its end."""
+    slot: int
+    """Its place in the pool, used again by its successor, as bundles of a placement group are."""
+    executor: ReplicaExecutor
+    """The way to it."""
+    dispatcher: Dispatcher
+    """Takes its answers."""
+    post: Post
+    """To the pool's thread."""
+    state: State = State.COMING
+    """Where it stands."""
+    tried: int | None = None
+    """The version that it could not be brought to; None: it was not tried in vain."""
+    check: Future[Any] | None = None
+    """The last question after its health."""
+    came: Future[int] = field(default_factory=Future)
+    """Has its number once it serves, or why it does not."""
 
     def generate(self, job: Job) -> None:
         """Start a job; returns at once."""
-        attempt, dispatcher, post = job.attempt, self._dispatcher, self._post
+        attempt, dispatcher, post = job.attempt, self.dispatcher, self.post
 
         def on_chunk(update: SampleUpdate) -> None:
             if isinstance(update, SampleUpdate):
@@ -76,7 +103,7 @@ class Replica:
             post(lambda: dispatcher.ended(job, attempt, error))
 
         # One that is late already comes back at once, as any other does at its deadline.
-        left_s = max(0.001, job.call.deadline - self._clock()) + job.call.grace_s
+        left_s = max(0.001, job.call.deadline - time.monotonic()) + job.call.grace_s
         future = self.executor.submit(job.command, timeout_s=left_s, on_chunk=on_chunk)
         future.add_done_callback(on_end)
 
@@ -85,36 +112,26 @@ class Replica:
         command = AbortRequests(rids=job.wire_rids(rids))
         self.executor.submit(command, timeout_s=ABORT_TIMEOUT_S)
 
-    def check(self, timeout_s: float) -> Status:
-        """Ask for its status; raises when it does not answer in time, or is dead."""
-        future = self.executor.submit(GetStatus(), timeout_s=timeout_s)
-        status: Status = future.result(timeout_s + 1.0)
-        return status
+    def status(self, load: int, why: Exception | None) -> ReplicaStatus:
+        """What it looks like now."""
+        executor: Any = self.executor
+        behind = self.state in (State.COMING, State.BEHIND)
+        return ReplicaStatus(
+            number=self.number,
+            state=State.BEHIND.value if behind else self.state.value,
+            address=executor.address,
+            num_inflight=load,
+            pids=tuple(getattr(executor, "pids", ())),
+            node_id=getattr(executor, "node_id", None),
+            why_behind=str(why) if behind and why is not None else None,
+        )
 
 
-def ask_all(
-    replicas: Sequence[Replica],
-    body: Any,
-    timeout_s: float,
-    combine: Callable[[Sequence[Any]], Any],
-    future: Future[Any],
-    post: Callable[[Callable[[], None]], None],
+def when_all_have_answered(
+    asked: Sequence[Future[Any]], post: Post, then: Callable[[], None]
 ) -> None:
-    """Put every replica's answer to a command, combined, into `future`; `combine` runs where `post` puts it.
-
-    Replicas that die meanwhile do not count, unless all do; the first other error does.
-    """
-    asked = [replica.executor.submit(body, timeout_s=timeout_s) for replica in replicas]
+    """Run `then` on the pool's thread when these are done."""
     missing, lock = len(asked), threading.Lock()
-
-    def conclude() -> None:
-        errors = [error for done in asked if (error := done.exception()) is not None]
-        answers = [done.result() for done in asked if done.exception() is None]
-        refusals = [error for error in errors if not isinstance(error, GONE)]
-        if refusals or not answers:
-            future.set_exception((refusals or errors)[0])
-        else:
-            future.set_result(combine(answers))
 
     def note(_: Future[Any]) -> None:
         nonlocal missing
@@ -122,9 +139,21 @@ def ask_all(
             missing -= 1
             last = missing == 0
         if last:
-            post(conclude)
+            post(then)
 
-    if not asked:
-        future.set_exception(EngineDiedError("no replica of the pool is alive at present"))
     for one in asked:
         one.add_done_callback(note)
+    if not asked:
+        post(then)
+
+
+def answers_of(asked: Sequence[Future[Any]]) -> list[Any]:
+    """What replicas answered; the dead do not count, unless all are. Raises the first refusal."""
+    errors = [error for done in asked if (error := done.exception()) is not None]
+    answers = [done.result() for done in asked if done.exception() is None]
+    refusals = [error for error in errors if not isinstance(error, GONE)]
+    for error in refusals or (errors if not answers else ()):
+        raise error
+    if not answers:
+        raise EngineDiedError("no replica of the pool is alive at present")
+    return answers

@@ -1,29 +1,40 @@
 """Keeps a pool's replicas alive: starts them, asks whether they are well, replaces the dead.
 
-One thread decides; starts, which take seconds, have threads of their own. A replica gets requests only while the fleet
-says that it holds the served version.
+    start --> COMING --brought up--> SERVING <--holds the version again-- BEHIND, COMING
+              COMING --cannot be--> BEHIND --another version--> COMING
+              SERVING --does not hold the version--> BEHIND
+              SERVING --retire--> RETIRING --has finished--> GONE
+              any --dies, hangs, cannot be repaired while others serve--> GONE, and another one starts in its slot
+
+What a replica holds the fleet knows, which has asked it; a replica gets requests only while the fleet says that it
+holds the served version. Everything here runs on the pool's thread and returns at once; starts have their own threads.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
+
+import msgspec
 
 from weight_sync.errors import EngineDiedError, TornWeightsError
 
 from ..errors import NoUpdateYetError
-from ..protocol.commands import GetStatus, PauseGeneration
+from ..protocol.commands import (
+    GetStatus,
+    MemoryTag,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+)
 from .config import PoolConfig
 from .dispatcher import Dispatcher
-from .fleet import FleetWeights
-from .members import GONE, Member
-from .replica import Replica, ReplicaExecutor
+from .fleet import GONE, FleetWeights, ReplicaMember
+from .replica import Post, Replica, ReplicaExecutor, State, answers_of, when_all_have_answered
 
 logger = logging.getLogger(__name__)
 
@@ -34,274 +45,279 @@ _LONGEST_BACKOFF_S = 30.0
 
 
 class Supervisor:
-    """Owns the replicas. Public methods may be called from any thread."""
+    """Owns the replicas. Used by the pool's thread alone."""
 
     def __init__(
         self,
         config: PoolConfig,
         *,
         make_executor: MakeExecutor,
-        make_replica: Callable[[int, ReplicaExecutor], Replica],
         dispatcher: Dispatcher,
-        post: Callable[[Callable[[], None]], None],
         fleet: FleetWeights,
+        post: Post,
     ) -> None:
-        """`post(action)` runs an action on the dispatcher's thread."""
         self._config = config
         self._make_executor = make_executor
-        self._make_replica = make_replica
         self._dispatcher = dispatcher
-        self._post = post
         self._fleet = fleet
+        self._post = post
         self.replicas: dict[int, Replica] = {}
-        """Those that are connected, by number; replaced as a whole."""
-        self._slots: dict[int, int] = {}
-        self._joined: set[int] = set()
-        self._retiring: set[int] = set()
-        self._starting: dict[int, Future[int]] = {}
-        self._waiters: dict[int, Future[int]] = {}
-        self._due: list[tuple[float, int]] = []
-        self._bringing_up: set[int] = set()
-        self._tried: dict[int, int] = {}
-        self._checks: dict[int, Future[Any]] = {}
-        self._num_failures = 0
-        self._num_started = 0
-        self._last_error: Exception | None = None
+        """Those that are connected, by number."""
+        self.releasing: str | None = None
+        """Why weights are about to go; None: they are not."""
+        self._starting: dict[int, Future[int]] = {}  # by slot
+        self._due: dict[int, float] = {}  # slot -> when it is started again
+        self._retirements: dict[int, tuple[float, Future[int]]] = {}
         self._pause: tuple[PauseGeneration, float] | None = None
+        self._released: set[MemoryTag] = set()
+        self._keeps = False  # The released weights come back as they were.
+        self._num_started = 0
+        self._num_failures = 0
+        self._last_error: Exception | None = None
+        self._next_check = time.monotonic() + config.health_interval_s
         self._closed = False
-        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="pool-supervisor", daemon=True)
-        self._thread.start()
 
-    # ---- any thread --------------------------------------------------------------------------------------------------
+    # ---- what a caller asks for --------------------------------------------------------------------------------------
 
-    def start(self) -> Future[int]:
-        """Start one more replica; the future has its number once it serves, or why it does not."""
-        future: Future[int] = Future()
-        self._events.put(lambda: self._start(self._free_slot(), future))
-        return future
+    def start(self, came: Future[int]) -> None:
+        """Start one more replica; `came` has its number once it serves, or why it does not."""
+        taken = {*(r.slot for r in self.replicas.values()), *self._starting, *self._due}
+        self._start(next(slot for slot in range(len(taken) + 1) if slot not in taken), came)
+
+    def retire(self, number: int, end: float, done: Future[int]) -> None:
+        """Take a replica out: it gets nothing new, and ends when it has finished, at the latest at `end`."""
+        replica = self.replicas[number]
+        replica.state = State.RETIRING
+        self._dispatcher.retire(number)
+        self._retirements[number] = end, done
+
+    def note(self, command: Any) -> None:
+        """The pool was asked for it: replicas that come later are, too."""
+        if isinstance(command, PauseGeneration):
+            self._pause = command, time.monotonic() + command.lease_s
+        elif isinstance(command, ReleaseMemory):
+            self._released |= set(command.tags)
+            self._keeps |= command.keep_weights
+        elif isinstance(command, ResumeMemory):
+            self._released -= set(command.tags)
+            self._keeps &= "weights" in self._released
+            for replica in self.replicas.values():
+                replica.tried = None
+        else:
+            self._pause = None
+
+    def close(self) -> list[Replica]:
+        """Start nothing any more; returns the replicas, to be ended."""
+        self._closed = True
+        error = EngineDiedError("the pool was shut down")
+        for came in (*self._starting.values(), *(r.came for r in self.replicas.values())):
+            _fail(came, error)
+        return list(self.replicas.values())
+
+    # ---- what happens ------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> float:
+        """Do what the clock asks for; returns when it does so next."""
+        for slot in [slot for slot, when in self._due.items() if when <= now]:
+            del self._due[slot]
+            self._start(slot, Future())
+        for number, (end, done) in list(self._retirements.items()):
+            if now >= end or not self._dispatcher.loads.get(number):
+                del self._retirements[number]
+                replica = self._forget(number, EngineDiedError(f"replica {number} was removed"))
+                assert replica is not None
+                _in_background(_close, replica, done)
+        if now >= self._next_check:
+            self._next_check = now + self._config.health_interval_s
+            for replica in list(self.replicas.values()):
+                self._check(replica)
+        ends = [end for end, _ in self._retirements.values()]
+        return min(self._next_check, *self._due.values(), *ends, now + 3600.0)
 
     def lost(self, number: int, error: Exception) -> None:
-        """A replica died, or must not be used any more."""
-        self._events.put(lambda: self._lose(number, error))
+        """A replica's answer says that it must not be used: it has died, or its weights are no version."""
+        replica = self.replicas.get(number)
+        if not isinstance(error, TornWeightsError):
+            self._lose(number, error)
+        elif replica is not None and replica.state is State.SERVING:
+            self._leave(replica, error)
+            self._bring_up(replica, self._fleet.bring_up(number))  # It is asked, and repaired.
 
-    def changed(self) -> None:
-        """The fleet knows something new about who serves."""
-        self._events.put(self._reconcile)
+    def reconcile(self) -> None:
+        """The fleet knows something new: give requests to exactly those replicas that hold the served version."""
+        fleet = self._fleet
+        behind, serving = fleet.behind, fleet.serving
+        for number, replica in list(self.replicas.items()):
+            if number in serving:
+                self._serves(replica)
+            elif number in behind:
+                self._is_behind(replica, behind[number])
+        self._dispatcher.refuse(no_weights(self.releasing or fleet.lost))
+        self._look_for_the_end()
 
-    def note_pause(self, pause: PauseGeneration | None) -> None:
-        """Generation was paused (None: goes on): replicas that come later must be, too."""
-        self._pause = None if pause is None else (pause, time.monotonic() + pause.lease_s)
+    # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def retire(self, number: int, drained: Callable[[], bool], timeout_s: float) -> None:
-        """Take a replica out: it gets nothing new, and ends when `drained()`, at the latest after `timeout_s`."""
-        self._retiring.add(number)
-        self._post(lambda: self._dispatcher.retire(number))
-        end = time.monotonic() + timeout_s
-        while not drained() and time.monotonic() < end:
-            time.sleep(0.02)
-        gone: Future[Replica | None] = Future()
-        why = EngineDiedError(f"replica {number} was removed")
-        self._events.put(lambda: gone.set_result(self._forget(number, why)))
-        replica = gone.result(30.0)
-        if replica is not None:
-            replica.executor.close()
-
-    def close(self) -> None:
-        """End all replicas, in parallel. Safe to repeat."""
-        if self._closed:
-            return
-        self._closed = True
-        self._events.put(lambda: None)
-        self._thread.join(timeout=30.0)
-        while not self._events.empty():
-            self._events.get()()
-        closing = [
-            threading.Thread(target=replica.executor.close, daemon=True)
-            for replica in self.replicas.values()
-        ]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join(timeout=30.0)
-        for future in (*self._starting.values(), *self._waiters.values()):
-            if not future.done():
-                future.set_exception(EngineDiedError("the pool was shut down"))
-
-    # ---- the thread --------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        next_check = time.monotonic() + self._config.health_interval_s
-        while not self._closed:
-            soonest = min([next_check, *(when for when, _ in self._due)])
-            try:
-                self._events.get(timeout=max(0.0, soonest - time.monotonic()))()
-            except queue.Empty:
-                pass
-            except Exception:  # One event must not end the supervision of all replicas.
-                logger.exception("the pool's supervisor failed at an event")
-            now = time.monotonic()
-            for when, slot in [due for due in self._due if due[0] <= now]:
-                self._due.remove((when, slot))
-                self._start(slot, Future())
-            if now >= next_check:
-                next_check = now + self._config.health_interval_s
-                self._check_health()
-
-    def _free_slot(self) -> int:
-        taken = {*self._slots.values(), *self._starting, *(slot for _, slot in self._due)}
-        return next(slot for slot in range(len(taken) + 1) if slot not in taken)
-
-    def _start(self, slot: int, future: Future[int]) -> None:
-        self._starting[slot] = future
+    def _start(self, slot: int, came: Future[int]) -> None:
+        self._starting[slot] = came
 
         def run() -> None:
             try:
                 executor = self._make_executor(slot)
             except Exception as error:
                 failure = error
-                self._events.put(lambda: self._start_failed(slot, failure))
+                self._post(lambda: self._start_failed(slot, failure))
             else:
                 if self._closed:  # Nobody waits for it any more.
                     executor.kill()
                 else:
-                    self._events.put(lambda: self._started(slot, executor))
+                    self._post(lambda: self._started(slot, executor))
 
-        threading.Thread(target=run, name=f"pool-start-{slot}", daemon=True).start()
+        _in_background(run)
 
     def _started(self, slot: int, executor: ReplicaExecutor) -> None:
         if self._closed:
             executor.kill()
             return
-        number = self._num_started
-        self._num_started += 1
-        self._waiters[number] = self._starting.pop(slot)
         self._num_failures = 0
-        replica = self._make_replica(number, executor)
-        self.replicas = {**self.replicas, number: replica}
-        self._slots[number] = slot
-        member = Member(
-            number=number,
-            channel=executor.weight_channel(),
-            ask=executor.submit,
+        replica = Replica(
+            number=self._num_started,
+            slot=slot,
+            executor=executor,
+            dispatcher=self._dispatcher,
+            post=self._post,
+            came=self._starting.pop(slot),
         )
-        self._watch_bring_up(number, self._fleet.add(member))
+        self._num_started += 1
+        self.replicas[replica.number] = replica
+        told: list[
+            Any
+        ] = []  # What was asked of the pool before; what comes later it is told as the others are.
+        if self._pause is not None and (left_s := self._pause[1] - time.monotonic()) > 0:
+            told.append(msgspec.structs.replace(self._pause[0], lease_s=left_s))
+        if self._released:
+            released = ReleaseMemory(tags=sorted(self._released), keep_weights=self._keeps)
+            told.append(released)
+        limit = self._config.health_timeout_s
+        asked = [executor.submit(command, timeout_s=limit) for command in told]
+        when_all_have_answered(asked, self._post, lambda: self._told(replica, asked))
+
+    def _told(self, replica: Replica, asked: list[Future[Any]]) -> None:
+        if replica.state is State.GONE:
+            return
+        try:
+            if asked:
+                answers_of(asked)
+        except Exception as error:
+            self._lose(replica.number, error)
+            return
+        member = ReplicaMember(
+            name=f"replica {replica.number}",
+            number=replica.number,
+            channel=replica.executor.weight_channel(),
+            ask=replica.executor.submit,
+        )
+        self._bring_up(replica, self._fleet.add(member))
 
     def _start_failed(self, slot: int, error: Exception) -> None:
-        future = self._starting.pop(slot)
+        _fail(self._starting.pop(slot), error)
         self._last_error = error
         self._num_failures += 1
         logger.warning("a replica did not start (%d in a row): %s", self._num_failures, error)
-        if not future.done():
-            future.set_exception(error)
         if self._num_started and self._num_failures < self._config.max_start_failures:
             backoff = min(2.0**self._num_failures, _LONGEST_BACKOFF_S)
-            self._due.append((time.monotonic() + backoff, slot))
+            self._due[slot] = time.monotonic() + backoff
         self._look_for_the_end()
 
-    def _watch_bring_up(self, number: int, done: Future[None]) -> None:
-        self._bringing_up.add(number)
+    # ---- transitions -------------------------------------------------------------------------------------------------
+
+    def _bring_up(self, replica: Replica, done: Future[None]) -> None:
+        replica.state = State.COMING
 
         def note() -> None:
-            self._bringing_up.discard(number)
             error = done.exception()
-            if error is not None:
-                self._tried[number] = self._fleet.served.version
-            waiter = self._waiters.pop(number, None)
-            if waiter is not None and not waiter.done():
-                if error is not None:
-                    waiter.set_exception(error)
-                else:
-                    self._reconcile()
-                    self._post(lambda: waiter.set_result(number))
-            self._reconcile()
+            if replica.state is State.COMING and error is not None:
+                replica.state, replica.tried = State.BEHIND, self._fleet.served.version
+                _fail(replica.came, error)
+            self.reconcile()
 
-        done.add_done_callback(lambda _: self._events.put(note))
+        done.add_done_callback(lambda _: self._post(note))
 
-    def _reconcile(self) -> None:
-        """Give requests to exactly those replicas that hold the served version."""
-        serving, lost = self._fleet.serving & set(self.replicas), self._fleet.lost
-        for number in sorted(serving - self._joined - self._retiring):
-            self._join(self.replicas[number])
-        for number, error in list(self._fleet.behind.items()):
-            if number in self._joined:
-                self._joined.discard(number)
-                self._post(partial(self._dispatcher.leave, number, error))
-            if number in self.replicas and number not in self._bringing_up and lost is None:
-                self._handle_behind(number, error)
-        self._post(lambda: self._dispatcher.refuse(no_weights(self._fleet.lost)))
-        self._look_for_the_end()
+    def _serves(self, replica: Replica) -> None:
+        if replica.state in (State.COMING, State.BEHIND):
+            replica.state, replica.tried = State.SERVING, None
+            self._dispatcher.join(replica)
+            if not replica.came.done():
+                replica.came.set_result(replica.number)
 
-    def _join(self, replica: Replica) -> None:
-        self._joined.add(replica.number)
-        if self._pause is not None:
-            pause, ends = self._pause
-            left_s = ends - time.monotonic()
-            if left_s > 0:
-                replica.executor.submit(
-                    PauseGeneration(mode=pause.mode, lease_s=left_s), timeout_s=left_s
-                )
-        self._post(lambda: self._dispatcher.join(replica))
-
-    def _handle_behind(self, number: int, error: Exception) -> None:
+    def _is_behind(self, replica: Replica, error: Exception) -> None:
         if isinstance(error, GONE):
-            self._lose(number, error)
-        elif self._tried.get(number) != self._fleet.served.version:
-            self._watch_bring_up(number, self._fleet.bring_up(number))
-        elif self._joined:  # It cannot be repaired, and is not needed for anything.
-            self._lose(number, error)
+            self._lose(replica.number, error)
+            return
+        if replica.state is State.SERVING:
+            self._leave(replica, error)
+        memory_is_gone = self._fleet.lost is not None or "weights" in self._released
+        if replica.state is not State.BEHIND or memory_is_gone:
+            return
+        if replica.tried != self._fleet.served.version:
+            self._bring_up(replica, self._fleet.bring_up(replica.number))
+        elif any(other.state is State.SERVING for other in self.replicas.values()):
+            self._lose(
+                replica.number, error
+            )  # It cannot be repaired, and is not needed for anything.
+
+    def _leave(self, replica: Replica, error: Exception) -> None:
+        replica.state = State.BEHIND
+        self._dispatcher.leave(replica.number, error)
 
     def _lose(self, number: int, error: Exception) -> None:
-        slot = self._slots.get(number)
         replica = self._forget(number, error)
-        if replica is None or slot is None:
+        if replica is None:
             return
         logger.warning("replica %d is lost: %s", number, error)
         self._last_error = error
-        threading.Thread(target=replica.executor.kill, daemon=True).start()
+        _in_background(replica.executor.kill)
         if self._config.replace_dead and not self._closed:
-            self._start(slot, Future())
+            self._start(replica.slot, Future())
         self._look_for_the_end()
 
     def _forget(self, number: int, error: Exception) -> Replica | None:
-        replica = self.replicas.get(number)
-        self.replicas = {n: r for n, r in self.replicas.items() if n != number}
-        for table in (self._slots, self._tried, self._checks):
-            table.pop(number, None)
-        self._joined.discard(number)
-        self._retiring.discard(number)
-        self._fleet.remove(number)
-        self._post(lambda: self._dispatcher.leave(number, error))
+        replica = self.replicas.pop(number, None)
+        if replica is not None:
+            replica.state = State.GONE
+            _fail(replica.came, error)
+            self._fleet.remove(number)
+            self._dispatcher.leave(number, error)
+            if number in self._retirements:
+                self._retirements.pop(number)[1].set_result(number)
         return replica
+
+    def _check(self, replica: Replica) -> None:
+        check = replica.check
+        if check is not None and not check.done():
+            return
+        error = check.exception() if check is not None else None
+        if isinstance(error, Exception):
+            number = replica.number
+            dead = EngineDiedError(f"replica {number} did not answer and was ended: {error}")
+            self._lose(number, error if isinstance(error, GONE) else dead)
+            return
+        limit = self._config.health_timeout_s
+        replica.check = replica.executor.submit(GetStatus(), timeout_s=limit)
 
     def _look_for_the_end(self) -> None:
         """Tell those who wait, when nothing that is under way can help them."""
-        if self._joined or self._starting or self._due or self._bringing_up or self._closed:
+        states = {replica.state for replica in self.replicas.values()}
+        if self._starting or self._due or self._closed or states & {State.SERVING, State.COMING}:
             return
-        error: Exception
+        error: Exception = EngineDiedError(
+            f"no replica of the pool is left (the last error: {self._last_error}); make a new pool"
+        )
         if self.replicas:
             error = TornWeightsError(
                 f"cannot generate: no replica of the pool holds version {self._fleet.served.version}; publish a "
                 "complete update"
             )
-        else:
-            error = EngineDiedError(
-                f"no replica of the pool is left (the last error: {self._last_error}); make a new pool"
-            )
-        self._post(lambda: self._dispatcher.block(error))
-
-    def _check_health(self) -> None:
-        for number, replica in self.replicas.items():
-            check = self._checks.get(number)
-            if check is not None and not check.done():
-                continue
-            error = check.exception() if check is not None else None
-            if isinstance(error, Exception):
-                self._lose(number, _unwell(number, error))
-                continue
-            self._checks[number] = replica.executor.submit(
-                GetStatus(), timeout_s=self._config.health_timeout_s
-            )
+        self._dispatcher.block(error)
 
 
 def no_weights(lost: str | None) -> TornWeightsError | None:
@@ -313,7 +329,17 @@ def no_weights(lost: str | None) -> TornWeightsError | None:
     )
 
 
-def _unwell(number: int, error: Exception) -> Exception:
-    if isinstance(error, GONE):
-        return error
-    return EngineDiedError(f"replica {number} did not answer and was ended: {error}")
+def _fail(future: Future[Any], error: BaseException) -> None:
+    try:
+        future.set_exception(error)
+    except InvalidStateError:
+        pass  # It has an answer.
+
+
+def _close(replica: Replica, done: Future[int]) -> None:
+    replica.executor.close()
+    done.set_result(replica.number)
+
+
+def _in_background(function: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=function, args=args, name="pool-work", daemon=True).start()

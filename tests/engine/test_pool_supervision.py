@@ -23,6 +23,8 @@ from rollout.protocol.commands import (
     GetStatus,
     PauseGeneration,
     PromptSpec,
+    ReleaseMemory,
+    ResumeMemory,
     Status,
 )
 from rollout.sampling_params import SamplingParams
@@ -232,6 +234,43 @@ def test_a_replica_that_comes_while_generation_is_paused_is_paused_too(nursery: 
     for engine in nursery.born:
         status: Status = engine.submit(GetStatus(), timeout_s=5).result(5)
         assert status.paused == "in_place"
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["one more", "a replacement"])
+def test_a_replica_that_comes_while_memory_is_released_gives_its_own_back(
+    nursery: Nursery, dies: bool
+) -> None:
+    pool = nursery.pool(num_replicas=2)
+    pool.submit(ReleaseMemory(tags=["weights", "kv_cache"]), timeout_s=5).result(5)
+    if dies:
+        nursery.born[0].dead = "killed"
+    else:
+        with pytest.raises(TornWeightsError):  # It is there, and has nothing to serve.
+            pool.add_replica()
+    assert eventually(lambda: len(nursery.born) == 3 and released(nursery.born[2]) == BOTH)
+    pool.submit(ResumeMemory(tags=["weights"]), timeout_s=5).result(5)
+    assert released(nursery.born[2]) == ["kv_cache"]
+    pool.submit(ResumeMemory(tags=["kv_cache"]), timeout_s=5).result(5)
+    with WeightPublisher(pool) as publisher:
+        report = publisher.publish(weights(nursery, 1.5))
+        assert publisher.fingerprint() == report.fingerprint
+    assert {state for _, state in states(pool)} == {"serving"}
+    assert nursery.born[2]._core.receiver.version == 1
+
+
+BOTH = ["kv_cache", "weights"]
+
+
+def released(engine: Mortal) -> list[str]:
+    status: Status = engine.submit(GetStatus(), timeout_s=5).result(5)
+    return list(status.released)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 def test_a_replica_that_cannot_write_catches_up_by_itself(

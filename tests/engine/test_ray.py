@@ -19,7 +19,7 @@ from ray_cluster import free_cpus, ray_cluster
 import weight_sync
 from rollout import Engine, RolloutActor, RolloutPool
 from rollout.errors import ConfigError
-from weight_sync.errors import EngineDiedError
+from weight_sync.errors import EngineDiedError, TornWeightsError
 from weight_sync.publisher.publisher import WeightPublisher
 
 PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
@@ -172,6 +172,43 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     pid = ray.get(actor.status.remote()).pid
     ray.kill(actor)
     assert gone([pid])
+
+
+def came_back(actor: Any, timeout_s: float = 60.0) -> bool:
+    """Whether Ray has it running again before long."""
+    import ray
+
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            return bool(ray.get(actor.address.remote(), timeout=timeout_s))
+        except ray.exceptions.RayActorError:
+            time.sleep(0.1)
+    return False
+
+
+def test_an_actor_that_ray_restarts_generates_nothing_until_it_has_been_updated(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    import ray
+
+    actor = RolloutActor.options(num_cpus=1, max_restarts=1).remote(str(folder), **OPTIONS)
+    for restarted in (False, True):
+        if restarted:
+            assert came_back(actor)
+            with pytest.raises(TornWeightsError, match=r"restarted this actor.*new address"):
+                ray.get(actor.generate.remote(input_ids=[1], sampling_params=GREEDY), timeout=60)
+            with pytest.raises(TornWeightsError, match="restarted this actor"):
+                stream = actor.generate_stream.remote(input_ids=[1], sampling_params=GREEDY)
+                ray.get(next(iter(stream)))
+        with WeightPublisher(ray.get(actor.address.remote(), timeout=60)) as publisher:
+            publisher.publish(trainer, label="step 17")
+        check_parity(
+            lambda **arguments: ray.get(actor.generate.remote(**arguments), timeout=30), trainer
+        )
+        pid = ray.get(actor.status.remote()).pid
+        ray.kill(actor, no_restart=restarted)
+        assert gone([pid])
 
 
 DRIVER = """

@@ -19,7 +19,17 @@ from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.session import Phase, Session
 from weight_sync.transports.local import OpenedLocalArena
-from weight_sync.wire.messages import Abort, Begin, BeginReply, Bucket, Commit, GetFingerprint
+from weight_sync.wire.messages import (
+    Abort,
+    ArenaOpened,
+    Begin,
+    BeginReply,
+    Bucket,
+    Commit,
+    GetFingerprint,
+    LocalHandle,
+    OpenArena,
+)
 from weight_sync.wire.process import current_process
 
 
@@ -218,6 +228,12 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
     ranks = [Rank(), Rank()]
     service = RankedService(ranks)
     manifest = Manifest(tensors=toy_map().metas(), bucket_bytes=512 << 20)
+    opened = LocalCall(OpenArena(handle=LocalHandle(key="k", num_bytes=8)), timeout_s=5.0)
+    service.handle(opened)
+    assert eventually(lambda: len(ranks[0].futures) == 1)
+    for rank in ranks:
+        rank.futures[0].set_result(ArenaOpened(arena_id=3))
+    assert eventually(opened.future.done)
     begin = Begin(
         session_id="late",
         holder=current_process(),
@@ -226,7 +242,7 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
         label=None,
         manifest_digest=manifest.digest,
         manifest=None,
-        arena_id=1,
+        arena_id=opened.future.result(0).arena_id,
         strict=True,
         kv_policy=None,
         verify="pause",
@@ -234,12 +250,14 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
     )
     call = LocalCall(begin, timeout_s=0.5)
     service.handle(call)
-    assert eventually(lambda: len(ranks[0].futures) == 1)
-    ranks[0].futures[0].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
+    assert eventually(lambda: len(ranks[0].futures) == 2)
+    ranks[0].futures[1].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
     with pytest.raises(DeadlineExceeded):
         call.future.result(5.0)
     for rank in ranks:
         abort, timeout_s = rank.told[-1]
-        assert isinstance(abort, Abort) and abort.session_id == "late" and timeout_s > 60.0
-        assert abort.epoch == 0  # Whatever it is: the answer that says so has not come.
+        assert isinstance(abort, Abort) and abort.session_id.startswith("late.")
+        assert timeout_s > 60.0
+        # Whatever it is, where the answer that says so has not come.
+        assert abort.epoch == (7 if rank is ranks[0] else 0)
     service.close()

@@ -2,102 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Any
 
 import pytest
 import torch
-from sync_support import ToyEngine, eventually, weights
+from fleet_of_toys import Fleet, three_toys
+from sync_support import ToyEngine, weights
 
-from rollout.pool.fleet import FleetWeights
-from rollout.pool.fleet_channel import FleetChannel
-from rollout.pool.members import Member
-from rollout.protocol.commands import GetWeights, WeightValues
+from rollout.pool.fleet import ReplicaMember
 from weight_sync import EngineDiedError, WeightPublisher, WeightUpdateError
 from weight_sync.errors import (
-    DeadlineExceeded,
     FingerprintMismatch,
     ManifestMismatch,
     SessionBusy,
     StaleVersionError,
     TornWeightsError,
 )
-from weight_sync.wire.messages import Begin, Vote
-
-
-class Fleet:
-    """Toy engines behind one `FleetWeights`; what `WeightPublisher` takes as an engine."""
-
-    def __init__(self, make_engine: Callable[..., ToyEngine]) -> None:
-        self._make_engine = make_engine
-        self.engines: list[ToyEngine] = []
-        self.members: list[Member] = []
-        self.weights = FleetWeights(label="0", timeout_s=10.0, on_change=lambda: None)
-
-    def weight_channel(self) -> FleetChannel:
-        return FleetChannel(self.weights)
-
-    def add(self, *, looks: bool = True) -> ToyEngine:
-        """One more engine; raises when it cannot be brought to the served version. looks: out for mixtures."""
-        engine = self._make_engine(serve=True)
-        if not looks:
-            engine.host.look_away()
-        self.engines.append(engine)
-        self.members.append(
-            Member(
-                number=len(self.members),
-                channel=engine.weight_channel(),
-                ask=lambda body, timeout_s: read(engine, body),
-            )
-        )
-        self.weights.add(self.members[-1]).result(20)
-        return engine
-
-    def kill(self, number: int) -> None:
-        """Its connection breaks, as when its process dies."""
-        server = self.engines[number].server
-        assert server is not None
-        server.close()
-        assert eventually(lambda: self.members[number].channel.dead is not None)
-
-    def lone(self, number: int) -> WeightPublisher:
-        """A publisher that goes behind the fleet's back."""
-        return WeightPublisher(self.engines[number].address)
-
-    @property
-    def values(self) -> list[set[float]]:
-        return [engine.values() for engine in self.engines]
-
-    @property
-    def versions(self) -> list[int]:
-        return [engine.receiver.version for engine in self.engines]
-
-
-def read(engine: ToyEngine, body: GetWeights) -> Future[WeightValues]:
-    """What an engine answers, or why it does not."""
-    future: Future[WeightValues] = Future()
-    if engine.server is None or engine.server._closing:
-        future.set_exception(EngineDiedError("killed"))
-        return future
-    tensor = engine.weight_map.locate(body.name).read().float()
-    rows = tensor[body.first_row : body.first_row + body.truncate_size] if tensor.dim() else tensor
-    future.set_result(
-        WeightValues(shape=list(rows.shape), data=rows.contiguous().numpy().tobytes())
-    )
-    return future
 
 
 @pytest.fixture
 def fleet(make_engine: Callable[..., ToyEngine]) -> Iterator[Fleet]:
-    fleet = Fleet(make_engine)
-    for _ in range(3):
-        fleet.add()
-    yield fleet
-    fleet.weights.close()
-    for member in fleet.members:
-        member.channel.close()
+    with three_toys(make_engine) as fleet:
+        yield fleet
 
 
 @pytest.fixture
@@ -244,98 +170,6 @@ def test_a_torn_replica_is_whole_again_once_it_has_caught_up(
     assert fleet.engines[2].receiver.torn is None and fleet.values == [{2.0}] * 3
 
 
-# ---- answers that come too late --------------------------------------------------------------------------------------
-
-
-def slow(engine: ToyEngine, kind: type, seconds: float) -> None:
-    """From now on the engine takes its time over messages of a kind, before it carries them out."""
-    action = engine.service._actions[kind]
-
-    def act(message: Any) -> Any:
-        time.sleep(seconds)
-        return action(message)
-
-    engine.service._actions[kind] = act
-
-
-@pytest.mark.parametrize("kind", [Begin, Vote])
-def test_what_one_replica_answers_too_late_ends_there_too(
-    fleet: Fleet, publisher: WeightPublisher, kind: type
-) -> None:
-    publisher.publish(weights(1.0))
-    original = fleet.engines[1].service._actions[kind]
-    slow(fleet.engines[1], kind, 0.8)
-    publisher._timeout_s = 0.5
-    with pytest.raises(DeadlineExceeded):
-        publisher.publish(weights(2.0))
-    publisher._timeout_s = 20.0
-    fleet.engines[1].service._actions[kind] = original
-    assert eventually(lambda: all(engine.receiver._session is None for engine in fleet.engines))
-    publisher.publish(weights(3.0))
-    assert fleet.values == [{3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
-
-
-@pytest.mark.parametrize("late", [{0, 1, 2}, {1}, {0, 2}])
-def test_what_replicas_commit_later_than_the_trainer_waits_is_what_the_pool_serves(
-    fleet: Fleet, publisher: WeightPublisher, late: set[int]
-) -> None:
-    publisher.publish(weights(1.0))
-    for number in range(3):
-        if number in late:
-            answers_late(fleet.engines[number], 0.8)
-        else:
-            fleet.engines[number].host.fail_in = "between_steps"
-    publisher._timeout_s = 0.5
-    with pytest.raises((DeadlineExceeded, WeightUpdateError)):
-        publisher.publish(weights(2.0), label="late")
-    publisher._timeout_s = 20.0
-    for number in sorted({0, 1, 2} & set(fleet.weights.behind)):
-        fleet.weights.bring_up(number).result(20)
-    assert (fleet.weights.served.version, fleet.weights.served.label) == (2, "late")
-    for number in sorted(fleet.weights.behind):
-        fleet.weights.bring_up(number).result(20)
-    assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
-    assert publisher.publish(weights(3.0)).version == 3
-    assert fleet.values == [{3.0}] * 3
-
-
-def test_a_trainer_that_publishes_again_at_once_gets_the_version_after_the_late_one(
-    fleet: Fleet, publisher: WeightPublisher
-) -> None:
-    publisher.publish(weights(1.0))
-    for engine in fleet.engines:
-        answers_late(engine, 0.8)
-    publisher._timeout_s = 0.5
-    with pytest.raises(DeadlineExceeded):
-        publisher.publish(weights(2.0))
-    publisher._timeout_s = 20.0
-    assert publisher.publish(weights(3.0)).version == 3
-    assert fleet.values == [{3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
-
-
-def test_a_version_that_a_replica_got_behind_the_pools_back_does_not_end_all_updates(
-    fleet: Fleet, publisher: WeightPublisher
-) -> None:
-    publisher.publish(weights(1.0))
-    with fleet.lone(2) as lone:
-        lone.publish(weights(9.0), version=20)
-    assert publisher.publish(weights(2.0)).version == 21
-    assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
-
-
-def answers_late(engine: ToyEngine, seconds: float) -> None:
-    """It takes its time to answer the next commit, which it carries out."""
-    original = engine.receiver.commit
-
-    def commit(request: Any) -> Any:
-        engine.receiver.commit = original  # type: ignore[method-assign]
-        reply = original(request)
-        time.sleep(seconds)
-        return reply
-
-    engine.receiver.commit = commit  # type: ignore[method-assign]
-
-
 # ---- newcomers -------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +237,12 @@ def test_a_parameter_is_read_from_a_peer_in_pieces(
     engine.host.look_away()
     fleet.engines.append(engine)
     fleet.members.append(
-        Member(number=3, channel=engine.weight_channel(), ask=lambda body, timeout_s: None)
+        ReplicaMember(
+            name="replica 3",
+            number=3,
+            channel=engine.weight_channel(),
+            ask=lambda body, timeout_s: None,
+        )
     )
     fleet.weights.add(fleet.members[-1]).result(20)
     assert publisher.fingerprint() == report.fingerprint
@@ -436,7 +275,12 @@ def test_a_newcomer_that_loads_other_weights_than_the_others_does_not_serve(
     engine.host.look_away()
     for parameter in engine.weight_map.parameters.values():
         parameter.fill_(6.0)
-    member = Member(number=9, channel=engine.weight_channel(), ask=lambda body, timeout_s: None)
+    member = ReplicaMember(
+        name="replica 9",
+        number=9,
+        channel=engine.weight_channel(),
+        ask=lambda body, timeout_s: None,
+    )
     fleet.members.append(member)
     with pytest.raises(FingerprintMismatch, match="replica 9"):
         fleet.weights.add(member).result(20)
@@ -515,7 +359,9 @@ def test_lost_weights_are_whole_again_after_a_complete_update(
     fleet: Fleet, publisher: WeightPublisher
 ) -> None:
     publisher.publish(weights(1.0))
-    fleet.weights.lose("released").result(5)
-    assert publisher.engine_info().torn == "released"
+    for engine in fleet.engines:
+        engine.receiver.lose_weights("released")
+    fleet.weights.look().result(5)
+    assert "released" in str(publisher.engine_info().torn)
     publisher.publish(weights(2.0))
     assert publisher.engine_info().torn is None and fleet.weights.lost is None

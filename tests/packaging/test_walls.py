@@ -16,6 +16,7 @@ WEIGHT_SYNC = [
     ["wire", "plan", "process_groups"],
     ["transports"],
     ["publisher"],
+    ["joint"],
     ["receiver", "spmd"],
 ]
 #: Rooms on one line that do not know each other at all.

@@ -20,6 +20,7 @@ from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import OpenedLocalArena
 from ..transports.shared_memory import OpenedSharedMemoryArena
 from ..transports.uploaded_arena import OpenedUploadedArena, needs_upload
+from ..wire.call_queue import CallQueue, answer_later
 from ..wire.messages import (
     Abort,
     Ack,
@@ -43,7 +44,6 @@ from ..wire.messages import (
     Vote,
 )
 from ..wire.rpc_wire import Call
-from .call_queue import CallQueue, answer_later
 from .receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)

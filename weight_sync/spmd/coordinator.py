@@ -72,15 +72,14 @@ class Coordinator:
             offers = self._inbox.gather(update, Offer, deadline)
             side.connect(self._targets(offers, engine), deadline)
             plan = self._plan(update, offers, side, options, deadline)
-            finished, reports = self._carry(update, plan, options, deadline)
+            finished, report = self._carry(update, plan, options, deadline)
         except BaseException as error:
             side.abort(f"{type(error).__name__}: {error}"[:4000])
             self._inbox.fail(update, error)
             return
         self._inbox.finish(update)
-        owners = [offer.body.rank for offer in offers if offer.body.engine is not None]
-        for rank, call in enumerate(finished):
-            call.reply(Outcome(report=reports[sum(owner <= rank for owner in owners[1:])]))
+        for call in finished:
+            call.reply(Outcome(report=report))
 
     def close(self) -> None:
         """Fail whoever waits, and stop serving; the engines go on."""
@@ -111,7 +110,7 @@ class Coordinator:
 
     def _carry(
         self, update: int, plan: _Plan, options: UpdateOptions, deadline: Deadline
-    ) -> tuple[list[Call], list[SyncReport]]:
+    ) -> tuple[list[Call], SyncReport]:
         """Announce the buckets as the ranks complete them, and commit."""
         start = time.perf_counter()
         plan.side.begin(options, plan.decision, plan.layout.manifest, deadline)

@@ -1,17 +1,19 @@
-"""The engines that one trainer's ranks publish to together, driven by rank 0: one arena, one session each."""
+"""The engines that one trainer's ranks publish to together, driven by rank 0: one arena, one session."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import torch
 
 from ..errors import ManifestMismatch, TransportError
+from ..joint.members import Member, same
+from ..joint.service import JointChannel, JointService
 from ..layout.manifest import Manifest
-from ..publisher.channel import Channel, wait
+from ..publisher.channel import Channel, RpcChannel
 from ..publisher.endpoint import (
     EngineEndpoint,
     GroupBackend,
@@ -27,14 +29,82 @@ from ..transports.arena import SharedBytes
 from ..transports.shared_memory import SharedMemoryArena
 from ..transports.spans import spans_of
 from ..wire.deadline import Deadline
-from ..wire.messages import EngineInfo, SharedMemoryHandle, Vote
+from ..wire.messages import EngineInfo, Hello, SharedMemoryHandle
 from .plan import Decision
 
 Target = str | HasWeightChannel
 
 
+class JointEngines(JointService):
+    """Several engines as one: what one of them refuses, none of them serves, and all get the same version."""
+
+    patience_s = 0.0
+    what = "engines"
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._channels = [
+            RpcChannel.connect(t) if isinstance(t, str) else t.weight_channel() for t in targets
+        ]
+        members = [
+            Member(name=f"engine {number}", channel=channel)
+            for number, channel in enumerate(self._channels)
+        ]
+        super().__init__(members, name="engines")
+
+    @property
+    def closed(self) -> bool:
+        """It takes no more calls, or one of the engines is dead."""
+        return super().closed or any(channel.dead is not None for channel in self._channels)
+
+    def close(self) -> None:
+        super().close()
+        for channel in self._channels:
+            channel.close()
+
+    def _hello(self, message: Hello, end: float) -> EngineInfo:
+        """They must be of one model; a restart of any of them is another engine."""
+        answers = self._ask(same(self._members, message), end)
+        answers.raise_loss()
+        infos: list[EngineInfo] = [answers.replies[member] for member in self._members]
+        first = infos[0]
+        for member, info in zip(self._members, infos, strict=True):
+            member.ranks = info.tp_size
+            if info.manifest != first.manifest:
+                raise ManifestMismatch(
+                    f"engines differ: got {len(info.manifest.names)} tensors in another layout than the other "
+                    "engine's, expected one model behind all of them; publish to each kind from a mesh of its own"
+                )
+        ids = "/".join(info.engine_id for info in infos)
+        return msgspec.structs.replace(
+            first,
+            engine_id=hashlib.sha256(ids.encode()).hexdigest(),
+            version=max(info.version for info in infos),
+            torn=next((info.torn for info in infos if info.torn is not None), None),
+            tp_size=sum(member.ranks for member in self._members),
+        )
+
+
+class _Joint:
+    """The engines as a publisher's target; connects anew when it is asked again."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+        self._service: JointEngines | None = None
+
+    def weight_channel(self) -> Channel:
+        self.close()
+        self._service = JointEngines(self._targets)
+        return JointChannel(self._service)
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+
 class _Borrowed(SharedBytes):
-    """The ranks' arena as one engine's: closing it leaves the memory to the others."""
+    """The ranks' arena as an engine's: closing it leaves the memory to the others."""
 
     def __init__(self, arena: SharedMemoryArena) -> None:
         self.buffer = arena.buffer
@@ -61,7 +131,7 @@ class _Endpoint(EngineEndpoint):
 
 
 class Engines:
-    """All engines of one trainer. Used by one thread of rank 0."""
+    """The engine of one trainer, or several that answer as one. Used by one thread of rank 0."""
 
     def __init__(
         self,
@@ -83,46 +153,55 @@ class Engines:
         self._group_host = group_host
         self._group_backend = group_backend
         self._gpu = current_gpu()
-        self._endpoints: dict[object, _Endpoint] = {}
-        self._updates: list[Update] = []
+        self._keys: list[str | int] = []
+        self._joint: _Joint | None = None
+        self._endpoint: _Endpoint | None = None
+        self._update: Update | None = None
 
     @property
     def handle(self) -> SharedMemoryHandle | None:
         """The arena that the ranks write; None before `connect`, and after it was given up."""
         return None if self._arena is None else self._arena.handle
 
+    @property
+    def _connected(self) -> _Endpoint:
+        assert self._endpoint is not None, "connect() comes first"
+        return self._endpoint
+
     def connect(self, targets: Sequence[Target], deadline: Deadline) -> None:
         """Have every engine open the arena."""
         keys = [target if isinstance(target, str) else id(target) for target in targets]
-        for key in set(self._endpoints) - set(keys):
-            self._endpoints.pop(key).close()
-        for key, target in zip(keys, targets, strict=True):
-            if key not in self._endpoints:
-                self._endpoints[key] = _Endpoint(
-                    target,
-                    bucket_bytes=self.bucket_bytes,
-                    transport=self._transport,
-                    group_host=self._group_host,
-                    group_backend=self._group_backend,
-                    gpu=self._gpu,
-                )
-                self._endpoints[key].lend = self._lend
-        for endpoint in self._endpoints.values():
-            endpoint.arena(deadline)
+        if self._endpoint is None or keys != self._keys:
+            self._disconnect()
+            self._joint = _Joint(targets) if len(targets) > 1 else None
+            self._endpoint = _Endpoint(
+                self._joint or targets[0],
+                bucket_bytes=self.bucket_bytes,
+                transport=self._transport,
+                group_host=self._group_host,
+                group_backend=self._group_backend,
+                gpu=self._gpu,
+            )
+            self._endpoint.lend = self._lend
+            self._keys = keys
+        self._endpoint.arena(deadline)
+
+    def _disconnect(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+        if self._joint is not None:
+            self._joint.close()
+            self._joint = None
 
     def info(self, described: object, deadline: Deadline) -> EngineInfo:
-        """What the first engine says of itself, asked now; the trainer's tensors do not change it."""
-        return next(iter(self._endpoints.values())).hello(deadline)
+        """What the engine says of itself, asked now; the trainer's tensors do not change it."""
+        return self._connected.hello(deadline)
 
     def _lend(self, layout: Layout) -> SharedMemoryArena:
-        """The arena, in this layout; a new one when the only engine has changed its own."""
+        """The arena, in this layout; a new one when the engine has changed its own."""
         digest = layout.manifest.digest
         if self._arena is not None and digest != self._digest:
-            if len(self._endpoints) > 1:
-                raise ManifestMismatch(
-                    f"engines differ: got {len(layout.shapes)} tensors in another layout than the other engine's, "
-                    "expected one model behind all of them; publish to each kind from a mesh of its own"
-                )
             self._arena.close()
             self._arena = None
         if self._arena is None:
@@ -132,91 +211,55 @@ class Engines:
 
     def ignored(self, names: list[str], deadline: Deadline) -> frozenset[str]:
         """Of unknown names, those that the engine has no use for."""
-        endpoint = next(iter(self._endpoints.values()))
-        return endpoint._ask_ignored(names, deadline)
+        return self._connected._ask_ignored(names, deadline)
 
     def begin(
         self, options: UpdateOptions, decision: Decision, manifest: Manifest, deadline: Deadline
     ) -> None:
-        """Open a session at every engine, for one version: the first that is above what each of them serves."""
-        self._begin(options, decision, deadline)
-        version = max(update.version for update in self._updates)
-        if any(update.version != version for update in self._updates):
-            self._end_all("the engines serve different versions")
-            self._begin(dataclasses.replace(options, version=version), decision, deadline)
-
-    def _begin(self, options: UpdateOptions, decision: Decision, deadline: Deadline) -> None:
-        self._updates = []
-        for endpoint in self._endpoints.values():
-            packed = endpoint.arena(deadline)
-            update = Update(
-                channel=endpoint.channel(),
-                packed=packed,
-                options=options,
-                selector=endpoint.selector(packed, deadline, cast=options.cast),
-                num_tensors=decision.num_tensors,
-                num_bytes=int(packed.num_bytes[decision.rows].sum()),
-                casts=decision.casts,
-            )
-            self._updates.append(update)  # before: it may open the session and not answer in time
-            update.begin(deadline)
+        """Open a session."""
+        endpoint = self._connected
+        packed = endpoint.arena(deadline)
+        # Known before it begins: it may open the session and not answer in time.
+        self._update = Update(
+            channel=endpoint.channel(),
+            packed=packed,
+            options=options,
+            selector=endpoint.selector(packed, deadline, cast=options.cast),
+            num_tensors=decision.num_tensors,
+            num_bytes=int(packed.num_bytes[decision.rows].sum()),
+            casts=decision.casts,
+        )
+        self._update.begin(deadline)
 
     def announce(self, rows: np.ndarray, values: np.ndarray, deadline: Deadline) -> None:
-        """Tell the engines that rows are complete in the arena."""
-        assert self._arena is not None
-        for update in self._updates:
-            if update.packed.transport == "process_group":  # it travels from the group's own memory
-                manifest = update.packed.layout.manifest
-                for start, stop in spans_of(manifest, rows):
-                    update.packed.buffer[start:stop].copy_(self._arena.buffer[start:stop])
-            update.announce(PackedRows(indices=rows, fingerprints=values), deadline)
+        """Tell the engine that rows are complete in the arena."""
+        update = self._update
+        assert self._arena is not None and update is not None
+        if update.packed.transport == "process_group":  # it travels from the group's own memory
+            manifest = update.packed.layout.manifest
+            for start, stop in spans_of(manifest, rows):
+                update.packed.buffer[start:stop].copy_(self._arena.buffer[start:stop])
+        update.announce(PackedRows(indices=rows, fingerprints=values), deadline)
 
-    def commit(self, pack_s: float, deadline: Deadline) -> list[SyncReport]:
-        """Commit at every engine, side by side, once each has voted for it; in the order in which they were given."""
-        for update in self._updates:
-            update.pack_s = pack_s
-            update.settle(deadline)
-        if len(self._updates) == 1:
-            reports = [self._updates[0].commit(deadline)]
-        else:
-            self._vote(deadline)
-            with ThreadPoolExecutor(len(self._updates)) as pool:
-                futures = [pool.submit(update.commit, deadline) for update in self._updates]
-            failed = [error for future in futures if (error := future.exception()) is not None]
-            if failed:
-                if len(failed) < len(futures):
-                    failed[0].add_note(
-                        f"{len(futures) - len(failed)} of the engines have committed"
-                    )
-                raise failed[0]
-            reports = [future.result() for future in futures]
-        self._updates = []
-        return reports
+    def commit(self, pack_s: float, deadline: Deadline) -> SyncReport:
+        """Commit, at every engine once each has voted for it, or at none."""
+        update = self._update
+        assert update is not None
+        update.pack_s = pack_s
+        report = update.commit(deadline)
+        self._update = None
+        return report
 
     def abort(self, reason: str) -> None:
         """End what is open; where that is not certain, the arena is never written again."""
-        if not self._end_all(reason):
+        update, self._update = self._update, None
+        if update is not None and not update.abort(reason):
             self.forget()
-
-    def _end_all(self, reason: str) -> bool:
-        """End every session; all are told, whatever one of them answers. False: not certain everywhere."""
-        updates, self._updates = self._updates, []
-        ended = [update.abort(reason) for update in updates]
-        return all(ended)
-
-    def _vote(self, deadline: Deadline) -> None:
-        """Raise unless every engine can commit: what one of them refuses, none of them serves."""
-        votes = []
-        for update in self._updates:
-            vote = Vote(session_id=update.session_id, epoch=update.epoch)
-            votes.append((vote, update.channel.submit(vote, deadline.left_s("vote"))))
-        for vote, future in votes:
-            wait(future, vote, deadline.left_s("vote"))
 
     def forget(self) -> None:
         """Leave the arena to whoever still reads it; the next update makes a new one."""
-        for endpoint in self._endpoints.values():
-            endpoint.drop_arena()
+        if self._endpoint is not None:
+            self._endpoint.drop_arena()
         if self._arena is not None:
             self._arena.close()
         self._arena = None
@@ -224,7 +267,5 @@ class Engines:
     def close(self) -> None:
         """Give arena and connections back."""
         self.abort("the publisher was closed")
-        for endpoint in self._endpoints.values():
-            endpoint.close()
-        self._endpoints.clear()
+        self._disconnect()
         self.forget()

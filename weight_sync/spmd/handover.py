@@ -101,7 +101,7 @@ class HandingOver:
     def announce(self, rows: np.ndarray, values: np.ndarray, deadline: Deadline) -> None:
         """Nothing to do."""
 
-    def commit(self, pack_s: float, deadline: Deadline) -> list[SyncReport]:
+    def commit(self, pack_s: float, deadline: Deadline) -> SyncReport:
         """Call the engine with the tensors."""
         assert self._arena is not None and self._manifest is not None and self._target is not None
         manifest = self._manifest
@@ -120,19 +120,17 @@ class HandingOver:
             future = asyncio.run_coroutine_threadsafe(_awaited(result), target.loop)
             result = future.result(deadline.left_s("hand over"))
         if isinstance(result, SyncReport):
-            return [result]
-        return [
-            SyncReport(
-                version=0,
-                label=self._label,
-                num_tensors=len(pairs),
-                num_bytes=manifest.num_bytes,
-                updated=len(pairs),
-                transport="handed over",
-                pack_s=pack_s,
-                message=f"handed {len(pairs)} tensors over; the engine answered {result!r}"[:2000],
-            )
-        ]
+            return result
+        return SyncReport(
+            version=0,
+            label=self._label,
+            num_tensors=len(pairs),
+            num_bytes=manifest.num_bytes,
+            updated=len(pairs),
+            transport="handed over",
+            pack_s=pack_s,
+            message=f"handed {len(pairs)} tensors over; the engine answered {result!r}"[:2000],
+        )
 
     def abort(self, reason: str) -> None:
         """The engine may still read: the next update makes another arena."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..errors import EngineDiedError
-from ..wire.messages import (
+from .messages import (
     Abort,
     Begin,
     CloseArena,
@@ -20,7 +20,7 @@ from ..wire.messages import (
     LeaveGroup,
     OpenArena,
 )
-from ..wire.rpc_wire import Call
+from .rpc_wire import Call
 
 MEANWHILE = (
     *(Hello, GetIgnored, GetFingerprint, OpenArena, CloseArena),
@@ -45,7 +45,10 @@ class CallQueue:
         pause: Callable[[], float | None],
         idle: Callable[[], None],
         end: Callable[[], None],
+        what: str = "engine",
     ) -> None:
+        """`what` was shut down, says the error after the end."""
+        self._what = what
         self._serve = serve
         self._pause = pause
         self._idle = idle
@@ -63,7 +66,7 @@ class CallQueue:
                 self._calls.append(call)
                 self._changed.notify_all()
                 return
-        call.fail(_shut_down())
+        call.fail(self._shut_down())
 
     def wait(self, future: "Future[Any]", timeout_s: float = math.inf) -> Any:
         """On the thread of the queue, inside `serve`: the result of `future`, serving `MEANWHILE` until it is there.
@@ -75,7 +78,7 @@ class CallQueue:
         while not future.done() and self._work(MEANWHILE, future.done, end):
             pass
         if self._closing and not future.done():
-            raise _shut_down()
+            raise self._shut_down()
         return future.result(0.0)
 
     def close(self) -> None:
@@ -91,7 +94,7 @@ class CallQueue:
             pass
         self._end()
         while self._calls:
-            self._calls.popleft().fail(_shut_down())
+            self._calls.popleft().fail(self._shut_down())
 
     def _work(self, kinds: tuple[type, ...] | None, done: Callable[[], bool], end: float) -> bool:
         """Serve one call of these kinds, or be idle for once; False when `done`, late or closing."""
@@ -120,6 +123,14 @@ class CallQueue:
             self._serve(call)
         return True
 
+    def _shut_down(self) -> EngineDiedError:
+        return EngineDiedError(f"the {self._what} was shut down; start a new one and connect again")
+
+    @property
+    def closed(self) -> bool:
+        """It takes no more calls."""
+        return self._closing
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -132,7 +143,3 @@ def answer_later(call: Call, future: "Future[Any]") -> None:
         call.reply(future.result())
     else:
         call.fail(error)
-
-
-def _shut_down() -> EngineDiedError:
-    return EngineDiedError("the engine was shut down; start a new one and connect again")

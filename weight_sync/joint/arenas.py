@@ -1,15 +1,16 @@
-"""A trainer's arenas and groups, each known to the pool by one id and to every replica by its own."""
+"""A trainer's arenas and groups, each known to the trainer by one id and to every member by its own."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from collections.abc import Collection
+from typing import Any
 
 import msgspec
 
-from weight_sync.errors import ArenaGoneError, SyncError, TransportError
-from weight_sync.wire.messages import (
+from ..errors import ArenaGoneError, SyncError, TransportError
+from ..wire.messages import (
     Ack,
     ArenaHandle,
     ArenaOpened,
@@ -19,16 +20,17 @@ from weight_sync.wire.messages import (
     LeaveGroup,
     OpenArena,
 )
-
-from .members import Answers, Member, ask_all, left, same
+from .members import Answers, collect, left, same, tell_all
+from .session import PATIENCE_S, Terms
 
 logger = logging.getLogger(__name__)
 
 
-class FleetArenas:
-    """Opens and closes them on all replicas. Used by the thread of `FleetWeights` alone."""
+class JointArenas:
+    """Opens and closes them on all members. Used by the thread of a `JointService` alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
         self._handles: dict[int, ArenaHandle] = {}
 
     def handle(self, arena_id: int) -> ArenaHandle:
@@ -39,27 +41,29 @@ class FleetArenas:
             )
         return self._handles[arena_id]
 
-    def open(self, message: OpenArena, members: Collection[Member], end: float) -> ArenaOpened:
-        """Open it on every replica, or on none."""
-        arena_id = secrets.randbits(62)  # never one that another pool at this address has given
-        answers = ask_all(same(members, message), end)
+    def open(self, message: OpenArena, members: Collection[Any], end: float) -> ArenaOpened:
+        """Open it on every member, or on none."""
+        arena_id = secrets.randbits(62)  # never one that another service at this address has given
+        answers = self._ask(same(members, message), end)
         for member, reply in answers.replies.items():
             member.arenas[arena_id] = reply.arena_id
         self._handles[arena_id] = message.handle
-        if answers.errors or not answers.replies:
+        try:
+            self._all_or_error(answers)
+        except Exception:
             self.close(CloseArena(arena_id=arena_id), members, end)
-            answers.raise_refusal()
+            raise
         return ArenaOpened(arena_id=arena_id)
 
-    def close(self, message: CloseArena, members: Collection[Member], end: float) -> Ack:
+    def close(self, message: CloseArena, members: Collection[Any], end: float) -> Ack:
         """Close it everywhere; unknown ones are fine."""
         self._handles.pop(message.arena_id, None)
         own = {member: member.arenas.pop(message.arena_id, None) for member in members}
         closing = {m: CloseArena(arena_id=i) for m, i in own.items() if i is not None}
-        ask_all(closing, end)
+        collect(tell_all(closing, PATIENCE_S), end, self._terms.wait)
         return Ack()
 
-    def opened_by(self, arena_id: int, members: Collection[Member], end: float) -> list[Member]:
+    def opened_by(self, arena_id: int, members: Collection[Any], end: float) -> list[Any]:
         """Those of `members` that can read the arena; who came after it was opened opens it now.
 
         A newcomer that cannot (it is not in the trainer's group) takes no part in the update and catches up later.
@@ -71,19 +75,16 @@ class FleetArenas:
                 try:
                     opened = member.channel.call(OpenArena(handle=handle), left(end))
                 except SyncError as error:
-                    logger.warning(
-                        "replica %d takes no part in an update: %s", member.number, error
-                    )
+                    logger.warning("%s takes no part in an update: %s", member.name, error)
                     continue
                 member.arenas[arena_id] = opened.arena_id
             able.append(member)
         if not able:
-            raise TransportError("no replica can read the arena any more; connect again")
+            raise TransportError("nobody can read the arena any more; connect again")
         return able
 
-    @staticmethod
-    def join(message: JoinGroup, members: Collection[Member], end: float) -> Ack:
-        """Have all ranks of all replicas join a group, one replica's ranks after the other's."""
+    def join(self, message: JoinGroup, members: Collection[Any], end: float) -> Ack:
+        """Have all ranks of all members join a group, one member's ranks after the other's."""
         offset = message.rank_offset
         messages = {}
         for member in members:
@@ -94,19 +95,26 @@ class FleetArenas:
                 f"group {message.group_name!r}: got a world of {message.world_size}, expected at least {offset}: the "
                 f"ranks of all {len(messages)} replicas, after rank {message.rank_offset - 1}"
             )
-        return _all_or_error(ask_all(messages, end))
+        return self._joined(self._ask(messages, end))
 
-    def leave(self, message: LeaveGroup, members: Collection[Member], end: float) -> Ack:
+    def leave(self, message: LeaveGroup, members: Collection[Any], end: float) -> Ack:
         """Have all leave it, and forget its stages."""
         for arena_id, handle in list(self._handles.items()):
             if isinstance(handle, GroupHandle) and handle.group_name == message.group_name:
                 self.close(CloseArena(arena_id=arena_id), members, end)
-        return _all_or_error(ask_all(same(members, message), end))
+        return self._joined(self._ask(same(members, message), end))
 
+    def _ask(self, messages: dict[Any, Any], end: float) -> Answers:
+        asked = tell_all(messages, self._terms.patience_s or left(end))
+        return collect(asked, end, self._terms.wait)
 
-def _all_or_error(answers: Answers) -> Ack:
-    if answers.errors or not answers.replies:
-        answers.raise_refusal()
-    for error in answers.gone.values():  # A group without one of its members is none.
-        raise error
-    return Ack()
+    def _all_or_error(self, answers: Answers) -> None:
+        if self._terms.spare:
+            answers.raise_refusal()
+        else:
+            answers.raise_loss()
+
+    @staticmethod
+    def _joined(answers: Answers) -> Ack:
+        answers.raise_loss()  # A group without one of its members is none.
+        return Ack()

@@ -1,0 +1,245 @@
+"""One update session with several members: begun by all or none, voted by all, and only then committed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from ..errors import EngineDiedError, SessionError, WeightUpdateError
+from ..wire.messages import (
+    Abort,
+    Begin,
+    Bucket,
+    BucketReply,
+    Commit,
+    CommitReply,
+    Receive,
+    Vote,
+    WireManifest,
+)
+from .members import Answers, Asked, collect, joint_answer, left, tell_all
+
+PATIENCE_S = 600.0
+"""How long a member may take before it comes to what it must not miss, such as the end of a session."""
+TIMINGS = (
+    *("stage_s", "copy_s", "verify_s", "pause_s"),
+    *("begin_to_committed_s", "begin_to_verified_s"),
+)
+
+
+class Terms(Protocol):
+    """On which terms members take part; a `JointService`."""
+
+    patience_s: float
+    """How long a member may take to come to a message, whatever the trainer's deadline; 0: until that."""
+    spare: bool
+    """A member that dies is left out; False: then the update fails."""
+
+    def wait(self, future: Future[Any], timeout_s: float) -> Any:
+        """The result of a future, within so many seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a commit."""
+
+    committed: Mapping[Any, CommitReply]
+    """By member: who serves the new version."""
+    failed: Mapping[Any, Exception]
+    """Who voted for it and then could not, or did not say so in time."""
+
+    @property
+    def reply(self) -> CommitReply:
+        """The answer to the trainer: durations are those of the slowest. Raises where nobody has committed."""
+        for error in self.failed.values() if not self.committed else ():
+            raise error
+        replies = list(self.committed.values())
+        if not replies:
+            raise EngineDiedError("all died during the commit; start new ones")
+        slowest = {name: max(getattr(reply, name) for reply in replies) for name in TIMINGS}
+        return msgspec.structs.replace(replies[0], **slowest)
+
+
+@dataclass(slots=True, kw_only=True)
+class JointSession:
+    """An open session. Used by the thread of its `JointService` alone."""
+
+    terms: Terms
+    """Of those who take part."""
+    inner_id: str
+    """What the members call it."""
+    request: Begin
+    """As the trainer sent it."""
+    epoch: int
+    """The trainer's number of it."""
+    version: int
+    """Version to be."""
+    manifest: WireManifest | None
+    """The arena's layout; None: the members' own."""
+    epochs: dict[Any, int]
+    """Who takes part, and each one's own epoch; 0: not known, its answer came too late."""
+    _buckets: list[Asked] = field(default_factory=list)
+    """Answers that are still to come."""
+
+    @classmethod
+    def begin(
+        cls,
+        terms: Terms,
+        messages: Mapping[Any, Begin],
+        *,
+        epoch: int,
+        request: Begin,
+        manifest: WireManifest | None,
+        end: float,
+        **fields: Any,
+    ) -> Self | None:
+        """Send each its `Begin`: all open it, or none; None when their manifest is needed first.
+
+        manifest: for those that have not seen it, where somebody has.
+        """
+        # An id of our own: the trainer's may be begun twice, and what has ended once stays ended.
+        inner_id = f"{request.session_id[:96]}.{secrets.token_hex(4)}"
+        messages = {
+            member: msgspec.structs.replace(message, session_id=inner_id)
+            for member, message in messages.items()
+        }
+        asked = tell_all(messages, terms.patience_s or left(end))
+        answers = collect(asked, end, terms.wait)
+        needy = [m for m, reply in answers.replies.items() if reply.need_manifest]
+        if needy and manifest is not None:
+            again = {m: msgspec.structs.replace(messages[m], manifest=manifest) for m in needy}
+            second = collect(tell_all(again, terms.patience_s or left(end)), end, terms.wait)
+            for member in needy:
+                answers.replies.pop(member)
+            answers.replies.update(second.replies)
+            answers.errors.update(second.errors)
+            answers.gone.update(second.gone)
+        replies = answers.replies.values()
+        session = cls(
+            terms=terms,
+            inner_id=inner_id,
+            request=request,
+            manifest=manifest,
+            epoch=epoch,
+            version=max((reply.version for reply in replies), default=0),
+            # Where no answer came in time the session may be open all the same: it is ended without its epoch.
+            epochs=dict.fromkeys(answers.errors, 0)
+            | {member: reply.epoch for member, reply in answers.replies.items()},
+            **fields,
+        )
+        lost = bool(answers.gone) and not terms.spare
+        if answers.errors or not answers.replies or lost:
+            session.abort("another one did not begin")
+            answers.raise_loss()
+        if any(reply.need_manifest for reply in replies):
+            session.abort("the manifest is needed first")
+            return None
+        if any(reply.version != session.version for reply in replies):
+            # They serve different versions; from this update on they serve the same one.
+            session.abort("the versions differ")
+            messages = {
+                member: msgspec.structs.replace(message, version=session.version)
+                for member, message in messages.items()
+            }
+            return cls.begin(
+                terms,
+                messages,
+                epoch=epoch,
+                request=request,
+                manifest=manifest,
+                end=end,
+                **fields,
+            )
+        return session
+
+    def bucket(self, message: Bucket, end: float) -> Future[BucketReply]:
+        """Have all check a bucket, without waiting for them: the next one may follow at once."""
+        for asked in self._buckets:
+            for future in asked.values():
+                if future.done() and isinstance(future.exception(), WeightUpdateError):
+                    future.result()  # The session has failed; what comes now is in vain.
+        return self._staged(message, end)
+
+    def receive(self, message: Receive, end: float) -> Future[BucketReply]:
+        """Have all receive what a plain trainer broadcasts."""
+        return self._staged(message, end)
+
+    def vote(self, message: Vote | Commit, end: float) -> None:
+        """Ask all whether they can commit; one that cannot speaks for all."""
+        votes = self._tell(Vote(session_id=message.session_id, epoch=message.epoch), end)
+        self.settle(end)
+        self._agreed(votes, end)
+
+    def settle(self, end: float) -> None:
+        """Raise unless all have taken every bucket."""
+        asked, self._buckets = self._buckets, []
+        for answers in asked:
+            self._agreed(answers, end)
+
+    def commit(self, message: Commit, end: float) -> Outcome:
+        """Vote and write; raises, and nothing has changed anywhere, unless all can."""
+        self.vote(message, end)
+        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left(end)))
+        asked = self._tell(limited, end)
+        answers = self._left_out(collect(asked, end, self.terms.wait))
+        failed = answers.errors if self.terms.spare else {**answers.errors, **answers.gone}
+        return Outcome(committed=answers.replies, failed=failed)
+
+    def abort(self, reason: str) -> Asked:
+        """End it everywhere without a trace, however late it is for the trainer; the answers are still to come.
+
+        A member comes to it after all that it was told before. When it has answered it reads the arena no more.
+        """
+        message = Abort(session_id=self.request.session_id, epoch=self.epoch, reason=reason[:4096])
+        return self._tell(message, 0.0, patience_s=PATIENCE_S)
+
+    def miss(self, message: Bucket | Receive, reason: str) -> Asked:
+        """End it because a message came too late to be carried out.
+
+        What that announced may be under way: a member that refuses it leaves the group.
+        """
+        asked = self.abort(reason)
+        self._tell(message, 0.0, patience_s=PATIENCE_S)
+        return asked
+
+    def check(self, message: Any) -> None:
+        """`SessionError` unless the message is of this session."""
+        got, expected = (message.session_id, message.epoch), (self.request.session_id, self.epoch)
+        if got[0] != expected[0] or got[1] not in (0, expected[1]):
+            raise SessionError(
+                f"no such session: got {got[0]!r} (epoch {got[1]}), expected {expected[0]!r} (epoch {expected[1]}); "
+                "begin a new one"
+            )
+
+    def _staged(self, message: Any, end: float) -> Future[BucketReply]:
+        asked = self._tell(message, end)
+        self._buckets.append(asked)
+        return joint_answer(asked, end, spare=self.terms.spare)
+
+    def _tell(self, message: Any, end: float, patience_s: float = 0.0) -> Asked:
+        messages = {
+            member: msgspec.structs.replace(message, session_id=self.inner_id, epoch=epoch)
+            for member, epoch in self.epochs.items()
+        }
+        return tell_all(messages, patience_s or self.terms.patience_s or left(end))
+
+    def _agreed(self, asked: Asked, end: float) -> None:
+        """Raise unless all who must have said yes."""
+        answers = self._left_out(collect(asked, end, self.terms.wait))
+        answers.raise_refusal()
+        if not self.terms.spare:
+            answers.raise_loss()
+        answers.compare_received()
+        if not answers.replies:
+            raise EngineDiedError("all that took part in the update have died")
+
+    def _left_out(self, answers: Answers) -> Answers:
+        """Who has died takes no further part."""
+        for member in answers.gone:
+            self.epochs.pop(member, None)
+        return answers
