@@ -23,6 +23,7 @@ from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from ..wire.process import Home
 from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
+from .publish_session import PublishSession
 from .selection import Selection
 from .sources import AnyNamedTensors, blocking, tensors_of
 from .update import PackedRows, Update, UpdateOptions
@@ -203,7 +204,7 @@ class WeightPublisher:
         deadline = Deadline(self._timeout_s)
         with self._turn(deadline):
             update = self._open_update()
-            _refuse_failed(update)
+            update.refuse_failed()
             before = update.num_tensors
             try:
                 with tensors_of(named_tensors) as listed:
@@ -220,7 +221,7 @@ class WeightPublisher:
         deadline = Deadline(self._timeout_s)
         with self._turn(deadline):
             update = self._open_update()
-            _refuse_failed(update)
+            update.refuse_failed()
             try:
                 return update.staged_report(bring(update))
             except BaseException as error:
@@ -254,7 +255,7 @@ class WeightPublisher:
     def session(self, **options: Any) -> "Iterator[PublishSession]":
         """`begin(**options)`, and at the end of the block `commit()`, or `abort()` when it raised."""
         self.begin(**options)
-        session = PublishSession(self)
+        session = PublishSession(self.send)
         try:
             yield session
         except BaseException as error:
@@ -448,7 +449,7 @@ class WeightPublisher:
 
     def _commit(self, update: Update, deadline: Deadline) -> SyncReport:
         try:
-            _refuse_failed(update)
+            update.refuse_failed()
             report = update.commit(deadline)
         except BaseException as error:
             self._abandon(update, error, deadline)
@@ -484,26 +485,6 @@ class WeightPublisher:
                 f"a session of this publisher is open (for version {self._update.version}); expected none; commit() or "
                 "abort() it first, or send() into it"
             )
-
-
-class PublishSession:
-    """What `WeightPublisher.session` yields."""
-
-    def __init__(self, publisher: WeightPublisher) -> None:
-        self._publisher = publisher
-        self.report: SyncReport | None = None
-        """The commit's report, after the block has ended."""
-
-    def send(self, named_tensors: NamedTensors) -> SyncReport:
-        """As `WeightPublisher.send`."""
-        return self._publisher.send(named_tensors)
-
-
-def _refuse_failed(update: Update) -> None:
-    if update.failed is not None:
-        raise SessionError(
-            f"the session failed earlier and nothing of it was written: {update.failed}; end it, and begin a new one"
-        ) from update.failed
 
 
 def _check_choice(name: str, got: object, choices: tuple[object, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import EngineDiedError, FingerprintMismatch
+from ..errors import EngineDiedError, FingerprintMismatch, SessionError
 from ..plan.parallel_copy import copy_tensors
 from ..report import SyncReport
 from ..transports.spans import spans_of
@@ -280,6 +280,13 @@ class Update:
             self._in_step = False
             self._sent.append(sent)
         self._raise_early()
+
+    def refuse_failed(self) -> None:
+        """`SessionError` when it has failed: then it can only be ended."""
+        if self.failed is not None:
+            raise SessionError(
+                f"the session failed earlier and nothing of it was written: {self.failed}; end it, and begin a new one"
+            ) from self.failed
 
     def settle(self, deadline: Deadline) -> None:
         """Wait until the engine has checked every bucket; raises what it found, else why it could not be sent."""
