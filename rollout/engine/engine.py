@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.wire.cancellation import on_a_thread
 from weight_sync.wire.listening import check_free
 from weight_sync.wire.process import Home
@@ -147,8 +148,9 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             remove()
             raise
         engine._remove_folder = weakref.finalize(engine, remove)
-        try:
-            engine._publisher.publish(model, label=None if label is None else str(label))
+        try:  # A publisher of its own: one that stays open holds the engine, which may be dropped.
+            with WeightPublisher(engine, timeout_s=engine.config.request_timeout_s) as publisher:
+                publisher.publish(model, label=None if label is None else str(label))
         except BaseException:
             engine.shutdown()
             raise

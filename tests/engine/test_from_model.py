@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,13 @@ def test_what_cannot_be_served_leaves_no_folder(
     with pytest.raises(ConfigError, match="tp_size"):
         Engine.from_model(model, tp_size=0)
     assert not list(tmp_path.glob("rollout-model-*"))
+
+
+def test_an_engine_that_is_dropped_takes_its_folder_with_it(folder: Path) -> None:
+    model = torch.nn.parallel.DataParallel(AutoModelForCausalLM.from_pretrained(folder))
+    engine = Engine.from_model(model, kv_cache_bytes=4 << 20)
+    own = Path(engine.config.model_path)
+    assert own.is_dir() and engine.version == 1
+    del engine
+    gc.collect()
+    assert not own.exists()
