@@ -16,7 +16,7 @@ import torch
 
 from rollout_kernels import copy_table as ct
 from rollout_kernels import fingerprint as fp
-from rollout_kernels.copy_table import Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, make_piece
 
 SEED = 3
 MEMORY = 400_000

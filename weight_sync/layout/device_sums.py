@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, make_piece
+from rollout_kernels.copy_table import CopyTable
 
 from .tensor_sums import unsigned
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, make_piece
+from rollout_kernels.copy_table import CopyTable
 
 from ..layout import region as regions
 from ..layout.manifest import ALIGNMENT, Manifest

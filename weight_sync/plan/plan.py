@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, make_piece
+from rollout_kernels.copy_table import CopyTable
 from rollout_kernels.span_table import Span
 
 from ..errors import ManifestMismatch

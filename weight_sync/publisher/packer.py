@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rollout_kernels.copy_table import CopyTable, Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, make_piece
+from rollout_kernels.copy_table import CopyTable
 
 from ..layout.device_sums import contiguous_strides
 from ..layout.fingerprints import ArenaFingerprints
