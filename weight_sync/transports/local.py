@@ -23,7 +23,7 @@ class LocalArena(SharedBytes):
             self._buffer = self._mapping.tensor[:num_bytes]
         else:
             try:
-                self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
             except torch.OutOfMemoryError as error:
                 raise TransportError(
                     f"no memory on {device} for an arena of {num_bytes} bytes: expected room for the "
