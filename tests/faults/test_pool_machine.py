@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -248,4 +249,4 @@ Fleet.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-TestFleet = Fleet.TestCase
+TestFleet = pytest.mark.slow(Fleet.TestCase)
