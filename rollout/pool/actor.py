@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from weight_sync.errors import TornWeightsError
 from ..distributed import ray_runtime
 from ..engine.engine import Engine
 from ..engine.executors.ray_rank import device_in_actor
+from ..engine.loop.checks import check_start
+from ..engine.options import engine_config
 
 #: Methods of `Engine` that the actor has under the same names; all of them are awaited there, so that calls overlap.
 FORWARDED = (
@@ -63,7 +66,12 @@ class ActorFactory:
         self._ray_options = ray_options
 
     def remote(self, model_path: str | Path, **engine_options: Any) -> Any:
-        """Start one; returns Ray's handle at once."""
+        """Start one; returns Ray's handle at once.
+
+        Raises `ConfigError` or `CheckpointError` for what can be seen from here: later it would be a traceback of Ray's.
+        """
+        config = engine_config(model_path, engine_options)
+        check_start(dataclasses.replace(config, executor="ray"))  # Its devices are not ours.
         return ray_runtime.start_actor(
             EngineHost, self._ray_options, str(model_path), **engine_options
         )

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rollout import Engine
+from rollout import Engine, RolloutActor
 from rollout.engine.executors import rank_process
 from rollout.errors import CheckpointError, ConfigError
 
@@ -117,3 +117,12 @@ def test_what_can_start_is_not_refused(folder):
     with pytest.raises(AssertionError, match="a child was started"):
         Engine(folder, executor="local", kv_cache_bytes=1 << 20, listen="tcp://127.0.0.1:0")
     assert subprocess.Popen is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"tp": 2}, "tp_size"), ({"dtype": "int8"}, "dtype"), ({"listen": "nowhere"}, "listen")],
+)
+def test_an_actor_is_refused_before_ray_starts_one(folder, options, word):
+    with pytest.raises(ConfigError, match=word):  # There is no Ray here that could start it.
+        RolloutActor.remote(folder, **options)
