@@ -68,7 +68,7 @@ class ActorFactory:
     def remote(self, model_path: str | Path, **engine_options: Any) -> Any:
         """Start one; returns Ray's handle at once.
 
-        Raises `ConfigError` or `CheckpointError` for what can be seen from here: later it would be a traceback of Ray's.
+        Raises `ConfigError` or `CheckpointError` for what can be seen from here; later it would be Ray's traceback.
         """
         config = engine_config(model_path, engine_options)
         check_start(dataclasses.replace(config, executor="ray"))  # Its devices are not ours.
