@@ -90,10 +90,8 @@ def test_a_decode_step_reads_nothing_and_uploads_once(
         [[1, 2, 3], [4] * 40], {"max_new_tokens": 60, "ignore_eos": True, **KINDS[kind]}
     )
     core.submit(call)
-    for item, other in core._next_tick():
-        core._carry_out(item, other)
-    for _ in range(3):  # prefill, and the first decode step
-        core.step()
+    for _ in range(3):  # the command and the prompts, and the first decode step
+        core.turn()
     uploads.clear()
     with CountingMode() as mode:
         for _ in range(20):
@@ -113,7 +111,7 @@ def generate_call(prompts: list[list[int]], params: dict[str, Any]) -> InlineCal
         stream=False,
         rid=None,
         return_text_in_logprobs=False,
-        unsupported={},
+        others={},
         per_prompt={
             "return_logprob": True,
             "logprob_start_len": -1,

@@ -22,6 +22,7 @@ _left = importlib.import_module("left_behind")
 child = _module.child
 engine = _module.engine
 make_engine = _module.make_engine
+breakpoints_end_with_their_module = _engines.breakpoints_end_with_their_module
 engine_of = _engines.engine_of
 folder = _engines.folder
 no_timer_or_thread_outlives_its_test = _left.no_timer_or_thread_outlives_its_test

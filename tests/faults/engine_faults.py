@@ -111,6 +111,13 @@ def use_breakpoints(folder: Path, zygote: Zygote) -> None:
     pool_actor.EngineHost = with_breakpoints(EngineHost, folder)  # type: ignore[misc]
 
 
+def without_breakpoints() -> None:
+    """Ranks and actors that this process starts from now on are ordinary ones."""
+    rank_process.subprocess = subprocess
+    executor_ray.RankHost = RankHost  # type: ignore[misc]
+    pool_actor.EngineHost = EngineHost  # type: ignore[misc]
+
+
 def with_breakpoints(host: type, folder: Path) -> type:
     """What an actor runs, with breakpoints; a class of this function, so that Ray ships it as it is."""
     path, points = str(HERE), str(folder)

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_faults import FaultyEngine, Nursery
+from engine_faults import FaultyEngine, Nursery, without_breakpoints
 from engine_zygote import Zygote
 from versions import Reference
+
+
+@pytest.fixture(scope="module", autouse=True)
+def breakpoints_end_with_their_module() -> Iterator[None]:
+    """Tests of other modules, in the same process, start engines as users do."""
+    yield
+    without_breakpoints()
 
 
 @pytest.fixture(scope="session")

@@ -220,12 +220,14 @@ def _lie(cell: Cell, device: str) -> float:
             assert packed is not None
             packed.buffer[:1] += 1
 
-        update = publisher._new_update
-        publisher._open = lambda *a, real=publisher._open: (damage(), real(*a))  # type: ignore[method-assign]
+        def packed_then_damaged(options: Any, deadline: Any, prepare: Any) -> Any:
+            return opened(options, deadline, lambda update: (prepare(update), damage())[0])
+
+        opened = publisher._opened_once
+        publisher._opened_once = packed_then_damaged  # type: ignore[method-assign]
         publisher._publish_at_once = (  # type: ignore[method-assign]
             lambda *a, real=publisher._publish_at_once: (damage(), real(*a))[1]
         )
-        assert update is not None
         try:
             publisher.publish(weights(6.0, device=device))
         except FingerprintMismatch as error:

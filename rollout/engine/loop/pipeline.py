@@ -72,9 +72,9 @@ class StepPipeline:
                 self._flight = self._post.sample(batch, launched, rows)
         except Exception as error:
             self._fail(batch, error)
-        self._note(batch)
         if not self.ahead:
             self.settle()
+        self._note(batch)
         return True
 
     def settle(self) -> bool:
