@@ -122,6 +122,16 @@ def test_an_error_about_a_dead_engine_has_its_signal_and_its_last_words(folder):
     assert "resolved configuration" in message  # What it had said last.
 
 
+def test_a_stopped_engine_is_not_waited_for_at_the_end(folder):
+    engine = Engine(folder, **OPTIONS)
+    pid = engine.status().pid
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    engine.shutdown()
+    assert time.monotonic() - began < 12.0  # Five seconds for an answer, one of grace; it took 15.
+    assert not is_alive(pid)
+
+
 def test_the_last_lines_of_a_child_are_kept_and_long_ones_cut(capfd):
     read_end, write_end = os.pipe()
     output = ChildOutput(os.fdopen(read_end, "rb"), "test")

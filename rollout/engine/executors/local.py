@@ -69,11 +69,15 @@ class LocalExecutor:
         return [rank.pid for rank in self._ranks]
 
     def close(self) -> None:
+        grace_s = (
+            1.0  # Who does not answer, because it is stopped or hangs, is not waited for either.
+        )
         if self._why_dead() is None:
             with contextlib.suppress(SyncError, OSError):
                 self._client.call(Shutdown(), timeout_s=5.0)
+                grace_s = 10.0
         self._client.close()
-        self._stop(grace_s=10.0)
+        self._stop(grace_s)
 
     def kill(self) -> None:
         """End the ranks now, whatever they do, and give everything back."""
