@@ -144,8 +144,9 @@ def test_the_last_lines_of_a_child_are_kept_and_long_ones_cut(capfd):
     assert "line 3\n" in capfd.readouterr().err
 
 
-def test_one_line_about_throughput_comes_every_few_seconds_of_work(folder, caplog):
-    options = {**OPTIONS, "executor": "inline", "log_interval_s": 3600.0}
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_line_about_throughput_comes_every_few_seconds_of_work(folder, caplog, overlap):
+    options = {**OPTIONS, "executor": "inline", "log_interval_s": 3600.0, "overlap": overlap}
     with caplog.at_level("INFO", logger="rollout.throughput"), Engine(folder, **options) as engine:
         engine.generate(**ASK)
     (line,) = [record.getMessage() for record in caplog.records if "tokens/s" in record.message]

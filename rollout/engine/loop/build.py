@@ -13,7 +13,6 @@ from ...cache.kv_cache_manager import KVCacheManager
 from ...config import (
     EngineConfig,
     ResolvedConfig,
-    default_block_size,
     free_memory_bytes,
 )
 from ...errors import ConfigError
@@ -21,12 +20,11 @@ from ...models.loader import LoadConfig, get_model_loader
 from ...models.model_config import ModelConfig
 from ...runner.backend_registry import resolve_backend
 from ...runner.capture_progress import capture_progress
-from ...runner.kv_pool import KVPool
 from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
 from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
-from .checks import DTYPES, check_config, check_dtype
+from .checks import DTYPES, check_config, check_dtype, kv_block
 from .core import EngineCore
 from .ranks import RankGroups, RankSpec, device_of
 
@@ -119,14 +117,7 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
             f"context_length: got {context}, expected at most the model's {model.max_position_embeddings} positions"
         )
     on_gpu = device.startswith("cuda")
-    block_size = config.block_size or default_block_size(device)
-    block_bytes = KVPool.bytes_per_block(
-        num_layers=model.num_layers,
-        block_size=block_size,
-        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
-        head_dim=model.head_dim,
-        dtype=DTYPES[dtype],
-    )
+    block_size, block_bytes = kv_block(config, model, DTYPES[dtype], device)
     weight_bytes = model.num_parameters * DTYPES[dtype].itemsize // config.tp_size
     longest = -(-context // block_size)
     num_blocks = _num_blocks(config, longest, block_bytes, weight_bytes, device)

@@ -161,6 +161,21 @@ def _check_split(config: EngineConfig, model: ModelConfig) -> None:
     split_evenly("intermediate_size", model.intermediate_size, tp)
 
 
+def kv_block(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """Tokens of one KV block, and its bytes on one rank, all layers."""
+    block_size = config.block_size or default_block_size(device)
+    num_bytes = KVPool.bytes_per_block(
+        num_layers=model.num_layers,
+        block_size=block_size,
+        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
+    return block_size, num_bytes
+
+
 def _check_memory(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
 ) -> None:
@@ -168,14 +183,7 @@ def _check_memory(
     wanted = config.kv_cache_bytes
     if wanted is None:
         return
-    block_size = config.block_size or default_block_size(device)
-    block_bytes = KVPool.bytes_per_block(
-        num_layers=model.num_layers,
-        block_size=block_size,
-        num_kv_heads=max(1, model.num_kv_heads // config.tp_size),
-        head_dim=model.head_dim,
-        dtype=dtype,
-    )
+    block_size, block_bytes = kv_block(config, model, dtype, device)
     context = config.context_length or model.max_position_embeddings
     if wanted < 2 * block_bytes:
         raise ConfigError(

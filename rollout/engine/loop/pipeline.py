@@ -74,7 +74,6 @@ class StepPipeline:
             self._fail(batch, error)
         if not self.ahead:
             self.settle()
-        self._note(batch)
         return True
 
     def settle(self) -> bool:
@@ -87,4 +86,5 @@ class StepPipeline:
                 self._post.land(flight)
         except Exception as error:
             self._fail(flight.batch, error)
+        self._note(flight.batch)
         return True
