@@ -10,6 +10,7 @@ from trainers_integration.demo.environment import SortingEnvironment
 from trainers_integration.demo.model import build_model, save_checkpoint
 from trainers_integration.demo.tokenizer import build_tokenizer
 from trainers_integration.grpo.config import GrpoConfig
+from trainers_integration.grpo.environment import Score
 from trainers_integration.grpo.learner import Learner
 from trainers_integration.grpo.loop import GrpoLoop
 from weight_sync import WeightPublisher, fingerprint
@@ -24,6 +25,14 @@ CONFIG = GrpoConfig(
 )
 
 
+class VariedRewards(SortingEnvironment):
+    """Rewards that differ between samples, so that every batch has a gradient: an untrained policy sorts nothing."""
+
+    def score(self, problem, completion):
+        ids = completion.output_ids
+        return Score(reward=sum(ids) % 7 / 6, passed=False)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -35,7 +44,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(checkpoint):
-    with Engine(checkpoint, executor="local", num_threads=1, kv_cache_bytes=8 << 20) as engine:
+    with Engine(
+        checkpoint, executor="local", seed=0, num_threads=1, kv_cache_bytes=8 << 20
+    ) as engine:
         yield engine
 
 
@@ -54,7 +65,7 @@ def make_loop(engine, publisher, checkpoint):
         version = int(engine.get_weight_version()) + 1
         publisher.publish(model, version=version, label=str(version))
     examples = make_dataset(num_train=64, num_heldout=4, num_digits=3, seed=0)
-    environment = SortingEnvironment(
+    environment = VariedRewards(
         examples, build_tokenizer(), max_new_tokens=6, partial_credit=0.5, seed=0
     )
     return GrpoLoop(engine, publisher, Learner(model, CONFIG), environment)
