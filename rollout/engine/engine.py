@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from weight_sync.publisher.publisher import WeightPublisher
-from weight_sync.wire.cancellation import on_a_thread
+from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.listening import check_free
 from weight_sync.wire.process import Home
 
@@ -49,6 +49,7 @@ from .info import InfoCalls
 from .loop.checks import check_start
 from .model_folder import remove_model_folder, write_model_folder
 from .options import OPTIONS, engine_config
+from .twins import Asking, asks, awaitable
 
 logger = logging.getLogger(__name__)
 
@@ -206,50 +207,77 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         """The Hugging Face tokenizer, None with `skip_tokenizer_init`."""
         return None if self._tokenizer is None else self._tokenizer.inner
 
-    def status(self) -> Status:
+    @asks
+    def status(self) -> Asking[Status]:
         """Versions, counts, sizes, the resolved configuration, and the process of the engine loop."""
-        status: Status = self._call(GetStatus())
+        status: Status = yield GetStatus()
         return status
 
-    def pause_generation(self, mode: PauseMode = "abort", lease_s: float | None = None) -> int:
+    async_status = awaitable(status)
+
+    @asks
+    def pause_generation(
+        self, mode: PauseMode = "abort", lease_s: float | None = None
+    ) -> Asking[int]:
         """Stop generating until `continue_generation`, or until the lease of `lease_s` seconds ends.
 
         mode "abort" ends all requests with their partial results; "retract" drops the KV of running requests and queues
         them again; "in_place" freezes them as they are. Requests that come meanwhile wait. lease_s: None for the
         configured `pause_lease_s`; another pause replaces it. Returns how many requests it touched.
         """
-        answer: Done = self._call(self._pause(mode, lease_s))
+        answer: Done = yield self._pause(mode, lease_s)
         return answer.count
 
-    def continue_generation(self) -> None:
+    async_pause_generation = awaitable(pause_generation)
+
+    @asks
+    def continue_generation(self) -> Asking[None]:
         """End a pause; no error if there is none."""
-        self._call(ContinueGeneration())
+        yield ContinueGeneration()
 
-    def abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
+    async_continue_generation = awaitable(continue_generation)
+
+    @asks
+    def abort_request(self, rid: str | None = None, abort_all: bool = False) -> Asking[int]:
         """End requests; their callers get the partial results with finish reason "abort". Returns how many ended."""
-        answer: Done = self._call(_abort(rid, abort_all))
+        answer: Done = yield _abort(rid, abort_all)
         return answer.count
 
-    def flush_cache(self) -> None:
+    async_abort_request = awaitable(abort_request)
+
+    @asks
+    def flush_cache(self) -> Asking[None]:
         """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
-        self._call(FlushCache())
+        yield FlushCache()
 
-    def start_profile(self) -> None:
+    async_flush_cache = awaitable(flush_cache)
+
+    @asks
+    def start_profile(self) -> Asking[None]:
         """Record what the engine loops do until `stop_profile`. Raises `RolloutError` while a profile is under way."""
-        self._call(StartProfile())
+        yield StartProfile()
 
-    def stop_profile(self) -> str:
+    async_start_profile = awaitable(start_profile)
+
+    @asks
+    def stop_profile(self) -> Asking[str]:
         """Write a trace that Perfetto opens; the path of rank 0's, on its host, where every rank writes its own."""
-        answer: ProfileWritten = self._call(StopProfile())
+        answer: ProfileWritten = yield StopProfile()
         return answer.path
 
-    def freeze_gc(self) -> None:
-        """Collect garbage once and leave all that lives now out of later collections, which then are short."""
-        self._call(FreezeGc())
+    async_stop_profile = awaitable(stop_profile)
 
+    @asks
+    def freeze_gc(self) -> Asking[None]:
+        """Collect garbage once and leave all that lives now out of later collections, which then are short."""
+        yield FreezeGc()
+
+    async_freeze_gc = awaitable(freeze_gc)
+
+    @asks
     def release_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
-    ) -> MemoryChanged:
+    ) -> Asking[MemoryChanged]:
         """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay.
 
         Requests that run are queued again and wait; none is lost. Released weights are gone: after
@@ -258,69 +286,22 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         GPU, and the same version serves again once they are resumed. Releasing what is released changes nothing.
         Returns the tags that changed and their bytes, all ranks together.
         """
-        answer: MemoryChanged = self._call(
-            ReleaseMemory(tags=memory_tags(tags), keep_weights=keep_weights)
+        answer: MemoryChanged = yield ReleaseMemory(
+            tags=memory_tags(tags), keep_weights=keep_weights
         )
         return answer
 
-    def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> MemoryChanged:
-        """Make released memory usable again; resuming what is there changes nothing."""
-        answer: MemoryChanged = self._call(ResumeMemory(tags=memory_tags(tags)))
-        return answer
+    async_release_memory_occupation = awaitable(release_memory_occupation)
 
-    async def async_release_memory_occupation(
-        self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
-    ) -> MemoryChanged:
-        """As `release_memory_occupation`, awaitable."""
-        answer: MemoryChanged = await self._async_call(
-            ReleaseMemory(tags=memory_tags(tags), keep_weights=keep_weights)
-        )
-        return answer
-
-    async def async_resume_memory_occupation(
+    @asks
+    def resume_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None
-    ) -> MemoryChanged:
-        """As `resume_memory_occupation`, awaitable."""
-        answer: MemoryChanged = await self._async_call(ResumeMemory(tags=memory_tags(tags)))
+    ) -> Asking[MemoryChanged]:
+        """Make released memory usable again; resuming what is there changes nothing."""
+        answer: MemoryChanged = yield ResumeMemory(tags=memory_tags(tags))
         return answer
 
-    async def async_pause_generation(
-        self, mode: PauseMode = "abort", lease_s: float | None = None
-    ) -> int:
-        """As `pause_generation`, awaitable."""
-        answer: Done = await self._async_call(self._pause(mode, lease_s))
-        return answer.count
-
-    async def async_continue_generation(self) -> None:
-        """As `continue_generation`, awaitable."""
-        await self._async_call(ContinueGeneration())
-
-    async def async_abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
-        """As `abort_request`, awaitable."""
-        answer: Done = await self._async_call(_abort(rid, abort_all))
-        return answer.count
-
-    async def async_flush_cache(self) -> None:
-        """As `flush_cache`, awaitable."""
-        await self._async_call(FlushCache())
-
-    async def async_start_profile(self) -> None:
-        """As `start_profile`, awaitable."""
-        await self._async_call(StartProfile())
-
-    async def async_stop_profile(self) -> str:
-        """As `stop_profile`, awaitable."""
-        answer: ProfileWritten = await self._async_call(StopProfile())
-        return answer.path
-
-    async def async_freeze_gc(self) -> None:
-        """As `freeze_gc`, awaitable."""
-        await self._async_call(FreezeGc())
-
-    async def async_status(self) -> Status:
-        """As `status`, awaitable."""
-        status: Status = await self._async_call(GetStatus())
-        return status
+    async_resume_memory_occupation = awaitable(resume_memory_occupation)
 
     def _pause(self, mode: PauseMode, lease_s: float | None) -> PauseGeneration:
         if mode not in ("abort", "retract", "in_place"):
@@ -329,10 +310,6 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             )
         lease = self.config.pause_lease_s if lease_s is None else lease_s
         return PauseGeneration(mode=mode, lease_s=lease)
-
-    async def async_shutdown(self) -> None:
-        """As `shutdown`, awaitable."""
-        await on_a_thread(self.shutdown)
 
     def shutdown(self) -> None:
         """End the engine and give back its memory, threads, process and sockets; safe to call twice.
@@ -354,6 +331,8 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
             executor.close()
             if self._remove_folder is not None:
                 self._remove_folder()
+
+    async_shutdown = threaded(shutdown)
 
     def __enter__(self) -> Self:
         return self

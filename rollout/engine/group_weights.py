@@ -11,7 +11,7 @@ from weight_sync.errors import WeightUpdateError
 from weight_sync.publisher.group_updates import Announced, Backend, GroupLayout
 from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
-from weight_sync.wire.cancellation import on_a_thread
+from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.messages import KvPolicyName
 
 from .weights import WeightCalls, check_extras, label_of, policy_of
@@ -59,9 +59,13 @@ class GroupWeightCalls(WeightCalls):
             timeout_s=timeout_s,
         )
 
+    async_init_weights_update_group = threaded(init_weights_update_group)
+
     def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
         """Leave a group; raises `TransportError` when there is none of that name."""
         self._group_updates.leave(group_name)
+
+    async_destroy_weights_update_group = threaded(destroy_weights_update_group)
 
     def update_weights_from_distributed(
         self,
@@ -109,14 +113,4 @@ class GroupWeightCalls(WeightCalls):
                 )
                 return taking.update(options, announced)
 
-    async def async_init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
-        """As `init_weights_update_group`, awaitable."""
-        await on_a_thread(self.init_weights_update_group, *args, **kwargs)
-
-    async def async_destroy_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
-        """As `destroy_weights_update_group`, awaitable."""
-        await on_a_thread(self.destroy_weights_update_group, *args, **kwargs)
-
-    async def async_update_weights_from_distributed(self, *args: Any, **kwargs: Any) -> SyncReport:
-        """As `update_weights_from_distributed`, awaitable."""
-        return await on_a_thread(self.update_weights_from_distributed, *args, **kwargs)
+    async_update_weights_from_distributed = threaded(update_weights_from_distributed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..protocol.commands import GetStatus, Status
 from .client import EngineClient
+from .twins import Asking, asks, awaitable
 
 
 class InfoCalls(EngineClient):
@@ -15,25 +16,21 @@ class InfoCalls(EngineClient):
 
     model_path: str
 
-    def get_server_info(self) -> dict[str, Any]:
+    @asks
+    def get_server_info(self) -> Asking[dict[str, Any]]:
         """The resolved configuration, sizes and counts; the keys of `status()` and those of the common dialect."""
-        status: Status = self._call(GetStatus())
+        status: Status = yield GetStatus()
         return self._server_info(status)
 
-    def get_model_info(self) -> dict[str, Any]:
+    async_get_server_info = awaitable(get_server_info)
+
+    @asks
+    def get_model_info(self) -> Asking[dict[str, Any]]:
         """Which model serves: path, tokenizer, type, and the label and number of its weights."""
-        status: Status = self._call(GetStatus())
+        status: Status = yield GetStatus()
         return self._model_info(status)
 
-    async def async_get_server_info(self) -> dict[str, Any]:
-        """As `get_server_info`, awaitable."""
-        status: Status = await self._async_call(GetStatus())
-        return self._server_info(status)
-
-    async def async_get_model_info(self) -> dict[str, Any]:
-        """As `get_model_info`, awaitable."""
-        status: Status = await self._async_call(GetStatus())
-        return self._model_info(status)
+    async_get_model_info = awaitable(get_model_info)
 
     def _server_info(self, status: Status) -> dict[str, Any]:
         tp_size, num_engines = self.config.tp_size, self._num_engines()

@@ -20,12 +20,13 @@ from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.sources import AnyNamedTensors
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
-from weight_sync.wire.cancellation import on_a_thread
+from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from ..models.model_config import ModelConfig
 from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
 from .client import EngineClient
+from .twins import Asking, asks, awaitable
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
@@ -99,6 +100,8 @@ class WeightCalls(EngineClient):
             check_finite=check_finite,
         )
 
+    async_begin_weight_update = threaded(begin_weight_update)
+
     @property
     def in_weight_update(self) -> bool:
         """An explicit session is open: update calls stage, and the end commits."""
@@ -108,10 +111,14 @@ class WeightCalls(EngineClient):
         """Commit the open session between two steps; raises a `WeightUpdateError` and changes nothing on failure."""
         return self._publisher.commit()
 
+    async_end_weight_update = threaded(end_weight_update)
+
     def abort_weight_update(self) -> None:
         """Forget the open session and all that was staged; no error if there is none."""
         self._group_updates.interrupt("the caller aborted the update")
         self._publisher.abort("the caller aborted the update")
+
+    async_abort_weight_update = threaded(abort_weight_update)
 
     def update_weights_from_tensor(
         self,
@@ -148,6 +155,8 @@ class WeightCalls(EngineClient):
             kv_policy=policy_of(flush_cache, kv_policy),
             check_finite=check_finite,
         )
+
+    async_update_weights_from_tensor = threaded(update_weights_from_tensor)
 
     def update_weights_from_disk(
         self,
@@ -187,60 +196,31 @@ class WeightCalls(EngineClient):
         self.model_path = str(model_path)
         return report
 
+    async_update_weights_from_disk = threaded(update_weights_from_disk)
+
+    @asks
     def get_weights_by_name(
         self, name: str, truncate_size: int = 100, timeout_s: float | None = None
-    ) -> list[Any]:
+    ) -> Asking[list[Any]]:
         """The leading `truncate_size` rows of a parameter, as nested lists of float; works on Hugging Face names."""
-        return _values(self._call(GetWeights(name=name, truncate_size=truncate_size), timeout_s))
+        answer: WeightValues = yield GetWeights(name=name, truncate_size=truncate_size)
+        return _values(answer)
+
+    async_get_weights_by_name = awaitable(get_weights_by_name)
 
     def weights_fingerprint(self) -> int:
         """64-bit fingerprint of the resident weights; equals `weight_sync.fingerprint(...)` on the trainer's side."""
         return self._publisher.fingerprint()
 
-    def get_weight_version(self) -> str:
+    async_weights_fingerprint = threaded(weights_fingerprint)
+
+    @asks
+    def get_weight_version(self) -> Asking[str]:
         """Label of the version that serves now."""
-        status: Status = self._call(GetStatus())
+        status: Status = yield GetStatus()
         return status.weight_version
 
-    async def async_begin_weight_update(self, **kwargs: Any) -> None:
-        """As `begin_weight_update`, awaitable."""
-        await on_a_thread(self.begin_weight_update, **kwargs)
-
-    async def async_end_weight_update(self) -> SyncReport:
-        """As `end_weight_update`, awaitable."""
-        return await on_a_thread(self.end_weight_update)
-
-    async def async_abort_weight_update(self) -> None:
-        """As `abort_weight_update`, awaitable."""
-        await on_a_thread(self.abort_weight_update)
-
-    async def async_update_weights_from_tensor(
-        self, named_tensors: Any, *args: Any, **kwargs: Any
-    ) -> SyncReport:
-        """As `update_weights_from_tensor`, awaitable."""
-        return await on_a_thread(self.update_weights_from_tensor, named_tensors, *args, **kwargs)
-
-    async def async_update_weights_from_disk(
-        self, model_path: str | Path, *args: Any, **kwargs: Any
-    ) -> SyncReport:
-        """As `update_weights_from_disk`, awaitable."""
-        return await on_a_thread(self.update_weights_from_disk, model_path, *args, **kwargs)
-
-    async def async_get_weights_by_name(
-        self, name: str, truncate_size: int = 100, timeout_s: float | None = None
-    ) -> list[Any]:
-        """As `get_weights_by_name`, awaitable."""
-        command = GetWeights(name=name, truncate_size=truncate_size)
-        return _values(await self._async_call(command, timeout_s))
-
-    async def async_weights_fingerprint(self) -> int:
-        """As `weights_fingerprint`, awaitable."""
-        return await on_a_thread(self.weights_fingerprint)
-
-    async def async_get_weight_version(self) -> str:
-        """As `get_weight_version`, awaitable."""
-        status: Status = await self._async_call(GetStatus())
-        return status.weight_version
+    async_get_weight_version = awaitable(get_weight_version)
 
 
 def _values(answer: WeightValues) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from weight_sync.wire.cancellation import on_a_thread
+from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.rpc_server import private_folder
 
 from ..config import EngineConfig
@@ -115,6 +115,8 @@ class RolloutPool(Engine):
         """Start one more replica and bring it to the served version; returns its number when it serves."""
         return self._pool.add_replica()
 
+    async_add_replica = threaded(add_replica)
+
     def remove_replica(self, number: int | None = None, timeout_s: float = 60.0) -> int:
         """Let a replica (None: the least busy one) finish its requests and end it; returns its number.
 
@@ -122,17 +124,11 @@ class RolloutPool(Engine):
         """
         return self._pool.remove_replica(number, timeout_s)
 
+    async_remove_replica = threaded(remove_replica)
+
     def replicas(self) -> list[ReplicaStatus]:
         """What the replicas look like now."""
         return self._pool.replica_statuses()
-
-    async def async_add_replica(self) -> int:
-        """As `add_replica`, awaitable."""
-        return await on_a_thread(self.add_replica)
-
-    async def async_remove_replica(self, number: int | None = None, timeout_s: float = 60.0) -> int:
-        """As `remove_replica`, awaitable."""
-        return await on_a_thread(self.remove_replica, number, timeout_s)
 
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else f"{len(self.replicas())} replicas"

@@ -18,7 +18,7 @@ import torch
 from ..errors import ArenaGoneError, DeadlineExceeded, SessionError
 from ..layout.manifest import NamedTensors
 from ..report import SyncReport
-from ..wire.cancellation import on_a_thread
+from ..wire.cancellation import on_a_thread, threaded
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from ..wire.process import Home
@@ -142,21 +142,9 @@ class WeightPublisher:
         loop. Cancelling it ends the session first."""
         return await on_a_thread(self.publish, blocking(named_tensors), **options)
 
-    async def async_begin(self, **options: Any) -> int:
-        """`begin` for a running event loop."""
-        return await on_a_thread(self.begin, **options)
-
     async def async_send(self, named_tensors: AnyNamedTensors) -> SyncReport:
         """`send` for a running event loop; as `async_publish`."""
         return await on_a_thread(self.send, blocking(named_tensors))
-
-    async def async_commit(self) -> SyncReport:
-        """`commit` for a running event loop."""
-        return await on_a_thread(self.commit)
-
-    async def async_abort(self, reason: str = "the trainer gave up") -> None:
-        """`abort` for a running event loop."""
-        await on_a_thread(self.abort, reason)
 
     @property
     def in_session(self) -> bool:
@@ -195,6 +183,8 @@ class WeightPublisher:
             self._refuse_open_session()
             self._update, _ = self._opened(options, deadline, lambda update: None)
             return self._update.version
+
+    async_begin = threaded(begin)
 
     def send(self, named_tensors: NamedTensors) -> SyncReport:
         """Stage tensors in the open session; returns when the engine has checked them and the tensors may change.
@@ -243,6 +233,8 @@ class WeightPublisher:
             self._update = None
             return self._commit(update, deadline)
 
+    async_commit = threaded(commit)
+
     def abort(self, reason: str = "the trainer gave up") -> None:
         """End the open session without a trace; fine when there is none."""
         deadline = Deadline(self._timeout_s)
@@ -250,6 +242,8 @@ class WeightPublisher:
             update, self._update = self._update, None
             if update is not None and update.failed is None:
                 self._abandon(update, reason, deadline)
+
+    async_abort = threaded(abort)
 
     @contextmanager
     def session(self, **options: Any) -> "Iterator[PublishSession]":

@@ -7,12 +7,14 @@ ends its waits and refuses its next step; the coroutine ends when the call has, 
 import asyncio
 import contextlib
 import contextvars
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 _PATIENCE_S = 2.0
@@ -55,6 +57,30 @@ async def on_a_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
             await asyncio.wait((ended,), timeout=_PATIENCE_S)
         ended.add_done_callback(_look_at)
         raise
+
+
+def threaded(
+    call: Callable[Concatenate[S, P], T],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """The `async_` twin of a method that blocks: the method (of a subclass, where that has its own) `on_a_thread`.
+
+    async_publish = threaded(publish)
+    """
+
+    @functools.wraps(call)
+    async def twin(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await on_a_thread(getattr(self, call.__name__), *args, **kwargs)
+
+    named: Callable[Concatenate[S, P], Coroutine[Any, Any, T]] = name_twin(twin, call)
+    return named
+
+
+def name_twin(twin: Any, call: Any) -> Any:
+    """`twin`, named and documented as the `async_` form of `call`, with its signature."""
+    twin.__name__ = f"async_{call.__name__}"
+    twin.__qualname__ = call.__qualname__.replace(call.__name__, twin.__name__)
+    twin.__doc__ = f"As `{call.__name__}`, awaitable; cancelling it ends the call."
+    return twin
 
 
 def _look_at(ended: "asyncio.Future[Any]") -> None:
