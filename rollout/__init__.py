@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig
+    from .engine.base import EngineBase
     from .engine.engine import Engine
     from .pool.actor import RolloutActor
     from .pool.pool import RolloutPool
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": ".engine.engine",
+    "EngineBase": ".engine.base",
     "EngineConfig": ".config",
     "RolloutActor": ".pool.actor",
     "RolloutPool": ".pool.pool",
@@ -27,6 +29,7 @@ _HOMES = {
 
 __all__ = [
     "Engine",
+    "EngineBase",
     "EngineConfig",
     "RolloutActor",
     "RolloutPool",

@@ -10,13 +10,14 @@ from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
 from .asynchronous import answer_of
+from .base import EngineBase
 from .executors.executor import Executor, wait
 
 MAX_TIMEOUT_S = 7 * 86_400
 """As `weight_sync.wire`: every remote call has a deadline."""
 
 
-class EngineClient:
+class EngineClient(EngineBase):
     """Base of the mixins that make up `Engine`; holds no engine state, which lives where the loop runs."""
 
     config: EngineConfig

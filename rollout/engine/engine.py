@@ -54,6 +54,17 @@ from .twins import Asking, asks, awaitable
 logger = logging.getLogger(__name__)
 
 
+COLLECTIVE_CALLS = (
+    "save_sharded_model",
+    "flush_cache",
+    "freeze_gc",
+    "start_profile",
+    "stop_profile",
+    "release_memory_occupation",
+    "resume_memory_occupation",
+)
+
+
 class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
@@ -273,6 +284,16 @@ class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
         yield FreezeGc()
 
     async_freeze_gc = awaitable(freeze_gc)
+
+    def collective_rpc(self, method: str, **arguments: Any) -> Any:
+        """Call by name what every rank carries out: the common dialect's way to `save_sharded_model` and its kin."""
+        if method not in COLLECTIVE_CALLS:
+            raise InvalidRequestError(
+                f"collective_rpc: got {method!r}, expected one of {', '.join(COLLECTIVE_CALLS)}"
+            )
+        return getattr(self, method)(**arguments)
+
+    async_collective_rpc = threaded(collective_rpc)
 
     @asks
     def release_memory_occupation(

@@ -24,7 +24,14 @@ from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from ..models.model_config import ModelConfig
-from ..protocol.commands import GetStatus, GetWeights, Status, WeightValues
+from ..protocol.commands import (
+    Done,
+    GetStatus,
+    GetWeights,
+    SaveShardedModel,
+    Status,
+    WeightValues,
+)
 from .client import EngineClient
 from .twins import Asking, asks, awaitable
 
@@ -207,6 +214,23 @@ class WeightCalls(EngineClient):
         return _values(answer)
 
     async_get_weights_by_name = awaitable(get_weights_by_name)
+
+    @asks
+    def save_sharded_model(
+        self, path: str | Path, pattern: str | None = None, max_size: int | None = None
+    ) -> Asking[int]:
+        """Write what serves now to a folder: each rank its own parameters as they lie in memory, on its host.
+
+        `Engine(path, load_format="sharded_state", tp_size=...)` starts from it, with the same `tp_size` and dtype.
+        pattern: file names, with `{rank}` and `{part}`. max_size: bytes of tensors in a file (5 GiB). A folder that has
+        a saved state is refused. Generation waits meanwhile. Returns the number of files, all ranks together.
+        """
+        answer: Done = yield SaveShardedModel(
+            path=str(Path(path).absolute()), pattern=pattern, max_size=max_size
+        )
+        return answer.count
+
+    async_save_sharded_model = awaitable(save_sharded_model)
 
     def weights_fingerprint(self) -> int:
         """64-bit fingerprint of the resident weights; equals `weight_sync.fingerprint(...)` on the trainer's side."""

@@ -8,65 +8,40 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from weight_sync.layout.weight_map import Placement
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from .checkpoint_files import CheckpointFiles, Source
 from .decoder import Decoder
-
-LOAD_FORMATS = ("auto", "safetensors", "dummy", "sharded_state")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadConfig:
-    """Where a model's first weights come from."""
-
-    load_format: Literal["auto", "safetensors", "dummy", "sharded_state"] = "auto"
-    """"auto" is "safetensors"; "dummy" reads no file; "sharded_state" reads what `ShardedStateLoader.save` wrote."""
-    seed: int = 0
-    """Seed of dummy weights."""
-    num_threads: int = 4
-    """Threads that read, or draw, tensors."""
+from .loader_config import LOAD_FORMATS, BaseModelLoader, LoadConfig
+from .sharded_state import ShardedStateLoader
 
 
-class ModelLoader(Protocol):
-    """Fills the parameters of a model in place; may be called any number of times on the same model."""
-
-    def load(self, model: Decoder, model_path: str | Path) -> None:
-        """Fill every parameter of `model` from `model_path`, or raise `CheckpointError` with the model unchanged."""
-
-
-def get_model_loader(load_config: LoadConfig) -> ModelLoader:
+def get_model_loader(load_config: LoadConfig) -> BaseModelLoader:
     """The loader for a load format."""
     if load_config.load_format in ("auto", "safetensors"):
         return DefaultModelLoader(load_config)
     if load_config.load_format == "dummy":
         return DummyModelLoader(load_config)
     if load_config.load_format == "sharded_state":
-        return ShardedStateLoader()
+        return ShardedStateLoader(load_config)
     raise ConfigError(
         f"unknown load_format: got {load_config.load_format!r}, expected one of {', '.join(LOAD_FORMATS)}; "
         "use 'auto' for a Hugging Face folder"
     )
 
 
-class DefaultModelLoader:
+class DefaultModelLoader(BaseModelLoader):
     """Reads the safetensors files of a Hugging Face folder, in parallel, and casts to the model's dtype."""
 
-    def __init__(self, load_config: LoadConfig | None = None) -> None:
-        self.config = load_config or LoadConfig()
-
-    def load(self, model: Decoder, model_path: str | Path) -> None:
+    def load_model(self, model: Decoder, model_path: str | Path) -> None:
         """Fill every parameter; names, shapes and the files' completeness are checked before the first copy."""
-        files = CheckpointFiles(model_path)
+        files = CheckpointFiles(self.download_model(model_path))
         sources = files.match(model.weight_map)
         parts = model.weight_map.placements
         work = _spread([(sources[part.name], part) for part in parts], self.config.num_threads)
@@ -104,16 +79,13 @@ def _copy_parts(parts: list[tuple[Source, Placement]]) -> None:
                 part.destination.copy_(opened.get_slice(source.name)[region])
 
 
-class DummyModelLoader:
+class DummyModelLoader(BaseModelLoader):
     """Random values that depend on the seed, the tensor's name and the position in the full tensor alone.
 
     So every parallel layout holds parts of the same model.
     """
 
-    def __init__(self, load_config: LoadConfig | None = None) -> None:
-        self.config = load_config or LoadConfig(load_format="dummy")
-
-    def load(self, model: Decoder, model_path: str | Path = "") -> None:
+    def load_model(self, model: Decoder, model_path: str | Path = "") -> None:
         """Fill every parameter; `model_path` is not read."""
         by_name: dict[str, list[Placement]] = {}
         for part in model.weight_map.placements:
@@ -135,57 +107,3 @@ def dummy_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
-
-
-class ShardedStateLoader:
-    """One file per rank with the parameters as they lie in memory: nothing is cut or cast."""
-
-    @staticmethod
-    def file_of(model: Decoder, model_path: str | Path) -> Path:
-        """Where the state of `model`'s rank lies."""
-        return Path(model_path) / f"rank-{model.tp.rank}-of-{model.tp.size}.safetensors"
-
-    def save(self, model: Decoder, model_path: str | Path) -> None:
-        """Write this rank's parameters; `load` reads them into a model of the same configuration and layout."""
-        Path(model_path).mkdir(parents=True, exist_ok=True)
-        state = {name: parameter.data for name, parameter in model.named_parameters()}
-        save_file(state, self.file_of(model, model_path))
-
-    def load(self, model: Decoder, model_path: str | Path) -> None:
-        """Fill every parameter from what `save` wrote."""
-        file = self.file_of(model, model_path)
-        try:
-            opened = safe_open(file, framework="pt", device="cpu")
-        except Exception as error:
-            raise CheckpointError(
-                f"cannot open this rank's state {file}: got {type(error).__name__}: {error}; expected a file "
-                "that ShardedStateLoader.save wrote; save it with the same tp_size"
-            ) from error
-        with opened, torch.no_grad():
-            saved = {name: opened.get_tensor(name) for name in opened.keys()}
-            problems = _state_problems(dict(model.named_parameters()), saved)
-            if problems:
-                raise CheckpointError(
-                    f"{file} does not hold this model's state:\n  "
-                    + "\n  ".join(problems)
-                    + "\nsave it again "
-                    "with the same model configuration, dtype and tp_size"
-                )
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved[name])
-        model.refresh_derived_state()
-
-
-def _state_problems(
-    expected: dict[str, torch.nn.Parameter], saved: dict[str, torch.Tensor]
-) -> list[str]:
-    problems = [f"{name}: missing" for name in expected if name not in saved]
-    problems += [f"{name}: unknown" for name in saved if name not in expected]
-    for name, tensor in saved.items():
-        parameter = expected.get(name)
-        if parameter is None:
-            continue
-        got, want = (tensor.dtype, list(tensor.shape)), (parameter.dtype, list(parameter.shape))
-        if got != want:
-            problems.append(f"{name}: got {got[0]} {got[1]}, expected {want[0]} {want[1]}")
-    return problems

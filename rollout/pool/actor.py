@@ -26,6 +26,7 @@ FORWARDED = (
     *("update_weights_from_tensor", "update_weights_from_disk"),
     *("init_weights_update_group", "update_weights_from_distributed"),
     *("destroy_weights_update_group",),
+    *("save_sharded_model", "collective_rpc"),
     *("get_weights_by_name", "weights_fingerprint", "get_weight_version"),
     *("start_profile", "stop_profile", "freeze_gc"),
     *("status", "get_server_info", "get_model_info", "shutdown"),

@@ -305,7 +305,7 @@ class PoolExecutor:
         loses = isinstance(body, cmd.ReleaseMemory) and not body.keep_weights
         is_release = loses and "weights" in body.tags
         replicas = list(self._supervisor.replicas.values())
-        if isinstance(body, cmd.GetWeights):
+        if isinstance(body, cmd.GetWeights | cmd.SaveShardedModel):
             serving = self._fleet.serving
             replicas = sorted(replicas, key=lambda replica: replica.number not in serving)[:1]
         elif isinstance(body, cmd.PauseGeneration | cmd.ContinueGeneration):
@@ -341,7 +341,7 @@ class PoolExecutor:
         first = answers[0]
         if isinstance(first, cmd.Status):
             return self._status(answers)
-        if isinstance(first, cmd.WeightValues):
+        if isinstance(first, cmd.WeightValues | cmd.ProfileWritten):
             return first
         if isinstance(first, cmd.MemoryChanged):
             return msgspec.structs.replace(first, num_bytes=sum(a.num_bytes for a in answers))

@@ -114,6 +114,17 @@ class GetWeights(Message, frozen=True, kw_only=True):
     """The row to begin with."""
 
 
+class SaveShardedModel(Message, frozen=True, kw_only=True):
+    """Write each rank's parameters, as they lie in memory, on its host; answered by `Done` with the number of files."""
+
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """Folder on the hosts of the ranks."""
+    pattern: Annotated[str, Meta(max_length=256)] | None = None
+    """Names of the files, with `{rank}` and `{part}`; None: the usual ones."""
+    max_size: Annotated[int, Meta(gt=0, lt=1 << 62)] | None = None
+    """Bytes of tensors in a file; None: 5 GiB."""
+
+
 class ReleaseMemory(Message, frozen=True, kw_only=True):
     """Give memory back to the system; requests wait until it is resumed."""
 
@@ -285,6 +296,7 @@ Command = (
     | StopProfile
     | FreezeGc
     | GetWeights
+    | SaveShardedModel
     | ReleaseMemory
     | ResumeMemory
     | GetStatus

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +16,12 @@ from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from ..models.build import build_model
 from ..models.decoder import Decoder
+from ..models.loader import get_model_loader
+from ..models.loader_config import LoadConfig
 from ..models.model_config import ModelConfig
+from ..models.sharded_state import ShardedStateLoader, copy_companions
 from ..scheduling.batch import ScheduledBatch
-from .attention_backend import BackendContext, DrawnTokens
+from .attention_backend import AttentionBackend, BackendContext, DrawnTokens
 from .backend_registry import make_backend, resolve_backend
 from .capture_progress import Progress
 from .kv_pool import KVPool
@@ -62,34 +66,55 @@ class ModelRunner:
         self.device = torch.device(device)
         self.block_size = block_size
         self.tp = tp or SingleGroup()
+        self._model_path: str | Path | None = None
         self.model: Decoder = build_model(model_config, dtype, self.device, self.tp)
-        self.kv_pool = KVPool(
-            num_layers=model_config.num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=self.model.num_kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=dtype,
-            device=self.device,
-        )
-        self.backend = make_backend(
-            resolve_backend(attention_backend, self.device),
-            BackendContext(
-                config=model_config,
-                model=self.model,
-                kv_pool=self.kv_pool,
-                dtype=dtype,
-                device=self.device,
-                block_size=block_size,
-                max_batch=max_batch,
-            ),
-        )
-
+        self.kv_pool = self.init_memory_pool(num_blocks)
+        self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
         """Draws from this model's logits."""
         self.graphs: CudaGraphRunner | None = None
         """Decode steps in one piece; None: there are none."""
         self._init_device_sampler(max_batch)
+
+    def init_memory_pool(self, num_blocks: int) -> KVPool:
+        """Memory for the keys and values of `num_blocks` blocks, all layers."""
+        return KVPool(
+            num_layers=self.model_config.num_layers,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model_config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def init_attention_backend(self, name: str, max_batch: int) -> AttentionBackend:
+        """The backend of that name ("auto": the device's), for decode batches of up to `max_batch` requests."""
+        return make_backend(
+            resolve_backend(name, self.device),
+            BackendContext(
+                config=self.model_config,
+                model=self.model,
+                kv_pool=self.kv_pool,
+                dtype=self.dtype,
+                device=self.device,
+                block_size=self.block_size,
+                max_batch=max_batch,
+            ),
+        )
+
+    def load_model(self, model_path: str | Path, load_config: LoadConfig) -> None:
+        """Fill the parameters, as `load_config` says, from the model's folder; raises `CheckpointError`."""
+        get_model_loader(load_config).load_model(self.model, model_path)
+        self._model_path = model_path
+
+    def save_sharded_model(
+        self, path: str | Path, pattern: str | None = None, max_size: int | None = None
+    ) -> list[Path]:
+        """Write this rank's parameters (`ShardedStateLoader.save_model`), and on rank 0 the model's other files."""
+        if self.tp.rank == 0 and self._model_path is not None:
+            copy_companions(self._model_path, path)
+        return ShardedStateLoader.save_model(self.model, path, pattern, max_size)
 
     def _init_device_sampler(self, max_batch: int) -> None:
         if self.backend.name == "triton":

@@ -28,7 +28,7 @@ def empty_model(folder, dtype=torch.float32):
 
 def load(folder, dtype=torch.float32, **options):
     model = empty_model(folder, dtype)
-    get_model_loader(LoadConfig(**options)).load(model, folder)
+    get_model_loader(LoadConfig(**options)).load_model(model, folder)
     return model
 
 
@@ -58,7 +58,7 @@ def test_loading_twice_is_loading_once(family, overrides, load_format, tiny_chec
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     for buffer in model.arena.buffers.values():
         buffer.random_(0, 256)
-    get_model_loader(LoadConfig(load_format=load_format)).load(model, folder)
+    get_model_loader(LoadConfig(load_format=load_format)).load_model(model, folder)
     assert equal(state(model), cold)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
 
@@ -110,7 +110,7 @@ def test_every_problem_of_a_checkpoint_is_in_one_error_and_nothing_is_written(
     model = load(folder)
     before = state(model)
     with pytest.raises(CheckpointError) as caught:
-        get_model_loader(LoadConfig()).load(model, edited_copy(folder, tmp_path, edit))
+        get_model_loader(LoadConfig()).load_model(model, edited_copy(folder, tmp_path, edit))
     message = str(caught.value)
     assert "model.norm.weight: missing, expected shape [64]" in message
     assert "model.layers.0.mlp.up_proj.weight: got shape [3, 64], expected [96, 64]" in message
@@ -207,23 +207,23 @@ def test_an_unknown_load_format_lists_the_known_ones():
 def test_a_ranks_own_state_survives_a_round_trip(family, overrides, tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint(family, **overrides)
     model = load(folder)
-    ShardedStateLoader().save(model, tmp_path)
+    ShardedStateLoader.save_model(model, tmp_path)
     other = empty_model(folder)
-    get_model_loader(LoadConfig(load_format="sharded_state")).load(other, tmp_path)
+    get_model_loader(LoadConfig(load_format="sharded_state")).load_model(other, tmp_path)
     assert equal(state(other), state(model))
 
 
 def test_the_state_of_another_model_is_refused_whole(tiny_checkpoint, tmp_path):
-    ShardedStateLoader().save(load(tiny_checkpoint("llama")), tmp_path)
+    ShardedStateLoader.save_model(load(tiny_checkpoint("llama")), tmp_path)
     other = load(tiny_checkpoint("qwen2", hidden_size=32), torch.bfloat16)
     before = state(other)
     with pytest.raises(CheckpointError) as caught:
-        ShardedStateLoader().load(other, tmp_path)
+        ShardedStateLoader().load_model(other, tmp_path)
     assert "layers.0.attention.qkv.bias: missing" in str(caught.value)
     assert "norm.weight: got torch.float32 [64], expected torch.bfloat16 [32]" in str(caught.value)
     assert equal(state(other), before)
 
 
 def test_a_missing_state_names_the_file_of_the_rank(tiny_checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match=r"rank-0-of-1\.safetensors"):
-        ShardedStateLoader().load(empty_model(tiny_checkpoint("llama")), tmp_path)
+    with pytest.raises(CheckpointError, match=r"model-rank-0-part-0\.safetensors"):
+        ShardedStateLoader().load_model(empty_model(tiny_checkpoint("llama")), tmp_path)

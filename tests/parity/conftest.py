@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rollout.layers.single_group import TensorParallelGroup
-from rollout.models.loader import LoadConfig, get_model_loader
+from rollout.models.loader_config import LoadConfig
 from rollout.models.model_config import ModelConfig
 from rollout.runner.attention_backend import DrawnTokens
 from rollout.runner.model_runner import ModelRunner
@@ -88,7 +88,7 @@ class HandDriver:
             attention_backend=attention_backend,
         )
         self.runner.kv_pool.memory.fill_(float("nan"))  # What was never written must never be read.
-        get_model_loader(LoadConfig()).load(self.runner.model, folder)
+        self.runner.load_model(folder, LoadConfig())
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
         self.logits: dict[str, dict[int, torch.Tensor]] = {}

@@ -16,7 +16,7 @@ from ...config import (
     free_memory_bytes,
 )
 from ...errors import ConfigError
-from ...models.loader import LoadConfig, get_model_loader
+from ...models.loader_config import LoadConfig
 from ...models.model_config import ModelConfig
 from ...runner.backend_registry import resolve_backend
 from ...runner.capture_progress import capture_progress
@@ -87,14 +87,14 @@ def _runner(
             attention_backend=resolved.attention_backend,
             max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
         )
-        loader = get_model_loader(
+        runner.load_model(
+            config.model_path,
             LoadConfig(
                 load_format=config.load_format,
                 seed=config.seed or 0,
                 num_threads=min(16, os.cpu_count() or 1),
-            )
+            ),
         )
-        loader.load(runner.model, config.model_path)
         if ranks.tp.size == 1 and not config.disable_cuda_graph:
             with capture_progress() as progress:
                 runner.init_device_graphs(resolved.context_length, progress)

@@ -133,6 +133,7 @@ class EngineCore:
             cmd.ContinueGeneration: self._continue,
             cmd.FlushCache: self._flush,
             cmd.GetWeights: self._memory_commands.get_weights,
+            cmd.SaveShardedModel: self._memory_commands.save,
             cmd.ReleaseMemory: self._memory_commands.release,
             cmd.ResumeMemory: self._memory_commands.resume,
             cmd.GetStatus: self._status,

@@ -50,6 +50,23 @@ class MemoryCommands:
         rows = rows.float().cpu().contiguous()
         call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
 
+    def save(self, call: Call) -> None:
+        """`cmd.SaveShardedModel`; generation waits meanwhile."""
+        if (torn := self._receiver.torn) is not None or "weights" in self._memory.released:
+            raise RolloutError(
+                f"cannot save weights: they are not whole ({torn or 'their memory is released'}); push a complete "
+                "update first"
+            )
+        asked, failure, num_files = call.body, None, 0
+        try:
+            saved = self._runner.save_sharded_model(asked.path, asked.pattern, asked.max_size)
+            num_files = len(saved)
+        except RolloutError as error:
+            failure = error
+        if self._any_rank(failure is not None):
+            raise failure or RolloutError(f"cannot save into {asked.path}: another rank could not")
+        call.reply(cmd.Done(count=int(self._order.all_reduce(torch.tensor([num_files])))))
+
     def release(self, call: Call) -> None:
         """`cmd.ReleaseMemory`."""
         tags = call.body.tags
