@@ -50,10 +50,6 @@ class EngineClosedError(RolloutError):
     """The engine was shut down; start a new one."""
 
 
-class MemoryReleasedError(RolloutError):
-    """A call that needs memory which `release_memory_occupation` gave back; resume it first."""
-
-
 class NoUpdateYetError(TornWeightsError):
     """The engine waits for its first complete update (`await_first_update`); what it has loaded must not be used."""
 
@@ -102,7 +98,6 @@ ERRORS: dict[str, type[Exception]] = {
             NoProgressError,
             NoUpdateYetError,
             NonFiniteLogitsError,
-            MemoryReleasedError,
             EngineStepError,
         )
     },
@@ -137,7 +132,6 @@ __all__ = [
     "ForkedProcessError",
     "InvalidRequestError",
     "ManifestMismatch",
-    "MemoryReleasedError",
     "NoProgressError",
     "NoUpdateYetError",
     "NonFiniteLogitsError",

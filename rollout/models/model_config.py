@@ -62,12 +62,10 @@ class ModelConfig:
     """For each layer, how many tokens back a query sees, itself included; None: all."""
     dtype: str | None = None
     """Dtype of the checkpoint without the `torch.` prefix; None when it names none."""
-    eos_token_ids: tuple[int, ...] = ()
-    """Tokens that end an answer, from the model's and the generation configuration."""
 
     def differences(self, other: ModelConfig) -> list[str]:
         """How a model of `other` would compute something else with the same weights; one line for each option."""
-        indifferent = {"dtype", "eos_token_ids", "max_position_embeddings"}
+        indifferent = {"dtype", "max_position_embeddings"}
         return [
             f"{name}: got {getattr(other, name)}, expected {getattr(self, name)}"
             for name in (field.name for field in dataclasses.fields(self))
@@ -97,12 +95,10 @@ class ModelConfig:
                 f"cannot read {Path(path) / 'config.json'}: got {type(error).__name__}: {error}; expected a "
                 f"valid {raw['model_type']} configuration; correct the file"
             ) from error
-        generation = Path(path) / "generation_config.json"
-        extra = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.from_hf(config, extra_eos=extra)
+        return cls.from_hf(config)
 
     @classmethod
-    def from_hf(cls, config: PretrainedConfig, *, extra_eos: object = None) -> ModelConfig:
+    def from_hf(cls, config: PretrainedConfig) -> ModelConfig:
         """The same from a transformers configuration; `CheckpointError` names every feature that is not supported."""
         family = config.model_type
         _refuse_unknown_family(family)
@@ -145,7 +141,6 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             sliding_windows=windows,
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
-            eos_token_ids=_token_ids(config.eos_token_id, extra_eos),
         )
 
 
@@ -236,13 +231,3 @@ def _sliding_windows(config: PretrainedConfig, problems: list[str]) -> tuple[int
     if "sliding_attention" in kinds and window is None:
         problems.append("layer_types with sliding_attention, but no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _token_ids(*values: object) -> tuple[int, ...]:
-    """All ids of `values`, each None, an id or a list of ids, once, in order."""
-    ids: dict[int, None] = {}
-    for value in values:
-        for token in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(token, int):
-                ids[token] = None
-    return tuple(ids)

@@ -83,7 +83,8 @@ class ShardedStateLoader(BaseModelLoader):
 
     def _read(self, model: Decoder, folder: Path) -> dict[str, torch.Tensor]:
         """All tensors of this rank's files."""
-        rank, saved, part, num_parts = model.tp.rank, {}, 0, 1
+        saved: dict[str, torch.Tensor] = {}
+        rank, part, num_parts = model.tp.rank, 0, 1
         while part < num_parts:
             file = folder / check_pattern(self.config.pattern).format(rank=rank, part=part)
             try:

@@ -155,10 +155,6 @@ class Dispatcher:
         for job in late:
             self._end_waiting(job, _WAITED)
 
-    def next_deadline(self) -> float | None:
-        """When `expire` has something to do; None: nothing waits."""
-        return min((job.call.deadline for job in self._queue), default=None)
-
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
     def join(self, target: Target) -> None:

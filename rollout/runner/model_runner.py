@@ -46,7 +46,7 @@ class ModelRunner:
     """One rank's model, KV pool and scratch memory.
 
     Every tensor-parallel rank runs the same batches in the same order. Not thread-safe: the engine loop's thread alone
-    calls `forward`, `compute_logits` and `copy_blocks`.
+    calls `forward` and `compute_logits`.
     """
 
     def __init__(
@@ -156,17 +156,6 @@ class ModelRunner:
         """Decoder layers."""
         return self.model_config.num_layers
 
-    @property
-    def kv_bytes_per_block(self) -> int:
-        """Bytes of one KV block on this rank, all layers."""
-        return KVPool.bytes_per_block(
-            num_layers=self.model_config.num_layers,
-            block_size=self.block_size,
-            num_kv_heads=self.model.num_kv_heads,
-            head_dim=self.model_config.head_dim,
-            dtype=self.dtype,
-        )
-
     def launch(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
         """Start a step; on CUDA nothing waits for it. Tokens that the host does not know yet are those of `drawn`."""
         graphs = self.graphs
@@ -211,11 +200,6 @@ class ModelRunner:
             torch.no_grad()
         ):  # Not inference mode: its tensors could not be written to outside of it.
             return self.model.logits(hidden_rows).float()
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy KV blocks, (source, destination), in all layers."""
-        with torch.inference_mode():
-            self.kv_pool.copy_blocks(pairs)
 
     def refresh_derived_state(self) -> None:
         """Recompute what is a function of the parameters; to be called after every change of them."""

@@ -8,6 +8,7 @@ import pytest
 
 from rollout.errors import CheckpointError
 from rollout.models.model_config import ModelConfig
+from rollout.tokenizer import end_token_ids
 
 BASE = {
     "model_type": "llama",
@@ -83,9 +84,9 @@ def test_sliding_windows_per_layer(read, changes, windows):
     assert read(**changes).sliding_windows == windows
 
 
-def test_end_tokens_come_from_both_configurations(read):
-    config = read(eos_token_id=2, generation={"eos_token_id": [7, 2, 9]})
-    assert config.eos_token_ids == (2, 7, 9)
+def test_end_tokens_come_from_both_configurations(read, tmp_path):
+    read(eos_token_id=2, generation={"eos_token_id": [7, 2, 9]})
+    assert end_token_ids(tmp_path, None) == {2, 7, 9}
 
 
 def test_the_dtype_is_read_under_its_old_and_new_key(read):
