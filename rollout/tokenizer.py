@@ -105,17 +105,24 @@ def check_tokenizer_files(path: str | Path) -> None:
         )
 
 
-def end_token_ids(model_path: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Tokens that end a sequence: those of `generation_config.json`, `config.json` and the tokenizer."""
+def end_token_ids(
+    model_path: str | Path, tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[frozenset[int], list[int]]:
+    """Tokens that end a sequence: those of `generation_config.json`, `config.json` and the tokenizer.
+
+    Also those of them that no model of this vocabulary can draw, such as -1; they are left out of the first.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = Path(model_path) / name
         if file.is_file():
             value = json.loads(file.read_text()).get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
+            ids = value if isinstance(value, list) else [value]
+            found.update(token for token in ids if type(token) is int)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
-    return frozenset(found)
+    inside = frozenset(token for token in found if 0 <= token < vocab_size)
+    return inside, sorted(found - inside)
 
 
 def pad_token_id(model_path: str | Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,8 +88,8 @@ def _from_generation_config(config: Any, num_prompt_tokens: int) -> dict[str, An
         params.setdefault("top_k", _DEFAULT_TOP_K)
     else:
         params["temperature"] = 0.0
-    if isinstance(params.get("stop_token_ids"), int):
-        params["stop_token_ids"] = [params["stop_token_ids"]]
+    if "stop_token_ids" in params:
+        params["stop_token_ids"] = _end_ids(params["stop_token_ids"])
     length = fields.get("max_length", _DEFAULT_MAX_LENGTH)
     if "max_new_tokens" not in params and length != _DEFAULT_MAX_LENGTH:
         params["max_new_tokens"] = max(0, length - num_prompt_tokens)
@@ -101,3 +102,15 @@ def _from_generation_config(config: Any, num_prompt_tokens: int) -> dict[str, An
                 f"GenerationConfig: got {name}={item!r}, which is not supported; leave it out"
             )
     return params
+
+
+def _end_ids(value: Any) -> Any:
+    """End tokens of a configuration, where -1 stands for none."""
+    ids = [value] if isinstance(value, int) else value
+    known = [token for token in ids if not (isinstance(token, int) and token < 0)]
+    if len(known) < len(ids):
+        warnings.warn(
+            f"GenerationConfig: end-of-sequence ids below 0 are ignored (got {value!r})",
+            stacklevel=1,
+        )
+    return known

@@ -83,7 +83,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Read `config.json` (and `generation_config.json` where there is one) of a checkpoint folder."""
+        """Read `config.json` of a checkpoint folder."""
         from transformers import CONFIG_MAPPING
 
         raw = _read_json(Path(path) / "config.json")

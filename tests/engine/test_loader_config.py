@@ -8,7 +8,6 @@ import pytest
 
 from rollout.errors import CheckpointError
 from rollout.models.model_config import ModelConfig
-from rollout.tokenizer import end_token_ids
 
 BASE = {
     "model_type": "llama",
@@ -26,10 +25,8 @@ BASE = {
 def read(tmp_path):
     """Write a `config.json` with these changes to the base, and read it."""
 
-    def read(generation=None, **changes):
+    def read(**changes):
         (tmp_path / "config.json").write_text(json.dumps({**BASE, **changes}))
-        if generation is not None:
-            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
         return ModelConfig.from_folder(tmp_path)
 
     return read
@@ -82,11 +79,6 @@ def test_rope_without_any_key_is_the_default(read):
 )
 def test_sliding_windows_per_layer(read, changes, windows):
     assert read(**changes).sliding_windows == windows
-
-
-def test_end_tokens_come_from_both_configurations(read, tmp_path):
-    read(eos_token_id=2, generation={"eos_token_id": [7, 2, 9]})
-    assert end_token_ids(tmp_path, None) == {2, 7, 9}
 
 
 def test_the_dtype_is_read_under_its_old_and_new_key(read):

@@ -60,7 +60,13 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
             enable_prefix_cache=config.enable_prefix_cache,
         ),
     )
-    end_ids = end_token_ids(config.model_path, tokenizer)
+    end_ids, outside = end_token_ids(config.model_path, tokenizer, resolved.vocab_size)
+    if outside and spec.rank == 0:
+        logger.warning(
+            "end-of-sequence ids %s of %s are outside the model's vocabulary [0, %d) and are ignored; correct "
+            "eos_token_id in config.json or generation_config.json, or the tokenizer",
+            *(outside, config.model_path, resolved.vocab_size),
+        )
     logger.info("resolved configuration: %s", resolved)
     return EngineCore(
         resolved,
