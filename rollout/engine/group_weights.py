@@ -14,7 +14,7 @@ from weight_sync.report import SyncReport
 from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.messages import KvPolicyName
 
-from .weights import WeightCalls, check_extras, label_of, policy_of
+from .weights import WeightCalls, check_extras, label_of, no_tensors, policy_of
 
 GROUP_LAYOUTS: dict[str | None, GroupLayout] = {
     None: "tensors",
@@ -90,6 +90,8 @@ class GroupWeightCalls(WeightCalls):
         another update is under way for example, leaves the group: nobody may take its bytes for those of the next one.
         Calls of several threads take their turns in order.
         """
+        if not names and load_format is None and not self._publisher.in_session:
+            raise no_tensors("update_weights_from_distributed")  # Nobody broadcasts anything.
         with self._group_updates.taking(group_name) as taking:
             check_extras("update_weights_from_distributed", extras)
             if load_format not in GROUP_LAYOUTS:
@@ -105,6 +107,8 @@ class GroupWeightCalls(WeightCalls):
             with self._publisher.exclusive() as in_session:
                 if in_session:
                     return self._publisher.stage(lambda update: taking.stage(update, announced))
+                if not names:
+                    raise no_tensors("update_weights_from_distributed")
                 options = UpdateOptions(
                     label=label_of(weight_version),
                     strict=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -148,15 +149,16 @@ class WeightCalls(EngineClient):
         weight_version: label of the new version.
         check_finite: refuse NaN and infinite values, `NonFiniteWeightsError` (in a session, its own option decides).
 
-        Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, and
-        other subclasses of `WeightUpdateError`; the old version then goes on serving.
+        Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, or when
+        there is none at all outside a session, and other subclasses of `WeightUpdateError`; the old version then goes
+        on serving.
         """
         check_extras("update_weights_from_tensor", extras)
         tensors = _named_tensors(named_tensors, load_format)
         if self._publisher.in_session:
             return self._publisher.send(tensors)
         return self._publisher.publish(
-            tensors,
+            _at_least_one(tensors),
             label=label_of(weight_version),
             strict=strict,
             kv_policy=policy_of(flush_cache, kv_policy),
@@ -293,6 +295,30 @@ def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
         )
     tensors: NamedTensors = named_tensors
     return tensors
+
+
+def _at_least_one(tensors: NamedTensors) -> NamedTensors:
+    """`tensors`, which may be an iterator, unless there are none: that would be a new version of the same weights."""
+    if isinstance(tensors, torch.nn.Module):
+        return tensors
+    if isinstance(tensors, Sequence | Mapping):
+        if not len(tensors):
+            raise no_tensors("update_weights_from_tensor")
+        return tensors
+    rest = iter(tensors)
+    try:
+        first = next(rest)
+    except StopIteration:
+        raise no_tensors("update_weights_from_tensor") from None
+    return itertools.chain((first,), rest)
+
+
+def no_tensors(call: str) -> ManifestMismatch:
+    """The error of an update that brings nothing and is no part of a session."""
+    return ManifestMismatch(
+        f"{call}: got no tensors, expected at least one; the version stays as it is; leave the call out, or look for a "
+        "filter that keeps nothing"
+    )
 
 
 def check_extras(call: str, extras: Mapping[str, Any]) -> None:

@@ -126,6 +126,16 @@ def test_a_publisher_makes_a_new_group_after_a_failure(engine: Engine, trainer: 
     assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
 
 
+def test_a_plain_trainer_that_sends_nothing_makes_no_version_and_keeps_its_group(
+    engine: Engine, plain: PlainTrainer, trainer: Any
+) -> None:
+    before = engine.version
+    with pytest.raises(ManifestMismatch, match="got no tensors, expected at least one"):
+        plain.update([])
+    assert engine.version == before
+    assert plain.update([("model.norm.weight", trainer.model.norm.weight)]).updated == 1
+
+
 def test_a_plain_trainer_updates_tensor_by_tensor(
     engine: Engine, plain: PlainTrainer, trainer: Any
 ) -> None:

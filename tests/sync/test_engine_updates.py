@@ -127,6 +127,27 @@ def test_a_flattened_bucket_and_a_session_of_several_buckets(engine: Engine, tra
     check_parity(engine, trainer)
 
 
+@pytest.mark.parametrize("kind", ["list", "mapping", "iterator", "bucket"])
+def test_an_update_of_no_tensors_is_refused_and_is_no_version(engine: Engine, kind: str) -> None:
+    bucket = weight_sync.FlattenedTensorBucket(named_tensors=[])
+    nothing = {"list": [], "mapping": {}, "iterator": iter(()), "bucket": bucket}[kind]
+    load_format = "flattened_bucket" if kind == "bucket" else None
+    before = engine.version
+    with pytest.raises(ManifestMismatch, match="got no tensors, expected at least one"):
+        engine.update_weights_from_tensor(nothing, load_format=load_format)
+    assert engine.version == before
+
+
+def test_a_bucket_of_no_tensors_is_fine_in_a_session(engine: Engine, trainer: Any) -> None:
+    named = iter(trainer.named_parameters())
+    engine.begin_weight_update(strict=True)
+    engine.update_weights_from_tensor([])
+    engine.update_weights_from_tensor(named)
+    engine.update_weights_from_tensor(named)
+    assert engine.end_weight_update().complete
+    check_parity(engine, trainer)
+
+
 def test_an_aborted_or_incomplete_session_changes_nothing(engine: Engine, trainer: Any) -> None:
     engine.update_weights_from_tensor(trainer, weight_version="whole")
     before = engine.weights_fingerprint()
