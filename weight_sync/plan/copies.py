@@ -296,12 +296,16 @@ def _follows(held: ByteRange, new: ByteRange, occupied: Occupied) -> bool:
     if held.storage != new.storage or new.target - held.target != new.source - held.source:
         return False
     end = held.target + held.num_bytes
-    gap = new.target - end
-    if gap == 0:
-        return True
-    if not 0 < gap < ALIGNMENT or new.source % ALIGNMENT or new.target % ALIGNMENT:
+    aligned = new.source % ALIGNMENT == 0 and new.target % ALIGNMENT == 0
+    return end == new.target or (aligned and only_padding(occupied[new.storage], end, new.target))
+
+
+def only_padding(occupied: Sequence[tuple[int, int]], end: int, start: int) -> bool:
+    """Whether less than a step of alignment lies between two bytes of an allocation, and no tensor of the model in it.
+
+    occupied: the bytes of the model's tensors there, sorted; also of those that an update does not send.
+    """
+    if not 0 <= start - end < ALIGNMENT:
         return False
-    # Another tensor of the model may live in the gap, when this manifest does not send it.
-    ranges = occupied[new.storage]
-    at = bisect_left(ranges, (end, end))
-    return ranges[at][0] >= new.target and (at == 0 or ranges[at - 1][1] <= end)
+    at = bisect_left(occupied, (end, end))
+    return occupied[at][0] >= start and (at == 0 or occupied[at - 1][1] <= end)

@@ -7,7 +7,7 @@ copies, without strides and without casts.
 from __future__ import annotations
 
 import mmap
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from ...layout.manifest import ALIGNMENT, align
 from ...layout.memory import Storage, byte_range, storage_key, storage_view
 from ...layout.weight_map import WeightMap
+from ...plan.copies import only_padding
 from ..arena import Mapping
 
 ByteSpan = tuple[int, int]
@@ -133,14 +134,8 @@ class Shadow:
 
     def _adjoin(self, key: Storage, end: int, start: int) -> bool:
         """Whether nothing but padding is between two bytes of an allocation."""
-        if start == end:
-            return True
-        if start - end >= ALIGNMENT or (self._address[key] + start) % ALIGNMENT:
-            return False
-        # A parameter that is not among those to be written may live in the gap.
-        occupied = self._occupied[key]
-        at = bisect_left(occupied, (end, end))
-        return occupied[at][0] >= start and (at == 0 or occupied[at - 1][1] <= end)
+        aligned = (self._address[key] + start) % ALIGNMENT == 0
+        return start == end or (aligned and only_padding(self._occupied[key], end, start))
 
     def _at(self, key: Storage, byte: int) -> int:
         pieces = self._pieces[key]
