@@ -25,7 +25,7 @@ _NARROW, _WIDE = fp.ROW_BYTES // fp.WORD_BYTES, fp.WIDE_ROW_BYTES // fp.WORD_BYT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class ByteSpan:
     """Contiguous bytes of a buffer that belong to one tensor."""
 
     offset: int
@@ -75,7 +75,9 @@ class _Columns:
 class SpanTable:
     """The compiled fingerprints of `spans` of one buffer on `device`, as `num_outputs` sums."""
 
-    def __init__(self, spans: Iterable[Span], *, num_outputs: int, device: torch.device) -> None:
+    def __init__(
+        self, spans: Iterable[ByteSpan], *, num_outputs: int, device: torch.device
+    ) -> None:
         self.num_outputs = num_outputs
         self.device = device
         self._plan: RowPlan | TilePlan = (
@@ -101,7 +103,7 @@ def part_sum(part: torch.Tensor, run_starts: torch.Tensor, run_bytes: int) -> to
     data = part.detach().contiguous().flatten()
     num_bytes = data.numel() * data.element_size()
     single = len(run_starts) == 1
-    span = Span(
+    span = ByteSpan(
         offset=0,
         num_bytes=num_bytes,
         output=0,
@@ -118,7 +120,7 @@ def part_sum(part: torch.Tensor, run_starts: torch.Tensor, run_bytes: int) -> to
     return SpanTable([span], num_outputs=1, device=data.device).sums(raw.view(torch.int64))[0]
 
 
-def _columns(spans: Iterable[Span]) -> _Columns:
+def _columns(spans: Iterable[ByteSpan]) -> _Columns:
     """All runs of `spans`, sorted by where they are in the buffer."""
     single: list[tuple[int, int, int, int]] = []
     parts: list[torch.Tensor] = []
@@ -149,7 +151,7 @@ class TilePlan:
     even: bool
 
     @classmethod
-    def compile(cls, spans: Iterable[Span], device: torch.device) -> TilePlan:
+    def compile(cls, spans: Iterable[ByteSpan], device: torch.device) -> TilePlan:
         """The plan of `spans`."""
         columns = _columns(spans)
         tiles = fp.tile_table(
@@ -187,7 +189,7 @@ class RowPlan:
     """Words that the products read."""
 
     @classmethod
-    def compile(cls, spans: Iterable[Span]) -> RowPlan:
+    def compile(cls, spans: Iterable[ByteSpan]) -> RowPlan:
         """The plan of `spans`."""
         columns = _columns(spans)
         wide, narrow = _split_wide(columns)

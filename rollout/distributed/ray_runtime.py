@@ -20,7 +20,7 @@ from weight_sync.errors import DeadlineExceeded, EngineDiedError
 from weight_sync.wire.process import host_id
 
 from ..errors import ConfigError, RolloutError
-from .placement import Node, Place, Reservation
+from .placement import Node, ProcessPlace, Reservation
 
 NODE_LABEL = "ray.io/node-id"
 
@@ -70,11 +70,11 @@ def runtime_environment() -> dict[str, Any] | None:
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}}
 
 
-def this_place() -> Place:
+def this_place() -> ProcessPlace:
     """Of a process that Ray started."""
     ray = ray_module()
     context = ray.get_runtime_context()
-    return Place(
+    return ProcessPlace(
         node_id=context.get_node_id(),
         ip=ray.util.get_node_ip_address(),
         machine=host_id(),
@@ -110,7 +110,7 @@ def on_one_machine() -> bool:
     return len(addresses) <= 1
 
 
-class Placement:
+class ReservedRoom:
     """Reserved room on one node; give it back with `release`."""
 
     def __init__(self, wanted: Reservation, timeout_s: float) -> None:
@@ -191,9 +191,9 @@ class Actor:
         self._ray = ray
         self._handle = handle
 
-    def submit(self, method: str, *args: Any) -> Call:
+    def submit(self, method: str, *args: Any) -> ActorCall:
         """Call a method and return at once."""
-        return Call(self._ray, getattr(self._handle, method).remote(*args), method)
+        return ActorCall(self._ray, getattr(self._handle, method).remote(*args), method)
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call a method and wait for its result."""
@@ -213,7 +213,7 @@ def start_actor(cls: type, options: Mapping[str, Any], *args: Any, **kwargs: Any
     )
 
 
-class Call:
+class ActorCall:
     """A call of an actor's method that is under way."""
 
     def __init__(self, ray: Any, reference: Any, what: str) -> None:

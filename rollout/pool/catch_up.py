@@ -55,7 +55,7 @@ CHUNK_BYTES = 16 << 20
 """Bytes of a parameter that are read from a peer at once, as float32."""
 
 
-class Served(msgspec.Struct, frozen=True, kw_only=True):
+class ServedVersion(msgspec.Struct, frozen=True, kw_only=True):
     """What every replica of a pool should serve."""
 
     version: int
@@ -97,7 +97,7 @@ class WatchedSession(JointSession):
 
 
 @dataclass(slots=True, kw_only=True)
-class Source:
+class KnownArena:
     """An arena, and what its bytes were when they were last committed."""
 
     request: Begin
@@ -135,8 +135,8 @@ class Source:
 def catch_up(
     member: Any,
     info: EngineInfo,
-    served: Served,
-    source: Source | None,
+    served: ServedVersion,
+    source: KnownArena | None,
     peers: Sequence[Any],
     group_host: str,
     end: float,
@@ -158,8 +158,8 @@ def catch_up(
 def _reach(
     member: Any,
     info: EngineInfo,
-    served: Served,
-    source: Source | None,
+    served: ServedVersion,
+    source: KnownArena | None,
     peers: Sequence[Any],
     group_host: str,
     end: float,
@@ -192,7 +192,7 @@ def _reach(
     )
 
 
-def from_source(member: Any, source: Source, served: Served, end: float) -> int:
+def from_source(member: Any, source: KnownArena, served: ServedVersion, end: float) -> int:
     """Commit what the arena holds; returns the fingerprint. Raises a `WeightUpdateError` when it is not all there."""
     if not source.known.all():
         raise TransportError("the publisher's arena does not hold all of the served version")
@@ -232,7 +232,7 @@ def from_source(member: Any, source: Source, served: Served, end: float) -> int:
 
 
 def from_peer(
-    member: Any, peer: Any, info: EngineInfo, served: Served, group_host: str, end: float
+    member: Any, peer: Any, info: EngineInfo, served: ServedVersion, group_host: str, end: float
 ) -> int:
     """Read every parameter of `peer` and publish it to `member`, whose `info` is given; returns the fingerprint."""
     manifest = Manifest.from_wire(info.manifest)

@@ -30,12 +30,12 @@ from weight_sync.errors import (
 )
 from weight_sync.joint.members import Member, left, same
 from weight_sync.joint.service import JointService
-from weight_sync.joint.session import JointSession, Outcome
+from weight_sync.joint.session import CommitOutcome, JointSession
 from weight_sync.wire import messages as msg
 from weight_sync.wire.process import current_process
 
 from ..errors import EngineClosedError
-from .catch_up import Served, Source, WatchedSession, catch_up
+from .catch_up import KnownArena, ServedVersion, WatchedSession, catch_up
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class FleetWeights(JointService):
         label: of what the replicas load. timeout_s: for bringing up one replica. group_host: where replicas on other
         machines reach this one. awaits: why what the replicas load is not to be used; None: it is.
         """
-        self.served = Served(version=0, label=label, fingerprint=None)
+        self.served = ServedVersion(version=0, label=label, fingerprint=None)
         self.lost: str | None = awaits
         """Why no replica has whole weights (their memory was released, none have come yet); None: they have."""
         self._awaits = awaits
@@ -87,7 +87,7 @@ class FleetWeights(JointService):
         self._on_change = on_change
         self._group_host = group_host
         self._num_tensors = 0
-        self._source: Source | None = None
+        self._source: KnownArena | None = None
         self._doubt: int | None = None
         """The version of the last update, while some may have committed it and none has said so."""
         self._members: list[ReplicaMember]
@@ -186,7 +186,7 @@ class FleetWeights(JointService):
         )
 
     def _begin(self, message: msg.Begin, end: float) -> msg.BeginReply:
-        self._settle(end)
+        self._ask_those_in_doubt(end)
         version = self._next_version(message)
         try:
             return self._begin_version(message, version, end)
@@ -228,7 +228,7 @@ class FleetWeights(JointService):
     def _make_session(self, messages: dict[Any, msg.Begin], **fields: Any) -> JointSession | None:
         return WatchedSession.begin(self, messages, num_tensors=self._num_tensors, **fields)
 
-    def _committed(self, session: JointSession, outcome: Outcome) -> msg.CommitReply:
+    def _committed(self, session: JointSession, outcome: CommitOutcome) -> msg.CommitReply:
         """Note the new version; whoever does not hold it is behind."""
         try:
             reply = outcome.reply
@@ -246,10 +246,12 @@ class FleetWeights(JointService):
         )
         fingerprint = outcome.committed[leader].fingerprint
         assert isinstance(session, WatchedSession)
-        self._source = Source.after(
+        self._source = KnownArena.after(
             session, self._source, self._arenas.handle(session.request.arena_id)
         )
-        self.served = Served(version=session.version, label=reply.label, fingerprint=fingerprint)
+        self.served = ServedVersion(
+            version=session.version, label=reply.label, fingerprint=fingerprint
+        )
         for member in self._members:
             found = outcome.committed.get(member)
             if found is not None and found.fingerprint == fingerprint:
@@ -272,7 +274,7 @@ class FleetWeights(JointService):
         logger.warning("%s does not hold version %d: %s", member.name, self.served.version, error)
         member.holds, member.why = None, error
 
-    def _settle(self, end: float) -> None:
+    def _ask_those_in_doubt(self, end: float) -> None:
         """Ask those that may have committed the last update; `DeadlineExceeded` when they do not say in time."""
         for member in self._members if self._doubt is not None else ():
             with contextlib.suppress(*GONE):
@@ -286,7 +288,9 @@ class FleetWeights(JointService):
         reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left(end))
         logger.warning("%s has committed version %d late", member.name, info.version)
         label = info.label if info.label is not None else str(info.version)
-        self.served = Served(version=info.version, label=label, fingerprint=reply.fingerprint)
+        self.served = ServedVersion(
+            version=info.version, label=label, fingerprint=reply.fingerprint
+        )
         self._doubt, self._source = None, None
         for other in self._members:
             why = WeightUpdateError(f"{member.name} has committed version {info.version}")

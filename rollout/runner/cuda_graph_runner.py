@@ -110,7 +110,8 @@ class CudaGraphRunner:
     def can_run(self, batch: ScheduledBatch) -> bool:
         """Every item continues an output, and there are not too many."""
         return (
-            batch.num_decodes == len(batch.items) == batch.num_tokens <= self.max_batch
+            batch.forward_mode.is_decode()
+            and batch.num_tokens <= self.max_batch
             and not batch.block_copies
             and all(item.start >= item.request.num_prompt_tokens for item in batch.items)
         )

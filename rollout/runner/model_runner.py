@@ -158,10 +158,20 @@ class ModelRunner:
 
     def launch(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
         """Start a step; on CUDA nothing waits for it. Tokens that the host does not know yet are those of `drawn`."""
+        if batch.forward_mode.is_decode():
+            return self.forward_decode(batch, drawn)
+        return self.forward_extend(batch, drawn)
+
+    def forward_decode(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
+        """Start a step of decodes alone: as one piece, with its draws, where there are graphs that can run it."""
         graphs = self.graphs
         if graphs is None or not graphs.can_run(batch):
-            return LaunchedStep(hidden=self.forward(batch, drawn))
+            return self.forward_extend(batch, drawn)
         return LaunchedStep(logits=graphs.logits, sample=graphs.replay(batch, drawn))
+
+    def forward_extend(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
+        """Start a step of any items, layer by layer."""
+        return LaunchedStep(hidden=self.forward(batch, drawn))
 
     def index(self, values: Sequence[int]) -> torch.Tensor:
         """int64 indices on the device."""

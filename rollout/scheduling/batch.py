@@ -1,8 +1,35 @@
 """What one step computes, and who draws a token from it."""
 
+import enum
+
 import msgspec
 
 from .request import Request
+
+
+class ForwardMode(enum.Enum):
+    """What kinds of items a step has."""
+
+    IDLE = "idle"
+    """None."""
+    DECODE = "decode"
+    """Requests that continue their output, one token each."""
+    EXTEND = "extend"
+    """Pieces of prompts."""
+    MIXED = "mixed"
+    """Both."""
+
+    def is_decode(self) -> bool:
+        """Nothing but decodes: what a captured graph can run."""
+        return self is ForwardMode.DECODE
+
+    def is_extend(self) -> bool:
+        """There are pieces of prompts."""
+        return self in (ForwardMode.EXTEND, ForwardMode.MIXED)
+
+    def is_idle(self) -> bool:
+        """There is nothing to compute."""
+        return self is ForwardMode.IDLE
 
 
 class ScheduledItem(msgspec.Struct, frozen=True, gc=False):
@@ -37,6 +64,15 @@ class ScheduledBatch(msgspec.Struct, frozen=True, gc=False):
     """Sum of the items' lengths."""
     num_decodes: int
     """The first this many items are decodes: one token, at row i of item i."""
+
+    @property
+    def forward_mode(self) -> ForwardMode:
+        """What kinds of items it has."""
+        if not self.items:
+            return ForwardMode.IDLE
+        if self.num_decodes == len(self.items):
+            return ForwardMode.DECODE
+        return ForwardMode.MIXED if self.num_decodes else ForwardMode.EXTEND
 
 
 class SampleRow(msgspec.Struct, frozen=True, gc=False):

@@ -140,11 +140,6 @@ class Request(CachedSequence):
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def is_prefilling(self) -> bool:
-        """More than its last token is still to be computed, or nothing has been."""
-        return self.num_computed == 0 or len(self.token_ids) - self.num_computed > 1
-
-    @property
     def reuse_limit(self) -> int:
         """Positions that may come from the prefix cache: not the last token's, nor those with wanted logits."""
         if self.logprob_position < self.num_prompt_tokens - 1:

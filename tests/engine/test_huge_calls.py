@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rollout import Engine
-from rollout.engine.loop.opening import BACKLOG, PIECE, Opening, Part
+from rollout.engine.loop.opening import BACKLOG, PIECE, Opening, SentPrompt
 from rollout.errors import InvalidRequestError
 from rollout.protocol.commands import Generate, PromptSpec
 from rollout.sampling_params import SamplingParams
@@ -89,7 +89,7 @@ def test_what_has_not_begun_ends_with_the_others(engine: Engine) -> None:
     assert engine.status().num_waiting == 0
 
 
-def make(part: Part, count: int, twin: Request | None) -> list[Request]:
+def make(part: SentPrompt, count: int, twin: Request | None) -> list[Request]:
     return [
         Request(rid=part.rid(i), prompt_ids=part.spec.input_ids, params=part.spec.params)
         for i in range(part.done, part.done + count)
@@ -101,7 +101,7 @@ def opening(*nums: int) -> Opening:
     parts, first = [], 0
     for i, num in enumerate(nums):
         spec = PromptSpec(rid=f"p{i}", input_ids=[5], params=SamplingParams(n=num))
-        parts.append(Part(spec, first, i))
+        parts.append(SentPrompt(spec, first, i))
         first += num
     return Opening([parts], make)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollout.config import EngineConfig
-from rollout.distributed.placement import Node, Place, Reservation, spread_over
+from rollout.distributed.placement import Node, ProcessPlace, Reservation, spread_over
 from rollout.distributed.ray_runtime import runtime_environment
 from rollout.engine.executors.ray import check_places, reservation
 from rollout.engine.executors.ray_rank import device_in_actor
@@ -41,8 +41,8 @@ def test_a_rank_that_must_have_a_gpu_and_was_given_none_says_so() -> None:
         device_in_actor("cuda", (), "0")
 
 
-def place(node: str = "node-a", *gpus: str) -> Place:
-    return Place(node_id=node, ip="10.0.0.1", machine="m", gpu_ids=gpus, pid=1)
+def place(node: str = "node-a", *gpus: str) -> ProcessPlace:
+    return ProcessPlace(node_id=node, ip="10.0.0.1", machine="m", gpu_ids=gpus, pid=1)
 
 
 def config(**fields: Any) -> EngineConfig:

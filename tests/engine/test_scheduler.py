@@ -77,7 +77,17 @@ def test_only_the_end_of_the_known_tokens_samples() -> None:
         batch, rows = step(scheduler)
         flags.append((batch.items[0].samples, batch.num_decodes, len(rows)))
     assert flags == [(False, 0, 0), (False, 0, 0), (True, 0, 1)]
-    assert request.num_output_tokens == 1 and request.is_prefilling is False
+    assert request.num_output_tokens == 1
+
+
+def test_a_step_says_what_kinds_of_items_it_has() -> None:
+    scheduler = make_scheduler(budget=6)
+    make_requests(scheduler, 3)
+    modes = [step(scheduler)[0].forward_mode]
+    make_requests(scheduler, 12)
+    modes += [step(scheduler)[0].forward_mode for _ in range(4)]
+    assert [mode.value for mode in modes] == ["extend", "mixed", "mixed", "mixed", "decode"]
+    assert ScheduledBatch([], [], 0, 0).forward_mode.is_idle()
 
 
 def test_requests_are_admitted_in_order_of_arrival() -> None:
@@ -143,6 +153,7 @@ def test_samples_share_one_computation_of_their_prompt() -> None:
     last = [request.block_ids[2] for request in requests]
     assert batch.block_copies == [(last[0], block) for block in last[1:]]
     assert batch.num_tokens == batch.num_decodes == len(rows) == 4
+    assert batch.forward_mode.is_decode() and not batch.forward_mode.is_extend()
     assert all(request.block_ids[:2] == requests[0].block_ids[:2] for request in requests)
     assert [request.num_cached_tokens for request in requests] == [0, 10, 10, 10]
     assert step(scheduler)[0].block_copies == []

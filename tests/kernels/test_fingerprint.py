@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rollout_kernels import fingerprint as fp
 from rollout_kernels import span_table
-from rollout_kernels.span_table import Span, SpanTable, part_sum
+from rollout_kernels.span_table import ByteSpan, SpanTable, part_sum
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
@@ -22,13 +22,13 @@ def noise(num_bytes: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
 
 
-def table_values(spans: list[Span], buffer: torch.Tensor) -> list[int]:
+def table_values(spans: list[ByteSpan], buffer: torch.Tensor) -> list[int]:
     table = SpanTable(spans, num_outputs=len(spans), device=CPU)
     return [value & MASK for value in table.sums(buffer.view(torch.int64)).tolist()]
 
 
 def whole_value(buffer: torch.Tensor) -> int:
-    return table_values([Span(offset=0, num_bytes=len(buffer), output=0)], buffer)[0]
+    return table_values([ByteSpan(offset=0, num_bytes=len(buffer), output=0)], buffer)[0]
 
 
 def splitmix(seed: int, n: int) -> int:
@@ -58,14 +58,14 @@ def test_the_value_of_known_bytes_never_changes() -> None:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> list[Span]:
+def layouts(draw: st.DrawFn) -> list[ByteSpan]:
     """Spans one after another, with and without padding between them, starting anywhere rows allow."""
     spans = []
     offset = draw(st.integers(0, 5)) * 8
     for output in range(draw(st.integers(1, 12))):
         size = draw(st.one_of(st.integers(0, 700), st.sampled_from([256, 512, 8192, 16384, 9000])))
         start = draw(st.sampled_from([0, 256, 4096, 8192, 8448, 81920]))
-        spans.append(Span(offset=offset, num_bytes=size, output=output, start=start))
+        spans.append(ByteSpan(offset=offset, num_bytes=size, output=output, start=start))
         step = draw(st.sampled_from([8, 256]))
         offset = -(-(offset + size) // step) * step + draw(st.sampled_from([0, 0, 8, 2048]))
     return spans
@@ -74,7 +74,7 @@ def layouts(draw: st.DrawFn) -> list[Span]:
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.integers(0, 2**31), st.sampled_from([8192, 1 << 14, 1 << 20]))
 def test_a_table_gives_every_span_its_own_value_whatever_lies_between(
-    spans: list[Span], seed: int, wide_bytes: int
+    spans: list[ByteSpan], seed: int, wide_bytes: int
 ) -> None:
     end = max(span.offset + span.num_bytes for span in spans)
     buffer = noise(-(-end // 8) * 8, seed)
@@ -123,7 +123,7 @@ def test_a_large_run_is_wide_rows_and_what_is_left_before_and_after(
 ) -> None:
     monkeypatch.setattr(span_table, "WIDE_BYTES", 8192)
     buffer = noise(512 + 8192 * 5)
-    span = Span(offset=512, num_bytes=size, output=0, start=start)
+    span = ByteSpan(offset=512, num_bytes=size, output=0, start=start)
     assert table_values([span], buffer) == [fp.reference(buffer[512 : 512 + size], start)]
 
 
@@ -133,7 +133,7 @@ def test_neighbours_of_whole_wide_rows_are_read_together(monkeypatch: pytest.Mon
     sizes = [8192, 16384, 8192, 8192, 256, 8192, 8192 * 2 - 256]
     spans, offset = [], 0
     for output, size in enumerate(sizes):
-        spans.append(Span(offset=offset, num_bytes=size, output=output))
+        spans.append(ByteSpan(offset=offset, num_bytes=size, output=output))
         offset += size
     plan = span_table.RowPlan.compile(spans)
     # The first four at once in wide rows, the rest at once in narrow ones.
@@ -145,7 +145,7 @@ def test_neighbours_of_whole_wide_rows_are_read_together(monkeypatch: pytest.Mon
 def test_many_runs_of_whole_rows_are_one_span() -> None:
     buffer = noise(512 * 7)
     starts = torch.tensor([0, 3, 4, 9, 40, 41, 8]) * 512
-    span = Span(offset=0, num_bytes=len(buffer), output=0, run_starts=starts)
+    span = ByteSpan(offset=0, num_bytes=len(buffer), output=0, run_starts=starts)
     assert span.fits_rows()
     expected = sum(
         fp.reference(buffer[512 * i : 512 * i + 512], int(s)) for i, s in enumerate(starts)
@@ -169,7 +169,9 @@ def test_large_buffers_have_the_same_value_on_one_thread_and_on_several() -> Non
 
 def test_a_buffer_that_is_too_short_is_an_error_on_every_thread() -> None:
     buffer = noise(20 << 20)
-    table = SpanTable([Span(offset=0, num_bytes=len(buffer), output=0)], num_outputs=1, device=CPU)
+    table = SpanTable(
+        [ByteSpan(offset=0, num_bytes=len(buffer), output=0)], num_outputs=1, device=CPU
+    )
     with pytest.raises(RuntimeError):
         table.sums(buffer[: 10 << 20].view(torch.int64))
 
@@ -224,7 +226,7 @@ def test_a_row_that_moved_or_was_repeated_changes_the_value(
 
 def test_an_empty_table_is_all_zero() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
-    spans = [Span(offset=0, num_bytes=0, output=1)]
+    spans = [ByteSpan(offset=0, num_bytes=0, output=1)]
     for held in ([], spans):
         table = SpanTable(held, num_outputs=3, device=CPU)
         assert table.sums(empty).tolist() == [0, 0, 0]
@@ -237,7 +239,7 @@ def test_every_gpu_gives_the_bits_of_the_cpu_whatever_the_current_one(number: in
     spans, offset = [], 8
     for output, size in enumerate((1, 8, 255, 256, 8192, 9001, 200_001, 3_000_000)):
         start = 8192 * 70_000 * (output % 2) + 256 * output
-        spans.append(Span(offset=offset, num_bytes=size, output=output, start=start))
+        spans.append(ByteSpan(offset=offset, num_bytes=size, output=output, start=start))
         offset += -(-size // 8) * 8
     buffer = noise(offset)
     on_gpu = SpanTable(spans, num_outputs=len(spans), device=device)

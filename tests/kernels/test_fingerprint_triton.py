@@ -48,7 +48,7 @@ def main() -> None:
     import torch
 
     from rollout_kernels import fingerprint as fp
-    from rollout_kernels.span_table import Span, SpanTable, TilePlan
+    from rollout_kernels.span_table import ByteSpan, SpanTable, TilePlan
 
     cpu = torch.device("cpu")
     buffer = torch.randint(
@@ -70,8 +70,8 @@ def main() -> None:
         print(f"{name}={'equal' if got == expected else f'got {got}, expected {expected}'}")
     starts = torch.arange(5) * 4096 + 256
     spans = [
-        Span(offset=0, num_bytes=5 * 1024, output=1, run_starts=starts),
-        Span(offset=5 * 1024, num_bytes=3333, output=0),
+        ByteSpan(offset=0, num_bytes=5 * 1024, output=1, run_starts=starts),
+        ByteSpan(offset=5 * 1024, num_bytes=3333, output=0),
     ]
     out = torch.zeros(2, dtype=torch.int64)
     TilePlan.compile(spans, cpu).add(buffer.view(torch.int64), out)

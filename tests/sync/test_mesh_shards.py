@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Shard
 from weight_sync import WeightPublisher
 from weight_sync.errors import ManifestMismatch
 from weight_sync.layout import region as regions
-from weight_sync.layout.shards import Piece, share
+from weight_sync.layout.shards import HeldRegion, share
 from weight_sync.layout.tensor_sums import tensor_fingerprint
 from weight_sync.publisher.selection import Layout
 from weight_sync.spmd.messages import Tensor
@@ -109,7 +109,7 @@ def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
     full = {FUSED: torch.randn(32, 16), "embed.weight": torch.randn(24, 16)}
     full[ALIAS] = full["embed.weight"]
     cuts = {FUSED: dim, "embed.weight": dim, ALIAS: 1 - dim}
-    held: list[list[tuple[str, list[Piece]]]] = []
+    held: list[list[tuple[str, list[HeldRegion]]]] = []
     for rank in range(num_ranks):
         held.append([])
         for name, whole in full.items():
@@ -117,7 +117,7 @@ def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
             ranges[cuts[name]] = share(ranges[cuts[name]], 1, num_ranks, rank)
             region = tuple(along[0] for along in ranges)
             local = tuple((0, stop - start) for start, stop in region)
-            held[-1].append((name, [Piece(region, local)]))
+            held[-1].append((name, [HeldRegion(region, local)]))
     described = [
         [
             tensor(

@@ -19,7 +19,7 @@ from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.layout.manifest import TensorMeta
 from weight_sync.process_groups.calls import GRACE_S, CallThread
 from weight_sync.process_groups.communicator import Communicator
-from weight_sync.process_groups.meeting import PROTOCOL_VERSION, Offer, attend, convene
+from weight_sync.process_groups.meeting import PROTOCOL_VERSION, GroupTerms, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.transports.group.process_group import UpdateGroup
 
@@ -271,7 +271,7 @@ def test_calls_run_in_order_and_errors_belong_to_their_own_call():
 
 def test_two_members_on_one_gpu_are_refused_before_anyone_connects():
     server = StoreServer(timeout_s=10)
-    offer = Offer(protocol=PROTOCOL_VERSION, world_size=3, backend="nccl", connections=1)
+    offer = GroupTerms(protocol=PROTOCOL_VERSION, world_size=3, backend="nccl", connections=1)
     options = {"end": time.monotonic() + 10, "abandoned": lambda: False}
     with ThreadPoolExecutor(3) as members, closing(server):
         store = server.store

@@ -28,7 +28,7 @@ from ..wire.call_queue import CallQueue, answer_later
 from ..wire.rpc_wire import Call
 from .arenas import JointArenas
 from .members import Asked, Member, collect, left, same, tell_all
-from .session import JointSession, Outcome
+from .session import CommitOutcome, JointSession
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class JointService:
                 else session.receive(message, end)
             )
             if self.in_step:
-                session.settle(end)
+                session.all_taken(end)
             return staged
         except Exception as error:
             self._aborted = message.session_id, session.abort(f"another one refused: {error}")
@@ -256,7 +256,7 @@ class JointService:
 
     def _commit(self, message: msg.Commit, end: float) -> msg.CommitReply:
         session = self._session
-        outcome: Outcome = self._in_session(message, end)
+        outcome: CommitOutcome = self._in_session(message, end)
         assert session is not None
         if outcome.failed:  # Where no answer came in time the session may still be there.
             self._aborted = message.session_id, session.abort("the commit has failed")
@@ -269,7 +269,7 @@ class JointService:
         self._end(session, why)
         return reply
 
-    def _committed(self, session: JointSession, outcome: Outcome) -> msg.CommitReply:
+    def _committed(self, session: JointSession, outcome: CommitOutcome) -> msg.CommitReply:
         """The answer to the trainer; an error if one of those who must have committed did not."""
         for error in outcome.failed.values():
             if outcome.committed:

@@ -45,7 +45,7 @@ class Terms(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class CommitOutcome:
     """What became of a commit."""
 
     committed: Mapping[Any, CommitReply]
@@ -172,23 +172,23 @@ class JointSession:
     def vote(self, message: Vote | Commit, end: float) -> None:
         """Ask all whether they can commit; one that cannot speaks for all."""
         votes = self._tell(Vote(session_id=message.session_id, epoch=message.epoch), end)
-        self.settle(end)
+        self.all_taken(end)
         self._agreed(votes, end)
 
-    def settle(self, end: float) -> None:
+    def all_taken(self, end: float) -> None:
         """Raise unless all have taken every bucket."""
         asked, self._buckets = self._buckets, []
         for answers in asked:
             self._agreed(answers, end)
 
-    def commit(self, message: Commit, end: float) -> Outcome:
+    def commit(self, message: Commit, end: float) -> CommitOutcome:
         """Vote and write; raises, and nothing has changed anywhere, unless all can."""
         self.vote(message, end)
         limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left(end)))
         asked = self._tell(limited, end)
         answers = self._left_out(collect(asked, end, self.terms.wait))
         failed = answers.errors if self.terms.spare else {**answers.errors, **answers.gone}
-        return Outcome(committed=answers.replies, failed=failed)
+        return CommitOutcome(committed=answers.replies, failed=failed)
 
     def abort(self, reason: str) -> Asked:
         """End it everywhere without a trace, however late it is for the trainer; the answers are still to come.

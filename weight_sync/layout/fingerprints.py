@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout_kernels.span_table import Span, SpanTable
+from rollout_kernels.span_table import ByteSpan, SpanTable
 
 from . import region as regions
 from .device_sums import device_sums
@@ -79,7 +79,7 @@ class ArenaFingerprints:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._spans = [
-            Span(offset=offset, num_bytes=meta.num_bytes, output=i)
+            ByteSpan(offset=offset, num_bytes=meta.num_bytes, output=i)
             for i, (meta, offset) in enumerate(zip(manifest.tensors, manifest.offsets, strict=True))
         ]
         self._tables: dict[torch.device, SubsetSums] = {}
@@ -99,9 +99,11 @@ class ArenaFingerprints:
 
 
 class SubsetSums:
-    """Span tables of one buffer: of all outputs, and of those subsets that were asked for lately."""
+    """ByteSpan tables of one buffer: of all outputs, and of those subsets that were asked for lately."""
 
-    def __init__(self, spans: Sequence[Span], *, num_outputs: int, device: torch.device) -> None:
+    def __init__(
+        self, spans: Sequence[ByteSpan], *, num_outputs: int, device: torch.device
+    ) -> None:
         self._spans = spans
         self._num_outputs = num_outputs
         self._device = device

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+Range = tuple[int, int]
+"""First byte in an allocation or a buffer, and one past the last."""
 Storage = tuple[torch.device, int]
 """What tells one allocation from another: its device, and torch's object for it, whatever its address is now."""
 
@@ -13,8 +15,8 @@ def storage_key(tensor: torch.Tensor) -> Storage:
     return tensor.device, tensor.untyped_storage()._cdata
 
 
-def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte in its allocation, and one past the last, of a tensor that is not empty; strided ones have gaps."""
+def byte_range(tensor: torch.Tensor) -> Range:
+    """The bytes of a tensor that is not empty, in its allocation; strided ones have gaps."""
     shape_strides = zip(tensor.shape, tensor.stride(), strict=True)
     first, size = int(tensor.storage_offset()), tensor.element_size()
     last = first + sum((int(num) - 1) * int(stride) for num, stride in shape_strides)

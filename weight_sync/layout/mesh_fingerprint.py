@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from . import region as regions
-from .shards import is_first_replica, local_of, pieces_of
+from .shards import held_regions, is_first_replica, local_of
 from .tensor_sums import name_key, region_sum, unsigned
 
 
@@ -22,7 +22,7 @@ class MeshSums:
         """Count this rank's shards of `tensor`, which stand in `dtype`; of replicas, only the first does."""
         mesh = tensor.device_mesh  # type: ignore[attr-defined]
         value = 0
-        pieces = pieces_of(name, tensor)
+        pieces = held_regions(name, tensor)
         if is_first_replica(tensor):
             local = local_of(tensor).to(dtype)
             for piece in pieces:

@@ -25,7 +25,7 @@ Runs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class HeldRegion:
     """One rectangular part that a rank holds."""
 
     region: Region
@@ -48,7 +48,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def pieces_of(name: str, tensor: torch.Tensor) -> tuple[Piece, ...]:
+def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
     """What this rank's local tensor is made of; empty where it holds nothing.
 
     `ManifestMismatch` for placements that are no parts of the tensor (Partial), or that are not understood.
@@ -56,7 +56,7 @@ def pieces_of(name: str, tensor: torch.Tensor) -> tuple[Piece, ...]:
     shape = tuple(tensor.shape)
     if not is_distributed(tensor):
         region = regions.whole(shape)
-        return (Piece(region, region),)
+        return (HeldRegion(region, region),)
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -167,7 +167,7 @@ def _joined(runs: Runs) -> Runs:
     return joined
 
 
-def _product(runs: Sequence[Runs]) -> tuple[Piece, ...]:
+def _product(runs: Sequence[Runs]) -> tuple[HeldRegion, ...]:
     """Every combination of one run per dimension, with its place in the local tensor."""
     located = []
     for along in runs:
@@ -177,7 +177,7 @@ def _product(runs: Sequence[Runs]) -> tuple[Piece, ...]:
             at += stop - start
         located.append(here)
     return tuple(
-        Piece(tuple(full for full, _ in ranges), tuple(local for _, local in ranges))
+        HeldRegion(tuple(full for full, _ in ranges), tuple(local for _, local in ranges))
         for ranges in itertools.product(*located)
     )
 

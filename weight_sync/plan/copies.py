@@ -15,11 +15,11 @@ from rollout_kernels.copy_table import CopyTable
 
 from ..layout import region as regions
 from ..layout.manifest import ALIGNMENT, Manifest
-from ..layout.memory import Storage, byte_range, storage_key, storage_view
+from ..layout.memory import Range, Storage, byte_range, storage_key, storage_view
 from ..layout.region import Region
 
 Indices = Sequence[int] | np.ndarray
-Occupied = Mapping[Storage, Sequence[tuple[int, int]]]
+Occupied = Mapping[Storage, Sequence[Range]]
 
 _CACHED_SUBSETS = 16
 _LARGE_BYTES = 32 << 20
@@ -300,7 +300,7 @@ def _follows(held: ByteRange, new: ByteRange, occupied: Occupied) -> bool:
     return end == new.target or (aligned and only_padding(occupied[new.storage], end, new.target))
 
 
-def only_padding(occupied: Sequence[tuple[int, int]], end: int, start: int) -> bool:
+def only_padding(occupied: Sequence[Range], end: int, start: int) -> bool:
     """Whether less than a step of alignment lies between two bytes of an allocation, and no tensor of the model in it.
 
     occupied: the bytes of the model's tensors there, sorted; also of those that an update does not send.

@@ -15,7 +15,7 @@ import torch
 
 from rollout_kernels.copy_pieces import Piece, make_piece
 from rollout_kernels.copy_table import CopyTable
-from rollout_kernels.span_table import Span
+from rollout_kernels.span_table import ByteSpan
 
 from ..errors import ManifestMismatch
 from ..layout import region as regions
@@ -154,7 +154,7 @@ class _ResidentSums:
     def __init__(self, located: Sequence[Located]) -> None:
         self._num = len(located)
         self._exact: list[tuple[int, Placement]] = []
-        spans: defaultdict[Storage, list[Span]] = defaultdict(list)
+        spans: defaultdict[Storage, list[ByteSpan]] = defaultdict(list)
         words: dict[Storage, torch.Tensor] = {}
         for i, here in enumerate(located):
             for placement in here.placements:
@@ -213,7 +213,7 @@ class ResidentTable:
     """Spans of one allocation, or of several of one GPU, whose kernel reads any address: a launch for all of them."""
 
     def __init__(
-        self, parts: Sequence[tuple[torch.Tensor, Sequence[Span]]], num_outputs: int
+        self, parts: Sequence[tuple[torch.Tensor, Sequence[ByteSpan]]], num_outputs: int
     ) -> None:
         """`parts`: the words of an allocation, and spans of it."""
         self._words = [words for words, _ in parts]
@@ -294,7 +294,7 @@ def _on(device: torch.device, indices: Indices) -> torch.Tensor:
     return torch.as_tensor(np.asarray(indices, dtype=np.int64)).to(device)
 
 
-def _span(placement: Placement, output: int, num_words: int) -> Span | None:
+def _span(placement: Placement, output: int, num_words: int) -> ByteSpan | None:
     """The placement's memory as rows of a table, or None where rows cannot express it."""
     tensor = placement.destination
     if not tensor.is_contiguous():
@@ -302,7 +302,7 @@ def _span(placement: Placement, output: int, num_words: int) -> Span | None:
     first, end = byte_range(tensor)
     starts, _ = regions.runs(placement.shape, placement.region, tensor.element_size())
     single = len(starts) == 1
-    span = Span(
+    span = ByteSpan(
         offset=first,
         num_bytes=end - first,
         output=output,

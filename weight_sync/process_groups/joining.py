@@ -13,7 +13,7 @@ from torch.distributed import Store
 from ..errors import SyncError, TransportError
 from .backends import open_gloo, open_nccl
 from .communicator import Communicator
-from .meeting import Meeting, Offer, attend, convene, find_offer, find_plain, report_failure
+from .meeting import GroupTerms, Meeting, attend, convene, find_plain, find_terms, report_failure
 from .rendezvous import Lifeline, StoreServer, connect_store, first_line, left, poll, under
 
 BACKENDS = ("gloo", "nccl")
@@ -22,7 +22,7 @@ _OFFER_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Joiner:
     """Who joins what."""
 
     name: str
@@ -54,7 +54,7 @@ class RendezvousPlace:
     """Where the members connect; None while a plain trainer has not shown it (NCCL: until its first broadcast)."""
 
 
-def check_member(member: Member, device: torch.device) -> None:
+def check_member(member: Joiner, device: torch.device) -> None:
     """`TransportError` for what cannot be a member of any group."""
     if member.backend not in BACKENDS:
         raise TransportError(
@@ -80,14 +80,14 @@ def check_member(member: Member, device: torch.device) -> None:
 
 
 def gpu_name(device: torch.device) -> str:
-    """What `Member.gpu` is for buffers on `device`."""
+    """What `Joiner.gpu` is for buffers on `device`."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def meet_as_trainer(
-    member: Member,
+    member: Joiner,
     server: StoreServer,
-    offer: Offer,
+    offer: GroupTerms,
     *,
     end: float,
     abandoned: Callable[[], bool],
@@ -100,7 +100,7 @@ def meet_as_trainer(
 
 
 def meet_as_engine(
-    member: Member, host: str, port: int, *, end: float, abandoned: Callable[[], bool]
+    member: Joiner, host: str, port: int, *, end: float, abandoned: Callable[[], bool]
 ) -> RendezvousPlace:
     """Find the trainer's store, and in it the trainer's way of making the group; wait for the others if it is ours."""
     store, lifeline = connect_store(
@@ -122,7 +122,7 @@ def meet_as_engine(
 
 
 def meet(
-    member: Member,
+    member: Joiner,
     store: Store,
     *,
     end: float,
@@ -136,7 +136,7 @@ def meet(
 
     def find() -> Meeting | bool | None:
         try:
-            offered = find_offer(store, member.name, member.world_size, member.backend)
+            offered = find_terms(store, member.name, member.world_size, member.backend)
         except SyncError as error:
             report_failure(store, member.name, member.rank, first_line(error))
             raise
@@ -160,7 +160,7 @@ def meet(
 
 
 def connect(
-    member: Member, place: RendezvousPlace, meeting: Meeting, *, end: float
+    member: Joiner, place: RendezvousPlace, meeting: Meeting, *, end: float
 ) -> Communicator:
     """The communicator. gloo's is returned when all members are connected, NCCL connects when it is first used."""
     store = under(place.store, meeting.prefix)

@@ -25,7 +25,7 @@ PROTOCOL_VERSION = 1
 """Raised when the keys change their meaning."""
 
 
-class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GroupTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What our trainer says about its group; what the engine was told must agree."""
 
     protocol: int
@@ -44,7 +44,7 @@ class Meeting:
 
     prefix: str
     """What precedes the backend's own keys in the store."""
-    offer: Offer | None
+    offer: GroupTerms | None
     """What our own trainer offered; None for another trainer."""
 
 
@@ -75,13 +75,13 @@ def find_plain(store: Store, name: str, backend: str) -> Meeting | None:
     return None
 
 
-def find_offer(store: Store, name: str, world_size: int, backend: str) -> Meeting | None:
+def find_terms(store: Store, name: str, world_size: int, backend: str) -> Meeting | None:
     """The meeting of our own trainer, once it has offered one; `TransportError` when it offers something else."""
     prefix = offered_prefix(name)
     if not has(store, f"{prefix}/offer"):
         return None
     try:
-        offer = msgspec.json.decode(take(store, f"{prefix}/offer"), type=Offer)
+        offer = msgspec.json.decode(take(store, f"{prefix}/offer"), type=GroupTerms)
     except msgspec.DecodeError as error:
         raise ProtocolError(
             f"update group {name!r}: got an offer that cannot be read ({error}), expected protocol {PROTOCOL_VERSION}; "
@@ -126,7 +126,7 @@ def attend(
 def convene(
     store: Store,
     name: str,
-    offer: Offer,
+    offer: GroupTerms,
     *,
     gpu: str,
     end: float,

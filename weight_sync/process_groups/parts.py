@@ -8,16 +8,14 @@ import torch
 
 from ..errors import TransportError
 from ..layout.manifest import TensorMeta, align, mismatch
+from ..layout.memory import Range
 from .expected import receive_buffer
 
 DEFAULT_PART_BYTES = 64 << 20
 """With several of these under way at once, a loopback or a fast network is busy all the time."""
 
-Span = tuple[int, int]
-"""First byte of a part in its buffer, and one past the last."""
 
-
-def cut(buffer: torch.Tensor, spans: Sequence[Span] | None) -> list[torch.Tensor]:
+def cut(buffer: torch.Tensor, spans: Sequence[Range] | None) -> list[torch.Tensor]:
     """The `spans` of a uint8 buffer as views; None: all of it, in parts of `DEFAULT_PART_BYTES`."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
         raise TransportError(

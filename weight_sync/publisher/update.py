@@ -30,7 +30,7 @@ from .channel import Channel
 from .endpoint import PackedArena
 from .packer import DevicePacker
 from .selection import Selection, Selector
-from .window import Place, Window
+from .window import Window, WindowPart
 
 _ABORT_WAIT_S = 10.0
 _ABORT_PATIENCE_S = 3600.0
@@ -234,7 +234,7 @@ class Update:
         return window
 
     def _announce_half(
-        self, rows: list[int], values: np.ndarray, place: Place, deadline: Deadline
+        self, rows: list[int], values: np.ndarray, place: WindowPart, deadline: Deadline
     ) -> None:
         if self.options.check_finite:
             place.check_finite()

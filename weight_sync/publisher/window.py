@@ -22,7 +22,7 @@ from .packer import DevicePacker
 _KEPT = 256
 
 
-class Place:
+class WindowPart:
     """Some tensors in one half."""
 
     def __init__(self, manifest: Manifest, buffer: torch.Tensor, at: int) -> None:
@@ -62,7 +62,7 @@ class Window:
         self._buffer = buffer
         self._half = half_bytes(manifest, buffer.numel())
         self._which = 0
-        self._places: OrderedDict[tuple[int, tuple[int, ...]], Place] = OrderedDict()
+        self._places: OrderedDict[tuple[int, tuple[int, ...]], WindowPart] = OrderedDict()
 
     def split(self, rows: Sequence[int]) -> list[list[int]]:
         """Ascending rows in runs that fit a half each."""
@@ -81,7 +81,7 @@ class Window:
         """Use the other half from now on; whoever has read it must be done."""
         self._which = 1 - self._which
 
-    def place(self, rows: Sequence[int]) -> Place:
+    def place(self, rows: Sequence[int]) -> WindowPart:
         """Ascending rows that fit, in the present half."""
         key = self._which, tuple(rows)
         place = self._places.get(key)
@@ -90,7 +90,7 @@ class Window:
                 tensors=tuple(self._manifest.tensors[row] for row in rows),
                 bucket_bytes=self._manifest.bucket_bytes,
             )
-            place = self._places[key] = Place(manifest, self._buffer, self._which * self._half)
+            place = self._places[key] = WindowPart(manifest, self._buffer, self._which * self._half)
             if len(self._places) > _KEPT:
                 self._places.popitem(last=False)
         return place

@@ -31,7 +31,7 @@ from ..errors import (
     TransportError,
 )
 from ..layout.manifest import NamedTensors, dtype_name
-from ..layout.shards import Piece, local_of, pairs_of, pieces_of, placement_of
+from ..layout.shards import HeldRegion, held_regions, local_of, pairs_of, placement_of
 from ..publisher.endpoint import GroupBackend, TransportChoice
 from ..publisher.selection import Layout
 from ..publisher.update import UpdateOptions
@@ -219,7 +219,7 @@ class SpmdPublisher:
         grant: Grant = self._call(offer)
         if grant.describe:
             self._plans.pop(key, None)
-            pieces = [(name, pieces_of(name, tensor)) for name, tensor in pairs]
+            pieces = [(name, held_regions(name, tensor)) for name, tensor in pairs]
             grant = self._call(self._description(pairs, pieces))
             assert grant.plan is not None
             share = self._compile(grant.plan, pieces)
@@ -263,7 +263,7 @@ class SpmdPublisher:
     def _description(
         self,
         pairs: Sequence[tuple[str, torch.Tensor]],
-        pieces: Sequence[tuple[str, Sequence[Piece]]],
+        pieces: Sequence[tuple[str, Sequence[HeldRegion]]],
     ) -> Describe:
         return Describe(
             secret=self._secret,
@@ -280,7 +280,9 @@ class SpmdPublisher:
             ),
         )
 
-    def _compile(self, plan: PlanReply, pieces: Sequence[tuple[str, Sequence[Piece]]]) -> RankShare:
+    def _compile(
+        self, plan: PlanReply, pieces: Sequence[tuple[str, Sequence[HeldRegion]]]
+    ) -> RankShare:
         """Open the arena where it is a new one, and compile this rank's share."""
         handed_over = not plan.engine.engine_id
         arena = self._arenas.get(handed_over)

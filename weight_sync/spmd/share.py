@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rollout_kernels.span_table import Span, SpanTable, part_sum
+from rollout_kernels.span_table import ByteSpan, SpanTable, part_sum
 
 from ..layout import region as regions
 from ..layout.finite import refuse_non_finite
 from ..layout.region import Region
-from ..layout.shards import Piece
+from ..layout.shards import HeldRegion
 from ..publisher.selection import Layout
 from .plan import COMPARE, WRITE, buckets_of, parts_of
 
@@ -26,7 +26,7 @@ class _Bucket:
     names: list[str] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[tuple[int, Region]] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[ByteSpan] = field(default_factory=list)
     exact: list[tuple[int, int, torch.Tensor, int]] = field(default_factory=list)
     """Number of the source, output, and the runs, where a table cannot read the arena."""
     table: SpanTable | None = None
@@ -38,7 +38,7 @@ class RankShare:
     def __init__(
         self,
         layout: Layout,
-        tensors: Sequence[tuple[str, Sequence[Piece]]],
+        tensors: Sequence[tuple[str, Sequence[HeldRegion]]],
         *,
         rows: np.ndarray,
         actions: bytes,
@@ -69,7 +69,7 @@ class RankShare:
             bucket.targets.append(regions.part(manifest.view(buffer, part.row), part.region))
             bucket.sources.append((part.item, local))
             start = int(starts[0])
-            span = Span(
+            span = ByteSpan(
                 offset=manifest.offsets[part.row] + start,
                 num_bytes=run_bytes,
                 output=output,

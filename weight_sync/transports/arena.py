@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..layout.memory import Range
 from ..wire.messages import ArenaHandle, ProcessRef
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _POPULATE_BYTES = 8 << 20
-
-
-Range = tuple[int, int]
-"""(start, stop) in bytes of an arena."""
 
 
 class Arena(Protocol):

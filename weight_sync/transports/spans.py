@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..layout.manifest import Manifest
-from .arena import Range
+from ..layout.memory import Range
 
 CHUNK_BYTES = 256 << 20
 """What a receiver takes in at once; a larger tensor is a chunk of its own."""

@@ -16,10 +16,10 @@ import torch
 from ..devices.registration import Registration
 from ..devices.room import can_spare
 from ..errors import DeadlineExceeded, ProtocolError
+from ..layout.memory import Range
 from ..plan.plan import Plan
 from ..plan.stage import ArenaStage, Check, WriteMark, check_size, refuse_window
 from ..wire.messages import SharedMemoryHandle
-from .arena import Range
 from .group.shadow_plan import Chunk, ShadowPlan
 from .group.shadow_stage import NoStageMemory, StageMemory
 from .shared_memory import OpenedSharedMemoryArena

@@ -25,8 +25,8 @@ from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
 from ...distributed import ray_runtime
-from ...distributed.placement import Place, Reservation
-from ...distributed.ray_runtime import Actor, Placement
+from ...distributed.placement import ProcessPlace, Reservation
+from ...distributed.ray_runtime import Actor, ReservedRoom
 from ...errors import ERRORS, ConfigError
 from ...protocol.commands import Shutdown
 from ...protocol.wire import REPLY_TYPES
@@ -49,7 +49,9 @@ class RayExecutor:
         self._closing = False
         self._client: RpcClient | None = None
         deadline = time.monotonic() + config.start_timeout_s
-        self._placement = Placement(reservation(config), room_timeout_s or config.start_timeout_s)
+        self._placement = ReservedRoom(
+            reservation(config), room_timeout_s or config.start_timeout_s
+        )
         try:
             self._ranks = [self._placement.start(RankHost, i) for i in range(config.tp_size)]
             self._places = self._meet(config, deadline)
@@ -107,10 +109,10 @@ class RayExecutor:
         assert self._client is not None, "the executor is still starting"
         return self._client
 
-    def _meet(self, config: EngineConfig, deadline: float) -> list[Place]:
+    def _meet(self, config: EngineConfig, deadline: float) -> list[ProcessPlace]:
         """Where the ranks are, which is where an engine can work."""
         calls = [rank.submit("place") for rank in self._ranks]
-        places: list[Place] = [call.result(_left(deadline)) for call in calls]
+        places: list[ProcessPlace] = [call.result(_left(deadline)) for call in calls]
         check_places(places, config)
         return places
 
@@ -181,7 +183,7 @@ def reservation(config: EngineConfig) -> Reservation:
     )
 
 
-def check_places(places: Sequence[Place], config: EngineConfig) -> None:
+def check_places(places: Sequence[ProcessPlace], config: EngineConfig) -> None:
     """`ConfigError` when the ranks ended up where an engine cannot work."""
     nodes = sorted({place.node_id[:8] for place in places})
     if len(nodes) > 1:

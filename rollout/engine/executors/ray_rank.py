@@ -11,7 +11,7 @@ import torch
 from weight_sync.process_groups.rendezvous import StoreServer
 
 from ...config import EngineConfig
-from ...distributed.placement import Place
+from ...distributed.placement import ProcessPlace
 from ...distributed.ray_runtime import this_place
 from ...errors import ConfigError
 from ..loop.ranks import RankSpec
@@ -27,7 +27,7 @@ class RankHost:
         self._store: StoreServer | None = None
         self._server: RankServer | None = None
 
-    def place(self) -> Place:
+    def place(self) -> ProcessPlace:
         """Where this process is and what it was given."""
         return this_place()
 

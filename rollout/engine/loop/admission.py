@@ -22,7 +22,7 @@ from ...scheduling.admission import check_fits, in_use
 from ...scheduling.request import Request
 from ...scheduling.scheduler import Scheduler
 from ...tokenizer import StopStringWatcher, Tokenizer
-from .opening import Opening, Part
+from .opening import Opening, SentPrompt
 from .sample_state import GenerateGroup, InputLogprobs, SampleState
 
 
@@ -52,14 +52,14 @@ class Admission:
         problem = too_many_samples(command.prompts)
         if problem is not None:
             raise InvalidRequestError(problem)
-        prompts: dict[Hashable, list[Part]] = {}
+        prompts: dict[Hashable, list[SentPrompt]] = {}
         rids: set[str] = set()
         index, openings = 0, list(openings)
         for i, spec in enumerate(command.prompts):
             self._check(spec, f"prompt {i}" if len(command.prompts) > 1 else "the prompt")
             most = self._within_context(spec).max_new_tokens
             check_fits(spec.rid, len(spec.input_ids), most, scheduler.kv)
-            part = Part(spec, index, self._num_prompts + i + 1)
+            part = SentPrompt(spec, index, self._num_prompts + i + 1)
             for rid in map(part.rid, range(spec.params.n)):
                 used = rid in rids or scheduler.find(rid) or any(o.holds(rid) for o in openings)
                 if used:
@@ -88,7 +88,7 @@ class Admission:
         return InputLogprobs.for_prompt(spec.input_ids, spec.logprob_start_len)
 
     def _samples(
-        self, group: GenerateGroup, part: Part, count: int, twin: Request | None
+        self, group: GenerateGroup, part: SentPrompt, count: int, twin: Request | None
     ) -> list[Request]:
         spec = part.spec
         params = self._within_context(spec)

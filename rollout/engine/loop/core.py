@@ -224,7 +224,7 @@ class EngineCore:
         """What comes before the next step, then the step."""
         items = self._next_tick()
         if not all(type(call.body) in HARMLESS for _, call in items):
-            self.pipeline.settle()
+            self.pipeline.drain()
         for item, call in items:
             self._carry_out(item, call)
         self._open_some()
@@ -274,11 +274,11 @@ class EngineCore:
         busy = items or self._may_step or self._may_open
         taken = self._inbox.take(0.0 if busy else self._patience())
         items += [(item, call) for item, call in taken if in_time(call)]
-        items = [(self._settled(item), call) for item, call in items]
+        items = [(self._still_wanted(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
 
-    def _settled(self, item: Item) -> Item:
+    def _still_wanted(self, item: Item) -> Item:
         """Whether a boundary is still wanted is decided once, by rank 0, for all ranks."""
         if isinstance(item, Boundary) and not self._boundaries.claim(item.name):
             return Disarm(name=item.name)

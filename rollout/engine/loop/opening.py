@@ -20,7 +20,7 @@ BACKLOG = 1024
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class SentPrompt:
     """One prompt as it was sent."""
 
     spec: PromptSpec
@@ -48,14 +48,14 @@ class Part:
         return range(index, index + 1) if index in left and self.rid(index) == rid else range(0)
 
 
-MakeRequests = Callable[[Part, int, Request | None], list[Request]]
+MakeRequests = Callable[[SentPrompt, int, Request | None], list[Request]]
 """`make(part, count, twin)`: the next `count` requests of a part; `twin` is an earlier one of an equal prompt."""
 
 
 class Opening:
     """What is left of one call; used on the engine loop's thread alone."""
 
-    def __init__(self, prompts: Iterable[list[Part]], make: MakeRequests) -> None:
+    def __init__(self, prompts: Iterable[list[SentPrompt]], make: MakeRequests) -> None:
         """`prompts`: for each distinct prompt, the parts that ask for it."""
         self._prompts = deque(deque(parts) for parts in prompts)
         self._make = make
@@ -110,5 +110,5 @@ class Opening:
         )
 
     @property
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[SentPrompt]:
         return [part for parts in self._prompts for part in parts]

@@ -52,7 +52,7 @@ class StepPipeline:
         with self.named("schedule"):
             batch = self._scheduler.schedule()
         if batch is None:
-            return self.settle()
+            return self.drain()
         flight = self._flight
         drawn = None if flight is None else flight.drawn(self._sampler)
         what = f"launch {len(batch.items)} requests, {batch.num_tokens} tokens"
@@ -60,10 +60,10 @@ class StepPipeline:
             with self.named(what):
                 launched = self._runner.launch(batch, drawn)
         except Exception as error:
-            self.settle()
+            self.drain()
             self._fail(batch, error)
             return True
-        self.settle()
+        self.drain()
         try:
             with self.named("complete, draw"):
                 rows = self._scheduler.complete(batch)
@@ -73,10 +73,10 @@ class StepPipeline:
         except Exception as error:
             self._fail(batch, error)
         if not self.ahead:
-            self.settle()
+            self.drain()
         return True
 
-    def settle(self) -> bool:
+    def drain(self) -> bool:
         """Take in the step under way, after which no token is pending; False if there was none."""
         flight, self._flight = self._flight, None
         if flight is None:

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 import torch
 
 from ...errors import TransportError
+from ...layout.memory import Range
 from ...plan.plan import Plan
 from ...wire.messages import GroupHandle, ProcessRef
 from ...wire.process import current_process
-from ..arena import Range
 from .process_group import UpdateGroup
 from .shadow_stage import ShadowStage, StageMemory
 

@@ -19,12 +19,13 @@ import torch
 
 from ...errors import TransportError
 from ...layout.manifest import TensorMeta
+from ...layout.memory import Range
 from ...process_groups.calls import CallThread
 from ...process_groups.communicator import Communicator, as_bytes
 from ...process_groups.expected import telling_bytes
 from ...process_groups.joining import (
     BACKENDS,
-    Member,
+    Joiner,
     RendezvousPlace,
     check_member,
     connect,
@@ -33,8 +34,8 @@ from ...process_groups.joining import (
     meet_as_engine,
     meet_as_trainer,
 )
-from ...process_groups.meeting import PROTOCOL_VERSION, Offer
-from ...process_groups.parts import Span, allocate, check_tensors, cut
+from ...process_groups.meeting import PROTOCOL_VERSION, GroupTerms
+from ...process_groups.parts import allocate, check_tensors, cut
 from ...process_groups.rendezvous import StoreServer
 from ...process_groups.streams import receive_parts, send_parts
 
@@ -55,7 +56,7 @@ class UpdateGroup:
     master_port: int
     """Where the rendezvous is; the trainer tells it to the engines."""
 
-    def __init__(self, member: Member, device: torch.device) -> None:
+    def __init__(self, member: Joiner, device: torch.device) -> None:
         check_member(member, device)
         self.name = member.name
         """What members and errors call the group."""
@@ -70,7 +71,7 @@ class UpdateGroup:
         self._member = dataclasses.replace(member, gpu=gpu_name(device))
         self._server: StoreServer | None = None
         self._place: RendezvousPlace | None = None
-        self._offer: Offer | None = None
+        self._offer: GroupTerms | None = None
         self._communicator: Communicator | None = None
         self._stream: torch.cuda.Stream | None = None
         self._broken: str | None = None
@@ -98,10 +99,10 @@ class UpdateGroup:
 
         `host` is an address of this machine that every engine can reach; `master_port` is the port to tell them.
         """
-        member = Member(name=group_name, rank=0, world_size=world_size, backend=backend)
+        member = Joiner(name=group_name, rank=0, world_size=world_size, backend=backend)
         check_member(member, torch.device(device))
         server = StoreServer(host, port, timeout_s=timeout_s)
-        offer = Offer(
+        offer = GroupTerms(
             protocol=PROTOCOL_VERSION,
             world_size=world_size,
             backend=backend,
@@ -143,7 +144,7 @@ class UpdateGroup:
                 "the port of the trainer's rendezvous"
             )
         port = int(master_port)
-        member = Member(name=group_name, rank=rank, world_size=world_size, backend=backend)
+        member = Joiner(name=group_name, rank=rank, world_size=world_size, backend=backend)
         group = cls(member, torch.device(device))
         group.master_port = port
         group.joined = group._submit(
@@ -164,7 +165,7 @@ class UpdateGroup:
     def broadcast(
         self,
         buffer: torch.Tensor,
-        spans: Sequence[Span] | None = None,
+        spans: Sequence[Range] | None = None,
         *,
         timeout_s: float,
     ) -> Future[None]:
@@ -179,7 +180,7 @@ class UpdateGroup:
     def receive_into(
         self,
         buffer: torch.Tensor,
-        spans: Sequence[Span] | None = None,
+        spans: Sequence[Range] | None = None,
         *,
         timeout_s: float,
         telling: int | None = None,
@@ -279,7 +280,7 @@ class UpdateGroup:
 
         return self._thread.submit(guarded, timeout_s=timeout_s, what=f"{self._member}: {what}")
 
-    def _sit_as_trainer(self, server: StoreServer, offer: Offer, end: float) -> None:
+    def _sit_as_trainer(self, server: StoreServer, offer: GroupTerms, end: float) -> None:
         self._place = meet_as_trainer(
             self._member, server, offer, end=end, abandoned=self._is_abandoned
         )

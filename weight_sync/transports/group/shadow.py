@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from ...layout.manifest import ALIGNMENT, align
-from ...layout.memory import Storage, byte_range, storage_key, storage_view
+from ...layout.memory import Range, Storage, byte_range, storage_key, storage_view
 from ...layout.weight_map import WeightMap
 from ...plan.copies import only_padding
 from ..arena import Mapping
 
-ByteSpan = tuple[int, int]
-"""First byte in an allocation, and one past the last."""
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Memory of the model, and the memory of the shadow that is copied there."""
 
@@ -46,7 +44,7 @@ class Shadow:
         self._address: dict[
             Storage, int
         ] = {}  # modulo 256; memory that is released comes back alike
-        extents: defaultdict[Storage, list[ByteSpan]] = defaultdict(list)
+        extents: defaultdict[Storage, list[Range]] = defaultdict(list)
         for parameter in weight_map.parameters.values():
             if parameter.numel():
                 key = storage_key(parameter)
@@ -69,9 +67,9 @@ class Shadow:
         """Bytes that it takes."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def occupied(self) -> dict[Storage, list[ByteSpan]]:
+    def occupied(self) -> dict[Storage, list[Range]]:
         """As `WeightMap.occupied`, here."""
-        moved: dict[Storage, list[ByteSpan]] = {
+        moved: dict[Storage, list[Range]] = {
             storage_key(buffer): [] for buffer in self._buffers.values()
         }
         for key, ranges in self._occupied.items():
@@ -119,9 +117,9 @@ class Shadow:
 
     def _ranges(
         self, key: Storage, tensors: Sequence[torch.Tensor]
-    ) -> tuple[list[ByteSpan], list[torch.Tensor]]:
+    ) -> tuple[list[Range], list[torch.Tensor]]:
         """What the tensors fill without a gap, neighbours joined, and those that leave gaps."""
-        ranges: list[ByteSpan] = []
+        ranges: list[Range] = []
         strided: list[torch.Tensor] = []
         for first, end, group in _overlapping(tensors):
             if sum(tensor.nbytes for tensor in group) != end - first:
@@ -143,7 +141,7 @@ class Shadow:
         return piece.at + byte - piece.first
 
 
-def _joined(extents: Sequence[ByteSpan]) -> Iterator[ByteSpan]:
+def _joined(extents: Sequence[Range]) -> Iterator[Range]:
     held = extents[0]
     for first, end in extents[1:]:
         if first - held[1] < ALIGNMENT:
