@@ -25,6 +25,7 @@ Result = dict[str, Any]
 #: Arguments of `generate` by what `_prepare` does with them.
 _OWN = (
     *("prompt", "sampling_params", "input_ids", "stream", "rid", "return_text_in_logprobs"),
+    *("flat_logprobs", "return_token_versions", "return_prompt_token_ids", "min_weight_version"),
     *("attention_mask", "add_special_tokens"),
 )
 _PER_PROMPT = (
@@ -78,6 +79,10 @@ class GenerationCalls(EngineClient):
         timeout_s: float | None = None,
         attention_mask: Any = None,
         add_special_tokens: bool | None = None,
+        flat_logprobs: bool = False,
+        return_token_versions: bool = False,
+        return_prompt_token_ids: bool = False,
+        min_weight_version: int | None = None,
         **others: Any,
     ) -> Any:
         """Complete prompts.
@@ -95,13 +100,14 @@ class GenerationCalls(EngineClient):
         one; `add_special_tokens` True or False: exactly the tokenizer's, or none. `input_ids` may be tensors or arrays;
         padding is refused unless `attention_mask` says where it is.
 
-        A result has `text`, `output_ids` (list of int) and `meta_info`: `id`, `prompt_tokens`, `completion_tokens`,
-        `cached_tokens`, `finish_reason`, `engine_id` (which life of an engine), `weight_version` (label),
-        `weight_version_number`, `weight_versions` (spans of output tokens), `e2e_latency` (s), `num_retractions`,
-        `num_reruns`, `context_exhausted` (the context ended the output before `max_new_tokens` did), with
-        `return_logprob` also `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`;
+        A result has `text`, `output_ids` (list of int) and `meta_info`; docs/reference.md has all keys. With
+        `return_logprob` that has `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`;
         -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their
-        tables, with `return_token_times` the wall-clock time of each token.
+        tables, with `flat_logprobs` also `output_logprobs`, numbers alone; with `return_token_times` the wall-clock
+        time of each token, with `return_token_versions` the number of the version that sampled it, `token_versions`.
+        `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`.
+
+        `min_weight_version`: nothing is computed before a version of this number, or a later one, serves.
 
         There is no deadline unless `timeout_s` gives one: after so many seconds everything comes back as it is then,
         finished samples whole, the others with finish reason "abort" and a message that says why they were not
@@ -118,13 +124,7 @@ class GenerationCalls(EngineClient):
         limit = self._limit(prepared, timeout_s)
         if stream:
             return self._stream(prepared, limit)
-        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
-        try:
-            wait(future, limit, "generate")
-        except BaseException:
-            self._abandon(prepared, future)
-            raise
-        return prepared.result()
+        return self._whole(prepared, limit)
 
     async def async_generate(
         self,
@@ -157,6 +157,10 @@ class GenerationCalls(EngineClient):
         timeout_s: float | None = None,
         attention_mask: Any = None,
         add_special_tokens: bool | None = None,
+        flat_logprobs: bool = False,
+        return_token_versions: bool = False,
+        return_prompt_token_ids: bool = False,
+        min_weight_version: int | None = None,
         **others: Any,
     ) -> Any:
         """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
@@ -258,6 +262,15 @@ class GenerationCalls(EngineClient):
         if self._tokenizer is not None:
             return self._tokenizer.pad_token_id
         return pad_token_id(self.config.model_path)
+
+    def _whole(self, prepared: PreparedGenerate, limit: float) -> Result | list[Result]:
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
+        try:
+            wait(future, limit, "generate")
+        except BaseException:
+            self._abandon(prepared, future)
+            raise
+        return prepared.result()
 
     def _stream(self, prepared: PreparedGenerate, limit: float) -> Iterator[Result]:
         updates: queue.SimpleQueue[SampleUpdate | None] = queue.SimpleQueue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from ..errors import InvalidRequestError
@@ -14,7 +15,7 @@ from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .dialect import check_generate_argument
 from .prompts import prompt_token_ids
-from .results import ResultBuilder
+from .results import Extras, ResultBuilder
 from .sampling_inputs import read_sampling_params
 
 
@@ -58,6 +59,10 @@ def prepare(
     stream: bool,
     rid: Any,
     return_text_in_logprobs: bool,
+    flat_logprobs: bool,
+    return_token_versions: bool,
+    return_prompt_token_ids: bool,
+    min_weight_version: Any,
     per_prompt: Mapping[str, Any],
     others: Mapping[str, Any],
     attention_mask: Any = None,
@@ -96,6 +101,7 @@ def prepare(
             params=read[i][0],
             num_logprobs=read[i][1],
             first_sample=i * read[i][0].n if shared else 0,
+            flat_logprobs=flat_logprobs,
             **{k: v[i] for k, v in columns.items()},
         )
         for i in range(num)
@@ -103,17 +109,34 @@ def prepare(
     problem = too_many_samples(specs)
     if problem is not None:
         raise InvalidRequestError(problem)
-    builders = [
-        ResultBuilder(spec.params, tokenizer, return_text_in_logprobs=return_text_in_logprobs)
-        for spec in specs
-        for _ in range(spec.params.n)
-    ]
-    return PreparedGenerate(
-        Generate(prompts=specs, stream=stream), builders, not is_list and len(builders) == 1
+    extras = Extras(
+        text_in_logprobs=return_text_in_logprobs,
+        flat_logprobs=flat_logprobs,
+        token_versions=return_token_versions,
+        prompt_token_ids=return_prompt_token_ids,
     )
+    builders = [
+        ResultBuilder(spec, tokenizer, extras) for spec in specs for _ in range(spec.params.n)
+    ]
+    command = Generate(
+        prompts=specs, stream=stream, min_weight_version=_min_version(min_weight_version)
+    )
+    return PreparedGenerate(command, builders, not is_list and len(builders) == 1)
 
 
-def _spec(i: int, num_logprobs: int | None, **fields: Any) -> PromptSpec:
+def _min_version(value: Any) -> int:
+    if value is None:
+        return 0
+    number = -1 if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+    if not 0 <= number < 1 << 62:
+        raise InvalidRequestError(
+            f"min_weight_version: got {value!r}, expected the number of a version, as in a report's `version`; labels "
+            "have no order"
+        )
+    return number
+
+
+def _spec(i: int, num_logprobs: int | None, flat_logprobs: bool, **fields: Any) -> PromptSpec:
     """Structs check their types when they are decoded; a caller in this process gets the same check."""
     import msgspec
 
@@ -122,6 +145,8 @@ def _spec(i: int, num_logprobs: int | None, **fields: Any) -> PromptSpec:
         for name, value in fields.items()
     }
     try:
+        if flat_logprobs:
+            fields["return_logprob"] = True
         if num_logprobs is not None:
             fields["return_logprob"] = True
             fields["top_logprobs_num"] = max(fields["top_logprobs_num"], num_logprobs)
@@ -186,6 +211,10 @@ _KNOWN = (
     "token_ids_logprob",
     "return_text_in_logprobs",
     "return_token_times",
+    "flat_logprobs",
+    "return_token_versions",
+    "return_prompt_token_ids",
+    "min_weight_version",
     "attention_mask",
     "add_special_tokens",
     "stream",

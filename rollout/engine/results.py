@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from ..protocol.commands import SampleUpdate, TopLogprobs
-from ..sampling_params import SamplingParams
+from ..protocol.commands import PromptSpec, SampleUpdate, TopLogprobs
 from ..tokenizer import Tokenizer
 
 LogprobEntry = tuple[float | None, int, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What a caller asked of results that the engine need not know."""
+
+    text_in_logprobs: bool = False
+    """The text of each token in log-probability entries."""
+    flat_logprobs: bool = False
+    """Log-probabilities of output tokens also as plain numbers."""
+    token_versions: bool = False
+    """Number of the weight version of each output token."""
+    prompt_token_ids: bool = False
+    """The prompt's token ids."""
 
 
 class ResultBuilder:
@@ -19,14 +33,15 @@ class ResultBuilder:
 
     def __init__(
         self,
-        params: SamplingParams,
+        spec: PromptSpec,
         tokenizer: Tokenizer | None,
-        *,
-        return_text_in_logprobs: bool = False,
+        extras: Extras,
     ) -> None:
-        self._params = params
+        self._spec = spec
+        self._params = spec.params
         self._tokenizer = tokenizer
-        self._with_text = return_text_in_logprobs and tokenizer is not None
+        self._extras = extras
+        self._with_text = extras.text_in_logprobs and tokenizer is not None
         self._clear()
 
     def _clear(self) -> None:
@@ -73,20 +88,25 @@ class ResultBuilder:
             "num_retractions": last.num_retractions,
             "num_reruns": last.num_reruns,
         }
-        if last.finish_reason is not None:
-            meta["weight_versions"] = [
-                {
-                    "version": span.version,
-                    "number": span.number,
-                    "start": span.start,
-                    "end": span.end,
-                }
-                for span in last.weight_versions
-            ]
+        meta["weight_versions"] = [
+            {"version": span.version, "number": span.number, "start": span.start, "end": span.end}
+            for span in last.weight_versions
+        ]
         self._add_logprobs(meta, first, last)
         if last.token_times is not None:
             meta["token_times"] = list(self._token_times)
-        return {"text": self._text(last), "output_ids": list(self._output_ids), "meta_info": meta}
+        if self._extras.token_versions:
+            meta["token_versions"] = self._token_versions(last)
+        result = {"text": self._text(last), "output_ids": list(self._output_ids)}
+        if self._extras.prompt_token_ids:
+            result["prompt_token_ids"] = list(self._spec.input_ids)
+        return {**result, "meta_info": meta}
+
+    def _token_versions(self, last: SampleUpdate) -> list[int]:
+        numbers = [
+            span.number for span in last.weight_versions for _ in range(span.start, span.end)
+        ]
+        return numbers[: len(self._output_ids)]
 
     def _context_exhausted(self, last: SampleUpdate) -> bool:
         """The output ended because the context did, before `max_new_tokens` were there."""
@@ -99,6 +119,8 @@ class ResultBuilder:
                 self._entry(value, token)
                 for value, token in zip(self._output_logprobs, self._output_ids, strict=True)
             ]
+            if self._extras.flat_logprobs:
+                meta["output_logprobs"] = list(self._output_logprobs)
             meta["input_token_logprobs"] = [
                 self._entry(value, token)
                 for value, token in first.input_logprobs or last.input_logprobs or ()

@@ -101,13 +101,18 @@ class Dispatcher:
             affinity = self._router.affinity(spec.input_ids)
             call.jobs.append(Job(call=call, spec=spec, first=first, affinity=affinity))
             first += spec.params.n
-        refusal = self._refusal or self._blocked or self._in_use(call)
+        refusal = None if self._early(call) else self._refusal
+        refusal = refusal or self._blocked or self._in_use(call)
         if refusal is not None:
             call.fail(refusal)
         else:
             self._calls.update((rid, call) for job in call.jobs for rid in job.sample_rids)
             self._queue.extend(call.jobs)
             self.pump()
+
+    def _early(self, call: PoolCall) -> bool:
+        """It waits for a version that is not there yet."""
+        return call.min_version > self._served()[1]
 
     def _in_use(self, call: PoolCall) -> InvalidRequestError | None:
         for rid in (rid for job in call.jobs for rid in job.sample_rids):
@@ -152,8 +157,11 @@ class Dispatcher:
         self._calls = {rid: call for rid, call in self._calls.items() if not call.over}
         late = [job for job in self._queue if job.call.deadline <= now]
         self._queue = deque(job for job in self._queue if job.call.deadline > now)
+        served = self._served()[1]
         for job in late:
-            self._end_waiting(job, _WAITED)
+            least = job.call.min_version
+            early = f"{ENDED_LATE}; waited for weight version {least}, got {served}"
+            self._end_waiting(job, early if least > served else _WAITED)
 
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
@@ -243,12 +251,14 @@ class Dispatcher:
     def pump(self) -> None:
         """Hand out what waits, in order, as far as there is room."""
         while self._queue and self._refusal is None:
-            job = self._queue[0]
+            job = next((job for job in self._queue if not self._early(job.call)), None)
+            if job is None:
+                return
             loads = {n: load for n, load in self._loads.items() if n not in self._retired}
             number = self._router.choose(job.affinity, job.num_samples, loads)
             if number is None:
                 return
-            self._queue.popleft()
+            self._queue.remove(job)
             if job.call.over:
                 continue
             job.replica, job.load = number, job.num_samples

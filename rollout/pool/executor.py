@@ -122,6 +122,7 @@ class PoolExecutor:
                 check_sendable(spec, timeout_s, f"request {spec.rid!r}")
             call = PoolCall(
                 stream=body.stream,
+                min_version=body.min_weight_version,
                 deadline=time.monotonic() + timeout_s - body.grace_s,
                 grace_s=body.grace_s,
                 on_chunk=on_chunk,

@@ -24,6 +24,8 @@ class PoolCall:
     """Tokens are wanted as they come."""
     deadline: float
     """When it ends with what there is, on the monotonic clock."""
+    min_version: int = 0
+    """Number of the oldest version that may compute it."""
     grace_s: float = 0.0
     """How much longer its caller waits for that."""
     on_chunk: OnChunk | None
@@ -101,7 +103,12 @@ class Job:
     def command(self) -> Generate:
         """What its replica is told."""
         spec = msgspec.structs.replace(self.spec, rid=self.wire_rid)
-        return Generate(prompts=[spec], stream=self.call.stream, grace_s=self.call.grace_s)
+        return Generate(
+            prompts=[spec],
+            stream=self.call.stream,
+            grace_s=self.call.grace_s,
+            min_weight_version=self.call.min_version,
+        )
 
     def sample_rid(self, sample: int) -> str:
         """The id of one of its samples, as engines make it."""

@@ -63,6 +63,8 @@ class Generate(Message, frozen=True, kw_only=True):
     """Send every token as it comes."""
     grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     """How long before the call's deadline what there is comes back, with finish reason "abort"."""
+    min_weight_version: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    """Number of the oldest version that may compute it; the call waits until the engine serves that or a later one."""
 
 
 class AbortRequests(Message, frozen=True, kw_only=True):
@@ -198,7 +200,7 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     weight_version_number: int = 0
     """Its number, which grows with every update, whatever the labels."""
     weight_versions: list[Span] = []
-    """Spans over all output tokens; only with a finish reason."""
+    """Spans over all output tokens so far."""
     output_logprobs: list[float] | None = None
     """Log-probability per token of `output_ids`; None: not asked for."""
     output_top_logprobs: list[TopLogprobs] | None = None

@@ -66,7 +66,8 @@ def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
         *("stream", "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"),
         *("external_trace_header", "rid", "session_params", "priority"),
         *("return_text_in_logprobs", "return_token_times", "timeout_s", "attention_mask"),
-        *("add_special_tokens", "others"),
+        *("add_special_tokens", "flat_logprobs", "return_token_versions"),
+        *("return_prompt_token_ids", "min_weight_version", "others"),
     ]  # fmt: skip
 
 

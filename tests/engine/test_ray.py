@@ -86,6 +86,10 @@ def test_an_engine_of_two_ranks_is_packed_on_a_node_and_dies_as_a_whole(
         check_parity(engine.generate, reference_model(folder))
         report = engine.update_weights_from_tensor(trainer, weight_version="one")
         assert report.transport == "shared_memory"
+        later = engine.generate(
+            input_ids=[1, 2], sampling_params=GREEDY, min_weight_version=report.version
+        )
+        assert later["meta_info"]["weight_version"] == "one"
         assert engine.weights_fingerprint() == weight_sync.fingerprint(trainer)
         check_parity(engine.generate, trainer)
 
@@ -155,6 +159,9 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     actor = RolloutActor.options(num_cpus=1, name="rollouts").remote(str(folder), **OPTIONS)
     long = {"max_new_tokens": 300, "ignore_eos": True, "temperature": 0.0}
     running = actor.generate.remote(input_ids=[1, 2], sampling_params=long)
+    early = actor.generate.remote(
+        input_ids=[1, 2], sampling_params=GREEDY, min_weight_version=1, timeout_s=60.0
+    )
     with WeightPublisher(ray.get(actor.address.remote(), timeout=60)) as publisher:
         report = publisher.publish(trainer, label="in an actor")
     assert ray.get(actor.get_weight_version.remote(), timeout=30) == "in an actor"
@@ -164,6 +171,8 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     )
     spans = ray.get(running, timeout=60)["meta_info"]["weight_versions"]
     assert spans[-1]["end"] == 300
+    [span] = ray.get(early, timeout=60)["meta_info"]["weight_versions"]
+    assert (span["version"], span["number"]) == ("in an actor", 1)
     stream = actor.generate_stream.remote(input_ids=[1, 2], sampling_params=GREEDY)
     sizes = [len(ray.get(chunk)["output_ids"]) for chunk in stream]
     assert sizes == sorted(sizes) and sizes[-1] == 8

@@ -77,6 +77,7 @@ class Admission:
             deadline=call.deadline - command.grace_s,
             num_samples=index,
             engine_id=self.engine_id,
+            min_version=command.min_weight_version,
         )
         group.opening = Opening(prompts.values(), partial(self._samples, group))
         return group

@@ -357,15 +357,21 @@ class EngineCore:
         """End calls with what they have: whatever is finished or begun is worth something."""
         for group in [self.post.groups[n] for n in item.numbers if n in self.post.groups]:
             done = f"{group.num_finished} of {group.num_samples} samples had finished"
+            if group.held:
+                done = f"waited for weight version {group.min_version}, got {self.post.number}"
             self.post.abort_group(group, f"{item.why}; {done}")
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def _generate(self, call: Call) -> None:
         self._watch.taken(call)
-        self.host.check_whole()
+        least = call.body.min_weight_version
+        held = least > self.post.number or (least > 0 and self.post.holding)
+        if not held:
+            self.host.check_whole()
         openings = [group.opening for group in self._openings if group.opening is not None]
         group = self.admission.open(call, self.scheduler, openings)
+        group.held = held
         if not self.post.groups:
             self._watch.moved()
         self.post.groups[group.number] = group
@@ -373,16 +379,27 @@ class EngineCore:
 
     @property
     def _may_open(self) -> bool:
-        return bool(self._openings) and self.scheduler.num_waiting < BACKLOG
+        return self.scheduler.num_waiting < BACKLOG and self._next_opening() is not None
+
+    def _next_opening(self) -> GenerateGroup | None:
+        """The first call, of those that wait for no later version, whose samples are not all requests."""
+        for group in self._openings:
+            if group.held and self.host.torn is None and not self.post.holding:
+                group.held = group.min_version > self.post.number
+            if not group.held or group.opening is None or group.opening.over:
+                return group
+        return None
 
     def _open_some(self) -> None:
         """Make the next requests of the calls that have come first."""
         room = PIECE
-        while room > 0 and self._may_open:
-            group = self._openings[0]
+        while room > 0 and self.scheduler.num_waiting < BACKLOG:
+            group = self._next_opening()
+            if group is None:
+                return
             room -= self.post.open_some(group, room)
             if group.opening is None:
-                self._openings.popleft()
+                self._openings.remove(group)
 
     def _abort(self, call: Call) -> None:
         rids = None if call.body.abort_all else set(call.body.rids)
@@ -411,7 +428,8 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _flush(self, call: Call) -> None:
-        pending = self.scheduler.num_running + self._num_waiting
+        held = sum(g.opening.num_left for g in self._openings if g.held and g.opening is not None)
+        pending = self.scheduler.num_running + self._num_waiting - held
         if pending:
             raise RolloutError(
                 f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "

@@ -99,6 +99,11 @@ class Opening:
         self._ended.update(fresh)
         return len(fresh)
 
+    @property
+    def over(self) -> bool:
+        """All that is left ends as soon as it is made."""
+        return self._all_ended is not None or len(self._ended) == self.num_left
+
     def why_ended(self, request: Request) -> str | None:
         """The message with which a request that was made just now ends; None: it runs."""
         return self._ended.pop(request.rid, None) or self._all_ended

@@ -317,9 +317,10 @@ class Postprocessor:
             self.abort(request, message)
         return num
 
-    def abort_all(self, message: str) -> int:
-        """End every request with what it has; returns how many there were."""
-        return sum(self.abort_group(group, message) for group in list(self.groups.values()))
+    def abort_all(self, message: str, *, held: bool = True) -> int:
+        """End every request with what it has; returns how many there were. held: also calls that wait for a version."""
+        groups = [group for group in self.groups.values() if held or not group.held]
+        return sum(self.abort_group(group, message) for group in groups)
 
     def fail(self, group: GenerateGroup, error: Exception) -> None:
         """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
@@ -346,6 +347,11 @@ class Postprocessor:
             group.finish(group.num_samples)
         else:
             group.channel.stream(update)
+
+    @property
+    def holding(self) -> bool:
+        """The version that computes at present is not verified, and may be undone."""
+        return self._hold is not None
 
     def hold(self) -> None:
         """Keep news back until `release`: the version that makes it is not verified yet."""

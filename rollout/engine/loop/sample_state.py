@@ -54,6 +54,10 @@ class GenerateGroup:
     num_samples: int
     engine_id: str = ""
     """Which life of an engine it runs in."""
+    min_version: int = 0
+    """The oldest version that may compute it."""
+    held: bool = False
+    """Nothing of it is computed yet, because no such version serves."""
     num_finished: int = 0
     requests: dict[Request, None] = field(default_factory=dict)
     """Those that are made and not finished, in order; while outputs are held, also those that finished since."""
@@ -136,7 +140,7 @@ class SampleState:
             cached_tokens=request.num_cached_tokens,
             weight_version=version,
             weight_version_number=number,
-            weight_versions=spans if reason is not None else [],
+            weight_versions=list(spans),
             output_logprobs=self.logprobs[sent:] if spec.return_logprob else None,
             output_top_logprobs=self.top[sent:] if wants_top else None,
             output_ids_logprobs=self.selected[sent:] if wants_ids else None,

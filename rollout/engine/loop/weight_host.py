@@ -107,7 +107,8 @@ class EngineWeightHost:
         def end_all() -> None:
             self.torn = reason
             self._post.release(False)
-            self._post.abort_all(f"the weights cannot be used: {reason}")
+            # Who waits for a later version waits for the one that repairs them.
+            self._post.abort_all(f"the weights cannot be used: {reason}", held=False)
 
         self._loop.soon(end_all)
 
