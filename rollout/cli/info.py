@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import ResolvedConfig
 from ..settings import load_settings
 from .generate import GenerateSettings
 from .options import ConfigFile, Overrides, as_overrides
@@ -18,6 +19,8 @@ EPILOG = """[bold]Examples[/bold]
   rollout info PATH
 
   rollout info PATH --set engine.dtype=float32 --set engine.context_length=4096
+
+  rollout info PATH --memory 80e9 --set engine.tp_size=2
 
   rollout info PATH --tensors
 
@@ -32,19 +35,25 @@ def info(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List the tensors that an update may bring.")
     ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Say what would fit on a GPU with so many bytes free, not on this machine."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tensors included.")] = False,
 ) -> None:
-    """Show a checkpoint's options, its tensors, and the resolved configuration of an engine for it.
+    """Show a checkpoint's options, its tensors, the resolved configuration of an engine for it, and what fits.
 
     The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine.
     """
     path = as_overrides({"engine.model_path": str(model)})
     settings = load_settings(GenerateSettings, config, [*(overrides or ()), *path])
-    facts = checkpoint_facts(settings)
+    facts = checkpoint_facts(settings, memory)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
-    for part in ("model", "engine"):
+    for part in ("model", "engine", "memory of each rank"):
         typer.secho(part, bold=True)
         width = max(len(key) for key in facts[part])
         for key, value in facts[part].items():
@@ -55,8 +64,11 @@ def info(
             typer.echo(f"  {name}  {list(shape)}")
 
 
-def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
-    """The model's options and sizes, the engine's resolved configuration, and the shape of every tensor."""
+def checkpoint_facts(settings: GenerateSettings, memory: float | None = None) -> dict[str, Any]:
+    """The model's options and sizes, the engine's resolved configuration, what fits, and the shape of every tensor.
+
+    memory: bytes of a device that is to be imagined; None: this machine's.
+    """
     import torch
 
     from ..engine.loop.build import resolve
@@ -68,7 +80,9 @@ def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
     check_config(settings.engine)
     model_config = ModelConfig.from_folder(settings.engine.model_path)
     device = device_of(RankSpec(), settings.engine.device)
-    resolved = _fields(resolve(settings.engine, model_config, device))
+    imagined = None if memory is None else int(memory)
+    settled = resolve(settings.engine, model_config, device, imagined)
+    resolved = _fields(settled)
     user = _fields(resolved.pop("user"))
     # On the meta device there is a structure and no storage.
     model = build_model(model_config, DTYPES[resolved["dtype"]], torch.device("meta"))
@@ -84,7 +98,33 @@ def checkpoint_facts(settings: GenerateSettings) -> dict[str, Any]:
             "parameter_bytes": sum(meta.num_bytes for meta in metas),
         },
         "engine": {**user, **resolved},
+        "memory of each rank": {
+            "weight_bytes": sum(meta.num_bytes for meta in metas) // settings.engine.tp_size,
+            **what_fits(settled),
+        },
         "tensors": {meta.name: tuple(meta.shape) for meta in metas},
+    }
+
+
+LENGTHS = (1024, 4096, 16384, 65536)
+"""Tokens of a request for which it is said how many run at a time."""
+
+
+def what_fits(resolved: ResolvedConfig) -> dict[str, Any]:
+    """Bytes of the KV pool on one rank, and how many requests of which length run at a time, prompt and output."""
+    tokens = resolved.num_blocks * resolved.block_size
+    lengths = [*(n for n in LENGTHS if n < resolved.context_length), resolved.context_length]
+    return {
+        "kv_cache_bytes": resolved.kv_cache_bytes,
+        "kv_bytes_per_token": resolved.kv_cache_bytes // tokens,
+        "kv_tokens": tokens,
+        **{
+            f"requests of {n:,} tokens": min(
+                resolved.num_blocks // -(-n // resolved.block_size),
+                resolved.user.max_running_requests,
+            )
+            for n in lengths
+        },
     }
 
 

@@ -141,6 +141,27 @@ def test_info_tells_sizes_and_resolved_settings(rollout, checkpoint):
     assert "lm_head.weight" not in facts["tensors"]
 
 
+def test_info_says_what_fits_on_a_gpu_that_is_not_there(rollout, checkpoint):
+    result = rollout("info", checkpoint, "--json", "--memory", "2e6")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    memory, engine = facts["memory of each rank"], facts["engine"]
+    assert memory["weight_bytes"] == facts["model"]["parameter_bytes"]
+    budget = int(0.85 * 2e6) - memory["weight_bytes"]
+    assert (
+        0 <= budget - memory["kv_cache_bytes"] < engine["block_size"] * memory["kv_bytes_per_token"]
+    )
+    # Two layers of keys and values, float32.
+    assert memory["kv_bytes_per_token"] == 2 * 2 * (
+        facts["model"]["num_kv_heads"] * facts["model"]["head_dim"] * 4
+    )
+    context = engine["context_length"]
+    assert memory[f"requests of {context:,} tokens"] == memory["kv_tokens"] // context
+    refused = rollout("info", checkpoint, "--memory", "1e5")
+    assert refused.returncode == 1
+    assert "KV pool: got" in refused.stderr and len(refused.stderr.splitlines()) <= 3
+
+
 def product(shape) -> int:
     result = 1
     for size in shape:

@@ -114,8 +114,13 @@ def _runner(
     return runner
 
 
-def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedConfig:
-    """Settle everything that `config` leaves open, from the model and from this machine."""
+def resolve(
+    config: EngineConfig, model: ModelConfig, device: str, gpu_bytes: int | None = None
+) -> ResolvedConfig:
+    """Settle everything that `config` leaves open, from the model and from this machine.
+
+    gpu_bytes: free memory of a GPU that is to be imagined, for the sizes alone; None: the device as it is.
+    """
     dtype = check_dtype(config, model)
     context = config.context_length or model.max_position_embeddings
     if context > model.max_position_embeddings:
@@ -126,7 +131,9 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
     block_size, block_bytes = kv_block(config, model, DTYPES[dtype], device)
     weight_bytes = model.num_parameters * DTYPES[dtype].itemsize // config.tp_size
     longest = -(-context // block_size)
-    num_blocks = _num_blocks(config, longest, block_bytes, weight_bytes, device)
+    if gpu_bytes is None and on_gpu:
+        gpu_bytes = torch.cuda.mem_get_info(device)[0]
+    num_blocks = _num_blocks(config, longest, block_bytes, weight_bytes, gpu_bytes)
     return ResolvedConfig(
         user=config,
         dtype=dtype,
@@ -145,14 +152,16 @@ def resolve(config: EngineConfig, model: ModelConfig, device: str) -> ResolvedCo
 
 
 def _num_blocks(
-    config: EngineConfig, longest: int, block_bytes: int, weight_bytes: int, device: str
+    config: EngineConfig, longest: int, block_bytes: int, weight_bytes: int, gpu_bytes: int | None
 ) -> int:
-    """Blocks that fit the budget, and no more than all running requests at full length can use."""
+    """Blocks that fit the budget, and no more than all running requests at full length can use.
+
+    gpu_bytes: what is free on the GPU; None: the model is on a CPU.
+    """
     budget = config.kv_cache_bytes
     if budget is None:
-        if device.startswith("cuda"):
-            free = torch.cuda.mem_get_info(device)[0]
-            budget = int((config.mem_fraction_static or 0.85) * free) - weight_bytes
+        if gpu_bytes is not None:
+            budget = int((config.mem_fraction_static or 0.85) * gpu_bytes) - weight_bytes
         else:
             budget = int((config.mem_fraction_static or 0.25) * free_memory_bytes())
         useful = config.max_running_requests * longest * block_bytes
