@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .block_allocator import BlockAllocator
-from .prefix_cache import ROOT_UID, PrefixCache
+from .prefix_cache import ROOT_UID, Key, PrefixCache
 from .sequence import CachedSequence
 
 BROKEN_CHAIN = -1
@@ -101,6 +101,28 @@ class KVCacheManager:
             hits.append(block)
             uid = self._prefixes.uid(block)
         return hits
+
+    def missing_block(
+        self, sequence: CachedSequence, hits: Sequence[int], limit: int
+    ) -> Key | None:
+        """Under which key the block after `hits`, the result of `match`, would have been found; None: it has no end
+        within the limit."""
+        end = (len(hits) + 1) * self.block_size
+        if not self.enable_prefix_cache or end > limit:
+            return None
+        uid = self._prefixes.uid(hits[-1]) if hits else ROOT_UID
+        return uid, self.version, tuple(sequence.token_ids[end - self.block_size : end])
+
+    def growing_block(self, sequence: CachedSequence) -> Key | None:
+        """Under which key the next block of a sequence will be found once its known tokens are computed; None: it is
+        not full then, or will not be shared."""
+        end = (sequence.num_computed // self.block_size + 1) * self.block_size
+        if not self.enable_prefix_cache or end > len(sequence.token_ids):
+            return None
+        if not self.can_fork(sequence):
+            return None
+        tokens = tuple(sequence.token_ids[end - self.block_size : end])
+        return sequence.chain_uid, self.version, tokens
 
     def cost(self, hits: Sequence[int], num_positions: int) -> int:
         """By how much `num_available` would shrink if a sequence took `hits` and had room for `num_positions`."""

@@ -20,7 +20,7 @@ class SampleGroup:
     If the leader goes away before that, the first of them leads.
     """
 
-    __slots__ = ("computing", "leader", "members", "parked")
+    __slots__ = ("leader", "members", "parked")
 
     def __init__(self, members: Sequence[Request]) -> None:
         self.members: tuple[Request, ...] = tuple(members)
@@ -29,8 +29,6 @@ class SampleGroup:
         """Who computes, or computed, the prompt."""
         self.parked: list[Request] = list(members[1:])
         """Those that wait for the leader, in order of arrival."""
-        self.computing: Request | None = None
-        """Who was admitted last; while it computes the prompt, the others had better wait for its blocks."""
 
 
 class Request(CachedSequence):

@@ -206,51 +206,45 @@ class Scheduler:
     def _admit_waiting(
         self, items: list[ScheduledItem], prefills: list[Request], budget: int
     ) -> int:
-        """Admit from the queue, in order of arrival, while slots, blocks and budget last; the budget that is left."""
-        queue, running = self._queue, self._running
+        """Admit from the queue, in order of arrival, while slots, blocks and budget last; the budget that is left.
+
+        Whoever would compute a block that a running request is about to compute waits for it, and keeps its slot.
+        """
+        queue, running, kv = self._queue, self._running, self.kv
         # Slots and blocks of samples that will be forked from a prompt under way are spoken for.
         promised = sum(len(_parked_behind(request)) for request in prefills)
+        under_way = {kv.growing_block(request) for request in prefills}
         deferred: list[Request] = []
         while budget > 0 and (request := queue.first()) is not None:
-            if self._prompt_is_under_way(request):
-                deferred.append(queue.pop())
-                continue
             if running and len(running) + promised >= self._max_running:
                 break
             if request.token_ids[-1] == PENDING:
                 break  # Retracted a moment ago; its last token is known before the next step.
-            if not self._take_blocks(request, promised):
+            if self._stalled == (request, kv.num_releases):
+                break
+            hits = kv.match(request, request.reuse_limit)
+            missing = kv.missing_block(request, hits, request.reuse_limit)
+            if missing is not None and missing in under_way:
+                # Whoever computes that block runs, so it comes closer with every step, or gives it up.
+                deferred.append(queue.pop())
+                promised += 1 + len(_parked_behind(request))
+                continue
+            if not self._take_blocks(request, hits, promised):
                 break
             queue.pop()
             request.status = RUNNING
             running[request] = None
             promised += len(_parked_behind(request))
+            under_way.add(kv.growing_block(request))
             budget -= self._add_chunk(items, request, budget)
         for request in deferred:
             queue.push(request)
         return budget
 
-    def _prompt_is_under_way(self, request: Request) -> bool:
-        """A running sample of the same prompt computes it right now: waiting for that saves computing it again."""
-        group = request.group
-        if group is None or not self.kv.enable_prefix_cache:
-            return False
-        other = group.computing
-        return (
-            other is not None
-            and other.status is RUNNING
-            and other.num_computed < other.num_prompt_tokens
-            and self.kv.can_fork(other)
-            and request.reuse_limit >= request.num_prompt_tokens - 1
-        )
-
-    def _take_blocks(self, request: Request, promised: int) -> bool:
+    def _take_blocks(self, request: Request, hits: list[int], promised: int) -> bool:
         """Blocks for all known tokens of a waiting request, if the running ones then still have one more block each."""
         kv, running = self.kv, self._running
-        if self._stalled == (request, kv.num_releases):
-            return False
         num_tokens = len(request.token_ids)
-        hits = kv.match(request, request.reuse_limit)
         headroom = 0
         if running:
             headroom = len(running) + promised + 1 + len(_parked_behind(request))
@@ -261,8 +255,6 @@ class Scheduler:
         if not request.was_admitted:
             request.was_admitted = True
             request.num_cached_tokens = request.num_computed
-        if request.group is not None:
-            request.group.computing = request
         return True
 
     def complete(self, batch: ScheduledBatch) -> list[SampleRow]:
