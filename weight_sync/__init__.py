@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ForkedProcessError,
         ManifestMismatch,
         NonFiniteWeightsError,
+        PayloadRefused,
         ProtocolError,
         RemoteError,
         SessionBusy,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TransportError,
         WeightUpdateError,
     )
+    from .foreign.payload import read_serialized_named_tensors
     from .layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
     from .layout.fingerprints import fingerprint
     from .layout.manifest import Manifest, TensorMeta
@@ -54,6 +56,7 @@ _MODULES = {
         "ForkedProcessError",
         "ManifestMismatch",
         "NonFiniteWeightsError",
+        "PayloadRefused",
         "ProtocolError",
         "RemoteError",
         "SessionBusy",
@@ -65,6 +68,7 @@ _MODULES = {
         "TransportError",
         "WeightUpdateError",
     ),
+    "foreign.payload": ("read_serialized_named_tensors",),
     "layout.fingerprints": ("fingerprint",),
     "layout.tensor_sums": ("combine", "tensor_fingerprint"),
     "layout.manifest": ("Manifest", "TensorMeta"),
@@ -91,6 +95,7 @@ __all__ = [
     "Manifest",
     "ManifestMismatch",
     "NonFiniteWeightsError",
+    "PayloadRefused",
     "Placement",
     "Plan",
     "ProtocolError",
@@ -114,6 +119,7 @@ __all__ = [
     "compile_plan",
     "fingerprint",
     "read_checkpoint",
+    "read_serialized_named_tensors",
     "tensor_fingerprint",
     "update_weights",
     "write_checkpoint",

@@ -76,6 +76,10 @@ class TransportError(WeightUpdateError):
     """The bytes cannot be reached or carried: the arena cannot be opened, is too small, or is not what it claims."""
 
 
+class PayloadRefused(WeightUpdateError, ValueError):
+    """A serialized payload holds something else than tensors in shared memory; nothing of it was executed or kept."""
+
+
 class ArenaGoneError(TransportError):
     """The engine has no arena of that id (any more); a publisher opens another one and goes on."""
 
@@ -109,6 +113,7 @@ ERRORS: dict[str, type[Exception]] = {
         StaleVersionError,
         EngineRestartedError,
         TransportError,
+        PayloadRefused,
         ArenaGoneError,
         NonFiniteWeightsError,
         TornWeightsError,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
+from weight_sync.foreign.payload import read_serialized_named_tensors
 from weight_sync.layout.bucket import FlattenedTensorBucket
 from weight_sync.layout.manifest import NamedTensors as WeightSource
 from weight_sync.publisher.channel import Channel
@@ -144,15 +145,22 @@ class WeightCalls(EngineClient):
 
         named_tensors: (name, tensor) pairs, a mapping or a module, in Hugging Face names, any subset, any dtype (cast
             and reported); with load_format="flattened_bucket" a `FlattenedTensorBucket`, or a mapping with
-            `flattened_tensor` and `metadata`; with "direct" the engine's own parameter names.
+            `flattened_tensor` and `metadata`; with "direct" the engine's own parameter names. Also what trainers of the
+            common dialect serialize, one payload or a list with one for each rank, read without unpickling by
+            `weight_sync.read_serialized_named_tensors`; and a request object of theirs, whose fields then count.
         flush_cache: drop cached prefixes and recompute running requests; False: `kv_policy` decides.
         weight_version: label of the new version.
         check_finite: refuse NaN and infinite values, `NonFiniteWeightsError` (in a session, its own option decides).
 
         Raises `ManifestMismatch` listing every unknown, misshapen or doubled tensor before anything is written, or when
-        there is none at all outside a session, and other subclasses of `WeightUpdateError`; the old version then goes
-        on serving.
+        there is none at all outside a session, `PayloadRefused` for a payload of anything else, and other subclasses of
+        `WeightUpdateError`; the old version then goes on serving.
         """
+        if hasattr(named_tensors, "serialized_named_tensors"):
+            fields = request_fields(named_tensors)
+            return self.update_weights_from_tensor(
+                **fields, kv_policy=kv_policy, strict=strict, check_finite=check_finite
+            )
         check_extras("update_weights_from_tensor", extras)
         tensors = _named_tensors(named_tensors, load_format)
         if self._publisher.in_session:
@@ -275,7 +283,22 @@ def policy_of(flush_cache: bool, kv_policy: KvPolicyName | None) -> KvPolicyName
     return kv_policy if kv_policy is not None else ("flush" if flush_cache else None)
 
 
+def request_fields(request: Any) -> dict[str, Any]:
+    """Arguments of `update_weights_from_tensor` from a request object of the common dialect."""
+    names = ("load_format", "flush_cache", "weight_version", *HARMLESS)
+    fields = {name: getattr(request, name) for name in names if hasattr(request, name)}
+    return {"named_tensors": request.serialized_named_tensors, **fields}
+
+
+def _is_serialized(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(item, bytes | str) for item in value)
+    return isinstance(value, bytes | str)
+
+
 def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
+    if load_format in (None, "auto", "flattened_bucket") and _is_serialized(named_tensors):
+        return read_serialized_named_tensors(named_tensors)
     if load_format == "flattened_bucket":
         bucket = named_tensors
         if isinstance(bucket, Mapping):

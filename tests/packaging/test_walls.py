@@ -15,12 +15,12 @@ WEIGHT_SYNC = [
     ["layout"],
     ["wire", "plan", "process_groups"],
     ["transports"],
-    ["publisher"],
+    ["publisher", "foreign"],
     ["joint"],
     ["receiver", "spmd"],
 ]
 #: Rooms on one line that do not know each other at all.
-STRANGERS = [("wire", "process_groups"), ("receiver", "spmd")]
+STRANGERS = [("wire", "process_groups"), ("receiver", "spmd"), ("publisher", "foreign")]
 #: Inside `rollout.engine`: the surface that users import stands on the executors, those on the loop.
 ENGINE = [["loop"], ["executors"], [""]]
 
