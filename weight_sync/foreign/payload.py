@@ -42,12 +42,18 @@ def read_serialized_named_tensors(
     global or value that is wrong; `TransportError` where the shared memory cannot be opened or is not what it claims;
     `ManifestMismatch` where a bucket's metadata do not fit. Nothing has been read or released in the first case.
     """
-    serialized = [payload] if isinstance(payload, bytes | str) else list(payload)
+    serialized: list[Serialized]
+    if isinstance(payload, list | tuple):
+        serialized = [*payload]
+    else:
+        serialized = [payload]  # type: ignore[list-item]
     if not 0 <= rank < len(serialized) <= MAX_RANKS:
         raise PayloadRefused(
             f"cannot read serialized tensors: got {len(serialized)} payloads, expected one for each rank, rank {rank} "
             "with them; send a list with one entry per tensor-parallel rank"
         )
+    for data in serialized:
+        _check(data)
     distinct = {data: read_records(_pickle_of(data), rank) for data in dict.fromkeys(serialized)}
     own = distinct.pop(serialized[rank])
     tensors = _read(own)
@@ -56,7 +62,7 @@ def read_serialized_named_tensors(
     return tensors
 
 
-def _pickle_of(data: Serialized) -> bytes:
+def _check(data: Serialized) -> None:
     if not isinstance(data, bytes | str):
         raise PayloadRefused(
             f"cannot read serialized tensors: got a {type(data).__name__}, expected bytes, or text in base64"
@@ -66,6 +72,9 @@ def _pickle_of(data: Serialized) -> bytes:
             f"cannot read serialized tensors: got {len(data)} bytes, expected at most {MAX_PAYLOAD_BYTES}; a payload "
             "holds handles of shared memory, send fewer tensors in one"
         )
+
+
+def _pickle_of(data: Serialized) -> bytes:
     if isinstance(data, bytes) and not data.isascii():
         return data
     try:

@@ -145,8 +145,7 @@ class _Records:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._budget = Budget()
-        self._storages: dict[int, Storage] = {}
-        self._nodes: list[Node] = []  # keeps the ids of `_storages` alive
+        self._storages: dict[Node, Storage] = {}
 
     def read(self, data: bytes) -> Payload:
         value = read_stream(data, known_global, self._budget)
@@ -219,10 +218,9 @@ class _Records:
 
     def _once(self, node: Node, make: Callable[[], Storage]) -> Storage:
         # What is referred to twice was shared once, and is given back once.
-        found = self._storages.get(id(node))
+        found = self._storages.get(node)
         if found is None:
-            found = self._storages[id(node)] = make()
-            self._nodes.append(node)
+            found = self._storages[node] = make()
         return found
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 from ..errors import PayloadRefused
 
 MAX_OPCODES = 4_000_000
-"""In one payload, with those nested in it; a tensor takes about sixty."""
+"""In one payload, with those nested in it; a tensor takes about sixty. Each takes at most about 100 bytes of memory."""
 MAX_STACK = 1 << 14
 """Values; senders append their items a thousand at a time."""
 MAX_MARKS = 64
