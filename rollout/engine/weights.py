@@ -16,13 +16,13 @@ from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
 from weight_sync.foreign.payload import read_serialized_named_tensors
 from weight_sync.layout.bucket import FlattenedTensorBucket
 from weight_sync.layout.manifest import NamedTensors as WeightSource
-from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.group_updates import GroupUpdates
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.sources import AnyNamedTensors
 from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
 from weight_sync.wire.cancellation import threaded
+from weight_sync.wire.channel import Channel
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from ..models.model_config import ModelConfig

@@ -28,8 +28,8 @@ from weight_sync.errors import (
 from weight_sync.joint.members import left
 from weight_sync.joint.session import JointSession
 from weight_sync.layout.manifest import Manifest
-from weight_sync.publisher.channel import Channel
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.wire.channel import Channel
 from weight_sync.wire.messages import (
     ArenaHandle,
     Begin,
@@ -269,7 +269,7 @@ class _Borrowed:
     def dead(self) -> str | None:
         return self._channel.dead
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """The channel is another's."""
 
 

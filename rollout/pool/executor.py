@@ -21,7 +21,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from weight_sync.joint.service import JointChannel
-from weight_sync.publisher.channel import Channel
+from weight_sync.wire.channel import Channel
 from weight_sync.wire.messages import WeightRequest
 from weight_sync.wire.rpc import Call, RpcServer
 

@@ -34,7 +34,7 @@ from rollout.engine.loop.ticks import NullCall
 from weight_sync import WeightPublisher
 from weight_sync.errors import ERRORS, EngineDiedError, ProtocolError, TransportError
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.publisher.channel import connect_weights
+from weight_sync.wire.channel import connect_weights
 from weight_sync.wire.messages import GetFingerprint, Hello, WeightReply
 from weight_sync.wire.rpc import RpcClient
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from sync_support import ToyHost, eventually, toy_map, weights
 
 from weight_sync.errors import ERRORS, EngineDiedError, SessionBusy, SyncError
-from weight_sync.publisher.channel import RpcChannel
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.receiver.agreement import together
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
+from weight_sync.wire.channel import RpcChannel
 from weight_sync.wire.messages import Vote, WeightReply, WeightRequest
 from weight_sync.wire.rpc import RpcClient, RpcServer
 

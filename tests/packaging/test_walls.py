@@ -15,8 +15,8 @@ WEIGHT_SYNC = [
     ["layout"],
     ["wire", "plan", "process_groups"],
     ["transports"],
-    ["publisher", "foreign"],
     ["joint"],
+    ["publisher", "foreign"],
     ["receiver", "spmd"],
 ]
 #: Rooms on one line that do not know each other at all.

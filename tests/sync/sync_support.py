@@ -21,10 +21,10 @@ import torch
 
 from weight_sync.errors import ERRORS, DeadlineExceeded
 from weight_sync.layout.weight_map import Placement, WeightMap
-from weight_sync.publisher.channel import RpcChannel
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
+from weight_sync.wire.channel import RpcChannel
 from weight_sync.wire.messages import WeightReply, WeightRequest
 from weight_sync.wire.rpc import RpcClient, RpcServer
 

@@ -133,4 +133,5 @@ def test_a_rank_that_is_killed_costs_the_others_an_error_and_the_engine_nothing(
     assert "TrainerDiedError" in survivor[0], survivor
     assert processes[int(culprit)].returncode == -9
     assert (engine.weights_fingerprint(), engine.status().weight_version) == before
-    engine.update_weights_from_tensor([])  # no session is left open
+    engine.begin_weight_update()  # no session is left open
+    engine.abort_weight_update()

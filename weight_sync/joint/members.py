@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import DeadlineExceeded, EngineDiedError, FingerprintMismatch
-from ..publisher.channel import Channel
+from ..wire.channel import Channel
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -43,11 +43,17 @@ class Answers:
 
     def raise_refusal(self) -> None:
         """Raise the first refusal; with nobody left to refuse, the first death."""
-        for error in self.errors.values():
-            raise error
+        self._raise_first(self.errors)
         if not self.replies:
-            for error in self.gone.values():
-                raise error
+            self._raise_first(self.gone)
+
+    @staticmethod
+    def _raise_first(errors: dict[Any, Exception]) -> None:
+        for member, error in errors.items():
+            note = f"said by {member.name}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise error
 
     def compare_received(self) -> None:
         """Raise unless what a plain trainer broadcast is the same everywhere: nobody has said what it should be."""
@@ -58,8 +64,7 @@ class Answers:
 
     def raise_loss(self) -> None:
         """As `raise_refusal`, and a death is one too."""
-        for error in (*self.errors.values(), *self.gone.values()):
-            raise error
+        self._raise_first({**self.errors, **self.gone})
 
 
 Asked = dict[Any, "Future[Any]"]

@@ -22,9 +22,9 @@ from ..errors import (
     TransportError,
     WeightUpdateError,
 )
-from ..publisher.channel import wait
 from ..wire import messages as msg
 from ..wire.call_queue import CallQueue, answer_later
+from ..wire.channel import wait
 from ..wire.rpc_wire import Call
 from .arenas import JointArenas
 from .members import Asked, Member, collect, left, same, tell_all
@@ -45,6 +45,8 @@ class JointService:
     patience_s = 0.0
     """See `session.Terms`."""
     spare = False
+    """Likewise."""
+    commit_patience_s = 0.0
     """Likewise."""
     in_step = False
     """Members take what belongs to a session one at a time: a refusal is known, and told to all, before the next."""
@@ -101,7 +103,7 @@ class JointService:
         """It takes no more calls."""
         return self._queue.closed
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Stop, and fail what is queued; the members' channels stay open. Safe to repeat."""
         self._queue.close()
 
@@ -228,7 +230,8 @@ class JointService:
                 return session.commit(message, end)
             if isinstance(message, msg.Vote):
                 session.vote(message, end)
-                self._vote_ends = time.monotonic() + session.request.lease_s
+                lease_s = max(session.request.lease_s, message.lease_s or 0.0)
+                self._vote_ends = time.monotonic() + lease_s
                 return msg.Ack()
             staged = (
                 session.bucket(message, end)
@@ -258,7 +261,9 @@ class JointService:
         session = self._session
         outcome: CommitOutcome = self._in_session(message, end)
         assert session is not None
-        if outcome.failed:  # Where no answer came in time the session may still be there.
+        if outcome.late:  # They come to it all the same: until then they may read the arena.
+            self._aborted = message.session_id, outcome.late
+        elif outcome.failed:  # Where no answer came in time the session may still be there.
             self._aborted = message.session_id, session.abort("the commit has failed")
         try:
             reply = self._committed(session, outcome)
@@ -272,6 +277,11 @@ class JointService:
     def _committed(self, session: JointSession, outcome: CommitOutcome) -> msg.CommitReply:
         """The answer to the trainer; an error if one of those who must have committed did not."""
         for error in outcome.failed.values():
+            if outcome.late:
+                late = ", ".join(member.name for member in outcome.late)
+                error.add_note(
+                    f"all have voted for version {session.version}: {late} serves it when it goes on"
+                )
             if outcome.committed:
                 done = ", ".join(member.name for member in outcome.committed)
                 error.add_note(f"committed by {done}; publish again")
@@ -300,18 +310,22 @@ class JointService:
 
 
 class JointChannel:
-    """`publisher.channel.Channel` to a service of this process; tensors go through memory that the members map."""
+    """`wire.channel.Channel` to a service of this process; tensors go through memory that the members map."""
 
     is_local = False
 
-    def __init__(self, service: JointService) -> None:
+    def __init__(self, service: JointService, *, owned: bool = False) -> None:
+        """owned: closing the channel closes the service."""
         self._service = service
+        self._owned = owned
 
     def call(self, message: Any, timeout_s: float) -> Any:
         return wait(self.submit(message, timeout_s), message, timeout_s)
 
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
-        call = _JointCall(message, time.monotonic() + timeout_s)
+        # Somewhat earlier than whoever asked gives up, to whom we say who was late.
+        margin_s = min(0.2, 0.05 * timeout_s) if self._owned else 0.0
+        call = _JointCall(message, time.monotonic() + timeout_s - margin_s)
         self._service.handle(call)
         return call.future
 
@@ -322,8 +336,9 @@ class JointChannel:
     def dead(self) -> str | None:
         return f"the {self._service.what} was shut down" if self._service.closed else None
 
-    def close(self) -> None:
-        """Nothing of its own to give back."""
+    def close(self, *, wait: bool = True) -> None:
+        if self._owned:
+            self._service.close(wait=wait)
 
 
 class _JointCall:

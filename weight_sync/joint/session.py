@@ -39,6 +39,8 @@ class Terms(Protocol):
     """How long a member may take to come to a message, whatever the trainer's deadline; 0: until that."""
     spare: bool
     """A member that dies is left out; False: then the update fails."""
+    commit_patience_s: float
+    """How late a member that has voted may come to the commit, whatever the trainer's deadline; 0: until that."""
 
     def wait(self, future: Future[Any], timeout_s: float) -> Any:
         """The result of a future, within so many seconds."""
@@ -52,6 +54,8 @@ class CommitOutcome:
     """By member: who serves the new version."""
     failed: Mapping[Any, Exception]
     """Who voted for it and then could not, or did not say so in time."""
+    late: Asked = field(default_factory=dict)
+    """Of those who did not say so in time, who are to come to it; their answers."""
 
     @property
     def reply(self) -> CommitReply:
@@ -171,7 +175,9 @@ class JointSession:
 
     def vote(self, message: Vote | Commit, end: float) -> None:
         """Ask all whether they can commit; one that cannot speaks for all."""
-        votes = self._tell(Vote(session_id=message.session_id, epoch=message.epoch), end)
+        lease_s = message.lease_s if isinstance(message, Vote) else self._commit_patience_s
+        question = Vote(session_id=message.session_id, epoch=message.epoch, lease_s=lease_s)
+        votes = self._tell(question, end)
         self.all_taken(end)
         self._agreed(votes, end)
 
@@ -184,11 +190,18 @@ class JointSession:
     def commit(self, message: Commit, end: float) -> CommitOutcome:
         """Vote and write; raises, and nothing has changed anywhere, unless all can."""
         self.vote(message, end)
-        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left(end)))
-        asked = self._tell(limited, end)
+        patience_s = self._commit_patience_s
+        limit_s = min(message.timeout_s, left(end)) if patience_s is None else patience_s
+        limited = msgspec.structs.replace(message, timeout_s=limit_s)
+        asked = self._tell(limited, end, patience_s=patience_s or 0.0)
         answers = self._left_out(collect(asked, end, self.terms.wait))
         failed = answers.errors if self.terms.spare else {**answers.errors, **answers.gone}
-        return CommitOutcome(committed=answers.replies, failed=failed)
+        late = {} if patience_s is None else {m: f for m, f in asked.items() if not f.done()}
+        return CommitOutcome(committed=answers.replies, failed=failed, late=late)
+
+    @property
+    def _commit_patience_s(self) -> float | None:
+        return self.terms.commit_patience_s or None
 
     def abort(self, reason: str) -> Asked:
         """End it everywhere without a trace, however late it is for the trainer; the answers are still to come.

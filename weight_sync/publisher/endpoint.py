@@ -3,14 +3,16 @@
 import contextlib
 import logging
 import secrets
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ..devices.room import can_spare
 from ..errors import EngineRestartedError, ManifestMismatch, SyncError, TransportError
+from ..joint.engines import JointTarget, Target
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
 from ..transports.arena import Arena
@@ -20,6 +22,7 @@ from ..transports.group.process_group import UpdateGroup
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import LocalArena
 from ..transports.shared_memory import SharedMemoryArena
+from ..wire.channel import Channel, RpcChannel
 from ..wire.deadline import Deadline
 from ..wire.messages import (
     ArenaOpened,
@@ -33,7 +36,6 @@ from ..wire.messages import (
     OpenArena,
 )
 from ..wire.process import Home, host_id
-from .channel import Channel, RpcChannel
 from .packer import DevicePacker
 from .selection import Layout, Selector
 from .window import Window, half_bytes
@@ -44,13 +46,6 @@ TransportChoice = Literal["auto", "local", "shared_memory", "cuda_ipc", "process
 GroupBackend = Literal["auto", "gloo", "nccl"]
 _CLOSE_PATIENCE_S = 3600.0
 """How late a good-bye is heard, should the engine read it late."""
-
-
-class HasWeightChannel(Protocol):
-    """An engine object, such as `rollout.Engine`."""
-
-    def weight_channel(self) -> Channel:
-        """A channel to its receiver; asked for again when the last one is dead."""
 
 
 class PackedArena:
@@ -103,7 +98,7 @@ class EngineEndpoint:
 
     def __init__(
         self,
-        target: str | HasWeightChannel,
+        target: Target | Sequence[Target],
         *,
         bucket_bytes: int,
         transport: TransportChoice,
@@ -115,7 +110,11 @@ class EngineEndpoint:
         """`gpu`: the one that NCCL sends from; None: the calling thread's current one. `arena_bytes`: see
         `WeightPublisher`."""
         self._arena_bytes = arena_bytes
-        self._target = target
+        self._target: Target
+        if isinstance(target, Sequence) and not isinstance(target, str):
+            self._target = JointTarget(target)
+        else:
+            self._target = target
         self._bucket_bytes = bucket_bytes
         self._transport = transport
         self._group_host = group_host
@@ -238,12 +237,9 @@ class EngineEndpoint:
             return
         closed = self.drop_arena()
         channel, self._channel = self._channel, None
-        if not isinstance(channel, RpcChannel):
-            if channel is not None:
-                channel.close()
-        elif closed is not None:
+        if channel is not None and closed is not None:
             closed.add_done_callback(lambda _: channel.close(wait=False))
-        else:
+        elif channel is not None:
             channel.close(wait=False)
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:

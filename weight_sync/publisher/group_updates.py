@@ -14,8 +14,10 @@ from typing import Literal, cast
 import torch
 
 from ..errors import ArenaGoneError, DeadlineExceeded, ManifestMismatch, SyncError, TransportError
+from ..joint.engines import HasWeightChannel
 from ..layout.manifest import dtype_name, parse_dtype
 from ..report import SyncReport
+from ..wire.channel import Channel
 from ..wire.deadline import Deadline
 from ..wire.messages import (
     ArenaOpened,
@@ -29,8 +31,7 @@ from ..wire.messages import (
     Receive,
 )
 from ..wire.process import current_process
-from .channel import Channel
-from .endpoint import HasWeightChannel, PackedArena
+from .endpoint import PackedArena
 from .selection import Layout, Selector
 from .update import Update, UpdateOptions
 

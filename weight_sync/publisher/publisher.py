@@ -9,20 +9,21 @@ first update, reused by every later one, and given back by `close()`.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
 import torch
 
 from ..errors import ArenaGoneError, DeadlineExceeded, SessionError
+from ..joint.engines import Target
 from ..layout.manifest import NamedTensors
 from ..report import SyncReport
 from ..wire.cancellation import on_a_thread, threaded
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from ..wire.process import Home
-from .endpoint import EngineEndpoint, GroupBackend, HasWeightChannel, TransportChoice
+from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
 from .publish_session import PublishSession
 from .selection import Selection
 from .sources import AnyNamedTensors, blocking, tensors_of
@@ -38,7 +39,12 @@ _MAY_HAVE_COMMITTED = "the engine may have committed: ask engine_info().version"
 
 
 class WeightPublisher:
-    """Pushes weights into one engine, given as an object of this process or as an address.
+    """Pushes weights into one engine, given as an object of this process or as an address, or into a list of them.
+
+    Several engines, of one model, are one target: tensors are packed once, all begin or none, and all have voted before
+    one commits. A refusal or a death before that leaves all at their old version; an engine that answers late after
+    that comes to the version by itself, and `DeadlineExceeded` says which one. They end at one version whatever they
+    served before.
 
     Any thread may call; calls wait for each other. A call that fails leaves the publisher usable and the engine at its
     old version, except after `TornWeightsError`, which the next complete update repairs; so does one that is
@@ -60,7 +66,7 @@ class WeightPublisher:
 
     def __init__(
         self,
-        engine_or_address: str | HasWeightChannel,
+        engine_or_address: Target | Sequence[Target],
         *,
         timeout_s: float = 60.0,
         bucket_bytes: int = 512 << 20,

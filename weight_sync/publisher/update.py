@@ -14,6 +14,7 @@ from ..errors import EngineDiedError, FingerprintMismatch, SessionError
 from ..plan.parallel_copy import copy_tensors
 from ..report import SyncReport
 from ..transports.spans import spans_of
+from ..wire.channel import Channel
 from ..wire.deadline import Deadline
 from ..wire.messages import (
     Abort,
@@ -26,7 +27,6 @@ from ..wire.messages import (
     VerifyMode,
 )
 from ..wire.process import current_process
-from .channel import Channel
 from .endpoint import PackedArena
 from .packer import DevicePacker
 from .selection import Selection, Selector

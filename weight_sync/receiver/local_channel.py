@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import EngineDiedError
-from ..publisher.channel import wait
+from ..wire.channel import wait
 from ..wire.process import Home
 from .service import WeightService
 
@@ -77,5 +77,5 @@ class LocalChannel:
     def dead(self) -> str | None:
         return "the channel was closed; make a new one" if self._closed else None
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         self._closed = True

@@ -11,7 +11,7 @@ from ..errors import EngineDiedError
 from ..joint.members import Member, same, tell_all
 from ..joint.service import JointService
 from ..joint.session import PATIENCE_S
-from ..publisher.channel import Channel
+from ..wire.channel import Channel
 from ..wire.messages import JoinGroup
 
 
@@ -36,7 +36,7 @@ class RankedService(JointService):
         members = [Member(name=f"rank {i}", channel=rank) for i, rank in enumerate(ranks)]
         super().__init__(members, name=name)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Stop, fail what is queued or under way, and close the channels. Safe to repeat."""
         super().close()
         for member in self._members:

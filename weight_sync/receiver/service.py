@@ -180,7 +180,7 @@ class WeightService:
         return Ack()
 
     def _vote(self, message: Vote) -> Ack:
-        self.receiver.prepare(message.session_id, message.epoch)
+        self.receiver.prepare(message.session_id, message.epoch).renew(message.lease_s)
         return Ack()
 
     def _abort(self, message: Abort) -> Ack:

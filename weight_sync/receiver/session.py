@@ -98,9 +98,10 @@ class Session:
         finally:
             self.awaits = False
 
-    def renew(self) -> None:
-        """A message of the session arrived: the lease starts again."""
-        self.lease_end = time.monotonic() + self.request.lease_s
+    def renew(self, lease_s: float | None = None) -> None:
+        """A message of the session arrived: the lease starts again, with `lease_s` where that is longer."""
+        own = self.request.lease_s
+        self.lease_end = time.monotonic() + (own if lease_s is None else max(own, lease_s))
 
     @property
     def lease_left_s(self) -> float:

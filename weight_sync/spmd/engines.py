@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
-import msgspec
 import numpy as np
 import torch
 
-from ..errors import ManifestMismatch, TransportError
-from ..joint.members import Member, same
-from ..joint.service import JointChannel, JointService
+from ..errors import TransportError
+from ..joint.engines import JointTarget, Target
 from ..layout.manifest import Manifest
-from ..publisher.channel import Channel, RpcChannel
 from ..publisher.endpoint import (
     EngineEndpoint,
     GroupBackend,
-    HasWeightChannel,
     PackedArena,
     TransportChoice,
     current_gpu,
@@ -28,79 +23,10 @@ from ..report import SyncReport
 from ..transports.arena import SharedBytes
 from ..transports.shared_memory import SharedMemoryArena
 from ..transports.spans import spans_of
+from ..wire.channel import Channel
 from ..wire.deadline import Deadline
-from ..wire.messages import EngineInfo, Hello, SharedMemoryHandle
+from ..wire.messages import EngineInfo, SharedMemoryHandle
 from .plan import Decision
-
-Target = str | HasWeightChannel
-
-
-class JointEngines(JointService):
-    """Several engines as one: what one of them refuses, none of them serves, and all get the same version."""
-
-    patience_s = 0.0
-    what = "engines"
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._channels = [
-            RpcChannel.connect(t) if isinstance(t, str) else t.weight_channel() for t in targets
-        ]
-        members = [
-            Member(name=f"engine {number}", channel=channel)
-            for number, channel in enumerate(self._channels)
-        ]
-        super().__init__(members, name="engines")
-
-    @property
-    def closed(self) -> bool:
-        """It takes no more calls, or one of the engines is dead."""
-        return super().closed or any(channel.dead is not None for channel in self._channels)
-
-    def close(self) -> None:
-        super().close()
-        for channel in self._channels:
-            channel.close()
-
-    def _hello(self, message: Hello, end: float) -> EngineInfo:
-        """They must be of one model; a restart of any of them is another engine."""
-        answers = self._ask(same(self._members, message), end)
-        answers.raise_loss()
-        infos: list[EngineInfo] = [answers.replies[member] for member in self._members]
-        first = infos[0]
-        for member, info in zip(self._members, infos, strict=True):
-            member.ranks = info.tp_size
-            if info.manifest != first.manifest:
-                raise ManifestMismatch(
-                    f"engines differ: got {len(info.manifest.names)} tensors in another layout than the other "
-                    "engine's, expected one model behind all of them; publish to each kind from a mesh of its own"
-                )
-        ids = "/".join(info.engine_id for info in infos)
-        return msgspec.structs.replace(
-            first,
-            engine_id=hashlib.sha256(ids.encode()).hexdigest(),
-            version=max(info.version for info in infos),
-            torn=next((info.torn for info in infos if info.torn is not None), None),
-            tp_size=sum(member.ranks for member in self._members),
-        )
-
-
-class _Joint:
-    """The engines as a publisher's target; connects anew when it is asked again."""
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._targets = targets
-        self._service: JointEngines | None = None
-
-    def weight_channel(self) -> Channel:
-        self.close()
-        self._service = JointEngines(self._targets)
-        return JointChannel(self._service)
-
-    def close(self) -> None:
-        """Close the connections."""
-        if self._service is not None:
-            self._service.close()
-            self._service = None
 
 
 class _Borrowed(SharedBytes):
@@ -154,7 +80,6 @@ class Engines:
         self._group_backend = group_backend
         self._gpu = current_gpu()
         self._keys: list[str | int] = []
-        self._joint: _Joint | None = None
         self._endpoint: _Endpoint | None = None
         self._update: Update | None = None
 
@@ -173,9 +98,8 @@ class Engines:
         keys = [target if isinstance(target, str) else id(target) for target in targets]
         if self._endpoint is None or keys != self._keys:
             self._disconnect()
-            self._joint = _Joint(targets) if len(targets) > 1 else None
             self._endpoint = _Endpoint(
-                self._joint or targets[0],
+                JointTarget(targets) if len(targets) > 1 else targets[0],
                 bucket_bytes=self.bucket_bytes,
                 transport=self._transport,
                 group_host=self._group_host,
@@ -190,9 +114,6 @@ class Engines:
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
-        if self._joint is not None:
-            self._joint.close()
-            self._joint = None
 
     def info(self, described: object, deadline: Deadline) -> EngineInfo:
         """What the engine says of itself, asked now; the trainer's tensors do not change it."""

@@ -323,6 +323,8 @@ class Vote(Message, frozen=True, kw_only=True):
     """As in `Begin`."""
     epoch: int
     """As in `BeginReply`."""
+    lease_s: Seconds | None = None
+    """How long it keeps its word when nothing comes; None: as long as the lease of the session."""
 
 
 class Commit(Message, frozen=True, kw_only=True):

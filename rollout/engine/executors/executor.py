@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from weight_sync.errors import DeadlineExceeded
-from weight_sync.publisher.channel import Channel
+from weight_sync.wire.channel import Channel
 from weight_sync.wire.rpc import RpcServer
 
 from ...config import EngineConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 from weight_sync.errors import SyncError
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.publisher.channel import Channel, RpcChannel
+from weight_sync.wire.channel import Channel, RpcChannel
 from weight_sync.wire.rpc import RpcClient
 from weight_sync.wire.rpc_server import private_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from weight_sync.publisher.channel import Channel, RpcChannel
+from weight_sync.wire.channel import Channel, RpcChannel
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig

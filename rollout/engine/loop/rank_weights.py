@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import msgspec
 
 from weight_sync.errors import ProtocolError
-from weight_sync.publisher.channel import Channel, RpcChannel, connect_weights
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.service import WeightService
+from weight_sync.wire.channel import Channel, RpcChannel, connect_weights
 from weight_sync.wire.messages import Abort, WeightRequest
 from weight_sync.wire.rpc import Call, RpcClient, RpcServer
 

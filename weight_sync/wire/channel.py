@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import ERRORS, DeadlineExceeded, TransportError
-from ..wire.messages import WeightReply
-from ..wire.rpc_client import RpcClient
+from .messages import WeightReply
+from .rpc_client import RpcClient
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -32,8 +32,8 @@ class Channel(Protocol):
     def dead(self) -> str | None:
         """Why nothing will ever be answered again, or None."""
 
-    def close(self) -> None:
-        """Give back what this end holds; the engine goes on."""
+    def close(self, *, wait: bool = True) -> None:
+        """Give back what this end holds; the engine goes on. Without `wait` it blocks nowhere."""
 
 
 def connect_weights(address: str) -> RpcClient:
