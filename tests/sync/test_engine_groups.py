@@ -19,6 +19,7 @@ from rollout import Engine
 from weight_sync.errors import (
     DeadlineExceeded,
     ManifestMismatch,
+    ProtocolError,
     SessionBusy,
     TransportError,
     WeightUpdateError,
@@ -405,11 +406,29 @@ def test_a_trainer_that_never_comes_is_named_by_the_deadline_of_the_call(engine:
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.parametrize("size", [-64, 64 << 40], ids=["below zero", "terabytes"])
+def test_sizes_that_no_model_has_are_refused_before_memory_is_made_for_them(
+    engine: Engine, trainer: Any, size: int
+) -> None:
+    before = engine.weights_fingerprint()
+    plain = PlainTrainer(engine)
+    with pytest.raises((ManifestMismatch, ProtocolError)):
+        engine.update_weights_from_distributed(["lm_head.weight"], ["float32"], [[size]], NAME)
+    plain.close()
+    assert engine.weights_fingerprint() == before
+    plain = PlainTrainer(engine)
+    assert plain.update(list(trainer.named_parameters())).complete
+    plain.close()
+
+
 def test_groups_and_formats_that_do_not_exist_are_refused_in_words(engine: Engine) -> None:
     with pytest.raises(TransportError, match="init_weights_update_group"):
         engine.update_weights_from_distributed([], [], [], "nobody")
     with pytest.raises(WeightUpdateError, match="load_format"):
         engine.update_weights_from_distributed([], [], [], NAME, load_format="pickle")
+    with pytest.raises(ValueError, match="kv_policy: got 'sideways'"):
+        policy: Any = "sideways"
+        engine.update_weights_from_distributed([], [], [], NAME, kv_policy=policy)
     with pytest.raises(WeightUpdateError, match="backend"):
         engine.init_weights_update_group("127.0.0.1", 1, 1, 2, NAME, "mpi")
     with pytest.raises(TransportError):

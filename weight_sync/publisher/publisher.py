@@ -27,7 +27,7 @@ from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
 from .publish_session import PublishSession
 from .selection import Selection
 from .sources import AnyNamedTensors, blocking, tensors_of
-from .update import PackedRows, Update, UpdateOptions
+from .update import PackedRows, Update, UpdateOptions, check_choice
 
 T = TypeVar("T")
 
@@ -75,8 +75,8 @@ class WeightPublisher:
         group_backend: GroupBackend = "auto",
         arena_bytes: int | None = None,
     ) -> None:
-        _check_choice("transport", transport, get_args(TransportChoice))
-        _check_choice("group_backend", group_backend, get_args(GroupBackend))
+        check_choice("transport", transport, get_args(TransportChoice))
+        check_choice("group_backend", group_backend, get_args(GroupBackend))
         self._timeout_s = timeout_s
         self._home = Home("the publisher")
         self._lock = threading.RLock()
@@ -397,8 +397,6 @@ class WeightPublisher:
         return update, prepared
 
     def _new_update(self, options: UpdateOptions, deadline: Deadline) -> Update:
-        _check_choice("kv_policy", options.kv_policy, (None, *get_args(KvPolicyName)))
-        _check_choice("verify", options.verify, get_args(VerifyMode))
         packed = self._endpoint.arena(deadline)
         self._endpoint.check_same(strict=options.strict)
         return Update(
@@ -485,10 +483,3 @@ class WeightPublisher:
                 f"a session of this publisher is open (for version {self._update.version}); expected none; commit() or "
                 "abort() it first, or send() into it"
             )
-
-
-def _check_choice(name: str, got: object, choices: tuple[object, ...]) -> None:
-    if got not in choices:
-        raise ValueError(
-            f"{name}: got {got!r}, expected one of {', '.join(map(repr, choices))}; choose one of these"
-        )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -52,6 +52,18 @@ class UpdateOptions:
     check_finite: bool = True
     lease_s: float | None = None
     """None: as long as the update as a whole may take."""
+
+    def __post_init__(self) -> None:
+        check_choice("kv_policy", self.kv_policy, (None, *get_args(KvPolicyName)))
+        check_choice("verify", self.verify, get_args(VerifyMode))
+
+
+def check_choice(name: str, got: object, choices: tuple[object, ...]) -> None:
+    """`ValueError` unless `got` is one of them."""
+    if got not in choices:
+        raise ValueError(
+            f"{name}: got {got!r}, expected one of {', '.join(map(repr, choices))}; choose one of these"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from ..errors import ManifestMismatch, ProtocolError, SessionError
 from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from ..layout.finite import refuse_non_finite
-from ..layout.manifest import Manifest, TensorMeta, align, parse_dtype
+from ..layout.manifest import Manifest, TensorMeta, align, mismatch, parse_dtype
 from ..plan.stage import Stage
 from ..process_groups.expected import telling_bytes
 from ..publisher.selection import Layout, Selector
@@ -24,6 +24,11 @@ from ..wire.messages import EngineInfo, Receive
 from .session import Phase, Session
 
 NamedTensor = tuple[str, torch.Tensor]
+
+_MOST_BYTES_PER_ELEMENT = 16
+"""Everything twice, under a fused name and under its parts, in float64."""
+_SPARE_BYTES = 64 << 20
+"""For names that have no memory here, such as rotary tables, beside a tiny model."""
 
 
 @contextmanager
@@ -49,9 +54,12 @@ def check_can_receive(session: Session, canonical: Manifest) -> None:
 
 
 def receive(
-    group: UpdateGroup, message: Receive, timeout_s: float, stage: Stage
+    group: UpdateGroup, message: Receive, timeout_s: float, session: Session
 ) -> list[NamedTensor]:
-    """What the trainer broadcasts for `message`, in memory of the stage."""
+    """What the trainer broadcasts for `message`, in memory of the session's stage.
+
+    `ManifestMismatch`, and nothing is received, for what cannot be a broadcast of this model's trainer.
+    """
     if not len(message.names) == len(message.dtypes) == len(message.shapes):
         raise ManifestMismatch(
             f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
@@ -61,9 +69,26 @@ def receive(
         TensorMeta(name=name, shape=tuple(shape), dtype=parse_dtype(dtype))
         for name, dtype, shape in zip(message.names, message.dtypes, message.shapes, strict=True)
     ]
+    _check_sizes(metas, session.manifest)
     if message.layout == "tensors":
-        return _receive_tensors(group, metas, timeout_s, stage)
-    return _receive_bucket(group, metas, timeout_s, stage, aligned=message.layout == "bucket")
+        return _receive_tensors(group, metas, timeout_s, session.stage)
+    aligned = message.layout == "bucket"
+    return _receive_bucket(group, metas, timeout_s, session.stage, aligned=aligned)
+
+
+def _check_sizes(metas: Sequence[TensorMeta], manifest: Manifest) -> None:
+    """Memory is made for whatever is announced, also for what is refused afterwards: within reason."""
+    negative = [str(meta) for meta in metas if min(meta.shape, default=0) < 0]
+    if negative:
+        raise mismatch("sizes below 0 were announced", negative, "expected 0 or more; send shapes")
+    announced = sum(meta.num_bytes for meta in metas)
+    elements = sum(meta.num_elements for meta in manifest.tensors)
+    most = _MOST_BYTES_PER_ELEMENT * elements + _SPARE_BYTES
+    if announced > most:
+        raise ManifestMismatch(
+            f"got {announced} bytes announced in one call, expected at most {most} for a model of {elements} "
+            "elements; look at names, shapes and dtypes, or send several calls"
+        )
 
 
 def _receive_tensors(

@@ -262,7 +262,7 @@ class WeightReceiver:
                 check_can_receive(session, self._canonical)
                 session.take_from_groups(self.stage_memory, group)
                 timeout_s = min(message.timeout_s, session.request.lease_s)
-                tensors = receive(group, message, timeout_s, session.stage)
+                tensors = receive(group, message, timeout_s, session)
             before = session.present.copy()
             values = stage_received(session, self.info(), tensors)
             received = self._resident.combined(values, session.present & ~before)
