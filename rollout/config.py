@@ -132,6 +132,8 @@ class ResolvedConfig:
     """Label of the first weights."""
     seed: int
     """Of requests that bring none; the same on all ranks."""
+    num_labels: int | None = None
+    """Scores of a sequence that `classify` returns; None: the model generates."""
 
 
 def default_block_size(device: str) -> int:

@@ -54,11 +54,17 @@ def tiny_tokenizer() -> Any:
 def tiny_model(family: str, **overrides: Any) -> Any:
     """A random transformers model in float32; norms and biases are random too, so that leaving one out shows."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
+    num_labels = overrides.get("num_labels")  # given: a classifier with so many
     config = CONFIG_MAPPING[family](**{**TINY, **overrides})
     torch.manual_seed(int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "little"))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

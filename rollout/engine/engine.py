@@ -40,10 +40,10 @@ from ..protocol.commands import (
     StopProfile,
 )
 from ..tokenizer import Tokenizer
+from .classification import ClassificationCalls
 from .executors.choice import make_executor
 from .executors.executor import Executor
 from .executors.remote import RemoteExecutor
-from .generation import GenerationCalls
 from .group_weights import GroupWeightCalls
 from .info import InfoCalls
 from .loop.checks import check_start
@@ -65,7 +65,7 @@ COLLECTIVE_CALLS = (
 )
 
 
-class Engine(GenerationCalls, GroupWeightCalls, InfoCalls):
+class Engine(ClassificationCalls, GroupWeightCalls, InfoCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

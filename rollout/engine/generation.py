@@ -118,7 +118,7 @@ class GenerationCalls(EngineClient):
         `NoUpdateYetError` and `TornWeightsError` while the weights must not be used; `DeadlineExceeded` when the engine
         does not even answer; `EngineDiedError` when its process is gone.
         """
-        if _is_empty(others.get("text", prompt)) and input_ids is None:
+        if is_empty(others.get("text", prompt)) and input_ids is None:
             return iter(()) if stream else []
         prepared = self._prepare(locals())
         limit = self._limit(prepared, timeout_s)
@@ -164,19 +164,13 @@ class GenerationCalls(EngineClient):
         **others: Any,
     ) -> Any:
         """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
-        if _is_empty(others.get("text", prompt)) and input_ids is None:
+        if is_empty(others.get("text", prompt)) and input_ids is None:
             return _nothing() if stream else []
         prepared = self._prepare(locals())
         limit = self._limit(prepared, timeout_s)
         if stream:
             return self._async_stream(prepared, limit)
-        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
-        try:
-            await answer_of(future, limit, "generate")
-        except BaseException:
-            self._abandon(prepared, future)
-            raise
-        return prepared.result()
+        return await self._async_whole(prepared, limit)
 
     def score(
         self,
@@ -272,6 +266,15 @@ class GenerationCalls(EngineClient):
             raise
         return prepared.result()
 
+    async def _async_whole(self, prepared: PreparedGenerate, limit: float) -> Result | list[Result]:
+        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
+        try:
+            await answer_of(future, limit, "generate")
+        except BaseException:
+            self._abandon(prepared, future)
+            raise
+        return prepared.result()
+
     def _stream(self, prepared: PreparedGenerate, limit: float) -> Iterator[Result]:
         updates: queue.SimpleQueue[SampleUpdate | None] = queue.SimpleQueue()
         future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=updates.put)
@@ -316,7 +319,7 @@ class GenerationCalls(EngineClient):
         return limit + grace_s
 
 
-def _is_empty(prompt: Any) -> bool:
+def is_empty(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and not prompt
 
 
@@ -358,7 +361,7 @@ def _joined(query: Any, item: Any, item_first: bool) -> Any:
 
 def _label_probabilities(results: list[Result], apply_softmax: bool) -> list[list[float]]:
     rows = []
-    for result in _whole("score", results):
+    for result in whole_results("score", results):
         values = [value for value, _, _ in result["meta_info"]["output_token_ids_logprobs"][0]]
         probabilities = [math.exp(value) for value in values]
         total = sum(probabilities) if apply_softmax else 1.0
@@ -382,11 +385,11 @@ def _logprobs_call(
 def _logprobs(results: list[Result]) -> list[list[float | None]]:
     return [
         [value for value, _, _ in result["meta_info"]["input_token_logprobs"]]
-        for result in _whole("sequence_logprobs", results)
+        for result in whole_results("sequence_logprobs", results)
     ]
 
 
-def _whole(what: str, results: list[Result]) -> list[Result]:
+def whole_results(what: str, results: list[Result]) -> list[Result]:
     """`results`, or an error where one was ended early: half an answer is none here."""
     for result in results:
         reason = result["meta_info"]["finish_reason"]

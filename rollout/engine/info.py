@@ -61,7 +61,7 @@ class InfoCalls(EngineClient):
         return {
             "model_path": self.model_path,
             "tokenizer_path": self._tokenizer_path(),
-            "is_generation": True,
+            "is_generation": status.resolved["num_labels"] is None,
             "preferred_sampling_params": None,
             "weight_version": status.weight_version,
             "weight_version_number": status.version,

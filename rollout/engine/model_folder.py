@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -27,6 +28,12 @@ def write_model_folder(model: Any, tokenizer: Any) -> Path:
         )
     folder = Path(tempfile.mkdtemp(prefix="rollout-model-"))
     try:
+        kind = type(inner).__name__
+        if kind.endswith(("ForSequenceClassification", "ForCausalLM")):
+            config = copy.copy(
+                config
+            )  # Which of both it is, a configuration need not say, nor say rightly.
+            config.architectures = [kind]
         config.save_pretrained(folder)
         generation = getattr(inner, "generation_config", None)
         if generation is not None:

@@ -68,10 +68,11 @@ def prepare(
     attention_mask: Any = None,
     add_special_tokens: bool | None = None,
     pad_token_id: int | None = None,
+    pooling: str | None = None,
 ) -> PreparedGenerate:
     """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt.
 
-    `others` are arguments that only the common dialect has, see `dialect`.
+    `others` are arguments that only the common dialect has, see `dialect`. pooling: as `PromptSpec.pooling`.
     """
     _check_others(others)
     ids, is_list = prompt_token_ids(
@@ -102,6 +103,7 @@ def prepare(
             num_logprobs=read[i][1],
             first_sample=i * read[i][0].n if shared else 0,
             flat_logprobs=flat_logprobs,
+            pooling=pooling,
             **{k: v[i] for k, v in columns.items()},
         )
         for i in range(num)

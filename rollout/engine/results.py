@@ -100,6 +100,8 @@ class ResultBuilder:
         result = {"text": self._text(last), "output_ids": list(self._output_ids)}
         if self._extras.prompt_token_ids:
             result["prompt_token_ids"] = list(self._spec.input_ids)
+        if last.pooled is not None:
+            result["pooled"] = last.pooled
         return {**result, "meta_info": meta}
 
     def _token_versions(self, last: SampleUpdate) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 
 from weight_sync.layout.weight_map import WeightMap
 
+from ..layers.embedding import VocabParallelEmbedding
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from .arena import ParameterArena
 from .decoder import Decoder
@@ -33,7 +34,7 @@ def _weight_map(model: Decoder) -> WeightMap:
     config = model.config
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, table in (("embedding.weight", model.embedding), ("head.weight", model.head)):
-        if name in parameters:
+        if name in parameters and isinstance(table, VocabParallelEmbedding):
             parameters[name] = table.weight.data[: table.num_tokens]
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     return WeightMap(

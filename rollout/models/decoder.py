@@ -17,6 +17,7 @@ from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.norm import RMSNorm
 from ..layers.rotary import RotaryEmbedding
+from ..layers.score_head import ScoreHead
 from ..layers.shards import OutputRows, split_evenly, split_kv_heads
 from ..layers.single_group import TensorParallelGroup
 from ..layers.step import AttentionLayer, LayerStep
@@ -155,11 +156,13 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer, tp) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = (
-            self.embedding
-            if config.tie_word_embeddings
-            else ParallelLMHead(config.vocab_size, config.hidden_size, tp)
-        )
+        self.head: VocabParallelEmbedding | ScoreHead
+        if config.num_labels is not None:
+            self.head = ScoreHead(config.num_labels, config.hidden_size)
+        elif config.tie_word_embeddings:
+            self.head = self.embedding
+        else:
+            self.head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
         """Angles of positions; the step's to apply."""
 
@@ -185,7 +188,10 @@ class Decoder(nn.Module):
         return step.norm(residual, x, self.norm)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank; in `out`, if any."""
+        """hidden (R, E) -> (R, V) in the parameters' dtype, the full vocabulary on every rank; in `out`, if any.
+
+        Of a classifier the scores, (R, num_labels).
+        """
         return self.head.logits(hidden, out)
 
     def placements(self) -> Iterator[Placement]:
@@ -196,7 +202,8 @@ class Decoder(nn.Module):
             yield from layer.placements(f"model.layers.{index}")
         yield from self.norm.placements("model.norm")
         if self.head is not self.embedding:
-            yield from self.head.placements("lm_head")
+            name = "lm_head" if self.config.num_labels is None else "score"
+            yield from self.head.placements(name)
 
     def fused_names(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names of the fused projections, and of the checkpoint tensors that each stacks."""

@@ -60,6 +60,8 @@ class ModelConfig:
     """Queries and keys are normalised per head, before rotation."""
     sliding_windows: tuple[int | None, ...]
     """For each layer, how many tokens back a query sees, itself included; None: all."""
+    num_labels: int | None = None
+    """Scores of a sequence, of a sequence-classification checkpoint, which has no output head; None: it generates."""
     dtype: str | None = None
     """Dtype of the checkpoint without the `torch.` prefix; None when it names none."""
 
@@ -78,8 +80,9 @@ class ModelConfig:
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         layer = self.hidden_size * (heads + 3 * self.intermediate_size) + norms
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return tables + self.num_layers * layer + self.hidden_size
+        head = self.vocab_size if self.num_labels is None else self.num_labels
+        rows = self.vocab_size + (0 if self.tie_word_embeddings else head)
+        return rows * self.hidden_size + self.num_layers * layer + self.hidden_size
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
@@ -122,6 +125,7 @@ class ModelConfig:
             )
         attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None)
+        num_labels = _num_labels(config)
         return cls(
             family=family,
             vocab_size=config.vocab_size,
@@ -134,14 +138,22 @@ class ModelConfig:
             rms_norm_eps=config.rms_norm_eps,
             max_position_embeddings=config.max_position_embeddings,
             rope=rope,
-            tie_word_embeddings=bool(config.tie_word_embeddings),
+            tie_word_embeddings=num_labels is None and bool(config.tie_word_embeddings),
             qkv_bias=True if family == "qwen2" else attention_bias and family != "mistral",
             output_bias=attention_bias and family in ("llama", "qwen3"),
             mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
             qk_norm=family == "qwen3",
             sliding_windows=windows,
+            num_labels=num_labels,
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
         )
+
+
+def _num_labels(config: PretrainedConfig) -> int | None:
+    """transformers gives every configuration labels; only the architecture tells whether there is a head for them."""
+    names = config.architectures or []
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    return int(config.num_labels) if is_classifier else None
 
 
 def _dtype_of(raw: Mapping[str, Any]) -> dict[str, str]:

@@ -50,6 +50,8 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How many of the most likely tokens to return per position."""
     token_ids_logprob: TokenIds | None = None
     """Tokens whose log-probability is wanted at every position; None: none."""
+    pooling: Literal["score"] | None = None
+    """What to return of the last position, with `max_new_tokens` 0: "score", a classifier's; None: nothing."""
     return_token_times: bool = False
     """Return the wall-clock time (seconds since the epoch) of each output token."""
 
@@ -213,6 +215,8 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """Most likely tokens per prompt position."""
     input_ids_logprobs: list[TopLogprobs | None] | None = None
     """Log-probabilities of the asked token ids per prompt position."""
+    pooled: list[float] | None = None
+    """What `pooling` asked for; None: nothing, or the sample ended before it was computed."""
     token_times: list[float] | None = None
     """Seconds since the epoch of each token of `output_ids`."""
     e2e_latency: float = 0.0

@@ -131,7 +131,7 @@ class ModelRunner:
 
     def init_device_graphs(self, context_length: int, progress: Progress | None = None) -> None:
         """Make decode steps one piece, captured where the device has graphs; weights need not be loaded."""
-        if self.backend.name == "triton":
+        if self.backend.name == "triton" and self.model_config.num_labels is None:
             from ..layers.device_sampler import DeviceSampler
             from .cuda_graph_runner import CudaGraphRunner
             from .triton_backend import TritonBackend
@@ -205,7 +205,8 @@ class ModelRunner:
             return self.model.logits(hidden_rows)
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """hidden_rows (R, hidden) -> float32 logits (R, vocab): a fresh tensor, the caller's to overwrite."""
+        """hidden_rows (R, hidden) -> float32 logits (R, vocab), of a classifier (R, num_labels): a fresh tensor, the
+        caller's to overwrite."""
         with (
             torch.no_grad()
         ):  # Not inference mode: its tensors could not be written to outside of it.

@@ -159,8 +159,12 @@ class Scheduler:
         for request in self._running:
             start, num_tokens = request.num_computed, len(request.token_ids)
             if num_tokens - start == 1:
-                if num_tokens >= request.final_length and request.token_ids[-1] == PENDING:
-                    continue  # It ends as soon as its last token is known.
+                if num_tokens >= request.final_length:
+                    if request.token_ids[-1] != PENDING:
+                        prefills.append(
+                            request
+                        )  # Draws nothing: the end of a prompt, and no decode.
+                    continue  # Else it ends as soon as its last token is known.
                 items.append(ScheduledItem(request, start, 1, True))
                 if start == request.capacity:
                     full.append(request)

@@ -135,6 +135,7 @@ class Admission:
 
     def _check(self, spec: PromptSpec, what: str) -> None:
         limit, vocab = self._config.context_length, self._config.vocab_size
+        self._check_kind(spec)
         SamplingParams.from_dict(spec.params, vocab_size=vocab)
         num = len(spec.input_ids)
         if num == 0:
@@ -159,6 +160,17 @@ class Admission:
                 f"{what}: got stop strings without a tokenizer; use stop_token_ids or drop skip_tokenizer_init"
             )
 
+    def _check_kind(self, spec: PromptSpec) -> None:
+        if spec.pooling is None and self._config.num_labels is not None:
+            raise InvalidRequestError(
+                "generate: got a sequence-classification checkpoint, expected one with an output head; call classify"
+            )
+        if spec.pooling is not None and self._config.num_labels is None:
+            raise InvalidRequestError(
+                "classify: got a checkpoint that generates, expected one that is ...ForSequenceClassification; "
+                "call generate, score or sequence_logprobs"
+            )
+
     @staticmethod
     def _check_tokens(ids: Iterable[int], vocab: int, what: str) -> None:
         worst = max(ids, default=0)
@@ -176,5 +188,6 @@ def _asked_of_prompt(spec: PromptSpec) -> Hashable:
         spec.return_logprob,
         spec.logprob_start_len,
         spec.top_logprobs_num,
+        spec.pooling,
         None if spec.token_ids_logprob is None else tuple(spec.token_ids_logprob),
     )

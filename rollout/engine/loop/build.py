@@ -148,6 +148,7 @@ def resolve(
         vocab_size=model.vocab_size,
         weight_version=config.weight_version if config.weight_version is not None else "0",
         seed=secrets.randbits(63) if config.seed is None else config.seed,
+        num_labels=model.num_labels,
     )
 
 

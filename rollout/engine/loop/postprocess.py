@@ -65,6 +65,8 @@ class Flight:
     """Requests that wanted no token; they end with it."""
     parts: list[DrawnPart]
     """What it draws."""
+    pooled: list[tuple[SampleState, torch.Tensor]] = field(default_factory=list)
+    """What is wanted of a last position, each a vector, perhaps not computed yet."""
     tokens: list[torch.Tensor] = field(default_factory=list)
     """Of each part, the drawn tokens on the device; empty where one sampler's buffer holds them all."""
 
@@ -142,6 +144,7 @@ class Postprocessor:
         for item in batch.items:
             offset += item.length
             last_rows.append(offset - 1)
+        self._pool(flight, launched.hidden, rows, last_rows)
         for first in range(0, len(drawing), self._max_rows):
             piece = drawing[first : first + self._max_rows]
             # Samples of one prompt draw their first token from one row of logits.
@@ -155,6 +158,21 @@ class Postprocessor:
                 place = {item: i for i, item in enumerate(items)}
                 self._draw(flight, logits, requests, [place[row.item_index] for row in piece])
         return flight
+
+    def _pool(
+        self,
+        flight: Flight,
+        hidden: torch.Tensor,
+        rows: Sequence[SampleRow],
+        last_rows: Sequence[int],
+    ) -> None:
+        """Start to compute what requests without tokens want of their last position."""
+        wanted = [row for row in rows if not row.draws and row.request.outputs.spec.pooling]
+        if wanted:
+            picked = self._runner.index([last_rows[row.item_index] for row in wanted])
+            scores = self._runner.compute_logits(hidden.index_select(0, picked))
+            states = [row.request.outputs for row in wanted]
+            flight.pooled.extend(zip(states, scores, strict=True))
 
     def _draw_decoded(
         self, flight: Flight, launched: LaunchedStep, drawing: Sequence[SampleRow]
@@ -188,6 +206,8 @@ class Postprocessor:
 
     def land(self, flight: Flight) -> None:
         """Take in the tokens of a step, and finish those that end with it. Waits until the step is computed."""
+        for state, vector in flight.pooled:
+            state.pooled = vector.tolist()
         for request in flight.undrawn:
             if not request.outputs.finished:
                 self._finish(request, FinishReason(type="length", length=0))

@@ -81,6 +81,7 @@ class SampleState:
     selected: list[TopLogprobs] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    pooled: list[float] | None = None
     num_sent: int = 0
     finished: bool = False
     aborted: bool = False
@@ -147,6 +148,7 @@ class SampleState:
             input_logprobs=list(zip(inputs.values, inputs.tokens, strict=True)) if inputs else None,
             input_top_logprobs=inputs.top if inputs and wants_top else None,
             input_ids_logprobs=inputs.selected if inputs and wants_ids else None,
+            pooled=self.pooled,
             token_times=self.token_times[sent:] if spec.return_token_times else None,
             e2e_latency=time.perf_counter() - self.arrival,
             num_retractions=request.num_retractions,

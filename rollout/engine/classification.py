@@ -1,0 +1,97 @@
+"""`classify`: the scores of a sequence-classification checkpoint, such as a reward model, with its `async_` twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .generation import GenerationCalls, is_empty, whole_results
+from .prepare import PreparedGenerate, prepare
+
+Scores = list[float] | list[list[float]]
+"""One number for each sequence, or one list of `num_labels` numbers where there are several labels."""
+
+
+class ClassificationCalls(GenerationCalls):
+    """The part of `Engine` that computes scores of whole sequences, beside what generates."""
+
+    def classify(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Any = None,
+        *,
+        attention_mask: Any = None,
+        add_special_tokens: bool | None = None,
+        min_weight_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Score each sequence with a `...ForSequenceClassification` checkpoint: what its head says of the last token.
+
+        Give `prompt` (text) or `input_ids` (token ids), one or a list, as to `generate`; text gets the special tokens
+        that the tokenizer adds. Returns a list with one entry for each sequence: a number where the checkpoint has one
+        label, as reward models do, else `num_labels` numbers. They are the head's float32 outputs, before any softmax
+        or sigmoid. The weights, head included, are updated like a policy's; nothing is computed before version
+        `min_weight_version` serves.
+
+        Raises `InvalidRequestError` for what cannot be scored, also where the checkpoint generates instead, and
+        `DeadlineExceeded` unless all scores are there in `timeout_s` seconds (None: no deadline).
+        """
+        if is_empty(prompt) or is_empty(input_ids):
+            return []
+        prepared = self._prepare_scores(
+            prompt, input_ids, attention_mask, add_special_tokens, min_weight_version
+        )
+        return _scores(prepared, self._whole(prepared, self._limit(prepared, timeout_s)))
+
+    async def async_classify(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Any = None,
+        *,
+        attention_mask: Any = None,
+        add_special_tokens: bool | None = None,
+        min_weight_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """As `classify`, awaitable. Cancelling it aborts what is not scored yet."""
+        if is_empty(prompt) or is_empty(input_ids):
+            return []
+        prepared = self._prepare_scores(
+            prompt, input_ids, attention_mask, add_special_tokens, min_weight_version
+        )
+        limit = self._limit(prepared, timeout_s)
+        return _scores(prepared, await self._async_whole(prepared, limit))
+
+    def _prepare_scores(
+        self,
+        prompt: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        add_special_tokens: bool | None,
+        min_weight_version: int | None,
+    ) -> PreparedGenerate:
+        return prepare(
+            self._tokenizer,
+            prompt=prompt,
+            input_ids=input_ids,
+            sampling_params={"max_new_tokens": 0},
+            stream=False,
+            rid=None,
+            return_text_in_logprobs=False,
+            flat_logprobs=False,
+            return_token_versions=False,
+            return_prompt_token_ids=False,
+            min_weight_version=min_weight_version,
+            per_prompt={"token_ids_logprob": None, "top_logprobs_num": 0, "return_logprob": False},
+            others={},
+            attention_mask=attention_mask,
+            add_special_tokens=add_special_tokens,
+            pad_token_id=self._pad_token_id,
+            pooling="score",
+        )
+
+
+def _scores(prepared: PreparedGenerate, answer: Any) -> Scores:
+    results = [answer] if prepared.single else answer
+    rows = [result["pooled"] for result in whole_results("classify", results)]
+    return [row[0] for row in rows] if len(rows[0]) == 1 else rows
