@@ -30,7 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_new_tokens: int = 128
     """Tokens to draw at most; 0: the prompt is computed and nothing is drawn."""
     min_new_tokens: int = 0
-    """Tokens to draw before an end-of-sequence or stop token may be drawn."""
+    """Tokens to draw before an end-of-sequence or stop token may be drawn, and before a stop string counts."""
     temperature: float = 1.0
     """Divides the logits; below 1e-6 the request is greedy."""
     top_p: float = 1.0
@@ -48,7 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: int = 1
     """Samples of the prompt."""
     stop: tuple[str, ...] = ()
-    """Strings that end the output; a single string and None are accepted when building."""
+    """Strings that end the output, looked for in its text with special tokens; of several the one that begins first. A
+    single string and None are accepted when building."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the output, besides the end-of-sequence tokens; any sequence is accepted when building."""
     ignore_eos: bool = False

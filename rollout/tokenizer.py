@@ -1,6 +1,6 @@
-"""Text in, text out: the tokenizer, the end tokens of a checkpoint, and stop strings.
+"""Text in, text out: the tokenizer, and the end tokens of a checkpoint.
 
-The engine loop works on token ids alone. It decodes only for requests that have stop strings, and then only the tail.
+The engine loop works on token ids alone. It decodes only for requests that have stop strings (`stop_strings`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, InvalidRequestError
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are no character are shown as."""
 
 
 class Tokenizer:
@@ -61,18 +64,40 @@ class Tokenizer:
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, spaces: bool = True
     ) -> str:
-        """Text of `token_ids` as it continues other text: a space at its beginning stays."""
+        """Text of `token_ids` as it continues other text: a space at its beginning stays, and all that is between."""
         start, text = self._start or ([], "")
-        whole: str = self._tokenizer.decode(
-            [*start, *token_ids],
-            skip_special_tokens=skip_special_tokens,
-            spaces_between_special_tokens=spaces,
-        )
+        ids = [*start, *token_ids]
+        if self._backend is not None:
+            whole: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:
+            whole = self._tokenizer.decode(
+                ids,
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces,
+                clean_up_tokenization_spaces=False,
+            )
         return whole[len(text) :]
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, as log-probability entries show it."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def _backend(self) -> Any:
+        """What transformers would ask in the end, in a fifth of the time; None: the class decodes in its own way."""
+        from transformers import PreTrainedTokenizerFast as Fast
+
+        kind = type(self._tokenizer)
+        own = not issubclass(kind, Fast) or any(
+            getattr(kind, name) is not getattr(Fast, name) for name in ("decode", "_decode")
+        )
+        return None if own else self._tokenizer.backend_tokenizer
+
+    @cached_property
+    def has_byte_fallback(self) -> bool:
+        """Bytes may be tokens, of which one that is no part of a character spoils the others that are next to it."""
+        ids = self._tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xA9>"])
+        return None not in ids and self._tokenizer.decode(ids) == "\u00e9"
 
     @cached_property
     def _start(self) -> tuple[list[int], str] | None:
@@ -130,32 +155,6 @@ def pad_token_id(model_path: str | Path) -> int | None:
     file = Path(model_path) / "config.json"
     value = json.loads(file.read_text()).get("pad_token_id") if file.is_file() else None
     return value if isinstance(value, int) else None
-
-
-class StopStringWatcher:
-    """Looks for stop strings at the end of a growing output.
-
-    Each check decodes only as many tokens as the longest stop string can span, plus a few for characters that take
-    several tokens, so the cost per token does not grow with the output.
-    """
-
-    _SLACK = 8
-
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], *, skip_special_tokens: bool
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stops = tuple(stops)
-        self._skip_special_tokens = skip_special_tokens
-        # A token adds at least one byte, and a character takes up to four.
-        self._window = 4 * max(len(stop) for stop in stops) + self._SLACK
-
-    def match(self, output_ids: Sequence[int]) -> str | None:
-        """The stop string that the end of `output_ids` completes, or None; call it after every token."""
-        tail = self._tokenizer.decode(
-            output_ids[-self._window :], skip_special_tokens=self._skip_special_tokens
-        )
-        return next((stop for stop in self._stops if stop in tail), None)
 
 
 def encode_prompts(

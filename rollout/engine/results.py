@@ -10,6 +10,7 @@ import msgspec
 
 from ..protocol.commands import PromptSpec, SampleUpdate, TopLogprobs
 from ..tokenizer import Tokenizer
+from .shown_text import ShownText
 
 LogprobEntry = tuple[float | None, int, str | None]
 
@@ -46,6 +47,7 @@ class ResultBuilder:
 
     def _clear(self) -> None:
         self._output_ids: list[int] = []
+        self._shown = ShownText(self._tokenizer, self._params) if self._tokenizer else None
         self._output_logprobs: list[float] = []
         self._output_top: list[TopLogprobs] = []
         self._output_selected: list[TopLogprobs] = []
@@ -149,26 +151,11 @@ class ResultBuilder:
         ]
 
     def _text(self, last: SampleUpdate) -> str:
-        if self._tokenizer is None:
+        if self._shown is None:
             return ""
-        ids = self._output_ids
-        reason = last.finish_reason
-        trim = not self._params.no_stop_trim
-        if (
-            trim
-            and reason is not None
-            and reason.type == "stop"
-            and isinstance(reason.matched, int)
-        ):
-            ids = ids[:-1]
-        text = self._tokenizer.decode(
-            ids,
-            skip_special_tokens=self._params.skip_special_tokens,
-            spaces=self._params.spaces_between_special_tokens,
-        )
-        if trim and reason is not None and isinstance(reason.matched, str):
-            text = text[: text.find(reason.matched)] if reason.matched in text else text
-        return text
+        if last.finish_reason is None:
+            return self._shown.so_far(self._output_ids, last.text_end)
+        return self._shown.final(self._output_ids, last.finish_reason, last.text_end)
 
 
 def _finish_reason(update: SampleUpdate) -> dict[str, Any] | None:

@@ -193,6 +193,9 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """Output tokens (new ones only, when streaming)."""
     finish_reason: FinishReason | None
     """None while it runs."""
+    text_end: tuple[int, int] | None = None
+    """The text ends after so many output tokens, less so many characters of the last of these: there a stop string
+    begins, or, while it runs, what may become one; None: after all."""
     prompt_tokens: int
     """Tokens of the prompt."""
     cached_tokens: int

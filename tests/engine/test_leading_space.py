@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rollout.tokenizer import StopStringWatcher, Tokenizer
+from rollout.stop_strings import StopStringWatcher
+from rollout.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -37,8 +38,9 @@ def test_a_continuation_keeps_its_leading_space(like_llama_2: Tokenizer) -> None
 
 
 def test_a_stop_string_may_begin_with_the_leading_space(like_llama_2: Tokenizer) -> None:
-    watcher = StopStringWatcher(like_llama_2, [" world"], skip_special_tokens=True)
-    assert watcher.match([4])
+    watcher = StopStringWatcher(like_llama_2, [" world"])
+    match = watcher.add(4)
+    assert match is not None and match.text_end == (1, 6)
 
 
 def test_byte_level_tokenizers_are_left_alone(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -21,7 +21,8 @@ from ...sampling_params import SamplingParams
 from ...scheduling.admission import check_fits, in_use
 from ...scheduling.request import Request
 from ...scheduling.scheduler import Scheduler
-from ...tokenizer import StopStringWatcher, Tokenizer
+from ...stop_strings import StopStringWatcher
+from ...tokenizer import Tokenizer
 from .opening import Opening, SentPrompt
 from .sample_state import GenerateGroup, InputLogprobs, SampleState
 
@@ -102,7 +103,7 @@ class Admission:
             watcher = None
             if params.stop and self._tokenizer is not None:
                 watcher = StopStringWatcher(
-                    self._tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens
+                    self._tokenizer, params.stop, min_new_tokens=params.min_new_tokens
                 )
             state = SampleState(group, spec, part.first + i, frozenset(stop_ids), watcher, inputs)
             samples.append(

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...protocol.commands import FinishReason, PromptSpec, SampleUpdate, Span, TopLogprobs
 from ...scheduling.request import Request
-from ...tokenizer import StopStringWatcher
+from ...stop_strings import StopMatch, StopStringWatcher
 from .opening import Opening
 
 
@@ -82,6 +82,8 @@ class SampleState:
     token_times: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     pooled: list[float] | None = None
+    stop_match: StopMatch | None = None
+    """The stop string that ended it."""
     num_sent: int = 0
     finished: bool = False
     aborted: bool = False
@@ -96,6 +98,9 @@ class SampleState:
             if span.start < num_output
         ]
         self.num_sent = num_sent
+        self.stop_match = None
+        if self.watcher is not None:
+            self.watcher.restart()
 
     def note_token(self, position: int, version: str, number: int) -> None:
         """Record that output token number `position` was sampled by `version`; one label may name two versions."""
@@ -109,18 +114,31 @@ class SampleState:
         """Why `request` ends with the token appended last; None: it goes on."""
         num_output = request.num_output_tokens
         params = request.params
-        limit = params.max_new_tokens
         last = request.token_ids[-1]
-        if num_output > params.min_new_tokens or num_output >= limit:
-            if last in self.stop_ids:
+        match = self._stop_match(request)
+        if last in self.stop_ids and num_output > params.min_new_tokens:
+            if (
+                match is None or match.text_end[0] == num_output
+            ):  # no text before it is to be left out
                 return FinishReason(type="stop", matched=last)
-            if self.watcher is not None:
-                matched = self.watcher.match(request.output_ids)
-                if matched is not None:
-                    return FinishReason(type="stop", matched=matched)
-        if num_output >= limit:
+        if match is not None:
+            self.stop_match = match
+            return FinishReason(type="stop", matched=match.stop)
+        if num_output >= params.max_new_tokens:
             return FinishReason(type="length", length=num_output)
         return None
+
+    def _stop_match(self, request: Request) -> StopMatch | None:
+        watcher, match = self.watcher, None
+        if watcher is not None:
+            for token in request.token_ids[request.num_prompt_tokens + watcher.num_tokens :]:
+                match = watcher.add(token)
+        return match
+
+    def _text_end(self, reason: FinishReason | None) -> tuple[int, int] | None:
+        if self.stop_match is not None:
+            return self.stop_match.text_end
+        return self.watcher.held if self.watcher is not None and reason is None else None
 
     def update(
         self, request: Request, reason: FinishReason | None, version: str, number: int
@@ -137,6 +155,7 @@ class SampleState:
             rid=request.rid,
             output_ids=output_ids,
             finish_reason=reason,
+            text_end=self._text_end(reason),
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.num_cached_tokens,
             weight_version=version,
