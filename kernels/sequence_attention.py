@@ -83,10 +83,11 @@ class _SequenceAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        grads = [torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+        grads = [torch.empty_like(tensor) for tensor in saved]
         for rows in _rows(ctx.lengths):
             with torch.enable_grad():
-                parts = [t[rows].detach().requires_grad_() for t in ctx.saved_tensors]
+                parts = [t[rows].detach().requires_grad_() for t in saved]
                 out = _torch_attention(*parts, scale=ctx.scale, window=ctx.window)
             found = torch.autograd.grad(out, parts, grad_outputs[0][rows])
             for grad, part in zip(grads, found, strict=True):

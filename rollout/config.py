@@ -57,6 +57,9 @@ class EngineConfig:
     """Launch a step before the tokens of the last are known; None: on CUDA."""
     disable_cuda_graph: bool = False
     """On CUDA, launch every kernel of a decode step by itself; starts sooner and needs less memory."""
+    deterministic: bool = False
+    """Tokens and log-probabilities of a request have the same bits in any batch, chunking and prefix hit, which are
+    those of `trainers_integration.on_policy`. One rank on CUDA; slower."""
     enable_prefix_cache: bool = True
     """Keep the blocks of finished requests for later prompts with the same beginning and weight version."""
     executor: ExecutorKind = "inline"

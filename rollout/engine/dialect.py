@@ -45,7 +45,11 @@ IGNORED_IN_GENERATE = (
 )
 
 #: Options of the constructor that are an option here, under another name.
-RENAMED_OPTIONS = {"random_seed": "seed", "page_size": "block_size"}
+RENAMED_OPTIONS = {
+    "random_seed": "seed",
+    "page_size": "block_size",
+    "enable_deterministic_inference": "deterministic",
+}
 #: Options of the constructor that ask for what is not here: the values that ask for nothing, and why not.
 REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "pp_size": ((1,), "pipeline parallelism is not supported; use tp_size"),
@@ -69,7 +73,6 @@ REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_custom_logit_processor": ((), "custom logit processors are not supported"),
     "enable_return_hidden_states": ((), "hidden states are not supported"),
     "enable_return_routed_experts": ((), "routed experts are not supported: the models are dense"),
-    "enable_deterministic_inference": ((), "use a seed for each request (sampling_seed)"),
     "enable_weights_cpu_backup": ((), "pass keep_weights=True to release_memory_occupation"),
     "delete_ckpt_after_loading": ((), "the engine never deletes a checkpoint"),
     "custom_weight_loader": ((), "weights come from safetensors, or from a WeightPublisher"),

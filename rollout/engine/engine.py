@@ -102,6 +102,7 @@ class Engine(ClassificationCalls, GroupWeightCalls, InfoCalls):
         attention_backend: str = "auto",
         overlap: bool | None = None,
         disable_cuda_graph: bool = False,
+        deterministic: bool = False,
         enable_prefix_cache: bool = True,
         executor: ExecutorKind = "inline",
         weight_version: str | int | None = None,

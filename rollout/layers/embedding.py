@@ -12,7 +12,7 @@ from torch import nn
 
 from weight_sync.layout.weight_map import Placement
 
-from .linear import project
+from .linear import Product, project
 from .shards import split_vocabulary
 from .single_group import TensorParallelGroup
 
@@ -22,6 +22,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallelGroup) -> None:
         super().__init__()
+        self.product: Product = project
         self.tp = tp
         self.vocab_size = vocab_size
         self.start, self.num_tokens, rows = split_vocabulary(vocab_size, tp)
@@ -39,10 +40,8 @@ class VocabParallelEmbedding(nn.Module):
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden (R, E) -> logits (R, V) in the parameters' dtype, of the full vocabulary on every rank; into `out`."""
         if self.tp.size == 1:
-            if out is None:
-                return project(hidden, self.weight, None)
-            return torch.mm(hidden, self.weight.t(), out=out)
-        parts = self.tp.all_gather(project(hidden, self.weight, None), dim=-1)
+            return self.product(hidden, self.weight, None, out)
+        parts = self.tp.all_gather(self.product(hidden, self.weight), dim=-1)
         logits = parts[:, : self.vocab_size]
         return logits if out is None else out.copy_(logits)
 

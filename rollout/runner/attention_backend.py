@@ -65,3 +65,5 @@ class BackendContext:
     """Tokens per KV block."""
     max_batch: int
     """Sequences of a step at most."""
+    deterministic: bool = False
+    """A token's results have the same bits in any batch; for backends that can."""

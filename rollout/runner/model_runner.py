@@ -12,6 +12,8 @@ import torch
 
 from weight_sync.layout.weight_map import WeightMap
 
+from ..layers.embedding import VocabParallelEmbedding
+from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from ..models.build import build_model
@@ -60,14 +62,18 @@ class ModelRunner:
         tp: TensorParallelGroup | None = None,
         attention_backend: str = "auto",
         max_batch: int = 256,
+        deterministic: bool = False,
     ) -> None:
         self.model_config = model_config
         self.dtype = dtype
         self.device = torch.device(device)
         self.block_size = block_size
         self.tp = tp or SingleGroup()
+        self.deterministic = deterministic
         self._model_path: str | Path | None = None
         self.model: Decoder = build_model(model_config, dtype, self.device, self.tp)
+        if deterministic:
+            self._use_invariant_products()
         self.kv_pool = self.init_memory_pool(num_blocks)
         self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
@@ -100,8 +106,18 @@ class ModelRunner:
                 device=self.device,
                 block_size=self.block_size,
                 max_batch=max_batch,
+                deterministic=self.deterministic,
             ),
         )
+
+    def _use_invariant_products(self) -> None:
+        from rollout_kernels.invariant_matmul import invariant_linear
+
+        for module in self.model.modules():
+            if isinstance(
+                module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+            ):
+                module.product = invariant_linear
 
     def load_model(self, model_path: str | Path, load_config: LoadConfig) -> None:
         """Fill the parameters, as `load_config` says, from the model's folder; raises `CheckpointError`."""

@@ -113,4 +113,5 @@ class TritonBackend:
             rotary_table=self.rotary_table,
             workspace=self._workspace,
             shared_state=self._shared_state,
+            deterministic=self.context.deterministic,
         )

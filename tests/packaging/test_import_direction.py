@@ -13,7 +13,7 @@ OURS = {
     "rollout_kernels": set(),
     "weight_sync": {"rollout_kernels"},
     "rollout": {"weight_sync", "rollout_kernels"},
-    "trainers_integration": {"weight_sync", "rollout"},
+    "trainers_integration": {"weight_sync", "rollout", "rollout_kernels"},
     "rollout_benchmarks": {"weight_sync", "rollout", "rollout_kernels"},
 }
 THIRD_PARTIES = {

@@ -24,7 +24,7 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
 from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
-from .checks import DTYPES, check_config, check_dtype, kv_block
+from .checks import DTYPES, check_config, check_deterministic, check_dtype, kv_block
 from .core import EngineCore
 from .ranks import RankGroups, RankSpec, device_of
 
@@ -92,6 +92,7 @@ def _runner(
             tp=ranks.tp,
             attention_backend=resolved.attention_backend,
             max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
+            deterministic=config.deterministic,
         )
         runner.load_model(
             config.model_path,
@@ -122,6 +123,7 @@ def resolve(
     gpu_bytes: free memory of a GPU that is to be imagined, for the sizes alone; None: the device as it is.
     """
     dtype = check_dtype(config, model)
+    check_deterministic(config, device)
     context = config.context_length or model.max_position_embeddings
     if context > model.max_position_embeddings:
         raise ConfigError(

@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ...layers.shards import split_evenly, split_kv_heads
 from ...models.checkpoint_files import CheckpointFiles
 from ...models.model_config import ModelConfig
+from ...runner.backend_registry import resolve_backend
 from ...runner.kv_pool import KVPool
 from ...tokenizer import check_tokenizer_files
 from .ranks import RankSpec, device_of
@@ -43,7 +44,20 @@ def check_start(config: EngineConfig) -> None:
     if here:
         for rank in range(config.tp_size):
             device = device_of(RankSpec(rank=rank, size=config.tp_size), _device(config))
+        check_deterministic(config, device)
         _check_memory(config, model, DTYPES[dtype], device)
+
+
+def check_deterministic(config: EngineConfig, device: str) -> None:
+    """`ConfigError` where `deterministic` was asked for and cannot be held on `device`."""
+    if not config.deterministic:
+        return
+    backend = resolve_backend(config.attention_backend, device)
+    if backend != "triton" or config.tp_size > 1:
+        raise ConfigError(
+            f"deterministic: got attention_backend {backend!r} on {device} and tp_size {config.tp_size}, expected "
+            "'triton' on CUDA and tp_size 1, whose kernels keep an order of their own; leave it out elsewhere"
+        )
 
 
 def check_dtype(config: EngineConfig, model: ModelConfig) -> str:

@@ -1,0 +1,206 @@
+"""One set of bits for a token: in any batch of a deterministic engine, and in a trainer's forward by the same kernels.
+
+Triton's interpreter is chosen when triton is imported, so the checks run in a process of their own; on a GPU in this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from interpreted import Checks
+
+from rollout import Engine
+from rollout.errors import ConfigError
+
+CHECKS = Checks()
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen3": {
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+PROMPT = [5, 9, 2, 7, 1, 3, 8, 4, 6, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+STRANGERS = [[1, 2, 3], [4] * 40, PROMPT[:9]]
+
+
+def make_model(family: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            **FAMILIES[family],
+        },
+    )
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+@contextmanager
+def folder_of(model: Any) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
+
+
+def sample(
+    folder: Path, prompts: list[list[int]], device: torch.device, **options: Any
+) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities of the first prompt."""
+    defaults = {
+        "attention_backend": "triton",
+        "deterministic": True,
+        "kv_cache_bytes": 1 << 20,
+        "max_running_requests": 8,
+        "skip_tokenizer_init": True,
+    }
+    with Engine(folder, device=str(device), **{**defaults, **options}) as engine:
+        params = [
+            {"max_new_tokens": 4, "temperature": 0.8, "sampling_seed": 11 + i, "ignore_eos": True}
+            for i in range(len(prompts))
+        ]
+        if options.get("enable_prefix_cache", True):
+            engine.generate(input_ids=[PROMPT[:17]], sampling_params={"max_new_tokens": 1})
+        result = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)[0]
+    logprobs = [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
+    return result["output_ids"], logprobs
+
+
+@CHECKS.add()
+def any_batch_chunk_or_prefix(device: torch.device) -> None:
+    with folder_of(make_model("qwen3", torch.float32)) as folder:
+        alone = sample(folder, [PROMPT], device, enable_prefix_cache=False)
+        for prompts, options in (
+            ([PROMPT, *STRANGERS], {}),
+            ([PROMPT], {"chunked_prefill_size": 8, "enable_prefix_cache": False}),
+            ([PROMPT, STRANGERS[0]], {"disable_cuda_graph": True, "overlap": True}),
+        ):
+            assert sample(folder, prompts, device, **options) == alone, options
+
+
+@CHECKS.add(*({"family": family} for family in FAMILIES))
+def a_trainers_forward(device: torch.device, family: str) -> None:
+    from trainers_integration.on_policy import OnPolicyForward
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = make_model(family, dtype)
+    with folder_of(model) as folder:
+        tokens, logprobs = sample(folder, [PROMPT, STRANGERS[0]], device)
+    forward = OnPolicyForward(model.to(device))
+    (own, _) = forward([PROMPT + tokens, STRANGERS[1]], temperature=0.8)
+    assert own[len(PROMPT) - 1 :].tolist() == logprobs
+    plain = reference(model, PROMPT + tokens, 0.8)
+    torch.testing.assert_close(
+        own, plain.float(), atol=1e-5 if dtype == torch.float32 else 0.3, rtol=0
+    )
+
+
+@CHECKS.add(*({"family": family} for family in FAMILIES))
+def gradients(device: torch.device, family: str) -> None:
+    from trainers_integration.on_policy import OnPolicyForward
+
+    model = make_model(family, torch.float32).to(device)
+    forward = OnPolicyForward(model)
+    sequences = [PROMPT[:9], STRANGERS[0]]
+    if family == "llama":  # layers are recomputed
+        model.gradient_checkpointing_enable()
+        model.train()
+    torch.cat(forward(sequences, temperature=0.8)).square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.cat([reference(model, ids, 0.8) for ids in sequences]).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=2e-3, atol=2e-3, msg=name)
+
+
+@CHECKS.add()
+def a_model_that_a_trainer_calls(device: torch.device) -> None:
+    from rollout.errors import InvalidRequestError
+    from trainers_integration.on_policy import on_policy
+
+    model = make_model("qwen3", torch.float32).to(device)
+    ids = torch.tensor([[0, 0, *PROMPT[:8]], [*PROMPT[:6], 0, 0, 0, 0]], device=device)
+    mask = torch.tensor([[0, 0, *[1] * 8], [*[1] * 6, 0, 0, 0, 0]], device=device)
+    plain = [model(torch.tensor([PROMPT[:n]], device=device)).logits[0] for n in (8, 6)]
+    with on_policy(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        last = model(ids, attention_mask=mask, logits_to_keep=3).logits
+        with pytest.raises(InvalidRequestError, match="labels"):
+            model(ids, attention_mask=mask, labels=ids)
+    for got, want in zip((logits[0, 2:], logits[1, :6]), plain, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    assert not logits[0, :2].any() and not logits[1, 6:].any()
+    assert torch.equal(last, logits[:, -3:])
+    last.sum().backward()
+    assert model.model.embed_tokens.weight.grad is not None
+    assert "forward" not in model.__dict__
+
+
+def reference(model: Any, ids: list[int], temperature: float) -> torch.Tensor:
+    given = torch.tensor([ids], device=model.device)
+    logits = model(given).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, given[0, 1:, None]).squeeze(1)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    return CHECKS.verdicts(__file__)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == "ok", interpreted[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_gpu(name: str) -> None:
+    CHECKS[name](torch.device("cuda"))
+
+
+def test_where_it_cannot_be_held_it_is_refused(tiny_checkpoint: Any) -> None:
+    folder = tiny_checkpoint("llama")
+    with pytest.raises(ConfigError, match=r"deterministic: got attention_backend 'torch' on cpu"):
+        Engine(folder, device="cpu", deterministic=True)
+    with pytest.raises(ConfigError, match=r"deterministic: .*tp_size 2, expected"):
+        Engine(
+            folder,
+            device="cpu",
+            attention_backend="triton",
+            deterministic=True,
+            tp_size=2,
+            executor="local",
+        )
+
+
+def test_other_models_are_refused_by_name() -> None:
+    from trainers_integration.on_policy import OnPolicyForward
+
+    model = make_model("llama", torch.float32)
+    model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ConfigError, match=r"got Sequential as model\.layers\.1\.mlp\.up_proj"):
+        OnPolicyForward(model)
+    model.config.model_type = "gpt2"
+    with pytest.raises(ConfigError, match="got the family 'gpt2', expected one of llama"):
+        OnPolicyForward(model)
+
+
+if __name__ == "__main__":
+    CHECKS.main()
