@@ -74,10 +74,10 @@ def test_a_stop_string_that_ends_behind_the_minimum_counts(tokenizer: Tokenizer)
 
 
 def test_a_stop_string_matches_in_a_run_of_byte_tokens() -> None:
-    tokenizer = byte_fallback([" hello", "x"])
+    tokenizer = byte_fallback([" a", " b", " hello", "x"])
     run = [2 + byte for byte in "\u4e16\u754c".encode()]
-    assert first_match(tokenizer, [258, *run, 259], ["\u754c"]) == (7, "\u754c", (7, 1))
-    assert first_match(tokenizer, [258, *run[:4], 259], ["\u4e16"]) == (4, "\u4e16", (4, 1))
+    assert first_match(tokenizer, [260, *run, 261], ["\u754c"]) == (7, "\u754c", (7, 1))
+    assert first_match(tokenizer, [260, *run[:4], 261], ["\u4e16"]) == (4, "\u4e16", (4, 1))
 
 
 def test_what_may_become_a_stop_string_is_held(tokenizer: Tokenizer) -> None:
