@@ -264,6 +264,8 @@ def _benchmark(
         check_out(out)
     screen = Screen()
     result = run(settings, screen)
+    if quick:
+        result = result.at_tiny_sizes()
     show(result, screen)
     path = out if out is not None else None if quick else default_path(result)
     if path is not None:

@@ -170,11 +170,11 @@ def _headline(numbers: dict[str, Any], settings: GenerateBench) -> tuple[Headlin
     return (
         Headline(
             what=f"output tokens/s, {settings.prompts} prompts x {settings.samples} samples, "
-            f"{numbers['parameters'] / 1e6:.0f}M parameters, {settings.dtype}; transformers' generate "
-            f"at its best batch size, {best}",
+            f"{numbers['parameters'] / 1e6:.0f}M parameters, {settings.dtype}",
             measured=f"{numbers['engine_tokens_per_s']['p50']:,.0f}/s",
-            floor=f"{peer:,.0f}/s (transformers)",
-            ratio=f"{numbers['ratio']:.1f} (at least {TARGET:g})",
+            target=f"at least {TARGET:g} x the usual way",
+            met=numbers["ratio"] >= TARGET,
+            peer=f"{peer:,.0f}/s (transformers' generate at its best batch size, {best}; {numbers['ratio']:.1f} x)",
         ),
     )
 

@@ -234,8 +234,29 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}"
 
 
+def _headline(numbers: dict[str, Any]) -> Iterator[Headline]:
+    for found in numbers["models"].values():
+        whole, floors = found["seconds"]["idle"]["publish"]["p50"], found["floors_s"]
+        floor = 2 * floors["copy"] + floors["read"]
+        yield Headline(
+            what=f"update of {found['num_bytes'] / 1e9:.1f} GB, {found['num_tensors']} tensors, on one GPU, verified, "
+            "the whole call",
+            measured=f"{_ms(whole)} ms",
+            floor=f"{_ms(floor)} ms (two copies, one read)",
+            ratio=f"{whole / floor:.2f}",
+        )
+    if "experts" in numbers:
+        dense, experts = numbers["experts"]["dense"], numbers["experts"]["experts"]
+        whole, floor = experts["publish"]["p50"], dense["publish"]["p50"]
+        yield Headline(
+            what=f"update of {experts['num_tensors']} expert tensors into stacked parameters, the whole call",
+            measured=f"{_ms(whole)} ms",
+            floor=f"{_ms(floor)} ms (the same bytes, dense)",
+            ratio=f"{whole / floor:.2f}",
+        )
+
+
 def _result(settings: GpuSyncBench, numbers: dict[str, Any]) -> BenchResult:
-    headline: list[Headline] = []
     rows: list[tuple[str, ...]] = []
     for name, found in numbers["models"].items():
         seconds, floors = found["seconds"], found["floors_s"]
@@ -259,30 +280,12 @@ def _result(settings: GpuSyncBench, numbers: dict[str, Any]) -> BenchResult:
             ("resume, weights kept", memory["resume, weights kept"], floors["upload"]),
         ):
             rows.append((name, what, _ms(value["p50"]), _ms(value["p90"]), _ms(floor)))
-        floor = 2 * copy + read
-        headline.append(
-            Headline(
-                what=f"update of {found['num_bytes'] / 1e9:.1f} GB, {found['num_tensors']} tensors, on one GPU, "
-                "verified, the whole call",
-                measured=f"{_ms(idle['publish']['p50'])} ms",
-                floor=f"{_ms(floor)} ms (two copies, one read)",
-                ratio=f"{idle['publish']['p50'] / floor:.2f}",
-            )
-        )
     if "experts" in numbers:
         dense, experts = numbers["experts"]["dense"], numbers["experts"]["experts"]
         for name, kind in (("dense", dense), ("experts", experts)):
             for what in ("publish", "begin_to_verified", "pack", "fingerprint(tensors)"):
                 words = f"{kind['num_tensors']} tensors, {what.replace('_', ' ')}"
                 rows.append((name, words, _ms(kind[what]["p50"]), _ms(kind[what]["p90"]), ""))
-        headline.append(
-            Headline(
-                what=f"update of {experts['num_tensors']} expert tensors into stacked parameters, the whole call",
-                measured=f"{_ms(experts['publish']['p50'])} ms",
-                floor=f"{_ms(dense['publish']['p50'])} ms (the same bytes, dense)",
-                ratio=f"{experts['publish']['p50'] / dense['publish']['p50']:.2f}",
-            )
-        )
     table: Table = (
         f"milliseconds, {settings.repetitions} rounds each",
         ("", "what", "p50", "p90", "floor"),
@@ -292,7 +295,7 @@ def _result(settings: GpuSyncBench, numbers: dict[str, Any]) -> BenchResult:
         benchmark="gpu-sync",
         config={"settings": settings, "num_threads": torch.get_num_threads()},
         numbers=numbers,
-        headline=tuple(headline),
+        headline=tuple(_headline(numbers)),
         device=torch.cuda.get_device_name(0),
         tables=(table,),
     )

@@ -78,7 +78,7 @@ def _headline(settings: PoolBench, numbers: dict[str, Any]) -> tuple[Headline, .
             what=f"one update over {settings.num_replicas} replicas of {numbers['model_bytes'] / 1e6:.1f} MB",
             measured=f"{1e3 * pool:.1f} ms",
             floor=f"{1e3 * engine:.1f} ms (one engine)",
-            ratio=f"{pool / engine:.1f}x",
+            ratio=f"{pool / engine:.1f}",
         ),
     )
 

@@ -4,8 +4,10 @@
     python benchmarks/readme_table.py --check    exit with 1 if the README is not what the files say
 
 A result file is JSON with at least `benchmark`, `device`, `commit` and `headline`: a list of rows with `what`,
-`measured`, `floor` (what the machine allows, or what the usual way takes) and `ratio`, all of them text as it is to
-be read. Everything else in a file (configuration, percentiles, raw numbers) is for those who look closer.
+`measured`, `floor` (what the machine allows), `ratio` (measured over floor), `target` and `peer` (what the usual way
+takes), all of them text as it is to be read, and `met`, whether the target was met.
+
+Everything else in a file (configuration, percentiles, raw numbers) is for those who look closer.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- numbers: begin (made by benchmarks/readme_table.py) -->"
 END = "<!-- numbers: end -->"
-COLUMNS = ("what", "measured", "floor", "ratio")
+COLUMNS = {
+    "what": "what",
+    "measured": "measured",
+    "floor": "floor",
+    "ratio": "of the floor",
+    "target": "target",
+    "peer": "usual way",
+}
 NO_RESULTS = "No result files yet: run `rollout bench --help`."
 
 
@@ -27,15 +36,29 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown between the markers."""
     if not results:
         return NO_RESULTS
-    lines = ["| what | measured | floor or usual way | ratio |", "|---|--:|--:|--:|"]
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---|--:|--:|--:|---|---|"]
     for result in results:
         for row in result["headline"]:
-            lines.append(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |")
+            cells = {**row, "target": verdict(row)}
+            lines.append(f"| {' | '.join(str(cells.get(column, '')) for column in COLUMNS)} |")
     sources = [
-        f"`{result['benchmark']}` at {result['commit'][:10]} on {result['device']}"
+        f"`{result['benchmark']}` at {short(result['commit'])} on {result['device']}"
         for result in results
     ]
     return "\n".join([*lines, "", f"Measured: {'; '.join(sources)}."])
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The target of a row, and whether it was met; empty: there is none."""
+    if row.get("met") is None:
+        return ""
+    return f"{row['target']}" if row["met"] else f"**{row['target']}: missed**"
+
+
+def short(commit: str) -> str:
+    """Ten digits of a commit, with "-dirty" where files differed from it."""
+    digits, dash, dirty = commit.partition("-")
+    return f"{digits[:10]}{dash}{dirty}"
 
 
 def rewritten(readme: str, results: Sequence[dict[str, Any]]) -> str:

@@ -25,6 +25,9 @@ from rollout.errors import ConfigError
 
 from .screen import Screen
 
+HEADLINE = ("what", "measured", "floor", "of the floor", "target", "usual way")
+"""Columns of the table that is shown last."""
+
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -36,10 +39,21 @@ class Headline:
     """What was measured, with its size."""
     measured: str
     """The number with its unit."""
-    floor: str
-    """What the machine allows, or what the usual way takes, with its unit."""
-    ratio: str
-    """The first over the second, or the other way round where more is better."""
+    floor: str = ""
+    """What the machine allows for it, with its unit; empty: not known."""
+    ratio: str = ""
+    """The first over the second."""
+    target: str = ""
+    """What is promised, such as "at most 3" (of the ratio); empty: nothing."""
+    met: bool | None = None
+    """Whether the target is met; None: there is none."""
+    peer: str = ""
+    """What the usual way takes for the same, with its unit and its name; empty: not measured."""
+
+    @property
+    def verdict(self) -> str:
+        """The target, and whether it is met."""
+        return "" if self.met is None else f"{self.target}: {'met' if self.met else 'missed'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,13 @@ class BenchResult:
     """What the screen shows besides: title, columns, rows."""
     has_picture: bool = False
     """`figures.figure_of` knows how to draw it."""
+    quick: bool = False
+    """Sizes were tiny: nothing is held against targets."""
+
+    def at_tiny_sizes(self) -> BenchResult:
+        """The same without targets, which are for the sizes that the benchmark is made for."""
+        rows = tuple(dataclasses.replace(row, target="", met=None) for row in self.headline)
+        return dataclasses.replace(self, headline=rows, quick=True)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -129,15 +150,27 @@ def write_result(path: Path, result: BenchResult) -> list[Path]:
 
 
 def show(result: BenchResult, screen: Screen | None = None) -> None:
-    """Print the tables: details first, the headline last."""
+    """Print the tables: details first, then the headline, and whether the targets are met."""
     screen = screen or Screen()
     for title, columns, rows in result.tables:
         screen.table(title, columns, rows)
+    cells = [
+        (row.what, row.measured, row.floor, row.ratio, row.verdict, row.peer)
+        for row in result.headline
+    ]
+    used = [i for i in range(len(HEADLINE)) if i < 2 or any(row[i] for row in cells)]
     screen.table(
         f"{result.benchmark} on {result.device}",
-        ("what", "measured", "floor or usual way", "ratio"),
-        [(row.what, row.measured, row.floor, row.ratio) for row in result.headline],
+        tuple(HEADLINE[i] for i in used),
+        [tuple(row[i] for i in used) for row in cells],
     )
+    held = [row for row in result.headline if row.met is not None]
+    if held:
+        missed = [f"{row.what} ({row.target})" for row in held if not row.met]
+        words = f"; missed: {'; '.join(missed)}" if missed else ""
+        screen.say(f"targets: {len(held) - len(missed)} of {len(held)} met{words}")
+    elif result.quick:
+        screen.say("tiny sizes: this shows that it works, and is held against no target")
 
 
 def _rounded(value: Any) -> Any:

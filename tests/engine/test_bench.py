@@ -43,14 +43,26 @@ def settings() -> BenchSettings:
 
 
 def written(result: BenchResult, folder: Path) -> dict[str, Any]:
+    tiny = write_result(folder / "tiny.json", result.at_tiny_sizes())
+    content = json.loads(tiny[0].read_text())
+    assert not any(row["target"] or row["met"] is not None for row in content["headline"])
+    assert "mark" not in labels(figure_of(content))
     path, picture = write_result(folder / "result.json", result)
     assert picture.read_bytes().startswith(b"\x89PNG")
     content: dict[str, Any] = json.loads(path.read_text())
     assert content["benchmark"] == result.benchmark
     assert content["config"]["settings"] and content["software"]["torch"]
-    assert all(row["measured"] and row["floor"] and row["ratio"] for row in content["headline"])
-    figure_of(content)
+    for row in content["headline"]:
+        assert (
+            row["measured"] and (row["floor"] or row["peer"]) and row["met"] in (True, False, None)
+        )
+    assert any(row["met"] is not None for row in content["headline"])
+    assert "mark" in labels(figure_of(content))
     return content
+
+
+def labels(figure: Any) -> str:
+    return " ".join(ax.get_xlabel() for ax in figure.axes)
 
 
 def test_an_update_is_measured_in_plain_copies_of_the_same_bytes(

@@ -1,10 +1,12 @@
 """The report is drawn from the recorded files alone and needs nothing else."""
 
 import json
+import random
 import re
 
 import pytest
 
+from trainers_integration.demo.figures import logprob_gap
 from trainers_integration.demo.recorder import (
     METRICS_FILE,
     TIMELINE_FILE,
@@ -13,10 +15,18 @@ from trainers_integration.demo.recorder import (
     summarize,
 )
 from trainers_integration.demo.report import write_report
-from trainers_integration.demo.timeline import busiest_commit, evenly
+from trainers_integration.demo.screen import summary_lines
+from trainers_integration.demo.timeline import (
+    busiest_commit,
+    colors_of,
+    covering,
+    evenly,
+    idle_times,
+    versions_between,
+)
 
 
-def row(phase, step, pass_rate, *, gap=1e-6, versions=(), heldout=None):
+def row(phase, step, pass_rate, *, gap=1e-6, own=None, versions=(), heldout=None):
     return {
         "phase": phase,
         "step": step,
@@ -26,6 +36,8 @@ def row(phase, step, pass_rate, *, gap=1e-6, versions=(), heldout=None):
         "mixed_fraction": 0.0 if phase == "train" else 0.25,
         "logprob_gap_max": gap,
         "logprob_gap_mean": gap / 10,
+        "logprob_gap_own_max": gap if own is None else own,
+        "staleness": 0.0 if phase == "train" else 1.5,
         "syncs": [
             {
                 "version": v,
@@ -48,7 +60,7 @@ def rows():
         {"phase": "train", "step": 0, "heldout_pass_rate": 0.31},
         *(row("train", i, 0.3 + 0.1 * i, versions=[i]) for i in (1, 2, 3)),
         row("train", 4, 0.7, gap=2e-6, versions=[4], heldout=0.82),
-        row("in_flight", 5, 0.8, gap=0.5, versions=[5, 6]),
+        row("in_flight", 5, 0.8, gap=0.5, own=2e-6, versions=[5, 6]),
     ]
 
 
@@ -112,6 +124,61 @@ def test_the_report_needs_nothing_from_elsewhere(recorded):
     assert not re.search(r"https?://|<script|<link|url\(", page)
     assert "0.31 → 0.82" in page
     assert "a&lt;b" in page
+
+
+def async_rows():
+    found = [row("train", i, 0.5, gap=0.5 * i, own=1e-6 * i, versions=[i]) for i in (1, 2, 3)]
+    found[0]["logprob_gap_own_max"] = None
+    return [{"phase": "train", "step": 0, "heldout_pass_rate": 0.3}] + [
+        r | {"staleness": 1.5, "heldout_pass_rate": 0.5} for r in found
+    ]
+
+
+def test_the_gap_of_an_asynchronous_run_is_told_by_version():
+    numbers = summarize(async_rows()) | {"mode": "async", "seed": 0, "seconds": 1.0}
+    assert (numbers["logprob_gap_max"], numbers["logprob_gap_own_max"]) == (1.5, 3e-6)
+    lines = dict(summary_lines(numbers))
+    assert lines["log-probability gap, trainer's own version"] == "3.0e-06"
+    assert "importance weights" in lines["the same, also earlier versions"]
+    assert dict(summary_lines(summary()))["log-probability gap, largest"] == "2.0e-06"
+    (ax,) = logprob_gap(async_rows()).axes
+    labels = {line.get_label(): line for line in ax.lines}
+    own = labels["completions that the trainer's own version sampled, largest"]
+    assert own.get_xydata().tolist() == [[2, 2e-6], [3, 3e-6]]
+
+
+def test_no_two_versions_in_a_picture_have_one_colour():
+    for num in (3, 12, 40):
+        colors = colors_of(range(100, 100 + num), {})
+        assert list(colors) == list(range(100, 100 + num))
+        more = colors_of(range(num), colors)
+        assert len({*colors.values(), *more.values()}) == 2 * num
+
+
+def lived(start, end, version=1):
+    return {
+        "arrived_at": start,
+        "token_times": [(start + end) / 2, end],
+        "versions": [[version, 0, 2]],
+    }
+
+
+def test_a_gap_between_rows_is_a_time_without_requests():
+    rng = random.Random(5)
+    requests = [lived(s, s + 0.3) for s in sorted(rng.uniform(0, 10) for _ in range(300))]
+    requests += [lived(s, s + 0.3) for s in sorted(rng.uniform(12, 20) for _ in range(300))]
+    shown = covering(requests, 120)
+    assert len(shown) == 120
+    assert shown == sorted(shown, key=requests.index)
+    assert idle_times(shown) == idle_times(requests)
+    assert any(end - start > 1.5 for start, end in idle_times(requests))
+    assert covering(requests[:5], 9) == requests[:5]
+    assert len(covering(requests, 7)) == 7
+
+
+def test_the_legend_has_the_versions_that_can_be_seen():
+    requests = [lived(0.0, 1.0, 1), lived(2.0, 3.0, 2), lived(4.0, 5.0, 3)]
+    assert versions_between(requests, 0.9, 3.5) == {1, 2}
 
 
 def test_a_run_without_a_timeline_has_a_report(recorded):

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 RUN, CONTROL, IN_FLIGHT, EXACT = "#2563a8", "#9a9a9a", "#d9822b", "#2e8b57"
 INK, GRID = "#333333", "#e4e4e4"
 #: Colours of weight versions, told apart by eye when they stand next to each other (Okabe and Ito).
-VERSIONS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a5bb5", "#b8a200")
-WAITING = "#d4d4d4"
+VERSIONS = (
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a5bb5", "#b8a200"),
+    *("#332288", "#882255", "#44aa99", "#a0522d"),
+)
+WAITING, IDLE = "#d4d4d4", "#f5efe6"
 
 
 def new_figure(height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -95,11 +98,12 @@ def learning_curve(rows: Sequence[Row]) -> Figure:
 
 def logprob_gap(rows: Sequence[Row]) -> Figure:
     """How far the engine's log-probabilities of sampled tokens are from the trainer's, per step."""
-    figure, (ax,) = new_figure(3.6)
+    figure, (ax,) = new_figure(4.0)
+    is_async = any(row["staleness"] > 0 for row in _phase(rows, "train"))
     names = {
         "control": (CONTROL, "control: weights never synced"),
-        "train": (RUN, "this run"),
-        "in_flight": (IN_FLIGHT, "weights change under running requests"),
+        "train": (RUN, "this run, all versions" if is_async else "this run"),
+        "in_flight": (IN_FLIGHT, "weights change under running requests, all versions"),
     }
     for phase, (color, label) in names.items():
         steps = _phase(rows, phase)
@@ -120,6 +124,14 @@ def logprob_gap(rows: Sequence[Row]) -> Figure:
             linestyle=":",
             label=f"{label}, mean",
         )
+    own = [
+        (row["step"], max(1e-9, row["logprob_gap_own_max"]))
+        for row in [*_phase(rows, "train"), *_phase(rows, "in_flight")]
+        if row["logprob_gap_own_max"] not in (None, row["logprob_gap_max"])
+    ]
+    if own:  # The promise is about these; the others are of earlier versions.
+        label = "completions that the trainer's own version sampled, largest"
+        ax.plot(*zip(*own, strict=True), "o", color=EXACT, markersize=4, label=label)
     ax.axhspan(1e-7, 1e-4, color=EXACT, alpha=0.08, linewidth=0)
     ax.text(
         0.4,
@@ -134,7 +146,7 @@ def logprob_gap(rows: Sequence[Row]) -> Figure:
     ax.set_xlabel("step")
     ax.set_ylabel("|trainer − engine|, nats")
     set_title(ax, "Log-probability gap over sampled tokens, before each update")
-    ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 

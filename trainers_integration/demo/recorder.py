@@ -92,6 +92,10 @@ def summarize(rows: Sequence[Row]) -> Row:
         "num_syncs": len(syncs),
         "version": max((sync["version"] for sync in syncs), default=0),
         "logprob_gap_max": max(row["logprob_gap_max"] for row in steps),
+        "logprob_gap_own_max": max(
+            (row["logprob_gap_own_max"] for row in steps if row["logprob_gap_own_max"] is not None),
+            default=None,
+        ),
         "sync_s_p50": percentile([sync["sync_s"] for sync in syncs], 0.5),
         "sync_s_p99": percentile([sync["sync_s"] for sync in syncs], 0.99),
         "pause_s_p50": percentile([sync["pause_s"] for sync in syncs], 0.5),

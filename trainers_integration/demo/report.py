@@ -46,9 +46,10 @@ CAPTIONS = {
     ),
     "logprob_gap": (
         "Does the engine sample from the trainer's policy?",
-        "The trainer computes the log-probability of every sampled token again before it updates. In the synchronous "
-        "mode the two may differ by rounding alone. Where weights change under running requests they do differ, and "
-        "the importance weights correct for it.",
+        "The trainer computes the log-probability of every sampled token again before it updates. Of completions that "
+        "its own version sampled, the two may differ by rounding alone; in the synchronous mode those are all. Where "
+        "weights change under running requests, most tokens were sampled by earlier versions, whose log-probabilities "
+        "they keep: that difference is the policy's, not the engine's, and the importance weights correct for it.",
     ),
     "timeline": (
         "Weights change under running requests",

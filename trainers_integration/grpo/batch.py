@@ -27,6 +27,8 @@ class TrainBatch:
     """(B, T) the engine's log-probability of the target; 0 outside the mask."""
     advantages: torch.Tensor
     """(B,) one per completion."""
+    own: torch.Tensor
+    """(B,) true where the trainer's present version sampled the whole completion."""
 
     @property
     def num_sequences(self) -> int:
@@ -37,8 +39,13 @@ class TrainBatch:
         return TrainBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-def make_batch(completions: Sequence[Completion], advantages: torch.Tensor) -> TrainBatch:
-    """One batch from completions and their advantages, in the same order."""
+def make_batch(
+    completions: Sequence[Completion], advantages: torch.Tensor, version: int | None = None
+) -> TrainBatch:
+    """One batch from completions and their advantages, in the same order.
+
+    version: the trainer's present one; None: no engine has it.
+    """
     lengths = [len(c.prompt_ids) + len(c.output_ids) for c in completions]
     shape = (len(completions), max(lengths))
     ids = torch.zeros(shape, dtype=torch.int64)
@@ -55,4 +62,5 @@ def make_batch(completions: Sequence[Completion], advantages: torch.Tensor) -> T
         mask=mask[:, 1:],
         behaviour=behaviour[:, 1:],
         advantages=advantages.float(),
+        own=torch.tensor([{span.version for span in c.spans} == {version} for c in completions]),
     )

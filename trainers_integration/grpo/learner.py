@@ -39,6 +39,8 @@ class LearnStats:
     """Largest |trainer - engine| log-probability over sampled tokens, before the update."""
     logprob_gap_mean: float
     """Mean of the same."""
+    logprob_gap_own_max: float | None
+    """The largest over completions that the trainer's own version sampled whole; None: there is none."""
 
 
 class Learner:
@@ -84,6 +86,7 @@ class Learner:
             learning_rate=rate,
             logprob_gap_max=gap.max().item(),
             logprob_gap_mean=masked_mean(gap, batch.mask).item(),
+            logprob_gap_own_max=gap[batch.own].max().item() if batch.own.any() else None,
         )
 
     def _update(

@@ -112,11 +112,12 @@ class GrpoLoop:
         advantages = group_advantages(rewards, normalize_std=self.config.normalize_std)
         completions = [completion for group in sampled.groups for completion in group]
         staleness = mean_staleness(completions, self.version)
+        own_version = None if self.publisher is None else self.version
 
         syncs: list[SyncRecord] = []
         learn_started = time.perf_counter()
         stats = self.learner.learn(
-            make_batch(completions, advantages.flatten()),
+            make_batch(completions, advantages.flatten(), version=own_version),
             after_update=(lambda: syncs.extend(self._publish())) if after_each_update else None,
         )
         learn_s = time.perf_counter() - learn_started - sum(sync.sync_s for sync in syncs)
