@@ -71,5 +71,5 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[test,demo,ray]"
+	$(BIN)/python -m pip install -q -e ".[test,demo,ray,trl]"
 	@touch $@

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from rollout.settings import load_settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `trl_support`
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,138 @@
+"""The trainer's parameters into the engine, from one rank or from many.
+
+Every rank may hold an engine of its own, or all may share one: the first rank that holds an engine publishes into it.
+Afterwards every rank knows how that went and which version its engine serves, so that a failure is an error on all
+of them, and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rollout import Engine
+from rollout.errors import ConfigError, WeightUpdateError
+from weight_sync import WeightPublisher
+
+_TEXT_BYTES = 1024
+
+
+class WeightSync:
+    """A rank's engine, and the way of the trainer's weights into it. All ranks call all methods, in the same order."""
+
+    def __init__(
+        self, trainer: Any, engine: Engine | str | None, publisher: WeightPublisher | None = None
+    ) -> None:
+        """engine: an engine or a pool, its address, or None on ranks that use the one of rank 0.
+
+        publisher: one with options of its own (another transport, for example), for a rank that publishes.
+        """
+        self._trainer = trainer
+        accelerator = trainer.accelerator
+        own = engine if isinstance(engine, str) else "" if engine is None else engine.address
+        addresses = _texts(accelerator, own)
+        if not addresses[0]:
+            raise ConfigError(
+                "attach: got no engine on rank 0, expected one there; other ranks may give None and use it"
+            )
+        address = own or addresses[0]
+        if isinstance(engine, Engine):
+            self.engine = engine
+        else:
+            self.engine = Engine.connect(address, skip_tokenizer_init=True)
+        owners = [text or addresses[0] for text in addresses]
+        self._publisher: WeightPublisher | None = None
+        if owners.index(address) == accelerator.process_index:
+            limit = self.engine.config.request_timeout_s
+            self._publisher = publisher or WeightPublisher(self.engine, timeout_s=limit)
+        self._owners, self._address = owners, address
+        self.version = 0
+        """Number of the version that this trainer published last; 0: none."""
+
+    @property
+    def publishes(self) -> bool:
+        """This rank is the one that publishes into its engine."""
+        return self._publisher is not None
+
+    def publish(self, label: str) -> None:
+        """Make the engine serve the trainer's present parameters; returns when it does, on every rank."""
+        failure: BaseException | None = None
+        number = 0
+        try:
+            number = self._publish(label)
+        except Exception as error:
+            failure, number = error, -1
+        numbers = self._all(number)
+        if min(numbers) < 0 or failure is not None:
+            rank = next((i for i, number in enumerate(numbers) if number < 0), 0)
+            raise failure or WeightUpdateError(
+                f"rank {rank} could not publish the weights of {label!r}; see its error"
+            )
+        self.version = numbers[self._owners.index(self._address)]
+
+    def _publish(self, label: str) -> int:
+        """The published version; 0 on a rank that does not publish."""
+        tensors = self._tensors()
+        if self._publisher is None:
+            _exhaust(tensors)
+            return 0
+        try:
+            return self._publisher.publish(tensors, label=label).version
+        finally:
+            _exhaust(tensors)  # Other ranks wait in the gathers of what is left.
+
+    def _all(self, number: int) -> list[int]:
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return [number]
+        value = torch.tensor([number], dtype=torch.int64, device=accelerator.device)
+        return [int(n) for n in accelerator.gather(value).tolist()]
+
+    def _tensors(self) -> Any:
+        """What to publish: the module, where it holds whole parameters, else an iterator that gathers them."""
+        trainer = self._trainer
+        if not (trainer._dist.is_fsdp or trainer._dist.is_zero3):
+            return trainer.accelerator.unwrap_model(trainer.model)
+        return gathered(trainer)
+
+    def close(self) -> None:
+        """Give back what publishing took; the engine goes on."""
+        if self._publisher is not None:
+            self._publisher.close()
+
+
+def gathered(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters of a sharded model, one after the other, gathered by TRL's own iterators (FSDP, ZeRO-3, adapters
+    merged); every rank must exhaust it."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    class Walk(VLLMGeneration):  # for its iterators
+        def _init_vllm(self) -> None:
+            """No vLLM."""
+
+    walk = Walk(trainer.model, trainer.accelerator, trainer.processing_class)
+    named: Iterator[tuple[str, torch.Tensor]] = walk._iter_named_params()
+    return named
+
+
+def _exhaust(tensors: Any) -> None:
+    if isinstance(tensors, Iterator):
+        for _ in tensors:
+            pass
+
+
+def _texts(accelerator: Any, text: str) -> list[str]:
+    """`text` of every rank; as numbers, because nothing that travels is unpickled here."""
+    if accelerator.num_processes == 1:
+        return [text]
+    data = text.encode()
+    if len(data) > _TEXT_BYTES:
+        raise ConfigError(
+            f"the engine's address is too long: got {len(data)} bytes, expected {_TEXT_BYTES}"
+        )
+    row = torch.zeros(1, _TEXT_BYTES, dtype=torch.uint8, device=accelerator.device)
+    row[0, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    rows = accelerator.gather(row).tolist()
+    return [bytes(values).rstrip(b"\0").decode() for values in rows]
