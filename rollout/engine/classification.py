@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .generation import GenerationCalls, is_empty, whole_results
@@ -38,8 +38,14 @@ class ClassificationCalls(GenerationCalls):
         """
         if is_empty(prompt) or is_empty(input_ids):
             return []
-        prepared = self._prepare_scores(
-            prompt, input_ids, attention_mask, add_special_tokens, min_weight_version
+        prepared = self._prepare_pooled(
+            "classify",
+            "score",
+            prompt,
+            input_ids,
+            attention_mask=attention_mask,
+            add_special_tokens=add_special_tokens,
+            min_weight_version=min_weight_version,
         )
         return _scores(prepared, self._whole(prepared, self._limit(prepared, timeout_s)))
 
@@ -56,38 +62,51 @@ class ClassificationCalls(GenerationCalls):
         """As `classify`, awaitable. Cancelling it aborts what is not scored yet."""
         if is_empty(prompt) or is_empty(input_ids):
             return []
-        prepared = self._prepare_scores(
-            prompt, input_ids, attention_mask, add_special_tokens, min_weight_version
+        prepared = self._prepare_pooled(
+            "classify",
+            "score",
+            prompt,
+            input_ids,
+            attention_mask=attention_mask,
+            add_special_tokens=add_special_tokens,
+            min_weight_version=min_weight_version,
         )
         limit = self._limit(prepared, timeout_s)
         return _scores(prepared, await self._async_whole(prepared, limit))
 
-    def _prepare_scores(
+    def _prepare_pooled(
         self,
+        call: str,
+        pooling: str,
         prompt: Any,
         input_ids: Any,
+        *,
         attention_mask: Any,
         add_special_tokens: bool | None,
         min_weight_version: int | None,
+        rid: Any = None,
+        others: Mapping[str, Any] | None = None,
     ) -> PreparedGenerate:
+        """What a call that draws nothing asks of the last position of each sequence."""
         return prepare(
             self._tokenizer,
+            call=call,
             prompt=prompt,
             input_ids=input_ids,
             sampling_params={"max_new_tokens": 0},
             stream=False,
-            rid=None,
+            rid=rid,
             return_text_in_logprobs=False,
             flat_logprobs=False,
             return_token_versions=False,
             return_prompt_token_ids=False,
             min_weight_version=min_weight_version,
             per_prompt={"token_ids_logprob": None, "top_logprobs_num": 0, "return_logprob": False},
-            others={},
+            others=others or {},
             attention_mask=attention_mask,
             add_special_tokens=add_special_tokens,
             pad_token_id=self._pad_token_id,
-            pooling="score",
+            pooling=pooling,
         )
 
 

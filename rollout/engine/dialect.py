@@ -68,7 +68,7 @@ REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "speculative_algorithm": ((), "speculative decoding is not supported"),
     "speculative_draft_model_path": ((), "speculative decoding is not supported"),
     "disaggregation_mode": (("null",), "disaggregated prefill is not supported"),
-    "is_embedding": ((), "embedding models are not supported"),
+    "is_embedding": ((), "every engine has encode, which does not scale to length 1"),
     "enable_multimodal": ((), "only text is supported"),
     "enable_custom_logit_processor": ((), "custom logit processors are not supported"),
     "enable_return_hidden_states": ((), "hidden states are not supported"),
@@ -102,17 +102,20 @@ ALWAYS_SO = ("enable_memory_saver", "is_generation")
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
-def check_generate_argument(name: str, value: Any) -> bool:
-    """Whether `generate` knows this foreign argument; `InvalidRequestError` where it asks for what is not here."""
+def check_generate_argument(name: str, value: Any, call: str = "generate") -> bool:
+    """Whether `generate`, or a `call` like it, knows this foreign argument.
+
+    Raises `InvalidRequestError` where it asks for what is not here.
+    """
     if name in REFUSED_IN_GENERATE:
         if not _asks_for_nothing(value) and not (name in _RANKS and value == 0):
             raise InvalidRequestError(
-                f"generate: got {name}={_shown(value)}, but {REFUSED_IN_GENERATE[name]}; leave it out"
+                f"{call}: got {name}={_shown(value)}, but {REFUSED_IN_GENERATE[name]}; leave it out"
             )
         return True
     if name in IGNORED_IN_GENERATE:
         if not _asks_for_nothing(value):
-            warn_ignored("generate", name)
+            warn_ignored(call, name)
         return True
     return False
 

@@ -40,7 +40,7 @@ from ..protocol.commands import (
     StopProfile,
 )
 from ..tokenizer import Tokenizer
-from .classification import ClassificationCalls
+from .embedding import EmbeddingCalls
 from .executors.choice import make_executor
 from .executors.executor import Executor
 from .executors.remote import RemoteExecutor
@@ -65,7 +65,7 @@ COLLECTIVE_CALLS = (
 )
 
 
-class Engine(ClassificationCalls, GroupWeightCalls, InfoCalls):
+class Engine(EmbeddingCalls, GroupWeightCalls, InfoCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

@@ -69,12 +69,14 @@ def prepare(
     add_special_tokens: bool | None = None,
     pad_token_id: int | None = None,
     pooling: str | None = None,
+    call: str = "generate",
 ) -> PreparedGenerate:
     """Check the arguments as a whole; `per_prompt` holds those that may be one value or one per prompt.
 
     `others` are arguments that only the common dialect has, see `dialect`. pooling: as `PromptSpec.pooling`.
+    call: whose arguments they are.
     """
-    _check_others(others)
+    _check_others(call, others)
     ids, is_list = prompt_token_ids(
         tokenizer,
         prompt,
@@ -189,11 +191,11 @@ def _spread(value: Any, num: int, name: str) -> list[Any]:
     return [value] * num
 
 
-def _check_others(arguments: Mapping[str, Any]) -> None:
+def _check_others(call: str, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
-        if not check_generate_argument(name, value):
+        if not check_generate_argument(name, value, call):
             hint = did_you_mean(name, _KNOWN)
-            raise InvalidRequestError(f"generate: got an unknown argument {name}={value!r}; {hint}")
+            raise InvalidRequestError(f"{call}: got an unknown argument {name}={value!r}; {hint}")
 
 
 #: What None stands for, where callers of the common dialect pass it.

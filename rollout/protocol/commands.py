@@ -50,8 +50,9 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """How many of the most likely tokens to return per position."""
     token_ids_logprob: TokenIds | None = None
     """Tokens whose log-probability is wanted at every position; None: none."""
-    pooling: Literal["score"] | None = None
-    """What to return of the last position, with `max_new_tokens` 0: "score", a classifier's; None: nothing."""
+    pooling: Literal["score", "embedding"] | None = None
+    """What to return of the last position, with `max_new_tokens` 0: "score", a classifier's; "embedding", the hidden
+    state after the last norm; None: nothing."""
     return_token_times: bool = False
     """Return the wall-clock time (seconds since the epoch) of each output token."""
 

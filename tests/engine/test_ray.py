@@ -178,6 +178,9 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     assert sizes == sorted(sizes) and sizes[-1] == 8
     with pytest.raises(ValueError, match="temperature"):
         ray.get(actor.generate.remote(input_ids=[1], sampling_params={"temprature": 1}))
+    result = ray.get(actor.encode.remote(input_ids=[1, 2]), timeout=30)
+    state = trainer.model(torch.tensor([[1, 2]])).last_hidden_state[0, -1]
+    assert result["embedding"] == pytest.approx(state.tolist(), abs=1e-4)
     pid = ray.get(actor.status.remote()).pid
     ray.kill(actor)
     assert gone([pid])

@@ -166,7 +166,7 @@ class Admission:
             raise InvalidRequestError(
                 "generate: got a sequence-classification checkpoint, expected one with an output head; call classify"
             )
-        if spec.pooling is not None and self._config.num_labels is None:
+        if spec.pooling == "score" and self._config.num_labels is None:
             raise InvalidRequestError(
                 "classify: got a checkpoint that generates, expected one that is ...ForSequenceClassification; "
                 "call generate, score or sequence_logprobs"

@@ -167,12 +167,17 @@ class Postprocessor:
         last_rows: Sequence[int],
     ) -> None:
         """Start to compute what requests without tokens want of their last position."""
-        wanted = [row for row in rows if not row.draws and row.request.outputs.spec.pooling]
-        if wanted:
+        for kind in ("score", "embedding"):
+            wanted = [
+                row for row in rows if not row.draws and row.request.outputs.spec.pooling == kind
+            ]
+            if not wanted:
+                continue
             picked = self._runner.index([last_rows[row.item_index] for row in wanted])
-            scores = self._runner.compute_logits(hidden.index_select(0, picked))
-            states = [row.request.outputs for row in wanted]
-            flight.pooled.extend(zip(states, scores, strict=True))
+            states = hidden.index_select(0, picked)
+            vectors = self._runner.compute_logits(states) if kind == "score" else states.float()
+            owners = [row.request.outputs for row in wanted]
+            flight.pooled.extend(zip(owners, vectors, strict=True))
 
     def _draw_decoded(
         self, flight: Flight, launched: LaunchedStep, drawing: Sequence[SampleRow]
