@@ -253,7 +253,8 @@ class Scheduler:
         if running:
             headroom = len(running) + promised + 1 + len(_parked_behind(request))
         if kv.cost(hits, num_tokens) + headroom > kv.num_available:
-            self._stalled = (request, kv.num_releases)
+            if not promised:  # Else it may fit without a release, when those who wait are gone.
+                self._stalled = (request, kv.num_releases)
             return False
         kv.admit(request, hits, num_tokens)
         if not request.was_admitted:

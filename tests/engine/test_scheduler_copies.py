@@ -9,13 +9,14 @@ from scheduler_support import chunks, make_requests, make_scheduler, step
 
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling import Request, Scheduler
+from rollout.types import RequestStatus
 
 
 def make_copies(
     scheduler: Scheduler, prompt: list[int], num: int, n: int = 1, **options: Any
 ) -> list[Request]:
     """Requests of their own with one prompt, of n samples each; the first sample of each."""
-    params = SamplingParams(max_new_tokens=8)
+    params = SamplingParams(max_new_tokens=16)
     first = len(scheduler.requests)
     copies = []
     for number in range(first, first + num):
@@ -106,7 +107,7 @@ def test_copies_do_not_wait_where_nothing_is_cached() -> None:
 
 
 def test_a_copy_goes_on_in_a_pool_that_has_no_room_to_keep_what_was_computed() -> None:
-    scheduler = make_scheduler(budget=4, blocks=4)
+    scheduler = make_scheduler(budget=4, blocks=6)
     copies = make_copies(scheduler, list(range(9)), 3)
     done = []
     for _ in range(200):
@@ -118,3 +119,15 @@ def test_a_copy_goes_on_in_a_pool_that_has_no_room_to_keep_what_was_computed() -
             break
         step(scheduler)
     assert set(done) == set(copies)
+
+
+def test_who_had_no_room_beside_waiting_copies_is_admitted_when_these_are_aborted() -> None:
+    scheduler = make_scheduler(blocks=10)
+    copies = make_copies(scheduler, list(range(17)), 5)
+    (other,) = make_requests(scheduler, [50] * 5)
+    step(scheduler)
+    assert other.status is RequestStatus.WAITING
+    for copy in copies[1:]:
+        scheduler.abort(copy)
+    step(scheduler)
+    assert other.status is RequestStatus.RUNNING
