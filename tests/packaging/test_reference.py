@@ -1,0 +1,95 @@
+"""docs/reference.md is what the code says: signatures, defaults, keys of results, errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rollout.errors
+import weight_sync.errors
+from rollout import Engine
+from weight_sync import WeightPublisher
+
+
+@pytest.fixture
+def writer(checkout: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "write_reference", checkout / "docs" / "write_reference.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def page(checkout: Path) -> str:
+    return (checkout / "docs" / "reference.md").read_text()
+
+
+def test_the_page_is_what_the_code_says(checkout: Path) -> None:
+    script = checkout / "docs" / "write_reference.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("cls", [Engine, WeightPublisher])
+def test_every_option_and_call_is_on_the_page_with_its_default(page: str, cls: type) -> None:
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not None:
+            assert f"| `{name}` | `{parameter.default!r}` |" in page, name
+    for name in dir(cls):
+        call = inspect.getattr_static(cls, name)
+        if inspect.isfunction(call) and not name.startswith(("_", "async_", "weight_channel")):
+            assert f"`{name}(" in page, name
+
+
+def test_every_error_class_is_on_the_page(page: str) -> None:
+    for module in (rollout.errors, weight_sync.errors):
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and issubclass(value, Exception) and not name[0] == "_":
+                if value.__module__.startswith(("rollout", "weight_sync")):
+                    assert re.search(rf"^\| `{name}` \| ", page, re.MULTILINE), name
+
+
+def test_the_keys_of_results_are_those_of_an_engine(writer: Any, checkpoint: Path) -> None:
+    options: dict[str, Any] = {
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": 2,
+        "token_ids_logprob": [1],
+        "return_token_times": True,
+        "flat_logprobs": True,
+        "return_token_versions": True,
+        "return_prompt_token_ids": True,
+    }
+    sampling = {"max_new_tokens": 2, "n": 2}
+    with Engine(checkpoint, kv_cache_bytes=1 << 20) as engine:
+        plain = engine.generate("one", {"max_new_tokens": 2})
+        asked = engine.generate("one", sampling, **options)[0]
+        *_, streamed = engine.generate("one", sampling, stream=True)
+    always = {
+        kind: {key for key, row in keys.items() if row[0] == writer.ALWAYS}
+        for kind, keys in (("result", writer.RESULT), ("meta", writer.META))
+    }
+    assert set(plain) == always["result"]
+    assert set(plain["meta_info"]) == always["meta"]
+    assert set(asked) | {"index"} == set(writer.RESULT)
+    assert set(asked["meta_info"]) == set(writer.META)
+    assert set(streamed) == always["result"] | {"index"}
+    # Each of the others comes with the option that the page names.
+    for key, row in writer.META.items():
+        assert row[0] == writer.ALWAYS or row[0].strip("`") in options, key
+
+
+def test_a_name_that_is_missing_or_too_many_is_an_error(writer: Any) -> None:
+    writer.check_same("X", {"a": ""}, ["a"])
+    with pytest.raises(SystemExit, match=r"X lacks \['b'\], and has \['a'\]"):
+        writer.check_same("X", {"a": ""}, ["b"])
