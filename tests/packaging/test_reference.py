@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+import rollout
 import rollout.errors
+import weight_sync
 import weight_sync.errors
-from rollout import Engine
+from rollout import Engine, SamplingParams
 from weight_sync import WeightPublisher
 
 
@@ -93,3 +95,24 @@ def test_a_name_that_is_missing_or_too_many_is_an_error(writer: Any) -> None:
     writer.check_same("X", {"a": ""}, ["a"])
     with pytest.raises(SystemExit, match=r"X lacks \['b'\], and has \['a'\]"):
         writer.check_same("X", {"a": ""}, ["b"])
+
+
+def test_names_that_are_side_by_side_with_others_are_there(checkout: Path) -> None:
+    """The column "here" of docs/coming_from.md."""
+    text = (checkout / "docs" / "coming_from.md").read_text()
+    known = {
+        *dir(Engine),
+        *inspect.signature(Engine.__init__).parameters,
+        *inspect.signature(Engine.generate).parameters,
+        *inspect.signature(Engine.update_weights_from_tensor).parameters,
+        *dir(SamplingParams),
+        *dir(rollout),
+        *dir(weight_sync),
+        *("meta_info", "prompt_token_ids"),
+    }
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    # The name itself, or that of a call or of an argument.
+    found = [re.match(r"\w+", code) for cell in cells for code in re.findall(r"`([^`\"]+)", cell)]
+    names = {match.group() for match in found if match is not None}
+    assert len(names) > 40
+    assert names - known == set()
