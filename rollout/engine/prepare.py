@@ -194,7 +194,7 @@ def _spread(value: Any, num: int, name: str) -> list[Any]:
 def _check_others(call: str, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if not check_generate_argument(name, value, call):
-            hint = did_you_mean(name, _KNOWN)
+            hint = did_you_mean(name, _KNOWN_BY_ENCODE if call == "encode" else _KNOWN)
             raise InvalidRequestError(f"{call}: got an unknown argument {name}={value!r}; {hint}")
 
 
@@ -224,4 +224,8 @@ _KNOWN = (
     "stream",
     "rid",
     "timeout_s",
+)
+_KNOWN_BY_ENCODE = (
+    *("prompt", "input_ids", "rid", "attention_mask", "add_special_tokens"),
+    *("min_weight_version", "timeout_s"),
 )

@@ -30,9 +30,16 @@ PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def texts_of(
-    tokenizer: Tokenizer, tokens: Sequence[int], stop_id: int | None = None, **options: Any
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    stop_id: int | None = None,
+    undone: tuple[int, Sequence[int]] = (0, ()),
+    **options: Any,
 ) -> tuple[list[str], str, int]:
-    """What the chunks of a stream show, what a call that does not stream returns, and how many tokens there are."""
+    """What the chunks of a stream show, what a call that does not stream returns, and how many tokens there are.
+
+    undone: after so many tokens these were drawn, and taken back before anybody heard of them.
+    """
     params = SamplingParams(max_new_tokens=len(tokens), **options)
     spec = PromptSpec(rid="r", input_ids=[2], params=params)
     group = GenerateGroup(1, None, lambda _: None, True, math.inf, 1)  # type: ignore[arg-type]
@@ -45,6 +52,13 @@ def texts_of(
     stream, whole = (ResultBuilder(spec, tokenizer, Extras()) for _ in range(2))
     shown = []
     for number, token in enumerate(tokens):
+        if number == undone[0]:
+            for other in undone[1]:
+                request.token_ids.append(other)
+                if state.finish_reason(request) is not None:
+                    break
+            del request.token_ids[1 + number :]
+            state.cut(number, number)
         request.token_ids.append(token)
         state.note_token(number, "0", 0)
         reason = state.finish_reason(request)
@@ -151,6 +165,23 @@ def test_byte_level_text_is_that_of_its_bytes_and_never_taken_back(
     shown, whole, _ = texts_of(tokenizer, tokens, **options, no_stop_trim=True)
     check_stream(shown, whole)
     assert whole == oracle.visible(num, True)
+
+
+@PROPERTY
+@given(
+    tokens=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    at=st.integers(0, 11),
+    others=st.lists(st.integers(0, 6), max_size=6),
+    stops=st.lists(st.sampled_from(["ab", "b<eos>", "\u4e16a", "aaa"]), max_size=2),
+)
+def test_tokens_that_are_taken_back_leave_no_trace_in_the_text(
+    tokens: list[int], at: int, others: list[int], stops: list[str]
+) -> None:
+    tokenizer = byte_level([b"a", b"b", b"\xe4", b"\xb8", b"\x96"])
+    undone = (at, others)
+    assert texts_of(tokenizer, tokens, stop=stops, undone=undone) == texts_of(
+        tokenizer, tokens, stop=stops
+    )
 
 
 @functools.cache

@@ -112,7 +112,11 @@ def test_a_prompt_is_one_result_and_a_list_is_a_list(
 def test_what_cannot_be_encoded_is_refused_in_one_line(engine: Engine) -> None:
     for arguments, message in (
         ({"prompt": "a", "image_data": "x.png"}, "images are not supported"),
-        ({"prompt": "a", "dimensions": 8}, "encode: got an unknown argument dimensions=8"),
+        (
+            {"prompt": "a", "dimensions": 8},
+            "encode: got an unknown argument dimensions=8; known are",
+        ),
+        ({"prompt": "a", "inputs_ids": 8}, "did you mean 'input_ids'"),
         ({"prompt": "a", "lora_path": "x"}, "LoRA adapters are not supported"),
         ({"input_ids": [[1] * 600]}, "expected fewer than the context length 512"),
     ):
