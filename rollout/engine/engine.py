@@ -47,6 +47,7 @@ from .executors.remote import RemoteExecutor
 from .group_weights import GroupWeightCalls
 from .info import InfoCalls
 from .loop.checks import check_start
+from .many import ManyCalls
 from .model_folder import remove_model_folder, write_model_folder
 from .options import OPTIONS, engine_config
 from .twins import Asking, asks, awaitable
@@ -65,7 +66,7 @@ COLLECTIVE_CALLS = (
 )
 
 
-class Engine(EmbeddingCalls, GroupWeightCalls, InfoCalls):
+class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

@@ -19,7 +19,7 @@ from ..engine.options import engine_config
 
 #: Methods of `Engine` that the actor has under the same names; all of them are awaited there, so that calls overlap.
 FORWARDED = (
-    *("score", "sequence_logprobs", "classify", "encode"),
+    *("score", "sequence_logprobs", "classify", "encode", "resume"),
     *("pause_generation", "continue_generation", "abort_request", "flush_cache"),
     *("release_memory_occupation", "resume_memory_occupation"),
     *("begin_weight_update", "end_weight_update", "abort_weight_update"),
