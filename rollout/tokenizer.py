@@ -31,6 +31,13 @@ class Tokenizer:
                 "skip_tokenizer_init=True to work on token ids"
             ) from error
 
+    @classmethod
+    def around(cls, inner: Any) -> Tokenizer:
+        """One for a Hugging Face tokenizer that is loaded already."""
+        found = cls.__new__(cls)
+        found._tokenizer = inner
+        return found
+
     @property
     def inner(self) -> Any:
         """The Hugging Face tokenizer itself."""

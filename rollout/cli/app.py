@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from . import generate, info, version
+from . import generate, info, serve, version
 
 COMMANDS_GROUP = "rollout.commands"
 
@@ -27,6 +27,8 @@ EPILOG = """[bold]Examples[/bold]
   rollout demo --mode async --name second --seed 1
 
   rollout generate --model PATH "Once upon a time"
+
+  rollout serve --model PATH
 
   rollout bench machine
 
@@ -53,6 +55,7 @@ def build_app() -> typer.Typer:
     app.callback()(_group)
     app.command("generate", epilog=generate.EPILOG)(generate.generate)
     app.command("info", epilog=info.EPILOG)(info.info)
+    app.command("serve", epilog=serve.EPILOG)(serve.serve)
     app.command("version")(version.version)
     for entry_point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
         add_command(app, entry_point)

@@ -22,7 +22,7 @@ THIRD_PARTIES = {
     "rollout": {
         *("torch", "transformers", "safetensors", "zmq", "msgspec", "numpy"),
         *("typer", "rich"),
-        *("fastapi", "uvicorn", "starlette", "ray"),
+        *("fastapi", "uvicorn", "starlette", "httpx", "prometheus_client", "ray"),
     },
     "trainers_integration": {
         *("torch", "transformers", "tokenizers", "safetensors", "msgspec", "numpy"),
@@ -56,6 +56,8 @@ CONFINED = {
     "fastapi": ("rollout.server",),
     "uvicorn": ("rollout.server",),
     "starlette": ("rollout.server",),
+    "httpx": ("rollout.server",),
+    "prometheus_client": ("rollout.server",),
     "typer": ("rollout.cli",),
     "transformers": ("rollout.models", "rollout.engine", "rollout.tokenizer", "rollout.cli"),
 }

@@ -1,0 +1,53 @@
+"""The ASGI application: the routes of all dialects behind one layer that decides who may come in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from . import control, generate, info, weights
+from .access import Access
+from .replies import HttpError, error_reply
+from .routing import Route, add_routes
+from .state import ServerState
+
+ROUTES: tuple[Route, ...] = (
+    *generate.ROUTES,
+    *info.ROUTES,
+    *control.ROUTES,
+    *weights.ROUTES,
+)
+
+
+def build_app(state: ServerState) -> ASGIApp:
+    """An application over `state.engine`, which stays the caller's to shut down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(
+        title="rollout",
+        description="A rollout engine for RL post-training whose weights change while it runs.",
+        lifespan=lifespan,
+        docs_url=None,  # They load scripts from another host.
+        redoc_url=None,
+    )
+    add_routes(app, state, ROUTES)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
+        return error_reply(HttpError(error.status_code, str(error.detail), error.headers))
+
+    return Access(
+        app,
+        state.config,
+        admin_paths=[route.path for route in ROUTES if route.admin],
+        update_paths=[route.path for route in ROUTES if route.update],
+    )

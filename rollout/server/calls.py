@@ -1,0 +1,322 @@
+"""Generation on behalf of clients: limits, request ids, and the engine's asynchronous calls.
+
+A client's request ids are its own. The engine sees others, which nobody can guess, so that two clients may use the
+same id, and one cannot end what another one runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from ..engine.engine import Engine
+from ..errors import InvalidRequestError
+from ..tokenizer import Tokenizer, encode_prompts
+from .access import Client
+from .config import ServerConfig
+from .disconnects import unless_gone
+from .record import Record
+from .replies import HttpError
+
+Result = dict[str, Any]
+E = TypeVar("E", bound=BaseException)
+_LONG_TEXT = 1 << 16
+"""Characters from which on text is made into tokens on a thread, so that others are not kept waiting."""
+MAX_RID_CHARS = 200
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One request of a client that is being generated."""
+
+    client: Client
+    arguments: dict[str, Any]
+    """Of `Engine.async_generate`."""
+    num_samples: int
+    given: dict[str, str | None] = field(default_factory=dict)
+    """The engine's id of each prompt -> the client's, None where it gave none."""
+
+    def named(self, result: Result) -> Result:
+        """`result` under the id that the client gave."""
+        meta = result["meta_info"]
+        base, dash, number = meta["id"], "", ""
+        if base not in self.given:
+            base, dash, number = meta["id"].rpartition("-")
+        given = self.given.get(base)
+        if given is not None:
+            meta["id"] = f"{given}{dash}{number}"
+        return result
+
+    def told(self, error: E) -> E:
+        """`error`, which may name a prompt by the engine's id of it, in words that the client understands."""
+        text = str(error)
+        for base, given in self.given.items():
+            if given is not None and base in text:
+                error.args = (text.replace(base, given),)
+        return error
+
+
+class Calls:
+    """All calls that run; used on the event loop alone."""
+
+    def __init__(
+        self, engine: Engine, config: ServerConfig, tokenizer: Tokenizer | None, record: Record
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._tokenizer = tokenizer
+        self._record = record
+        self._by_rid: dict[tuple[str, str], set[str]] = {}
+        self.num_samples = 0
+        """Samples of all calls that run now."""
+        self.ending: str | None = None
+        """Why the server takes no calls any more; None: it does."""
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._context_length: int | None = None
+
+    # ---- what routes call ------------------------------------------------------------------------------------------
+
+    async def whole(self, request: Request, client: Client, arguments: dict[str, Any]) -> Any:
+        """As `Engine.async_generate`; the requests end when the client goes."""
+        call = await self._admitted(client, arguments)
+        try:
+            found = await unless_gone(request, self._generate(call))
+        except Exception as error:
+            raise call.told(error) from None
+        finally:
+            self._dismiss(call)
+        for result in found if isinstance(found, list) else [found]:
+            self._finished(call, result)
+        return found
+
+    async def stream(
+        self, request: Request, client: Client, arguments: dict[str, Any]
+    ) -> AsyncGenerator[Result, None]:
+        """Cumulative results as they come. Returns when there is a first one: what is refused before is raised here."""
+        call = await self._admitted(client, {**arguments, "stream": True})
+        try:
+            chunks = await self._engine.async_generate(**call.arguments)
+            first = await unless_gone(request, _first(chunks))
+        except BaseException as error:
+            self._dismiss(call)
+            raise call.told(error) from None
+        return self._rest(call, chunks, first)
+
+    async def abort(self, client: Client, rid: str) -> int:
+        """End the client's requests of this id (an admin's word: anybody's); returns how many ended."""
+        owners = {name for name, _ in self._by_rid} if client.is_admin else {client.name}
+        ids = [i for owner in owners for i in self._internal(owner, rid)]
+        ended = [await self._engine.async_abort_request(i) for i in ids]
+        return sum(ended)
+
+    async def abort_all(self) -> int:
+        """End everybody's requests."""
+        return await self._engine.async_abort_request(abort_all=True)
+
+    async def hold(self) -> None:
+        """Let no new call begin until `release`, and wait until those that run have ended."""
+        self._open.clear()
+        await self._idle.wait()
+
+    def release(self) -> None:
+        """Let calls begin again."""
+        self._open.set()
+
+    @property
+    def held(self) -> bool:
+        """New calls wait for `release`."""
+        return not self._open.is_set()
+
+    async def drain(self, patience_s: float) -> None:
+        """Take no new calls; let those that run finish within `patience_s` seconds, then abort them."""
+        self.ending = "the server is shutting down"
+        self._open.set()
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._idle.wait()
+        except TimeoutError:
+            await self.abort_all()
+
+    async def token_ids(
+        self, texts: Sequence[str], add_special_tokens: bool | None
+    ) -> list[list[int]]:
+        """Tokens of each text."""
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if size < _LONG_TEXT:
+            return encode_prompts(self._tokenizer, texts, add_special_tokens)
+        return await asyncio.to_thread(encode_prompts, self._tokenizer, texts, add_special_tokens)
+
+    async def context_length(self) -> int:
+        """Tokens that prompt and output may have together."""
+        if self._context_length is None:
+            status = await self._engine.async_status()
+            self._context_length = int(status.resolved["context_length"] or 0)
+        return self._context_length
+
+    # ---- one call --------------------------------------------------------------------------------------------------
+
+    async def _admitted(self, client: Client, arguments: dict[str, Any]) -> Call:
+        """Check the limits and give the prompts ids of the engine's."""
+        if self.ending is not None:
+            raise HttpError(503, f"{self.ending}; ask another one", {"retry-after": "5"})
+        arguments = dict(arguments)
+        prompts, is_list = await self._prompts(arguments)
+        if len(prompts) > self._config.max_prompts:
+            raise HttpError(
+                413,
+                f"got {len(prompts):,} prompts, expected at most {self._config.max_prompts:,}; send several requests",
+            )
+        num_samples = await self._check_size(arguments, prompts)
+        await self._open.wait()
+        if self.num_samples + num_samples > self._config.max_running_samples:
+            raise self._too_many(num_samples)
+        call = Call(client, arguments, num_samples)
+        rids = _rids(arguments.get("rid"), len(prompts), is_list)
+        ids = [uuid.uuid4().hex for _ in prompts]
+        call.given = dict(zip(ids, rids, strict=True))
+        arguments["rid"] = ids if is_list else ids[0]
+        for i, rid in call.given.items():
+            if rid is not None:
+                self._by_rid.setdefault((client.name, rid), set()).add(i)
+        self.num_samples += num_samples
+        self._idle.clear()
+        self._record.started(num_samples)
+        return call
+
+    async def _prompts(self, arguments: dict[str, Any]) -> tuple[list[Any], bool]:
+        """Prompts as token ids, text replaced by them, and whether there is a list of prompts."""
+        prompt, ids = arguments.get("prompt"), arguments.get("input_ids")
+        if (prompt is None) == (ids is None):
+            got = "neither" if prompt is None else "both"
+            raise HttpError(400, f"got {got} of text and input_ids, expected exactly one")
+        if prompt is not None:
+            is_list = isinstance(prompt, list)
+            rows = await self.token_ids(
+                prompt if is_list else [prompt], arguments.pop("add_special_tokens", None)
+            )
+            del arguments["prompt"]
+            arguments["input_ids"] = rows if is_list else rows[0]
+            return rows, is_list
+        if not isinstance(ids, list) or not ids:
+            raise HttpError(400, "input_ids: got no tokens, expected a list of token ids")
+        is_list = isinstance(ids[0], list)
+        return (ids if is_list else [ids]), is_list
+
+    async def _check_size(self, arguments: dict[str, Any], prompts: list[Any]) -> int:
+        """Samples of the call; 413 where its tokens are too many. What is ill-typed is left to the engine's check."""
+        context = await self.context_length()
+        params = arguments.get("sampling_params")
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        samples = tokens = 0
+        for ids, own in zip(prompts, each, strict=False):
+            asked = own if isinstance(own, dict) else {}
+            n = _count(asked.get("n"), 1)
+            length = len(ids) if isinstance(ids, list) else 0
+            new = min(_count(asked.get("max_new_tokens"), 128), max(0, context - length))
+            samples += n
+            tokens += length + n * new
+        if tokens > self._config.max_call_tokens:
+            raise HttpError(
+                413,
+                f"got {tokens:,} tokens of prompts and outputs in one request, expected at most "
+                f"{self._config.max_call_tokens:,}; send several requests",
+            )
+        if samples > self._config.max_running_samples:
+            raise HttpError(
+                413,
+                f"got {samples:,} samples in one request, expected at most {self._config.max_running_samples:,}; send "
+                "several requests",
+            )
+        return samples
+
+    def _too_many(self, num_samples: int) -> HttpError:
+        return HttpError(
+            429,
+            f"got {num_samples:,} samples beside {self.num_samples:,} that are under way, expected at most "
+            f"{self._config.max_running_samples:,} together; try again later",
+            {"retry-after": "1"},
+        )
+
+    async def _generate(self, call: Call) -> Any:
+        return await self._engine.async_generate(**call.arguments)
+
+    async def _rest(
+        self, call: Call, chunks: AsyncIterator[Result], first: Result | None
+    ) -> AsyncGenerator[Result, None]:
+        try:
+            if first is not None:
+                yield self._seen(call, first)
+            async for chunk in chunks:
+                yield self._seen(call, chunk)
+        finally:
+            self._dismiss(call)
+            await chunks.aclose()  # type: ignore[attr-defined]
+
+    def _seen(self, call: Call, chunk: Result) -> Result:
+        if chunk["meta_info"]["finish_reason"] is not None:
+            self._finished(call, chunk)
+            return chunk
+        return call.named(chunk)
+
+    def _finished(self, call: Call, result: Result) -> None:
+        call.named(result)
+        reason = result["meta_info"]["finish_reason"]
+        if self.ending is not None and reason is not None and reason["type"] == "abort":
+            reason["message"] = self.ending
+        self._record.finished(result)
+
+    def _dismiss(self, call: Call) -> None:
+        """The call is over, however it ended."""
+        if not call.num_samples:
+            return
+        for i, rid in call.given.items():
+            if rid is not None:
+                same = self._by_rid.get((call.client.name, rid), set())
+                same.discard(i)
+                if not same:
+                    self._by_rid.pop((call.client.name, rid), None)
+        self.num_samples -= call.num_samples
+        self._record.ended(call.num_samples)
+        call.num_samples = 0
+        if not self.num_samples:
+            self._idle.set()
+
+    def _internal(self, owner: str, rid: str) -> list[str]:
+        """The engine's ids behind a client's; `rid-1` may be a sample of `rid`."""
+        found = sorted(self._by_rid.get((owner, rid), ()))
+        base, _, number = rid.rpartition("-")
+        if not found and number.isdigit():
+            found = [f"{i}-{number}" for i in sorted(self._by_rid.get((owner, base), ()))]
+        return found
+
+
+async def _first(chunks: AsyncIterator[Result]) -> Result | None:
+    return await anext(chunks, None)
+
+
+def _count(value: Any, default: int) -> int:
+    return value if type(value) is int and value >= 0 else default
+
+
+def _rids(given: Any, num: int, is_list: bool) -> list[str | None]:
+    """The client's id of each prompt."""
+    if given is None:
+        return [None] * num
+    rids = given if isinstance(given, list) else [given]
+    if not all(isinstance(rid, str) and 0 < len(rid) <= MAX_RID_CHARS for rid in rids):
+        raise InvalidRequestError(
+            f"rid: expected text of 1 to {MAX_RID_CHARS} characters, one for each prompt"
+        )
+    if len(rids) != num:
+        raise InvalidRequestError(f"rid: got {len(rids)}, expected one for each of {num} prompts")
+    if len(set(rids)) != num:
+        raise InvalidRequestError("rid: got the same one twice, expected another for each prompt")
+    return list(rids)

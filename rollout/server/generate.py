@@ -1,0 +1,99 @@
+"""`/generate`: the engine's own call over HTTP, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from .bodies import Body
+from .disconnects import EventStream
+from .replies import error_body, json_reply, not_implemented, status_of
+from .routing import Ask, Route
+
+logger = logging.getLogger(__name__)
+TokenIds = list[int]
+DONE = b"data: [DONE]\n\n"
+
+
+class GenerateBody(Body):
+    """Exactly one of `text` and `input_ids`; the other fields are one value for all prompts or a list of values."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int | TokenIds] | None = None
+    input_embeds: list[Any] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    token_ids_logprob: list[int | TokenIds | None] | None = None
+    return_text_in_logprobs: bool = False
+    return_token_times: bool | list[bool] = False
+    flat_logprobs: bool = False
+    return_token_versions: bool = False
+    return_prompt_token_ids: bool = False
+    min_weight_version: int | None = None
+    add_special_tokens: bool | None = None
+    stream: bool = False
+    rid: str | list[str] | None = None
+    timeout_s: float | None = None
+
+
+def sse(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def generate(ask: Ask) -> Response:
+    """Complete prompts; with `stream`, cumulative results as server-sent events."""
+    body: GenerateBody = ask.body
+    if body.input_embeds is not None:
+        raise not_implemented("input_embeds: got input embeddings, expected text or input_ids")
+    arguments = {**ask.extras, **msgspec.structs.asdict(body)}
+    arguments["prompt"] = arguments.pop("text")
+    del arguments["input_embeds"], arguments["stream"]
+    if not body.stream:
+        return json_reply(await ask.state.calls.whole(ask.request, ask.client, arguments))
+    chunks = await ask.state.calls.stream(ask.request, ask.client, arguments)
+    return EventStream(events(chunks, sse), ask.state.config.slow_client_s)
+
+
+async def events(
+    chunks: AsyncGenerator[Any, None], render: Any, last: bytes = DONE
+) -> AsyncGenerator[bytes, None]:
+    """`chunks` as server-sent events; an error in the midst is one, too."""
+    try:
+        async for chunk in chunks:
+            event = render(chunk)
+            if event:
+                yield event
+        yield last
+    except Exception as error:
+        status = status_of(error)
+        if status == 500:
+            logger.error("a stream failed", exc_info=error)
+        yield sse(error_body(error, status))
+        yield DONE
+    finally:
+        await chunks.aclose()
+
+
+async def generate_from_file(ask: Ask) -> Response:
+    """Complete a prompt of input embeddings from a file."""
+    raise not_implemented("/generate_from_file: got input embeddings, expected /generate with ids")
+
+
+ROUTES = (
+    Route(
+        path="/generate",
+        handler=generate,
+        methods=("POST", "PUT"),
+        body=GenerateBody,
+        hands_on=True,
+        statuses=(429, 501, 503),
+    ),
+    Route(path="/generate_from_file", handler=generate_from_file, statuses=(501,)),
+)

@@ -1,0 +1,31 @@
+"""What all routes of one server share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..engine.engine import Engine
+from ..tokenizer import Tokenizer
+from .calls import Calls
+from .config import ServerConfig
+from .record import Record
+
+
+class ServerState:
+    """The engine behind the server, the calls that run, and what has happened."""
+
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.record = Record()
+        self.tokenizer = None if engine.tokenizer is None else Tokenizer.around(engine.tokenizer)
+        self.calls = Calls(engine, config, self.tokenizer, self.record)
+        self.fingerprint_snapshot: int | None = None
+        """What `/weights_checker` was told to remember."""
+        template = config.chat_template
+        self.chat_template = None if template is None else Path(template).read_text()
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the OpenAI routes."""
+        return self.config.served_model_name or self.engine.model_path

@@ -1,0 +1,200 @@
+"""Clients that vanish, clients that do not read, servers that are told to end, and owners that die."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rollout import Engine, RolloutPool
+from rollout.server import launch_server_process
+
+LONG = {"max_new_tokens": 450, "ignore_eos": True}
+ROOMY = {"kv_cache_bytes": 16 << 20}
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    return serve({"slow_client_s": 3.0}, **ROOMY)
+
+
+def connection(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def request_bytes(body, path="/generate"):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def num_requests(http):
+    return http.get("/get_load").json()[0]["num_reqs"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
+def test_requests_of_a_client_that_vanishes_end(http, server, until, stream, paused):
+    if paused:  # Nothing is sent meanwhile that could run into a closed connection.
+        http.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    try:
+        body = {"input_ids": [[1], [2]], "sampling_params": {**LONG, "n": 4}, "stream": stream}
+        client = connection(server)
+        client.sendall(request_bytes(body))
+        until("they run", lambda: num_requests(http) > 0)
+        client.close()
+        until("they have ended", lambda: num_requests(http) == 0)
+    finally:
+        http.post("/continue_generation", json={})
+    assert (
+        http.get("/get_load").json()[0]["num_tokens"] == 0 or http.post("/flush_cache").is_success
+    )
+
+
+def test_a_client_that_does_not_read_loses_its_connection_and_its_requests(http, server, until):
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    host, port = server.url.removeprefix("http://").split(":")
+    client.connect((host, int(port)))
+    body = {
+        "input_ids": [1],
+        "sampling_params": {**LONG, "n": 16},
+        "stream": True,
+        "return_logprob": True,
+        "top_logprobs_num": 20,
+    }
+    client.sendall(request_bytes(body))
+    descriptors = Path(f"/proc/{server.pid}/fd")
+    until(
+        "the server has given up", lambda: num_requests(http) == 0 and _has_ended(client, 0.5), 120
+    )
+    client.close()
+    assert len(list(descriptors.iterdir())) < 200
+    assert http.get("/health").status_code == 200
+
+
+def _has_ended(client, patience_s):
+    """Whether the other end has closed or reset, after what had been sent before."""
+    client.settimeout(patience_s)
+    try:
+        return not client.recv(16)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_a_body_that_never_comes_is_not_waited_for(http, server):
+    with connection(server) as client:
+        client.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+        assert b" 408 " in client.recv(4096).partition(b"\r\n")[0]
+
+
+def test_a_server_that_is_told_to_end_lets_what_runs_finish(serve):
+    server = serve({"drain_s": 60.0})
+    with httpx.Client(base_url=server.url, timeout=120) as http:
+        answers, began = [], threading.Event()
+
+        def ask():
+            body = {
+                "input_ids": [1],
+                "sampling_params": {"max_new_tokens": 100, "ignore_eos": True},
+                "stream": True,
+            }
+            with http.stream("POST", "/generate", json=body) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        answers.append(json.loads(line.removeprefix("data: ")))
+                        began.set()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert began.wait(60)
+        os.kill(server.pid, signal.SIGTERM)
+        thread.join(120)
+    last = answers[-1]
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 100}
+    assert server.close() == 0
+
+
+def test_what_does_not_finish_in_time_is_aborted_with_the_reason(serve):
+    server = serve({"drain_s": 0.2})
+    with httpx.Client(base_url=server.url, timeout=120) as http:
+        http.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+        answers = []
+
+        def ask():
+            answers.append(http.post("/generate", json={"input_ids": [1], "sampling_params": LONG}))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while num_requests(http) == 0:
+            time.sleep(0.02)
+        os.kill(server.pid, signal.SIGTERM)
+        thread.join(120)
+    reason = answers[0].json()["meta_info"]["finish_reason"]
+    assert reason == {"type": "abort", "message": "the server is shutting down"}
+    assert server.close() == 0
+
+
+def is_alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_ends_with_its_owner_and_its_engine_with_it(folder, until):
+    code = (
+        "import os, signal\n"
+        "from rollout.server import launch_server_process\n"
+        f"server = launch_server_process({str(folder)!r}, server={{'port': 0}}, kv_cache_bytes=1 << 20)\n"
+        "print(server.pid, flush=True)\n"
+        "input()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(owner.stdout.readline())
+    engine = next(
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    )
+    owner.kill()
+    owner.wait()
+    until("the server's end", lambda: not is_alive(pid))
+    until("the engine's end", lambda: not is_alive(engine))
+
+
+def test_a_server_over_the_address_of_an_engine_leaves_it_alone(folder):
+    with Engine(str(folder), executor="local", kv_cache_bytes=1 << 20, num_threads=1) as engine:
+        with launch_server_process(address=engine.address, server={"port": 0}) as server:
+            body = {"text": "a", "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+            found = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
+            assert len(found["output_ids"]) == 3
+        assert (
+            len(engine.generate("a", {"max_new_tokens": 3, "ignore_eos": True})["output_ids"]) == 3
+        )
+
+
+def test_a_server_over_a_pool_serves_all_replicas(folder):
+    options = {"kv_cache_bytes": 1 << 20, "num_threads": 1}
+    with RolloutPool(str(folder), num_replicas=2, **options) as pool:
+        with launch_server_process(address=pool.address, server={"port": 0}) as server:
+            ids = [[i + 1, i + 2] for i in range(8)]
+            body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+            found = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
+            assert len({result["meta_info"]["engine_id"] for result in found}) == 2
+            body = {"model_path": str(folder), "weight_version": "next"}
+            reply = httpx.post(f"{server.url}/update_weights_from_disk", json=body, timeout=60)
+            assert reply.json()["success"] is True
+        assert (pool.version, pool.weight_version) == (1, "next")

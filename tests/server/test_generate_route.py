@@ -1,0 +1,188 @@
+"""`/generate` against a server in another process: what goes in, what comes out, and what is refused."""
+
+import json
+
+import httpx
+import pytest
+
+from rollout import Engine
+from rollout.server.access import Client
+from rollout.server.calls import Call
+
+GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+
+
+def lines_of(http, body):
+    with http.stream("POST", "/generate", json=body) as reply:
+        assert reply.status_code == 200
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in reply.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_prompt_is_completed_as_the_engine_would_in_process(http, folder):
+    body = {
+        "sampling_params": {**GREEDY, "temperature": 0.7, "sampling_seed": 5},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": 2,
+    }
+    with Engine(str(folder), kv_cache_bytes=1 << 20) as engine:
+        expected = engine.generate("the heron", **body)
+    found = http.post("/generate", json={"text": "the heron", **body}).json()
+    assert found["output_ids"] == expected["output_ids"] and found["text"] == expected["text"]
+    meta, wanted = found["meta_info"], expected["meta_info"]
+    assert set(meta) == set(wanted)
+    assert meta["input_token_logprobs"][0] == [None, wanted["input_token_logprobs"][0][1], None]
+    for key in ("output_token_logprobs", "output_top_logprobs", "input_token_logprobs"):
+        assert meta[key] == json.loads(json.dumps(wanted[key]))
+    assert meta["finish_reason"] == {"type": "length", "length": 6}
+    assert meta["weight_versions"] == [{"version": "0", "number": 0, "start": 0, "end": 6}]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_both_methods_generate(http, method):
+    reply = http.request(method, "/generate", json={"input_ids": [1, 2], "sampling_params": GREEDY})
+    assert len(reply.json()["output_ids"]) == 6
+
+
+def test_an_error_names_a_request_as_its_client_does():
+    call = Call(Client("c", False), {}, 1, {"a1b2": "mine", "c3d4": None})
+    assert str(call.told(ValueError("request a1b2: too long"))) == "request mine: too long"
+    assert str(call.told(ValueError("request c3d4: too long"))) == "request c3d4: too long"
+
+
+def test_batches_and_samples_come_as_a_list_prompt_major(http):
+    body = {"input_ids": [[1, 2], [3, 4, 5]], "sampling_params": {**GREEDY, "n": 2}}
+    results = http.post("/generate", json={**body, "rid": ["a", "b"]}).json()
+    assert [r["meta_info"]["id"] for r in results] == ["a-0", "a-1", "b-0", "b-1"]
+    assert [r["meta_info"]["prompt_tokens"] for r in results] == [2, 2, 3, 3]
+    one = http.post("/generate", json={"input_ids": [[1, 2]], "sampling_params": GREEDY}).json()
+    assert isinstance(one, list) and len(one) == 1
+
+
+def test_a_stream_is_cumulative_and_ends_with_the_whole_result(http):
+    body = {"text": "the", "sampling_params": GREEDY, "return_logprob": True, "rid": "mine"}
+    whole = http.post("/generate", json=body).json()
+    chunks = lines_of(http, {**body, "stream": True})
+    assert [len(chunk["output_ids"]) for chunk in chunks] == [1, 2, 3, 4, 5, 6]
+    assert all(chunk["meta_info"]["finish_reason"] is None for chunk in chunks[:-1])
+    assert all(chunk["meta_info"]["id"] == "mine" for chunk in chunks)
+    assert chunks[-1]["output_ids"] == whole["output_ids"] and chunks[-1]["text"] == whole["text"]
+
+
+def test_samples_of_a_stream_say_which_they_are(http):
+    body = {"text": "the", "sampling_params": {**GREEDY, "n": 2}, "stream": True}
+    last = {chunk["index"]: chunk for chunk in lines_of(http, body)}
+    assert sorted(last) == [0, 1]
+    assert all(chunk["meta_info"]["finish_reason"] for chunk in last.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({}, "neither"),
+        ({"text": "a", "input_ids": [1]}, "both"),
+        ({"text": 3}, "text"),
+        ({"input_ids": ["a"]}, "input_ids"),
+        ({"input_ids": [1, 99999]}, "vocabulary"),
+        ({"text": ""}, "empty"),
+        ({"text": "a", "sampling_params": {"tempreature": 1}}, "temperature"),
+        ({"text": "a", "sampling_params": {"n": 0}}, "n"),
+        ({"text": "a", "samplin_params": {}}, "sampling_params"),
+        ({"text": "a", "lora_path": "x"}, "LoRA"),
+        ({"text": "a", "rid": ["a", "b"]}, "rid"),
+        ({"text": "a", "rid": ""}, "rid"),
+        ({"text": "a", "timeout_s": -1}, "timeout_s"),
+        ({"text": "a", "self": 1}, "self"),
+        ({"text": "a", "stream": "yes"}, "stream"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_run_is_answered_with_400_and_the_reason(http, body, word, stream):
+    reply = http.post("/generate", json={**({"stream": True} if stream else {}), **body})
+    assert reply.status_code == 400, reply.text
+    assert word in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000])
+def test_a_body_that_is_no_object_is_answered_with_400(http, content):
+    assert http.post("/generate", content=content).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/generate", {"input_embeds": [[0.5]]}), ("/generate_from_file", {}), ("/slow_down", {})],
+)
+def test_what_the_engine_does_not_have_is_answered_with_501(http, path, body):
+    reply = http.post(path, json=body)
+    assert reply.status_code == 501 and "yet" in reply.json()["message"]
+
+
+def test_the_server_says_what_it_is(http, folder):
+    info = http.get("/server_info").json()
+    wanted = ("tp_size", "pp_size", "dp_size", "ep_size", "num_gpus", "model_path", "dtype")
+    assert set(wanted) <= set(info) and info["model_path"] == str(folder)
+    assert info["served_model_name"] == str(folder) and info["disaggregation_mode"] == "null"
+    assert http.get("/get_server_info").json().keys() == info.keys()
+    model = http.get("/model_info").json()
+    assert (model["weight_version"], model["model_type"]) == ("0", "qwen3")
+    assert http.get("/get_load").json()[0]["num_reqs"] == 0
+    load = http.get("/v1/loads", params={"include": "core"}).json()["loads"][0]
+    assert (load["num_running_reqs"], load["num_waiting_reqs"]) == (0, 0)
+
+
+def test_health_asks_the_engine_and_health_generate_draws_a_token(http):
+    assert http.get("/health").status_code == 200
+    assert http.get("/ping").status_code == 200
+    assert http.get("/health_generate").json()["weight_version"] == "0"
+    http.post("/pause_generation", json={"mode": "in_place"})
+    try:
+        assert http.get("/health").status_code == 200
+    finally:
+        http.post("/continue_generation", json={})
+
+
+def test_unknown_routes_and_methods_are_json_errors(http):
+    assert http.get("/nothing").status_code == 404
+    assert http.get("/nothing").json()["error"]["code"] == 404
+    assert http.delete("/generate").status_code == 405
+
+
+def test_the_description_names_every_route(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/generate", "/health", "/update_weights_from_disk", "/pause_generation"} <= set(paths)
+    assert all(
+        "422" not in operation["responses"]
+        for path in paths.values()
+        for operation in path.values()
+    )
+
+
+def test_an_http2_preface_does_not_disturb_the_server(http, server):
+    import socket
+
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as probe:
+        probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        while probe.recv(4096):
+            pass
+    assert http.get("/health").status_code == 200
+
+
+def test_requests_that_come_together_are_all_answered(server):
+    import asyncio
+
+    async def ask_all():
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+
+            async def one(i):
+                body = {"input_ids": [1 + i % 200, 2], "sampling_params": {**GREEDY, "n": 1}}
+                reply = await client.post("/generate", json=body)
+                return reply.json()["output_ids"]
+
+            return await asyncio.gather(*(one(i) for i in range(64)))
+
+    assert all(len(ids) == 6 for ids in asyncio.run(ask_all()))
