@@ -3,12 +3,14 @@
 For every token and head, with x the head's D features, cos and sin those of the token's position:
 
     x  = round(weight * round(x / sqrt(mean(x^2) + eps)))        queries and keys, where the model norms them
-    x' = round(round(x * cos) + round(swap(x) * sin))            queries and keys; swap(a, b) = (-b, a) by halves
+    x' = round(round(x * cos) + round(swap(x) * sin))            queries and keys; swap(a, b) = (-b, a) by halves of
+                                                                 the first R features; the others are not rotated
     pool[slot] = keys', values                                   where the slot is not negative
 
 `round` is to the tensors' dtype; statistics are float32. Values depend on the token alone.
 
-T tokens, H query heads, K KV heads, D head size, P positions, S block size.
+T tokens, H query heads, K KV heads, D head size, R features of a head that are rotated (all, but for families with
+partial rotation), P positions, S block size.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .launching import jit, launching_on, next_power_of_two, tl
 
 
 def rotary_table(frequencies: torch.Tensor, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """(P, D): cosines of positions 0 to P - 1 in the first half, sines in the second, for frequencies (D / 2) float32.
+    """(P, R): cosines of positions 0 to P - 1 in the first half, sines in the second, for frequencies (R / 2) float32.
 
     Made in float32 and rounded once. A table, so that what a layer reads has the bits that torch computes.
     """
@@ -45,13 +47,13 @@ class HeadNorms:
 
 @jit
 def _norm_half(  # type: ignore[no-untyped-def]
-    low, high, weight, eps, column, inside, D: tl.constexpr
+    low, high, weight, eps, at_low, at_high, inside, D: tl.constexpr
 ):
-    """Both halves (N, DP / 2) of some heads, normed and scaled."""
+    """Both halves (N, DP / 2) of some heads, normed and scaled; `at_low` and `at_high` say which features they are."""
     square = tl.sum(low * low, 1) + tl.sum(high * high, 1)
     scale = tl.rsqrt(square / D + eps)[:, None]
-    low_weight = tl.load(weight + column, mask=inside, other=0.0)
-    high_weight = tl.load(weight + D // 2 + column, mask=inside, other=0.0)
+    low_weight = tl.load(weight + at_low, mask=inside, other=0.0)
+    high_weight = tl.load(weight + at_high, mask=inside, other=0.0)
     dtype = low_weight.dtype
     low = (low * scale).to(dtype).to(tl.float32) * low_weight.to(tl.float32)[None, :]
     high = (high * scale).to(dtype).to(tl.float32) * high_weight.to(tl.float32)[None, :]
@@ -77,6 +79,7 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
     S: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
@@ -89,6 +92,11 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     kv_parts: tl.constexpr = (K + HEADS - 1) // HEADS
     column = tl.arange(0, HALF)
     inside = column < D // 2
+    # Features are taken in pairs that rotate together; those that do not rotate are the last pairs.
+    at_low, at_high = column, column + D // 2
+    if R < D:
+        at_low = tl.where(column < R // 2, column, column + R // 2)
+        at_high = tl.where(column < R // 2, column + R // 2, column + D // 2)
     is_query = part < query_parts
     is_value = part >= query_parts + kv_parts
     kind = tl.where(is_query, 0, tl.where(is_value, 2, 1))
@@ -96,9 +104,9 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     head = first * HEADS + tl.arange(0, HEADS)
     mask = (head < tl.where(is_query, H, K))[:, None] & inside[None, :]
     before = tl.where(is_query, 0, H + tl.where(is_value, K, 0))
-    at = qkv + token * qkv_stride + (before + head)[:, None] * D + column[None, :]
-    low = tl.load(at, mask=mask, other=0.0)
-    high = tl.load(at + D // 2, mask=mask, other=0.0)
+    at = qkv + token * qkv_stride + (before + head)[:, None] * D
+    low = tl.load(at + at_low[None, :], mask=mask, other=0.0)
+    high = tl.load(at + at_high[None, :], mask=mask, other=0.0)
     if kind < 2:
         dtype = low.dtype
         a, b = low.to(tl.float32), high.to(tl.float32)
@@ -106,24 +114,24 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
             weight = query_weight
             if kind == 1:
                 weight = key_weight
-            a, b = _norm_half(a, b, weight, eps, column, inside, D)
-        row = table + tl.load(positions + token).to(tl.int64) * D + column
-        cos = tl.load(row, mask=inside, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(row + D // 2, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a, b = _norm_half(a, b, weight, eps, at_low, at_high, inside, D)
+        row = table + tl.load(positions + token).to(tl.int64) * R + column
+        cos = tl.load(row, mask=column < R // 2, other=1.0).to(tl.float32)[None, :]
+        sin = tl.load(row + R // 2, mask=column < R // 2, other=0.0).to(tl.float32)[None, :]
         a_sin, b_sin = (a * sin).to(dtype).to(tl.float32), (b * sin).to(dtype).to(tl.float32)
         a_cos, b_cos = (a * cos).to(dtype).to(tl.float32), (b * cos).to(dtype).to(tl.float32)
         low, high = (a_cos - b_sin).to(dtype), (b_cos + a_sin).to(dtype)
     if kind == 0:
-        to = q_out + token * q_stride + head[:, None] * D + column[None, :]
-        tl.store(to, low, mask=mask)
-        tl.store(to + D // 2, high, mask=mask)
+        to = q_out + token * q_stride + head[:, None] * D
+        tl.store(to + at_low[None, :], low, mask=mask)
+        tl.store(to + at_high[None, :], high, mask=mask)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
             to = pool + (slot // S) * block_stride + (slot % S) * slot_stride
-            to += (kind - 1) * value_stride + head[:, None] * D + column[None, :]
-            tl.store(to, low.to(pool.dtype.element_ty), mask=mask)
-            tl.store(to + D // 2, high.to(pool.dtype.element_ty), mask=mask)
+            to += (kind - 1) * value_stride + head[:, None] * D
+            tl.store(to + at_low[None, :], low.to(pool.dtype.element_ty), mask=mask)
+            tl.store(to + at_high[None, :], high.to(pool.dtype.element_ty), mask=mask)
 
 
 def rotate_and_store(
@@ -139,7 +147,7 @@ def rotate_and_store(
     """qkv (T, (H + 2 K) D), queries before keys before values: queries go to q_out (T, H D), keys and values to the
     pool. One launch.
 
-    pool (blocks, S, 2, K, D), any strides between its blocks and slots, keys of one slot contiguous; table (P, D) of
+    pool (blocks, S, 2, K, D), any strides between its blocks and slots, keys of one slot contiguous; table (P, R) of
     `rotary_table` in qkv's dtype; positions (T) below P; slots (T), `block * S + offset`, -1: a row of padding, of
     which nothing is stored; both int32 or int64. Without `q_out` queries are rotated in place; keys in qkv stay as
     they were. Returns the queries, (T, H D).
@@ -151,7 +159,12 @@ def rotate_and_store(
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * size and num_heads > 0
     assert queries.shape == (num_tokens, num_heads * size)
     assert qkv.stride(1) == queries.stride(1) == pool.stride(4) == 1 and pool.stride(3) == size
-    assert table.shape[1] == size and table.is_contiguous() and table.dtype == qkv.dtype
+    assert (
+        table.shape[1] <= size
+        and table.shape[1] % 2 == 0
+        and table.is_contiguous()
+        and table.dtype == qkv.dtype
+    )
     assert positions.shape == slots.shape == (num_tokens,)
     if num_tokens == 0:
         return queries
@@ -179,6 +192,7 @@ def rotate_and_store(
             H=num_heads,
             K=num_kv_heads,
             D=size,
+            R=table.shape[1],
             S=block_size,
             HALF=half,
             HEADS=heads,
@@ -198,8 +212,8 @@ def reference(
     norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated queries (T, H, D), and keys and values (T, 2, K, D), in torch operations."""
-    size = table.shape[1]
-    heads = qkv.view(qkv.shape[0], -1, size)
+    rotated = table.shape[1]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
     queries, keys, values = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms is not None:
         queries = _reference_norm(queries, norms.query, norms.eps)
@@ -207,8 +221,9 @@ def reference(
     cos, sin = table[positions].unsqueeze(1).chunk(2, -1)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, -1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+        low, high = x[..., :rotated].chunk(2, -1)
+        turned = (low * cos - high * sin, high * cos + low * sin)
+        return torch.cat((*turned, x[..., rotated:]), -1)
 
     return rotate(queries), torch.stack((rotate(keys), values), 1)
 

@@ -36,6 +36,9 @@ class EngineConfig:
     """"cpu", "cuda" or "cuda:1"; "auto": CUDA where there is a GPU."""
     tp_size: int = 1
     """Tensor-parallel ranks."""
+    ep_size: int = 1
+    """Over how many of these the experts of a layer are spread, whole; a divisor of `tp_size`. With 1 every rank holds
+    a part of every expert."""
     seed: int | None = None
     """Seed of requests that bring no `sampling_seed`, and of dummy weights; None: another one at every start, which
     `status()` tells, and 0 for dummy weights."""

@@ -54,7 +54,6 @@ RENAMED_OPTIONS = {
 REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "pp_size": ((1,), "pipeline parallelism is not supported; use tp_size"),
     "dp_size": ((1,), "an engine is one replica; use rollout.RolloutPool(num_replicas=...)"),
-    "ep_size": ((1,), "expert parallelism is not supported: the models are dense"),
     "nnodes": ((1,), "an engine lives on one machine; use executor='ray' or rollout.RolloutPool"),
     "node_rank": ((0,), "an engine lives on one machine; use executor='ray' or rollout.RolloutPool"),
     "gpu_id_step": ((1,), "ranks take GPUs that follow one another"),

@@ -93,6 +93,7 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         tp_size: int = 1,
+        ep_size: int = 1,
         seed: int | None = None,
         context_length: int | None = None,
         max_running_requests: int = 256,

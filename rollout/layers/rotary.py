@@ -1,6 +1,7 @@
 """Rotary position embedding: default, linear and llama3 frequencies.
 
-T tokens, H heads, D head size. Cosines are made once per step, in float32, and cast to the model's dtype.
+T tokens, H heads, D head size, R of its features rotated. Cosines are made once per step, in float32, and
+cast to the model's dtype.
 """
 
 from __future__ import annotations
@@ -30,10 +31,17 @@ class RopeConfig:
     """llama3: wavelengths below `original_max_position` / this are left alone."""
     original_max_position: int = 0
     """llama3: context length before stretching."""
+    fraction: float = 1.0
+    """Part of each head that is rotated, its first features; the others stay as they are."""
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Features of a head that are rotated."""
+        return int(head_dim * self.fraction)
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """Angle per position for each pair of features: (D / 2), float32, on the CPU."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        """Angle per position for each pair of rotated features: (R / 2), float32, on the CPU."""
+        dim = self.rotary_dim(head_dim)
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
         frequencies = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
             return frequencies / self.factor
@@ -59,9 +67,9 @@ class Angles:
     """Cosines and sines of one step's positions."""
 
     cos: torch.Tensor
-    """(T, 1, D): the second half of the features repeats the first."""
+    """(T, 1, R): the second half of the features repeats the first."""
     sin: torch.Tensor
-    """(T, 1, D / 2)."""
+    """(T, 1, R / 2)."""
 
 
 class RotaryEmbedding:
@@ -80,10 +88,11 @@ class RotaryEmbedding:
 
 
 def rotate_(x: torch.Tensor, angles: Angles, workspace: Workspace) -> None:
-    """Rotate x (T, H, D), of any strides, in place.
+    """Rotate the first R features of x (T, H, D), of any strides, in place.
 
     Products and sums are rounded one by one, as the reference models do, so bfloat16 agrees bit for bit.
     """
+    x = x[..., : angles.cos.shape[-1]]
     half = x.shape[-1] // 2
     swapped = workspace.take("rotary", tuple(x.shape))
     torch.mul(x[..., half:], angles.sin, out=swapped[..., :half])

@@ -30,6 +30,27 @@ class TensorParallelGroup(RankOfMany, Protocol):
         """The ranks' tensors, of equal shapes, side by side along `dim` in rank order."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOf:
+    """A rank and how many there are."""
+
+    rank: int
+    """From 0."""
+    size: int
+    """Number of ranks."""
+
+
+def split_experts(tp: RankOfMany, ep_size: int) -> tuple[RankOf, RankOf]:
+    """A tensor-parallel rank's place among those that own different experts, and among those that share the same ones.
+
+    `tp.size` is a multiple of `ep_size`; ranks that share experts are neighbours.
+    """
+    sharing = tp.size // ep_size
+    return RankOf(rank=tp.rank // sharing, size=ep_size), RankOf(
+        rank=tp.rank % sharing, size=sharing
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SingleGroup:
     """One rank that holds the whole model; its collectives are the identity."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from .experts import Experts
 from .norm import RMSNorm
 
 
@@ -52,6 +53,17 @@ class LayerStep(Protocol):
 
     def attend(self, qkv: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
         """qkv (T, (H + 2 K) D) -> (T, H D): norm and rotate, write keys and values to the layer's pool, attend."""
+
+    def experts(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """x (T, E), weights (T, k) float32, ids (T, k) int64 -> what this rank's experts add, (T, E), the caller's."""
+
+    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
+        """The experts (T, k) int64 that a layer's tokens go to, where somebody asked for them.
+
+        `layer` counts the layers that have experts.
+        """
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """fused (T, 2 I), gate before up -> silu(gate) * up, (T, I)."""

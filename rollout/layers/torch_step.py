@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from .attention import PagedAttention, PagedStep
+from .experts import Experts, run_experts
 from .norm import RMSNorm
 from .rotary import Angles, rotate_
 from .step import AttentionLayer
@@ -48,6 +49,15 @@ class TorchStep:
         rotate_(rotated, self._angles, workspace)
         kv = qkv[:, num_heads * layer.head_dim :]
         return PagedAttention(layer).forward(queries, kv, self._pools[layer.index], self._paged)
+
+    def experts(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """A product for each matrix of each expert that is used."""
+        return run_experts(x, weights, ids, experts)
+
+    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
+        """Into the pool of routes, where there is one."""
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """In place, in the first half."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rollout_kernels.fused_norm import add_rms_norm
+from rollout_kernels.grouped_experts import grouped_experts
 from rollout_kernels.paged_decode import DecodeWorkspace, paged_decode
 from rollout_kernels.paged_prefill import paged_prefill
 from rollout_kernels.qk_norm_rope import HeadNorms, rotate_and_store
@@ -19,6 +20,7 @@ from rollout_kernels.shared_prefix_decode import SharedState, shared_prefix_deco
 from rollout_kernels.shared_prefixes import SharedPrefixes
 from rollout_kernels.silu_mul import silu_mul
 
+from .experts import Experts
 from .norm import RMSNorm
 from .step import AttentionLayer
 
@@ -139,6 +141,17 @@ class TritonStep:
             deterministic=self._deterministic,
             max_len=batch.max_len,
         )
+
+    def experts(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Experts
+    ) -> torch.Tensor:
+        """Three kernels, whatever the number of experts."""
+        return grouped_experts(
+            x, weights, ids, experts.gate_up, experts.down, first_expert=experts.first
+        )
+
+    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
+        """Into the pool of routes, where there is one."""
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """One kernel."""

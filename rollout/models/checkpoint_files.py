@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from weight_sync.errors import TransportError
 from weight_sync.layout.checkpoint_folder import weight_files
+from weight_sync.layout.fused import Fused
+from weight_sync.layout.region import Region
 from weight_sync.layout.weight_map import WeightMap
 
 from ..errors import CheckpointError
@@ -27,8 +29,16 @@ class Source:
     """The safetensors file."""
     name: str
     """Its name in that file."""
-    first_row: int = 0
-    """Where it begins along dim 0, when it is a part of a fused tensor."""
+    start: tuple[int, ...] = ()
+    """Where it begins, when it is a part of a fused tensor, which may have more dimensions in front."""
+
+    def read(self, opened: safe_open, region: Region) -> torch.Tensor:
+        """A region of the tensor out of its file."""
+        start = self.start or (0,) * len(region)
+        new = len(start) - len(region)
+        inner = zip(start[new:], region, strict=True)
+        index = (*start[:new], *(slice(at + first, at + end) for at, (first, end) in inner))
+        return opened.get_slice(self.name)[index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +74,16 @@ class CheckpointFiles:
             for name, entry in self.entries.items()
             if name in shapes and self._has_shape(name, shapes[name])
         }
-        for name in self.entries:
+        for name, entry in self.entries.items():
+            if name in weight_map.names and entry.dtype.startswith("F8"):
+                self.problems.append(
+                    f"{name}: got {entry.dtype}, which means something together with a scale alone, expected one of "
+                    f"{', '.join(FLOATING)}"
+                )
             if name in weight_map.aliases:
                 self._match_alias(name, weight_map.aliases[name], shapes, sources)
             elif name in weight_map.fused:
-                self._match_fused(name, weight_map.fused[name], shapes, sources)
+                self._match_fused(name, weight_map.fused[name], sources)
             elif name not in shapes and not weight_map.is_ignored(name):
                 self.problems.append(f"{name}: unknown to this model")
         for name, shape in shapes.items():
@@ -86,31 +101,27 @@ class CheckpointFiles:
     ) -> None:
         if not self._has_shape(name, shapes[target]):
             return
-        if target not in self.entries:
+        if target not in self.entries and target not in sources:
             sources[target] = Source(file=self.entries[name].file, name=name)
+        elif target not in self.entries:
+            self.problems.append(f"{name}: doubled, {sources[target].name} holds it as well")
         elif target in sources and not torch.equal(self.read(name), self.read(target)):
             self.problems.append(
-                f"{name}: differs from {target}, to which the configuration ties it "
-                "(tie_word_embeddings)"
+                f"{name}: differs from {target}, which is the same tensor in this model (see tie_word_embeddings)"
             )
 
     def _match_fused(
         self,
         name: str,
-        parts: Iterable[str],
-        shapes: Mapping[str, tuple[int, ...]],
+        fused: Fused,
         sources: dict[str, Source],
     ) -> None:
-        parts = tuple(parts)
-        rows = [shapes[part][0] for part in parts]
-        if not self._has_shape(name, (sum(rows), *shapes[parts[0]][1:])):
+        if not self._has_shape(name, fused.shape):
             return
-        first = 0
-        for part, size in zip(parts, rows, strict=True):
-            if part in self.entries:
+        for part, start in zip(fused.parts, fused.starts, strict=True):
+            if part in sources:
                 self.problems.append(f"{part}: doubled, it is a part of {name} too")
-            sources[part] = Source(file=self.entries[name].file, name=name, first_row=first)
-            first += size
+            sources[part] = Source(file=self.entries[name].file, name=name, start=start)
 
     def _has_shape(self, name: str, expected: tuple[int, ...]) -> bool:
         got = self.entries[name].shape

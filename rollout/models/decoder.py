@@ -1,16 +1,19 @@
 """The decoder that all families share; a family is the options of `ModelConfig`.
 
 T tokens of a step (no batch axis: sequences lie one after another), R rows to sample from, E hidden size, H query heads
-and K KV heads of this rank, D head size, I feed-forward width of this rank, V vocabulary.
+and K KV heads of this rank, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
 
+from weight_sync.layout.fused import Fused
 from weight_sync.layout.weight_map import Placement, WeightMap
 
 from ..layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -22,6 +25,8 @@ from ..layers.shards import OutputRows, split_evenly, split_kv_heads
 from ..layers.single_group import TensorParallelGroup
 from ..layers.step import AttentionLayer, LayerStep
 from .arena import ParameterArena
+from .derived_state import DerivedState, refresh_all
+from .feed_forward import make_feed_forward
 from .model_config import ModelConfig
 
 
@@ -81,45 +86,17 @@ class Attention(nn.Module):
         yield from self.output.placements(prefix)
 
 
-class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig, tp: TensorParallelGroup) -> None:
-        super().__init__()
-        width = config.intermediate_size
-        start, self.size = split_evenly("intermediate_size", width, tp)
-        self.gate_up = ColumnParallelLinear(
-            "gate_up_proj",
-            config.hidden_size,
-            (
-                OutputRows(name="gate_proj", full=width, start=start, size=self.size),
-                OutputRows(name="up_proj", full=width, start=start, size=self.size),
-            ),
-            bias=config.mlp_bias,
-        )
-        self.down = RowParallelLinear(
-            "down_proj", width, config.hidden_size, bias=config.mlp_bias, tp=tp
-        )
-
-    def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
-        """x (T, E) -> (T, E)."""
-        return self.down(step.gate(self.gate_up(x)))
-
-    def placements(self, prefix: str) -> Iterator[Placement]:
-        """Parts of the checkpoint in memory order."""
-        yield from self.gate_up.placements(prefix)
-        yield from self.down.placements(prefix)
-
-
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each on a normalised input; what they give is added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, tp: TensorParallelGroup, ep_size: int
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer, tp)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config, tp)
+        self.feed_forward = make_feed_forward(config, layer, tp, ep_size)
 
     def forward(
         self, residual: torch.Tensor, x: torch.Tensor | None, step: LayerStep
@@ -147,13 +124,15 @@ class Decoder(nn.Module):
     arena: ParameterArena
     weight_map: WeightMap
 
-    def __init__(self, config: ModelConfig, tp: TensorParallelGroup, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallelGroup, device: torch.device, ep_size: int = 1
+    ) -> None:
         super().__init__()
         self.config = config
         self.tp = tp
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp) for layer in range(config.num_layers)
+            DecoderLayer(config, layer, tp, ep_size) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head: VocabParallelEmbedding | ScoreHead
@@ -205,18 +184,35 @@ class Decoder(nn.Module):
             name = "lm_head" if self.config.num_labels is None else "score"
             yield from self.head.placements(name)
 
-    def fused_names(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Names of the fused projections, and of the checkpoint tensors that each stacks."""
+    def fused_names(self) -> Iterator[tuple[str, Fused | tuple[str, ...]]]:
+        """Names of fused projections and stacked experts, and of the checkpoint tensors that each is made of."""
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             yield from layer.attention.qkv.fused_names(f"model.layers.{index}.self_attn")
-            yield from layer.feed_forward.gate_up.fused_names(f"model.layers.{index}.mlp")
+            yield from layer.feed_forward.fused_names(f"model.layers.{index}.mlp")
+
+    def aliases(self) -> Iterator[tuple[str, str]]:
+        """Other names of checkpoint tensors, each with the one in `placements`."""
+        if self.head is self.embedding:
+            yield "lm_head.weight", "model.embed_tokens.weight"
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.feed_forward.aliases(f"model.layers.{index}.mlp")
+
+    @cached_property
+    def derived_state(self) -> tuple[DerivedState, ...]:
+        """What is a function of the parameters. Fused projections are parameters, and a tied head is the embedding."""
+        return tuple(
+            row
+            for index, layer in enumerate(self.layers)
+            for row in cast("DecoderLayer", layer).feed_forward.derived_state(
+                f"model.layers.{index}.mlp"
+            )
+        )
 
     def refresh_derived_state(self) -> None:
-        """Recompute whatever is a function of the parameters; the engine calls it after every commit.
-
-        There is nothing at present: fused projections are the parameters themselves, and a tied head is the embedding.
-        """
+        """Recompute whatever is a function of the parameters, and check it; the engine calls it after every commit."""
+        refresh_all(self.derived_state)
 
 
 def _heads(name: str, num_heads: int, first: int, count: int, head_dim: int) -> OutputRows:

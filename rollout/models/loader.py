@@ -73,10 +73,7 @@ def _copy_parts(parts: list[tuple[Source, Placement]]) -> None:
     for file, group in by_file.items():
         with safe_open(file, framework="pt", device="cpu") as opened, torch.no_grad():
             for source, part in group:
-                (first, last), *columns = part.region
-                rows = slice(source.first_row + first, source.first_row + last)
-                region = (rows, *(slice(*bounds) for bounds in columns))
-                part.destination.copy_(opened.get_slice(source.name)[region])
+                part.destination.copy_(source.read(opened, part.region))
 
 
 class DummyModelLoader(BaseModelLoader):

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..layers.rotary import RopeConfig
+from .moe_config import MOE_FAMILIES, MoeConfig, moe_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MOE_FAMILIES)
 ROPE_KINDS = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder: sizes, and the options in which families differ."""
+    """A decoder: sizes, and the options in which families differ."""
 
     family: str
     """`model_type` of the checkpoint, one of `FAMILIES`."""
@@ -33,7 +34,7 @@ class ModelConfig:
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Width of the feed-forward layers."""
+    """Width of the feed-forward layers, where they are dense."""
     num_layers: int
     """Decoder layers."""
     num_heads: int
@@ -62,12 +63,16 @@ class ModelConfig:
     """For each layer, how many tokens back a query sees, itself included; None: all."""
     num_labels: int | None = None
     """Scores of a sequence, of a sequence-classification checkpoint, which has no output head; None: it generates."""
+    moe: MoeConfig | None = None
+    """The experts of layers that are not dense; None: all are."""
+    num_mtp_layers: int = 0
+    """Layers of the checkpoint behind the last one that predict further tokens; they are not loaded."""
     dtype: str | None = None
     """Dtype of the checkpoint without the `torch.` prefix; None when it names none."""
 
     def differences(self, other: ModelConfig) -> list[str]:
         """How a model of `other` would compute something else with the same weights; one line for each option."""
-        indifferent = {"dtype", "max_position_embeddings"}
+        indifferent = {"dtype", "max_position_embeddings", "num_mtp_layers"}
         return [
             f"{name}: got {getattr(other, name)}, expected {getattr(self, name)}"
             for name in (field.name for field in dataclasses.fields(self))
@@ -79,10 +84,15 @@ class ModelConfig:
         """Elements of all weights, but for biases."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size) + norms
         head = self.vocab_size if self.num_labels is None else self.num_labels
         rows = self.vocab_size + (0 if self.tie_word_embeddings else head)
-        return rows * self.hidden_size + self.num_layers * layer + self.hidden_size
+        num_dense, mixtures = self.num_layers, 0
+        if self.moe is not None:
+            num_dense -= self.moe.num_layers
+            mixtures = self.moe.num_layers * self.moe.num_parameters(self.hidden_size)
+        dense = num_dense * 3 * self.hidden_size * self.intermediate_size
+        layers = self.num_layers * (self.hidden_size * heads + norms) + dense + mixtures
+        return rows * self.hidden_size + layers + self.hidden_size
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
@@ -117,11 +127,16 @@ class ModelConfig:
         if getattr(config, "quantization_config", None):
             problems.append("quantization_config, only plain floating-point checkpoints are")
         rope = _rope(config, problems)
+        if rope.rotary_dim(head_dim) % 2:
+            problems.append(
+                f"partial_rotary_factor {rope.fraction} of head_dim {head_dim}, which is odd"
+            )
+        moe = moe_config(config, problems)
         windows = _sliding_windows(config, problems)
         if problems:
             raise CheckpointError(
                 f"cannot run this {family} checkpoint; not supported: {'; '.join(problems)}. "
-                f"Supported: dense {', '.join(FAMILIES)} with rope types {', '.join(ROPE_KINDS)}"
+                f"Supported: {', '.join(FAMILIES)} with rope types {', '.join(ROPE_KINDS)}"
             )
         attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None)
@@ -139,12 +154,14 @@ class ModelConfig:
             max_position_embeddings=config.max_position_embeddings,
             rope=rope,
             tie_word_embeddings=num_labels is None and bool(config.tie_word_embeddings),
-            qkv_bias=True if family == "qwen2" else attention_bias and family != "mistral",
-            output_bias=attention_bias and family in ("llama", "qwen3"),
+            qkv_bias=_has_qkv_bias(config, attention_bias),
+            output_bias=attention_bias and family in ("llama", "qwen3", "qwen3_moe"),
             mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe") or bool(getattr(config, "use_qk_norm", False)),
             sliding_windows=windows,
             num_labels=num_labels,
+            moe=moe,
+            num_mtp_layers=getattr(config, "num_nextn_predict_layers", None) or 0,
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
         )
 
@@ -154,6 +171,14 @@ def _num_labels(config: PretrainedConfig) -> int | None:
     names = config.architectures or []
     is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
     return int(config.num_labels) if is_classifier else None
+
+
+def _has_qkv_bias(config: PretrainedConfig, attention_bias: bool) -> bool:
+    if config.model_type == "qwen2":
+        return True
+    if config.model_type == "qwen2_moe":
+        return bool(getattr(config, "qkv_bias", True))
+    return attention_bias and config.model_type not in ("mistral", "mixtral")
 
 
 def _dtype_of(raw: Mapping[str, Any]) -> dict[str, str]:
@@ -183,7 +208,7 @@ def _refuse_unknown_family(model_type: object) -> None:
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"unknown model family: got model_type {model_type!r}, expected one of {', '.join(FAMILIES)}; "
-            "use a dense checkpoint of one of these families"
+            "use a checkpoint of one of these families"
         )
 
 
@@ -202,11 +227,14 @@ def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
     if kind not in ROPE_KINDS:
         problems.append(f"rope type {kind!r}")
         return RopeConfig(theta=1.0)
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor {values['partial_rotary_factor']}")
+    fraction = float(values.get("partial_rotary_factor") or 1.0)
+    if fraction != 1.0 and config.model_type != "glm4_moe":
+        problems.append(f"partial_rotary_factor {fraction} in a {config.model_type} model")
     theta = float(values.get("rope_theta") or 10_000.0)
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, fraction=fraction)
+    if fraction != 1.0:
+        problems.append(f"partial_rotary_factor {fraction} with rope type {kind!r}")
     needed = ["factor"]
     if kind == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -227,12 +255,12 @@ def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
 
 
 def _sliding_windows(config: PretrainedConfig, problems: list[str]) -> tuple[int | None, ...]:
-    """Llama has none; Mistral's is for all layers; Qwen's `layer_types` says for which (derived from
-    `use_sliding_window` and `max_window_layers` where a file does not spell it out)."""
+    """Llama has none; Mistral's is for all layers, as are Mixtral's and Qwen3-MoE's; Qwen's `layer_types` says for
+    which (derived from `use_sliding_window` and `max_window_layers` where a file does not spell it out)."""
     num_layers = config.num_hidden_layers
     window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is None or config.model_type in ("llama", "mistral"):
+    if kinds is None or config.model_type in ("llama", "mistral", "mixtral"):
         everywhere = "full_attention" if window is None else "sliding_attention"
         if kinds is not None and set(kinds) != {everywhere}:
             problems.append(f"layer_types {sorted(set(kinds))} in a {config.model_type} model")

@@ -60,6 +60,7 @@ class ModelRunner:
         block_size: int,
         num_blocks: int,
         tp: TensorParallelGroup | None = None,
+        ep_size: int = 1,
         attention_backend: str = "auto",
         max_batch: int = 256,
         deterministic: bool = False,
@@ -71,7 +72,7 @@ class ModelRunner:
         self.tp = tp or SingleGroup()
         self.deterministic = deterministic
         self._model_path: str | Path | None = None
-        self.model: Decoder = build_model(model_config, dtype, self.device, self.tp)
+        self.model: Decoder = build_model(model_config, dtype, self.device, self.tp, ep_size)
         if deterministic:
             self._use_invariant_products()
         self.kv_pool = self.init_memory_pool(num_blocks)

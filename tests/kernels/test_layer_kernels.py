@@ -85,19 +85,28 @@ ROPE_CASES: list[dict[str, Any]] = [
         {"dtype": torch.bfloat16, "heads": heads, "size": size, "norm": True}
         for heads, size in (((3, 1), 80), ((6, 3), 96), ((16, 8), 128), ((5, 5), 256))
     ),
+    *(
+        {"dtype": torch.bfloat16, "heads": (4, 2), "size": size, "norm": norm, "fraction": 0.5}
+        for size, norm in ((64, True), (80, False))
+    ),
 ]
 
 
 @CHECKS.add(*ROPE_CASES)
 def rotation_and_cache_write(
-    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], size: int, norm: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    size: int,
+    norm: bool,
+    fraction: float = 1.0,
 ) -> None:
     num_heads, num_kv = heads
     tokens, blocks, block_size = 5, 4, 16
     qkv = noise((tokens, (num_heads + 2 * num_kv) * size), dtype, device, 5)
     positions = torch.tensor([0, 1, 77, 299, 3], device=device)
     slots = torch.tensor([17, 0, 63, -1, 33], device=device)
-    rotary = RotaryEmbedding(RopeConfig(theta=1e4), size, device)
+    rotary = RotaryEmbedding(RopeConfig(theta=1e4, fraction=fraction), size, device)
     table = qk_norm_rope.rotary_table(rotary.frequencies, 300, dtype)
     norms = None
     want = qkv.clone().view(tokens, -1, size)

@@ -28,6 +28,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied-llama3-rope": (
@@ -61,6 +63,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral-slides": ("mistral", {"sliding_window": 7}),
+    "qwen3-moe-first-layer-dense": (
+        "qwen3_moe",
+        {**MOE, "head_dim": 32, "mlp_only_layers": [0], "norm_topk_prob": True},
+    ),
+    "qwen2-moe-shared-expert": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 80}),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "sliding_window": None}),
+    "glm4-moe-groups-and-bias": (
+        "glm4_moe",
+        {
+            **{key: value for key, value in MOE.items() if key != "num_experts"},
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.8,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 2,
+        },
+    ),
 }
 
 
@@ -75,6 +98,7 @@ class HandDriver:
         num_blocks: int = 256,
         dtype: torch.dtype = torch.float32,
         tp: TensorParallelGroup | None = None,
+        ep_size: int = 1,
         attention_backend: str = "auto",
         device: str = "cpu",
     ) -> None:
@@ -85,6 +109,7 @@ class HandDriver:
             block_size=block_size,
             num_blocks=num_blocks,
             tp=tp,
+            ep_size=ep_size,
             attention_backend=attention_backend,
         )
         self.runner.kv_pool.memory.fill_(float("nan"))  # What was never written must never be read.

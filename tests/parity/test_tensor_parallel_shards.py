@@ -14,6 +14,7 @@ from rollout.layers.single_group import SingleGroup
 from rollout.models.build import build_model
 from rollout.models.loader import DefaultModelLoader, DummyModelLoader, LoadConfig
 from rollout.models.model_config import ModelConfig
+from weight_sync.layout.holdings import Holdings, joint_problems
 
 
 class ThreadGroup:
@@ -40,25 +41,39 @@ class ThreadGroup:
         return torch.cat(self._exchange(tensor), dim)
 
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+GLM = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "n_group": 2,
+    "topk_group": 1,
+    "head_dim": 16,
+}
 LAYOUTS = [
-    ("llama", {"attention_bias": True, "mlp_bias": True}, 2),
-    ("llama", {"vocab_size": 289}, 2),
-    ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "vocab_size": 290}, 4),
-    ("qwen2", {}, 4),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, 2, 1),
+    ("llama", {"vocab_size": 289}, 2, 1),
+    ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "vocab_size": 290}, 4, 1),
+    ("qwen2", {}, 4, 1),
+    ("qwen3_moe", {**MOE, "head_dim": 16}, 2, 1),
+    ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 80}, 2, 2),
+    ("mixtral", {"num_local_experts": 4}, 4, 2),
+    ("glm4_moe", GLM, 2, 2),
 ]
-"""The second and third pad the vocabulary; four ranks share two KV heads."""
+"""The second and third pad the vocabulary; four ranks share two KV heads. Last, over how many ranks experts are
+spread."""
 
 
-@pytest.mark.parametrize(("family", "overrides", "size"), LAYOUTS)
+@pytest.mark.parametrize(("family", "overrides", "size", "ep_size"), LAYOUTS)
 def test_ranks_together_give_the_log_probabilities_of_one(
-    family, overrides, size, tiny_checkpoint, hand_driver, reference_logprobs
+    family, overrides, size, ep_size, tiny_checkpoint, hand_driver, reference_logprobs
 ):
     folder = tiny_checkpoint(family, **overrides)
     rng = random.Random(0)
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (3, 11, 19)]
 
     def run(group):
-        driver = hand_driver(folder, tp=group)
+        driver = hand_driver(folder, tp=group, ep_size=ep_size)
         requests = [driver.request(ids) for ids in prompts]
         driver.step([(request, request.num_tokens - 1) for request in requests])
         driver.step([(request, 1) for request in requests])
@@ -71,8 +86,9 @@ def test_ranks_together_give_the_log_probabilities_of_one(
             assert (logprobs - reference_logprobs(folder, ids)).abs().max() < 1e-4
 
 
-def ranks(config, size):
-    return [build_model(config, torch.float32, "cpu", group) for group in ThreadGroup.make(size)]
+def ranks(config, size, ep_size=1):
+    groups = ThreadGroup.make(size)
+    return [build_model(config, torch.float32, "cpu", group, ep_size) for group in groups]
 
 
 def assemble(models, name):
@@ -86,15 +102,20 @@ def assemble(models, name):
     return whole
 
 
-@pytest.mark.parametrize(("family", "overrides", "size"), LAYOUTS)
+@pytest.mark.parametrize(("family", "overrides", "size", "ep_size"), LAYOUTS)
 @pytest.mark.parametrize("loader", [DefaultModelLoader(), DummyModelLoader(LoadConfig(seed=3))])
-def test_every_layout_holds_the_same_model(family, overrides, size, loader, tiny_checkpoint):
+def test_every_layout_holds_the_same_model(
+    family, overrides, size, ep_size, loader, tiny_checkpoint
+):
     folder = tiny_checkpoint(family, **overrides)
     config = ModelConfig.from_folder(folder)
-    single, parts = build_model(config, torch.float32, "cpu"), ranks(config, size)
+    single, parts = build_model(config, torch.float32, "cpu"), ranks(config, size, ep_size)
     for model in (single, *parts):
         loader.load_model(model, folder)
-    for meta in single.weight_map.metas():
+    metas = single.weight_map.metas()
+    assert all(model.weight_map.metas() == metas for model in parts)
+    assert joint_problems(metas, [Holdings.of(model.weight_map) for model in parts]) == []
+    for meta in metas:
         assert torch.equal(assemble(parts, meta.name), single.weight_map.read(meta.name)), meta.name
 
 

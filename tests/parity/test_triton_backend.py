@@ -32,7 +32,7 @@ def test_the_tests_of_this_file_pass_in_the_interpreter():
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
 
 
 @interpreted
@@ -49,6 +49,17 @@ def test_the_tests_of_this_file_pass_in_the_interpreter():
             },
         ),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
+        (
+            "glm4_moe",
+            {
+                "head_dim": 32,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "first_k_dense_replace": 1,
+                "use_qk_norm": True,
+            },
+        ),
     ],
 )
 def test_fused_chunks_mixtures_and_single_tokens_agree(

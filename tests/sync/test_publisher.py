@@ -13,6 +13,10 @@ from torch import nn
 
 import weight_sync
 from weight_sync import ManifestMismatch, SessionError, StaleVersionError, WeightPublisher
+from weight_sync.layout.manifest import WireManifest
+from weight_sync.publisher.selection import Layout, Selector
+from weight_sync.wire.messages import EngineInfo
+from weight_sync.wire.process import current_process
 
 NUM_TENSORS = len(toy_shapes())
 
@@ -120,6 +124,36 @@ def test_casting_is_exact_and_reported(engine: ToyEngine, publisher: WeightPubli
         ManifestMismatch, match=r"embed.weight: got float64, expected bfloat16.*cast=True"
     ):
         publisher.publish(weights(2.0, torch.float64), cast=False)
+
+
+@pytest.mark.parametrize(
+    ("got", "held"), [("bfloat16", "float8_e4m3fn"), ("float8_e5m2", "bfloat16")]
+)
+def test_a_cast_to_or_from_a_quantised_dtype_without_its_scale_is_refused(
+    got: str, held: str
+) -> None:
+    info = EngineInfo(
+        protocol=1,
+        process=current_process(),
+        engine_id="e",
+        version=0,
+        label=None,
+        torn=None,
+        aliases={},
+        fused={},
+        device="cpu",
+        tp_size=1,
+        manifest=WireManifest(names=("w",), shapes=((2,),), dtypes=(held,), bucket_bytes=256),
+        transports=(),
+    )
+    layout = Layout(info, 256)
+    selector = Selector(layout, cast=True, packed=lambda i: torch.empty(0), ignored=frozenset)
+    selector.take([("w", torch.ones(2).to(getattr(torch, got)))])
+    with pytest.raises(ManifestMismatch, match=f"w: got {got}, expected {held}; .*scale"):
+        selector.finish(strict=True)
+    selector = Selector(layout, cast=True, packed=lambda i: torch.empty(0), ignored=frozenset)
+    assert selector.take([("w", torch.ones(2).to(getattr(torch, held)))]).casts == []
+    selector.finish(strict=True)
 
 
 def test_integers_are_never_cast_to_weights(publisher: WeightPublisher) -> None:

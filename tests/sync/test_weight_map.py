@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from weight_sync.errors import ManifestMismatch
+from weight_sync.layout.fused import Fused
+from weight_sync.layout.holdings import Holdings, joint_problems
 from weight_sync.layout.region import runs
 from weight_sync.layout.weight_map import Placement, WeightMap
 
@@ -203,3 +205,97 @@ def test_empty_tensors_and_scalars_have_a_place() -> None:
 def test_a_region_is_runs_of_bytes(shape: object, region: object, expected: object) -> None:
     starts, run_bytes = runs(shape, region, 2)
     assert (starts.tolist(), run_bytes) == expected
+
+
+def stacked_model() -> tuple[WeightMap, dict[str, torch.Tensor]]:
+    """Three experts of (2, 4) gates and ups, and their (4, 2) downs side by side along the last dimension."""
+    parameters = {"gate_up": torch.randn(3, 4, 4), "down": torch.randn(4, 6)}
+    experts = [{f"{i}.gate": (2, 4), f"{i}.up": (2, 4)} for i in range(3)]
+    weight_map = WeightMap(
+        [
+            *(
+                Placement.whole(f"{i}.{kind}", parameters["gate_up"][i, first : first + 2])
+                for i in range(3)
+                for first, kind in ((0, "gate"), (2, "up"))
+            ),
+            *(
+                Placement.whole(f"{i}.down", parameters["down"][:, 2 * i : 2 * i + 2])
+                for i in range(3)
+            ),
+        ],
+        parameters,
+        fused={
+            "gate_up": Fused.stacked([Fused.joined(expert) for expert in experts]),
+            "down": Fused.joined({f"{i}.down": (4, 2) for i in range(3)}, dim=1),
+        },
+    )
+    return weight_map, parameters
+
+
+def test_parts_join_along_any_dimension_and_stack_along_a_new_one() -> None:
+    weight_map, parameters = stacked_model()
+    for name, parameter in parameters.items():
+        located = weight_map.locate(name)
+        assert located.meta.shape == tuple(parameter.shape)
+        assert torch.equal(located.read(), parameter)
+        fused = weight_map.fused[name]
+        for i, part in enumerate(fused.parts):
+            shape = weight_map.locate(part).meta.shape
+            assert torch.equal(fused.view(parameter, i, shape), weight_map.read(part))
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "word"),
+    [
+        ((4, 3), ((0, 0), (1, 0)), "parts over each other"),
+        ((6, 3), ((0, 0), (4, 0)), "got parts of 12 elements, expected 18"),
+        ((3, 3), ((0, 0), (2, 0)), "outside"),
+        ((4, 3), ((0, 0),), "2 parts at 1 places"),
+        ((4,), ((0,), (2,)), "at most 1 dimensions"),
+    ],
+)
+def test_parts_that_do_not_tile_their_whole_are_refused(shape, starts, word) -> None:
+    parameters = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
+    text = problems(
+        [Placement.whole(name, tensor) for name, tensor in parameters.items()],
+        parameters,
+        fused={"ab": Fused(shape=shape, parts=("a", "b"), starts=starts)},
+    )
+    assert "ab: " in text and word in text
+
+
+def rank_map(owned: list[int]) -> WeightMap:
+    """Three tensors, of which a rank owns some, and nothing of the others."""
+    parameters = {f"w{i}": torch.full((2, 2), float(i)) for i in owned}
+    empty = torch.empty(0, 2)
+    return WeightMap(
+        [
+            Placement.whole(f"w{i}", parameters[f"w{i}"])
+            if i in owned
+            else place(f"w{i}", (2, 2), ((0, 0), (0, 2)), empty)
+            for i in range(3)
+        ],
+        parameters,
+    )
+
+
+def test_a_rank_that_owns_nothing_of_a_name_has_it_in_its_manifest_all_the_same() -> None:
+    ranks = [rank_map([0, 1]), rank_map([2])]
+    assert ranks[0].metas() == ranks[1].metas()
+    assert ranks[1].read("w0").sum() == 0 and not ranks[1].locate("w0").mask().any()
+    assert joint_problems(ranks[0].metas(), [Holdings.of(rank) for rank in ranks]) == []
+
+
+def test_ranks_that_leave_an_element_to_nobody_or_overlap_are_found_out() -> None:
+    def found(*ranks: WeightMap) -> list[str]:
+        return joint_problems(ranks[0].metas(), [Holdings.of(rank) for rank in ranks])
+
+    assert found(rank_map([0]), rank_map([2])) == ["w1: got no rank for 4 of its 4 elements"]
+    assert found(rank_map([0, 1, 2]), rank_map([1])) == []
+    rows = [torch.zeros(2, 2), torch.zeros(2, 2)]
+    overlapping = [
+        WeightMap([place("w", (3, 2), ((first, first + 2), (0, 2)), part)], {"w": part})
+        for first, part in enumerate(rows)
+    ]
+    assert "on two ranks" in found(*overlapping)[0]
+    assert "another list" in found(overlapping[0], rank_map([0, 1, 2]))[0]

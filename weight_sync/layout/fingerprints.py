@@ -21,6 +21,7 @@ from .device_sums import device_sums
 from .manifest import Manifest, NamedTensors, TensorMeta
 from .mesh_fingerprint import MeshSums
 from .shards import is_distributed
+from .spellings import canonical, named_weights
 from .tensor_sums import MASK, combine, name_key, region_sum, unsigned
 
 Indices = Sequence[int] | np.ndarray
@@ -36,8 +37,9 @@ def fingerprint(
 ) -> int:
     """The fingerprint of a module's parameters, or of named tensors: what the engine's must be after a sync.
 
-    A module counts each parameter once, under its first name (tied weights). Of named tensors every name counts; they
-    may come from an iterator that reuses its memory. `dtypes` is what the engine holds, where it is not what the
+    A module counts each parameter once, under its first name (tied weights), and routers' biases among its buffers. Of
+    named tensors every name counts; they may come from an iterator that reuses its memory. Experts count under the
+    names of `spellings`, however they are held. `dtypes` is what the engine holds, where it is not what the
     trainer holds: by name, or one for all floating-point tensors; values are converted as a sync converts them.
 
     DTensors are not gathered: every rank of their mesh calls this at the same point, counts its own shards, and one
@@ -172,14 +174,14 @@ def _on_gpus(
 
 def _named(source: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(source, nn.Module):
-        return _unique_parameters(source)
-    return source.items() if isinstance(source, Mapping) else source
+        return canonical(_unique_parameters(source))
+    return canonical(source.items() if isinstance(source, Mapping) else source)
 
 
 def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     # Tied weights are one `Parameter` under two names as a rule, but also two views of one storage.
     seen: set[tuple[torch.device, int, tuple[int, ...], tuple[int, ...]]] = set()
-    for name, tensor in module.named_parameters():
+    for name, tensor in named_weights(module):
         held = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if held.numel():
             key = (held.device, held.data_ptr(), tuple(held.shape), held.stride())

@@ -59,6 +59,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The dtypes that travel, by the name that they have on the wire."""
 
+QUANTISED = frozenset(
+    dtype for dtype in DTYPES.values() if dtype.is_floating_point and dtype.itemsize == 1
+)
+"""Values of these mean something together with a scale alone: a plain cast clips them, or loses the scale."""
+
 
 def parse_dtype(name: str) -> torch.dtype:
     """The dtype called `name`, with or without `torch.`; `ManifestMismatch` for any other string."""

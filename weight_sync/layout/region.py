@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,6 +32,32 @@ def inside(region: Region, shape: Sequence[int]) -> bool:
 def overlap(a: Region, b: Region) -> bool:
     """Whether two parts of one tensor share an element; two scalars do."""
     return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+
+
+def common(a: Region, b: Region) -> Region | None:
+    """What two parts of one tensor share, or None where that is no element; two scalars share theirs."""
+    shared = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return shared if all(start < stop for start, stop in shared) else None
+
+
+def counted_from(region: Region, origin: Region) -> Region:
+    """The part `region` of a tensor as a part of its part `origin`, in which it lies."""
+    return tuple(
+        (start - first, stop - first)
+        for (start, stop), (first, _) in zip(region, origin, strict=True)
+    )
+
+
+def overlapping(parts: Sequence[Region]) -> Iterator[tuple[Region, Region]]:
+    """Those of one tensor's parts that share an element, in pairs."""
+    # Sorted by their first row, only neighbours until the first gap can overlap.
+    filled = sorted(part for part in parts if math.prod(sizes(part)))
+    for i, a in enumerate(filled):
+        for b in itertools.islice(filled, i + 1, None):
+            if a and b[0][0] >= a[0][1]:
+                break
+            if overlap(a, b):
+                yield a, b
 
 
 def part(tensor: torch.Tensor, region: Region) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..errors import ManifestMismatch
 from . import region as regions
 from .manifest import NamedTensors
 from .region import Region
+from .spellings import named_weights
 
 Runs = list[tuple[int, int]]
 
@@ -88,7 +89,7 @@ def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
 def pairs_of(named_tensors: NamedTensors) -> list[tuple[str, torch.Tensor]]:
     """Named tensors as a list; `ManifestMismatch` for what is none."""
     found: Iterable[Any] = (
-        named_tensors.named_parameters()
+        named_weights(named_tensors)
         if isinstance(named_tensors, nn.Module)
         else named_tensors.items()
         if isinstance(named_tensors, Mapping)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -15,6 +13,7 @@ import torch
 from ..errors import ManifestMismatch
 from . import region as regions
 from .coverage import coverage_problems
+from .fused import Fused
 from .manifest import DTYPES, MAX_NAME_LENGTH, TensorMeta, dtype_name, mismatch
 from .memory import Storage, byte_range, storage_key
 from .region import Region
@@ -80,28 +79,32 @@ class WeightMap:
         parameters: Mapping[str, torch.Tensor],
         *,
         aliases: Mapping[str, str] | None = None,
-        fused: Mapping[str, Sequence[str]] | None = None,
+        fused: Mapping[str, Sequence[str] | Fused] | None = None,
         ignored: AbstractSet[str] | Callable[[str], bool] = frozenset(),
     ) -> None:
         """Check the table; `ManifestMismatch` lists all that is wrong with it.
 
-        `aliases`: other names of canonical tensors (tied weights). `fused`: names of the model's own parameters,
-        each standing for canonical tensors joined along dimension 0. `ignored`: names that trainers may send and
-        that have no memory here (a set, or a predicate).
+        `aliases`: other names of canonical tensors (tied weights). `fused`: names that each stand for several
+        canonical tensors, as a `Fused` or, where they are joined along dimension 0, just their names. `ignored`:
+        names that trainers may send and that have no memory here (a set, or a predicate).
+
+        A rank that holds nothing of a tensor places an empty part of it: the names are the same on all ranks.
         """
         self.placements = tuple(placements)
         self.parameters = dict(parameters)
         self.aliases = dict(aliases or {})
-        self.fused = {name: tuple(parts) for name, parts in (fused or {}).items()}
         self._ignored = ignored
         by_name: defaultdict[str, list[Placement]] = defaultdict(list)
         for placement in self.placements:
             by_name[placement.name].append(placement)
+        self.fused: dict[str, Fused] = {}
+        """Names that stand for several canonical tensors."""
         problems = [problem for parts in by_name.values() for problem in _tensor_problems(parts)]
         problems += coverage_problems(
             self.parameters, [(p.name, p.destination) for p in self.placements]
         )
         problems += self._name_problems(by_name)
+        problems += self._fuse(fused or {}, by_name)
         if problems:
             raise mismatch(
                 "the weight map does not fit the model",
@@ -149,20 +152,22 @@ class WeightMap:
         return self.locate(name).read()
 
     def _locate_fused(self, name: str) -> Located:
-        placements: list[Placement] = []
-        row = 0
-        parts = [self.locate(component) for component in self.fused[name]]
-        shape = (sum(part.meta.shape[0] for part in parts), *parts[0].meta.shape[1:])
-        for part in parts:
-            for placement in part.placements:
-                (start, stop), *rest = placement.region
-                moved = ((start + row, stop + row), *rest)
-                placements.append(replace(placement, name=name, shape=shape, region=moved))
-            row += part.meta.shape[0]
+        fused = self.fused[name]
+        placements = [
+            replace(
+                placement,
+                name=name,
+                shape=fused.shape,
+                region=fused.region(i, placement.region),
+                destination=fused.lifted(placement.destination),
+            )
+            for i, part in enumerate(fused.parts)
+            for placement in self._by_name[part]
+        ]
         return Located(
-            meta=TensorMeta(name=name, shape=shape, dtype=parts[0].meta.dtype),
+            meta=TensorMeta(name=name, shape=fused.shape, dtype=placements[0].destination.dtype),
             placements=tuple(placements),
-            canonical=tuple(itertools.chain.from_iterable(part.canonical for part in parts)),
+            canonical=fused.parts,
         )
 
     @cached_property
@@ -176,10 +181,15 @@ class WeightMap:
     @cached_property
     def _metas(self) -> tuple[TensorMeta, ...]:
         storages: dict[tuple[torch.device, int], int] = {}
+        last: dict[torch.dtype, tuple[int, int]] = {}
 
         def where(name: str) -> tuple[int, int]:
             tensor = self._by_name[name][0].destination
-            return storages.setdefault(storage_key(tensor), len(storages)), tensor.data_ptr()
+            if tensor.numel():
+                number = storages.setdefault(storage_key(tensor), len(storages))
+                last[tensor.dtype] = number, tensor.data_ptr()
+            # What is on other ranks alone comes where it would be here: behind the one that was placed before it.
+            return last.get(tensor.dtype, (0, 0))
 
         order = {name: where(name) for name in self._by_name}
         return tuple(self.locate(name).meta for name in sorted(order, key=order.__getitem__))
@@ -188,18 +198,35 @@ class WeightMap:
         for name, target in self.aliases.items():
             if target not in by_name:
                 yield f"{name}: got an alias of {target!r}, expected the name of a placed tensor"
-        for name in (*self.aliases, *self.fused):
-            if name in by_name or (name in self.aliases and name in self.fused):
+        for name in self.aliases:
+            if name in by_name:
                 yield f"{name}: got two meanings, expected canonical name, alias or fused name"
-        for name, parts in self.fused.items():
+
+    def _fuse(
+        self,
+        fused: Mapping[str, Sequence[str] | Fused],
+        by_name: Mapping[str, Sequence[Placement]],
+    ) -> Iterator[str]:
+        """Fill `fused` with what is sound; the problems of the rest."""
+        for name, given in fused.items():
+            if name in by_name or name in self.aliases:
+                yield f"{name}: got two meanings, expected canonical name, alias or fused name"
+            parts = given.parts if isinstance(given, Fused) else tuple(given)
             unknown = [part for part in parts if part not in by_name]
             if unknown or not parts:
                 yield f"{name}: got the components {unknown or '()'}, expected placed tensors"
                 continue
-            firsts = [by_name[part][0] for part in parts]
-            kinds = {(p.shape[1:], p.destination.dtype, len(p.shape) > 0) for p in firsts}
-            if len(kinds) > 1 or not firsts[0].shape:
+            shapes = {part: by_name[part][0].shape for part in parts}
+            if not isinstance(given, Fused):
+                rows = {shape[1:] if shape else None for shape in shapes.values()}
+                if len(rows) > 1 or None in rows:
+                    yield f"{name}: got components {list(parts)}, expected equal rows and dtypes"
+                    continue
+                given = Fused.joined(shapes)
+            if len({by_name[part][0].destination.dtype for part in parts}) > 1:
                 yield f"{name}: got components {list(parts)}, expected equal rows and dtypes"
+            yield from (f"{name}: {problem}" for problem in given.problems(shapes))
+            self.fused[name] = given
 
 
 def _tensor_problems(placements: Sequence[Placement]) -> Iterator[str]:
@@ -224,16 +251,5 @@ def _tensor_problems(placements: Sequence[Placement]) -> Iterator[str]:
                 f"{name}: got a destination of shape {list(got)}, expected "
                 f"{list(regions.sizes(placement.region))}, the shape of region {placement.region}"
             )
-    yield from _overlap_problems(name, [p.region for p in placements])
-
-
-def _overlap_problems(name: str, parts: Sequence[Region]) -> Iterator[str]:
-    # Sorted by their first row, only neighbours until the first gap can overlap.
-    filled = [part for part in parts if math.prod(regions.sizes(part))]
-    filled.sort()
-    for i, a in enumerate(filled):
-        for b in itertools.islice(filled, i + 1, None):
-            if a and b[0][0] >= a[0][1]:
-                break
-            if regions.overlap(a, b):
-                yield f"{name}: got regions {a} and {b}, expected every element placed once"
+    for a, b in regions.overlapping([p.region for p in placements]):
+        yield f"{name}: got regions {a} and {b}, expected every element placed once"

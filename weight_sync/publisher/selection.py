@@ -1,8 +1,8 @@
 """From a trainer's named tensors to rows of the engine's manifest, with every problem in one error.
 
-A trainer may send canonical names, aliases (tied weights, which must agree byte for byte) and fused names (split along
-dim 0); another floating-point dtype is a cast, which is reported. Anything else is a problem, and problems are raised
-together, before a byte is staged.
+A trainer may send canonical names, aliases (tied weights, which must agree byte for byte) and fused names (split into
+their parts); another floating-point dtype is a cast, which is reported. Anything else is a problem, and problems are
+raised together, before a byte is staged.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ManifestMismatch
-from ..layout.manifest import Manifest, dtype_name, mismatch
+from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
 from ..wire.messages import EngineInfo
 from .sources import unwrapped
 
@@ -33,14 +33,13 @@ class Layout:
         self.shapes = [meta.shape for meta in self.manifest.tensors]
         self.dtypes = [meta.dtype for meta in self.manifest.tensors]
         self.aliases = {name: self.index[target] for name, target in info.aliases.items()}
-        self.fused = {
-            name: tuple(self.index[part] for part in parts) for name, parts in info.fused.items()
-        }
+        self.fused = info.fused
 
-    def fused_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a fused tensor: its components stacked along dim 0."""
-        shapes = [self.shapes[i] for i in self.fused[name]]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    def parts(self, name: str, whole: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """Rows of the manifest that a fused tensor holds, each with its part of it."""
+        fused = self.fused[name]
+        rows = [self.index[part] for part in fused.parts]
+        return [(row, fused.view(whole, i, self.shapes[row])) for i, row in enumerate(rows)]
 
     def similar(self, names: list[str]) -> dict[str, str]:
         """For the first few of `names`, the known name that each was probably meant to be."""
@@ -157,23 +156,20 @@ class Selector:
     def _take_other(self, name: str, tensor: torch.Tensor, selection: Selection) -> None:
         layout = self._layout
         name = self._known(name)
-        if name in layout.fused:
-            rows, shape = layout.fused[name], layout.fused_shape(name)
+        fused = layout.fused.get(name)
+        if fused is not None:
+            i, shape = layout.index[fused.parts[0]], fused.shape
         else:
-            i = layout.index.get(name, layout.aliases.get(name))
-            if i is None:
+            found = layout.index.get(name, layout.aliases.get(name))
+            if found is None:
                 self._unknown.append(name)
                 return
-            rows, shape = (i,), layout.shapes[i]
-        if not self._fits(name, tensor, shape, layout.dtypes[rows[0]], selection):
+            i, shape = found, layout.shapes[found]
+        if not self._fits(name, tensor, shape, layout.dtypes[i], selection):
             return
-        parts = (
-            (tensor,)
-            if name not in layout.fused
-            else tensor.split([layout.shapes[i][0] for i in rows])
-        )
-        for i, part in zip(rows, parts, strict=True):
-            self._place(i, name, part.detach(), selection)
+        held = tensor.detach()
+        for row, part in [(i, held)] if fused is None else layout.parts(name, held):
+            self._place(row, name, part, selection)
 
     def _known(self, name: str) -> str:
         """The name that the engine knows a tensor by, where it is another one only for the trainer's wrappers."""
@@ -202,6 +198,11 @@ class Selector:
             self._problems.append(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype == dtype:
             return True
+        elif QUANTISED & {tensor.dtype, dtype}:
+            self._problems.append(
+                f"{name}: got {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}; a cast to or from a quantised "
+                "dtype needs the tensor's scale: convert it in the trainer"
+            )
         elif self._cast and tensor.dtype.is_floating_point and dtype.is_floating_point:
             selection.casts.append((name, dtype_name(tensor.dtype), dtype_name(dtype)))
             return True

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..layout.manifest import NamedTensors
+from ..layout.spellings import named_weights
 
 T = TypeVar("T")
 AnyNamedTensors = NamedTensors | AsyncIterable[tuple[str, torch.Tensor]]
@@ -50,7 +51,7 @@ def _merged(module: nn.Module) -> Generator[tuple[str, torch.Tensor], None, None
     for name, adapter in adapters.items():
         yield from _merged_layer(_plain(name), adapter)
     inside = tuple(f"{name}." for name in adapters)
-    for name, parameter in module.named_parameters():
+    for name, parameter in named_weights(module):
         if not name.startswith(inside) and ".original_module." not in f".{name}":
             yield _plain(name), parameter
 
@@ -84,7 +85,7 @@ def _plain(name: str) -> str:
 def _listed(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     """A list where all tensors exist at once, else an iterator."""
     if isinstance(named_tensors, nn.Module):
-        return list(named_tensors.named_parameters())
+        return list(named_weights(named_tensors))
     if isinstance(named_tensors, Mapping):
         return list(named_tensors.items())
     if isinstance(named_tensors, tuple):

@@ -45,34 +45,29 @@ class Part:
 def parts_of(
     layout: Layout, tensors: Sequence[tuple[str, Sequence[Region]]], skip: frozenset[str]
 ) -> list[Part]:
-    """All parts that a rank holds, in the order in which both sides count them; fused tensors cut along dim 0."""
+    """All parts that a rank holds, in the order in which both sides count them; fused tensors cut into theirs."""
     parts = []
     for item, (name, held) in enumerate(tensors):
         if name in skip:
             continue
-        rows = layout.fused.get(name) or (layout.index.get(name, layout.aliases.get(name, -1)),)
+        fused = layout.fused.get(name)
+        if fused is None:
+            row = layout.index.get(name, layout.aliases.get(name, -1))
+            places = [(row, regions.whole(layout.shapes[row]))]
+        else:
+            rows = [layout.index[part] for part in fused.parts]
+            places = [
+                (row, fused.region(i, regions.whole(layout.shapes[row])))
+                for i, row in enumerate(rows)
+            ]
         for number, region in enumerate(held):
-            first = 0
-            for row in rows:
-                shape = layout.shapes[row]
-                last = first + shape[0] if len(rows) > 1 else 0
-                part = _cut(region, first, last) if len(rows) > 1 else region
-                if part is not None and 0 not in regions.sizes(part):
-                    inner = tuple(
-                        (start - origin, stop - origin)
-                        for (start, stop), (origin, _) in zip(part, region, strict=True)
-                    )
-                    own = part
-                    if first:
-                        own = ((part[0][0] - first, part[0][1] - first), *part[1:])
-                    parts.append(Part(item, number, row, own, inner))
-                first = last
+            for row, place in places:
+                both = regions.common(region, place)
+                if both is not None:
+                    new = len(place) - len(layout.shapes[row])
+                    own = regions.counted_from(both, place)[new:]
+                    parts.append(Part(item, number, row, own, regions.counted_from(both, region)))
     return parts
-
-
-def _cut(region: Region, first: int, last: int) -> Region | None:
-    start, stop = max(region[0][0], first), min(region[0][1], last)
-    return ((start, stop), *region[1:]) if start < stop else None
 
 
 def buckets_of(manifest: Manifest, rows: np.ndarray) -> list[np.ndarray]:

@@ -99,7 +99,10 @@ class RankShare:
     def write(self, number: int, tensors: Sequence[torch.Tensor]) -> np.ndarray:
         """Copy this rank's parts of a bucket into the arena; their summands, one per row of the bucket, uint64."""
         bucket = self._buckets[number]
-        sources = [regions.part(tensors[item], local) for item, local in bucket.sources]
+        sources = [
+            _flattened(regions.part(tensors[item], local), target.dim())
+            for (item, local), target in zip(bucket.sources, bucket.targets, strict=True)
+        ]
         if sources:
             torch._foreach_copy_(bucket.targets, sources)
         values = torch.zeros(bucket.rows, dtype=torch.int64)
@@ -123,6 +126,11 @@ class RankShare:
             held = regions.part(tensors[item], local).to(self._dtypes[row])
             values[number] = part_sum(held, starts, run_bytes).cpu()
         return values.numpy().view(np.uint64)
+
+
+def _flattened(part: torch.Tensor, num_dims: int) -> torch.Tensor:
+    """Without the first dimensions, which are of size 1, where a part of a stack has more than the tensor it is of."""
+    return part[(0,) * (part.dim() - num_dims)] if part.dim() > num_dims else part
 
 
 def _offset(local: Region, inner: Region) -> Region:

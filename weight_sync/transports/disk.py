@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from ..errors import FingerprintMismatch, TransportError
 from ..layout.checkpoint_folder import INDEX_FILE, weight_files
 from ..layout.manifest import NamedTensors, dtype_name, mismatch
+from ..layout.spellings import named_weights
 from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
@@ -169,7 +170,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> DiskCheckpoint:
 
 def _items(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(named_tensors, torch.nn.Module):
-        return named_tensors.named_parameters()
+        return named_weights(named_tensors)
     return named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
 
 

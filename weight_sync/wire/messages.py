@@ -19,14 +19,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from ..layout.manifest import MAX_NAME_LENGTH, MAX_TENSORS, WireManifest
+from ..layout.fused import Fused, Name
+from ..layout.manifest import MAX_TENSORS, WireManifest
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when a message changes its meaning; peers of different versions refuse each other."""
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that either side accepts."""
 
-Name = Annotated[str, Meta(max_length=MAX_NAME_LENGTH)]
 Label = Annotated[str, Meta(max_length=512)]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0)]
@@ -143,8 +143,8 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     """The canonical tensors, in the order in which they lie in memory."""
     aliases: dict[Name, Name]
     """Other names of a whole canonical tensor, such as a tied `lm_head.weight`."""
-    fused: dict[Name, tuple[Name, ...]]
-    """Names for several canonical tensors concatenated along dim 0."""
+    fused: dict[Name, Fused]
+    """Names for several canonical tensors in one: joined, or stacked."""
     device: Annotated[str, Meta(max_length=64)]
     """Device of the weights."""
     tp_size: Count

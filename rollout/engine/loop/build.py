@@ -26,7 +26,7 @@ from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
 from .checks import DTYPES, check_config, check_deterministic, check_dtype, kv_block
 from .core import EngineCore
-from .ranks import RankGroups, RankSpec, device_of
+from .ranks import RankGroups, RankSpec, check_whole_model, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,12 @@ def _runner(
             block_size=resolved.block_size,
             num_blocks=resolved.num_blocks,
             tp=ranks.tp,
+            ep_size=config.ep_size,
             attention_backend=resolved.attention_backend,
             max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
             deterministic=config.deterministic,
         )
+        check_whole_model(runner.weight_map, ranks.order)
         runner.load_model(
             config.model_path,
             LoadConfig(
@@ -123,7 +125,7 @@ def resolve(
     gpu_bytes: free memory of a GPU that is to be imagined, for the sizes alone; None: the device as it is.
     """
     dtype = check_dtype(config, model)
-    check_deterministic(config, device)
+    check_deterministic(config, model, device)
     context = config.context_length or model.max_position_embeddings
     if context > model.max_position_embeddings:
         raise ConfigError(

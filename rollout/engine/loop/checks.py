@@ -12,6 +12,7 @@ import torch
 from ...config import EngineConfig, default_block_size, free_memory_bytes
 from ...errors import ConfigError
 from ...layers.shards import split_evenly, split_kv_heads
+from ...layers.single_group import split_experts
 from ...models.checkpoint_files import CheckpointFiles
 from ...models.model_config import ModelConfig
 from ...runner.backend_registry import resolve_backend
@@ -44,14 +45,19 @@ def check_start(config: EngineConfig) -> None:
     if here:
         for rank in range(config.tp_size):
             device = device_of(RankSpec(rank=rank, size=config.tp_size), _device(config))
-        check_deterministic(config, device)
+        check_deterministic(config, model, device)
         _check_memory(config, model, DTYPES[dtype], device)
 
 
-def check_deterministic(config: EngineConfig, device: str) -> None:
+def check_deterministic(config: EngineConfig, model: ModelConfig, device: str) -> None:
     """`ConfigError` where `deterministic` was asked for and cannot be held on `device`."""
     if not config.deterministic:
         return
+    if model.moe is not None:
+        raise ConfigError(
+            f"deterministic: got a {model.family} model, expected one without experts: how their products are grouped "
+            "depends on the batch; leave it out"
+        )
     backend = resolve_backend(config.attention_backend, device)
     if backend != "triton" or config.tp_size > 1:
         raise ConfigError(
@@ -84,7 +90,7 @@ def check_config(config: EngineConfig) -> None:
     _check_folder("model_path", config.model_path)
     if config.tokenizer_path is not None and not config.skip_tokenizer_init:
         _check_folder("tokenizer_path", config.tokenizer_path)
-    for name in ("max_running_requests", "tp_size"):
+    for name in ("max_running_requests", "tp_size", "ep_size"):
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
@@ -172,7 +178,23 @@ def _check_split(config: EngineConfig, model: ModelConfig) -> None:
     tp = _OneOf(config.tp_size)
     split_evenly("num_attention_heads", model.num_heads, tp)
     split_kv_heads(model.num_kv_heads, tp)
-    split_evenly("intermediate_size", model.intermediate_size, tp)
+    if config.tp_size % config.ep_size:
+        raise ConfigError(
+            f"ep_size: got {config.ep_size} with tp_size {config.tp_size}, expected a divisor of it; experts are "
+            "spread over the tensor-parallel ranks"
+        )
+    moe = model.moe
+    if moe is None or not all(moe.layers):
+        split_evenly("intermediate_size", model.intermediate_size, tp)
+    if moe is None and config.ep_size > 1:
+        raise ConfigError(
+            f"ep_size: got {config.ep_size} for a {model.family} model, expected 1: it has no experts"
+        )
+    if moe is not None:
+        ep, sharing = split_experts(tp, config.ep_size)
+        split_evenly("the number of experts (ep_size)", moe.router.num_experts, ep)
+        split_evenly("moe_intermediate_size", moe.intermediate_size, sharing)
+        split_evenly("the width of the shared expert", moe.shared_size, tp)
 
 
 def kv_block(

@@ -19,6 +19,9 @@ import numpy as np
 import torch
 
 from weight_sync.errors import EngineDiedError
+from weight_sync.layout.holdings import Holdings, joint_problems
+from weight_sync.layout.manifest import mismatch
+from weight_sync.layout.weight_map import WeightMap
 
 from ...distributed.group_coordinator import GroupCoordinator
 from ...distributed.stateless_process_group import StatelessProcessGroup
@@ -162,6 +165,24 @@ class GroupAgreement:
                 )
                 self._on_lost(EngineDiedError(self._lost))
         raise EngineDiedError(self._lost)
+
+
+def check_whole_model(weight_map: WeightMap, group: GroupCoordinator) -> None:
+    """`ManifestMismatch` on all ranks unless together they hold every element of every tensor; all call it at once."""
+    mine = Holdings.of(weight_map)
+    problems = None
+    if group.rank == 0:
+        others = [group.recv_object(other, type=Holdings) for other in range(1, group.size)]
+        problems = joint_problems(weight_map.metas(), [mine, *others])
+    else:
+        group.send_object(mine, 0)
+    problems = group.broadcast_object(problems, type=list[str])
+    if problems:
+        raise mismatch(
+            f"the {group.size} ranks of this engine do not hold the model together",
+            problems,
+            "place each element on a rank, and overlapping parts alike on all that hold them",
+        )
 
 
 def device_of(spec: RankSpec, configured: str) -> str:

@@ -1,0 +1,107 @@
+"""Experts over sorted tokens: the kernels, under triton's interpreter and on a GPU, beside float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreted import Checks, relative_error
+
+from rollout_kernels.grouped_experts import (
+    LARGE_BATCH,
+    SMALL_BATCH,
+    choose_config,
+    grouped_experts,
+    reference,
+    sort_rows,
+)
+
+CHECKS = Checks()
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@CHECKS.add(
+    {"dtype": torch.float32, "tokens": 1, "top_k": 2, "sizes": (64, 48)},
+    {"dtype": torch.float32, "tokens": 21, "top_k": 3, "sizes": (72, 40)},
+    {"dtype": torch.bfloat16, "tokens": 9, "top_k": 2, "sizes": (64, 64)},
+    {"dtype": torch.bfloat16, "tokens": 0, "top_k": 2, "sizes": (64, 64)},
+    {"dtype": torch.bfloat16, "tokens": 40, "top_k": 4, "sizes": (64, 144), "large": True},
+    {"dtype": torch.float32, "tokens": 7, "top_k": 3, "sizes": (64, 16), "ranks": 2},
+)
+def experts_are_what_float64_says(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    top_k: int,
+    sizes: tuple[int, int],
+    large: bool = False,
+    ranks: int = 1,
+) -> None:
+    hidden, width = sizes
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+    gate_up = (torch.randn(6, 2 * width, hidden, generator=generator) / 8).to(device, dtype)
+    down = (torch.randn(6, hidden, width, generator=generator) / 8).to(device, dtype)
+    weights = torch.rand(tokens, top_k, generator=generator).to(device)
+    ids = torch.rand(tokens, 6, generator=generator).topk(top_k, -1).indices.to(device)
+    ids[:, 0] = torch.where(ids[:, 0] == 4, 5, ids[:, 0])  # a busy expert, and one that idles
+    config = LARGE_BATCH if large else None
+    total = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
+    for rank in range(ranks):
+        mine = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+        got = grouped_experts(
+            *(x, weights, ids, gate_up[mine], down[mine]), first_expert=mine.start, config=config
+        )
+        assert got.dtype == dtype and not got.isnan().any()
+        total += got.double()
+    wide = [tensor.double() for tensor in (x, weights)]
+    want = reference(*wide, ids, gate_up.double(), down.double())
+    assert tokens == 0 or relative_error(total, want) < TOLERANCE[dtype]
+
+
+@CHECKS.add()
+def a_token_is_the_same_alone_and_in_a_batch(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 64, generator=generator).to(device)
+    gate_up = torch.randn(4, 64, 64, generator=generator).to(device)
+    down = torch.randn(4, 64, 32, generator=generator).to(device)
+    weights = torch.rand(12, 2, generator=generator).to(device)
+    ids = torch.rand(12, 4, generator=generator).topk(2, -1).indices.to(device)
+    together = grouped_experts(x, weights, ids, gate_up, down)
+    alone = grouped_experts(x[5:6], weights[5:6], ids[5:6], gate_up, down)
+    torch.testing.assert_close(alone, together[5:6], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_are_sorted_into_tiles_of_one_expert_each() -> None:
+    ids = torch.tensor([[3, 0], [3, 1], [3, 7], [3, 6]])
+    tiles = sort_rows(ids, first_expert=1, num_experts=3, rows=2)
+    found = []
+    for expert, first, end in zip(tiles.experts, tiles.first, tiles.end, strict=True):
+        if expert < 3:
+            places = range(int(first), min(int(first) + 2, int(end)))
+            found += [(int(expert) + 1, int(tiles.order[place])) for place in places]
+    assert found == [(1, 3), (3, 0), (3, 2), (3, 4), (3, 6)]
+
+
+def test_tiles_are_small_for_decodes_and_large_for_prefills() -> None:
+    assert choose_config(8 * 256, 128) is SMALL_BATCH
+    assert choose_config(8 * 8192, 128) is LARGE_BATCH
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    return CHECKS.verdicts(__file__)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
+    assert verdicts[name] == "ok"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_the_gpu(name: str) -> None:
+    CHECKS[name](torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    CHECKS.main()
