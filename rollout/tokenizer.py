@@ -112,7 +112,10 @@ class Tokenizer:
 
         Tokenizers in the way of sentencepiece take away the space that the first piece begins with.
         """
-        ids = list(self._tokenizer.encode("a b", add_special_tokens=False))
+        try:
+            ids = list(self._tokenizer.encode("a b", add_special_tokens=False))
+        except Exception:  # tokenizers raises no other type for a text that a vocabulary lacks
+            return None
         if len(ids) < 2 or self._tokenizer.decode(ids) != "a b":
             return None
         piece = self._tokenizer.convert_ids_to_tokens(ids[-1])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made_tokenizers import word_pieces
 
 from rollout.stop_strings import StopStringWatcher
 from rollout.tokenizer import Tokenizer
@@ -48,3 +49,8 @@ def test_byte_level_tokenizers_are_left_alone(tiny_checkpoint: Callable[..., Pat
     for text in (" world a", "the", "\u00e9\u4e16", "a\nb "):
         ids = tokenizer.encode(text, False)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_vocabulary_without_letters_decodes_all_the_same() -> None:
+    digits = word_pieces(["1", "2", "##3"])
+    assert digits.decode([2, 4, 3], skip_special_tokens=True) == "13 2"
