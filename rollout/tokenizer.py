@@ -21,11 +21,9 @@ class Tokenizer:
     """A Hugging Face tokenizer, loaded from a folder; every engine process has its own."""
 
     def __init__(self, path: str | Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
+            self._tokenizer: Any = _load(Path(path))
+        except Exception as error:  # Whatever transformers makes of a file that it does not expect.
             raise CheckpointError(
                 f"cannot load a tokenizer from {path}: {error}; pass tokenizer_path=..., or "
                 "skip_tokenizer_init=True to work on token ids"
@@ -203,3 +201,18 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _load(path: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except AttributeError:
+        # It may read `config.json` on the way, and knows "bfloat16" but not "torch.bfloat16", which older tools wrote.
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(raw.get(key), str):
+                raw[key] = raw[key].removeprefix("torch.")
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        return AutoTokenizer.from_pretrained(str(path), config=config)

@@ -273,7 +273,8 @@ class Supervisor:
         replica = self._forget(number, error)
         if replica is None:
             return
-        logger.warning("replica %d is lost: %s", number, error)
+        if not self._closed:  # Else all of them end, as they should.
+            logger.warning("replica %d is lost: %s", number, error)
         self._last_error = error
         _in_background(replica.executor.kill)
         if self._config.replace_dead and not self._closed:

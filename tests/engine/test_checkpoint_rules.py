@@ -13,6 +13,7 @@ from rollout.engine.loop.checks import check_dtype
 from rollout.errors import CheckpointError
 from rollout.models.checkpoint_files import CheckpointFiles
 from rollout.models.model_config import ModelConfig
+from rollout.tokenizer import Tokenizer
 from weight_sync.errors import ManifestMismatch
 
 SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -199,3 +200,11 @@ def test_the_dtype_is_the_configurations_else_that_of_the_files(copy, said, expe
         check_dtype(EngineConfig(model_path=str(folder)), ModelConfig.from_folder(folder))
         == expected
     )
+    assert Tokenizer(folder).encode("then") == [260, 77]  # It reads the configuration too.
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_words(copy):
+    folder = copy("qwen3")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
+        Tokenizer(folder)
