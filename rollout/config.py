@@ -76,7 +76,10 @@ class EngineConfig:
     pause_lease_s: float = 300.0
     """Seconds after which a pause ends by itself, where `pause_generation` names none."""
     listen: str | None = None
-    """Address for trainers and clients in other processes, such as "tcp://127.0.0.1:0"; None: a private socket file."""
+    """Address for trainers and clients in other processes, such as "tcp://127.0.0.1:0"; None: a private socket file.
+    Beyond this machine, and with "?key_file=PATH" behind it, `Engine.address` has the key that they must have."""
+    insecure: bool = False
+    """Let everybody in who can reach `listen`, without a key, and through any folder."""
     num_threads: int | None = None
     """CPU threads of a child process; None: torch's default."""
     log_level: str | None = None

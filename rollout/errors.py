@@ -15,6 +15,7 @@ from weight_sync.errors import (
     EngineRestartedError,
     FingerprintMismatch,
     ForkedProcessError,
+    InsecureAddressError,
     ManifestMismatch,
     NonFiniteWeightsError,
     PayloadRefused,
@@ -27,6 +28,7 @@ from weight_sync.errors import (
     TornWeightsError,
     TrainerDiedError,
     TransportError,
+    UnauthorizedError,
     WeightUpdateError,
 )
 
@@ -131,6 +133,7 @@ __all__ = [
     "EngineStepError",
     "FingerprintMismatch",
     "ForkedProcessError",
+    "InsecureAddressError",
     "InvalidRequestError",
     "ManifestMismatch",
     "NoProgressError",
@@ -148,6 +151,7 @@ __all__ = [
     "TornWeightsError",
     "TrainerDiedError",
     "TransportError",
+    "UnauthorizedError",
     "WeightUpdateError",
     "typed",
 ]

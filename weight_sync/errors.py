@@ -36,6 +36,14 @@ class AddressInUseError(SyncError):
     """Another server listens at the address; nothing was taken from it, and nothing was started."""
 
 
+class InsecureAddressError(SyncError, ValueError):
+    """Others could reach the address, and nothing would keep them out; nothing was started."""
+
+
+class UnauthorizedError(SyncError, PermissionError):
+    """The server takes nobody without its key, or its key is another one; nothing was sent."""
+
+
 class TrainerDiedError(SyncError, ConnectionError):
     """A rank of the trainer is gone, and the others cannot publish without its shards; the engine keeps its version."""
 
@@ -103,6 +111,8 @@ ERRORS: dict[str, type[Exception]] = {
         ConnectionLostError,
         ForkedProcessError,
         AddressInUseError,
+        InsecureAddressError,
+        UnauthorizedError,
         TrainerDiedError,
         RemoteError,
         WeightUpdateError,

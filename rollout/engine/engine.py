@@ -15,6 +15,7 @@ import torch
 
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.wire.cancellation import threaded
+from weight_sync.wire.keys import check_private
 from weight_sync.wire.listening import check_free
 from weight_sync.wire.process import Home
 
@@ -112,6 +113,7 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
         keep_previous_weights: bool = False,
         pause_lease_s: float = 300.0,
         listen: str | None = None,
+        insecure: bool = False,
         num_threads: int | None = None,
         log_level: str | None = None,
         log_interval_s: float | None = None,
@@ -140,6 +142,8 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
             self._tokenizer = Tokenizer(self.config.tokenizer_path or self.config.model_path)
         if self.config.executor != "ray":  # an actor listens on its own node
             check_free(self.config.listen)
+            if self.config.listen is not None and not self.config.insecure:
+                check_private(self.config.listen)
         self._own(self._start())
         logger.info("engine ready: %s", self.status().resolved)
 

@@ -144,7 +144,8 @@ class PoolExecutor:
                 bind = self._config.listen
                 if bind is None and self._socket_folder is not None:
                     bind = f"ipc://{self._socket_folder}/socket"
-                self._server = RpcServer(self._serve, REQUEST_TYPES, bind=bind)
+                insecure = self._config.insecure
+                self._server = RpcServer(self._serve, REQUEST_TYPES, bind=bind, insecure=insecure)
                 self._server.start()
             return self._server.address
 

@@ -18,9 +18,10 @@ from ray_cluster import free_cpus, ray_cluster
 
 import weight_sync
 from rollout import Engine, RolloutActor, RolloutPool
-from rollout.errors import ConfigError
+from rollout.errors import ConfigError, UnauthorizedError
 from weight_sync.errors import EngineDiedError, TornWeightsError
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.wire.keys import shown
 
 PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
@@ -184,6 +185,31 @@ def test_an_actor_serves_many_calls_at_once_and_takes_weights_at_its_address(
     pid = ray.get(actor.status.remote()).pid
     ray.kill(actor)
     assert gone([pid])
+
+
+def check_guarded(address: str, trainer: Any) -> None:
+    """Its key opens it, and nothing else does."""
+    assert "?key=" in address
+    with pytest.raises(UnauthorizedError):
+        WeightPublisher(shown(address)).publish(trainer)
+    with WeightPublisher(address) as publisher:
+        publisher.publish(trainer, label="with the key")
+
+
+def test_an_actor_and_an_engine_that_listen_beyond_their_machine_take_weights_with_their_key_alone(
+    cluster: Any, folder: Path, trainer: Any
+) -> None:
+    import ray
+
+    options = {**OPTIONS, "listen": "tcp://0.0.0.0:0"}
+    actor = RolloutActor.options(num_cpus=1).remote(str(folder), **options)
+    check_guarded(ray.get(actor.address.remote(), timeout=60), trainer)
+    assert ray.get(actor.get_weight_version.remote(), timeout=30) == "with the key"
+    ray.kill(actor)
+    with Engine(folder, executor="ray", **options) as engine:
+        check_guarded(engine.address, trainer)
+        assert engine.weight_version == "with the key"
+        check_parity(engine.generate, trainer)
 
 
 def came_back(actor: Any, timeout_s: float = 60.0) -> bool:

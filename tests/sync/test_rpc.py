@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from weight_sync.errors import (
     ProtocolError,
     RemoteError,
 )
+from weight_sync.wire.keys import Address
 from weight_sync.wire.rpc import Call, RpcClient, RpcServer
 from weight_sync.wire.rpc_wire import PROTOCOL_VERSION, ReplyHeader, RequestHeader
 
@@ -67,9 +69,13 @@ def handler(call: Call) -> None:
         answer()
 
 
-@pytest.fixture(params=["ipc", "tcp"])
-def server(request: pytest.FixtureRequest) -> Iterator[RpcServer]:
-    bind = None if request.param == "ipc" else "tcp://127.0.0.1:0"
+@pytest.fixture(params=["ipc", "tcp", "tcp with keys"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RpcServer]:
+    binds = {
+        "tcp": "tcp://127.0.0.1:0",
+        "tcp with keys": f"tcp://127.0.0.1:0?key_file={tmp_path}/key",
+    }
+    bind = binds.get(request.param)
     server = RpcServer(handler, Echo | Fail, bind=bind, max_message_bytes=1 << 20)
     server.start()
     yield server
@@ -176,7 +182,11 @@ def raw(address: str, frames: list[bytes], *, wait: bool = False) -> list[bytes]
     """Send frames as they are."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 500)
-        dealer.connect(address)
+        place = Address.of_client(address)
+        keys = place.client_keys()
+        if keys is not None:
+            keys.apply(dealer)
+        dealer.connect(place.endpoint)
         dealer.send_multipart(frames)
         if wait:
             assert dealer.poll(5000)

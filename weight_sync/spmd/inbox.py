@@ -6,6 +6,7 @@ deadline, a rank that died is noticed while it is waited for, and a failure leav
 
 from __future__ import annotations
 
+import hmac
 import threading
 from collections import defaultdict
 from typing import Any
@@ -46,7 +47,7 @@ class RankInbox:
     def _handle(self, call: Call) -> None:
         """On the I/O thread: note what came, and answer what needs no decision."""
         body: Any = call.body
-        if body.secret != self._secret or body.rank >= self._num_ranks:
+        if not hmac.compare_digest(body.secret, self._secret) or body.rank >= self._num_ranks:
             raise SessionError(
                 f"not a rank of this trainer: got rank {body.rank}, expected one of {self._num_ranks} that were told "
                 "the secret over the mesh; make the publisher on every rank"

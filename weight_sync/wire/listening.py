@@ -10,17 +10,21 @@ from collections.abc import Iterator
 import zmq
 
 from ..errors import AddressInUseError
+from .keys import check_private, shown
 
 
-def listen(server: "zmq.Socket[bytes]", address: str) -> str:
+def listen(server: "zmq.Socket[bytes]", address: str, *, insecure: bool = False) -> str:
     """Bind `server` to `address`; returns one to connect to: with what the system chose, such as a port.
 
-    For all addresses of the machine ("tcp://0.0.0.0:0") that is the one from which it reaches other machines.
+    For all addresses of the machine ("tcp://0.0.0.0:0") that is the one from which it reaches other machines. A socket
+    file is this user's alone, and so must its folder be unless `insecure`.
 
     `AddressInUseError` where another server listens; a socket file that a dead one left behind is replaced.
-    `ValueError` for what is no address that can be listened at.
+    `InsecureAddressError` for a folder that others may enter, `ValueError` for what is no address to listen at.
     """
     server.setsockopt(zmq.IPV6, "[" in address)
+    if not insecure:
+        check_private(address)
     with _alone(address):
         check_free(address)
         try:
@@ -32,6 +36,8 @@ def listen(server: "zmq.Socket[bytes]", address: str) -> str:
                 f"cannot listen at {address!r}: {error}; expected an address like 'ipc:///tmp/folder/socket', in a "
                 "folder that exists and with at most 107 characters, or 'tcp://127.0.0.1:0'"
             ) from error
+    if not insecure and address.startswith("ipc:///"):
+        os.chmod(address.removeprefix("ipc://"), 0o600)
     return _reachable(server.getsockopt_string(zmq.LAST_ENDPOINT))
 
 
@@ -57,11 +63,12 @@ def _own_address(family: socket.AddressFamily, elsewhere: str, loopback: str) ->
 
 def check_free(address: str | None) -> None:
     """`AddressInUseError` when somebody listens at `address` now; None, and a port 0, are always free."""
-    scheme, _, rest = (address or "").partition("://")
+    address = shown(address or "")
+    scheme, _, rest = address.partition("://")
     if scheme == "ipc":
-        _check_file(address or "", rest)
+        _check_file(address, rest)
     elif scheme == "tcp":
-        _check_port(address or "", rest)
+        _check_port(address, rest)
 
 
 def _check_file(address: str, path: str) -> None:

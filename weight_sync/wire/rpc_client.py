@@ -14,8 +14,15 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..errors import ConnectionLostError, DeadlineExceeded, EngineDiedError, ProtocolError
+from ..errors import (
+    ConnectionLostError,
+    DeadlineExceeded,
+    EngineDiedError,
+    ProtocolError,
+    UnauthorizedError,
+)
 from .deadline import PeerClock
+from .keys import Address
 from .messages import ErrorReply
 from .process import Home
 from .rpc_wire import (
@@ -39,13 +46,15 @@ _CONNECT_RETRY_S = 0.02
 _ASK_CLOCK_AGAIN_S = 1.0
 _LAST_WORD_MS = 200
 """How long a closing socket may take to send what it has accepted."""
+_REFUSED_FOR_S = 1.0
+"""How long handshakes must have failed until it is no accident, such as a server that just ends."""
 _LOST = zmq.EVENT_DISCONNECTED
-_FAILED = (
-    zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+_FAILED = zmq.EVENT_CLOSED | _HANDSHAKE_FAILED
 
 
 class _Pending:
@@ -95,7 +104,10 @@ class RpcClient:
         connect_timeout_s: float = 10.0,
         name: str = "rpc",
     ) -> None:
-        self.address = address
+        self._place = Address.of_client(address)
+        self._keys = self._place.client_keys()
+        self.address = self._place.endpoint
+        """Where the server is, without the key."""
         self._errors = errors
         self._liveness = liveness
         self._max_bytes = max_message_bytes
@@ -112,6 +124,8 @@ class RpcClient:
         self._pending: dict[int, _Pending] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._dead: str | None = None
+        self._death: type[Exception] = EngineDiedError
+        self._refused_since: float | None = None
         self._closing = False
         self._connected = False
         self._connect_timeout_s = connect_timeout_s
@@ -147,7 +161,7 @@ class RpcClient:
         pending = _Pending(type(body).__name__, timeout_s, on_chunk)
         with self._lock:
             if self._dead is not None:
-                pending.resolve(error=EngineDiedError(self._dead))
+                pending.resolve(error=self._death(self._dead))
                 return pending.future
             call_id = next(self._ids)
             self._pending[call_id] = pending
@@ -184,6 +198,8 @@ class RpcClient:
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         watch_peer(socket, self.address)
+        if self._keys is not None:
+            self._keys.apply(socket)
         # One connection per socket: queued calls must never be delivered to a later server.
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST | _FAILED)
@@ -350,6 +366,9 @@ class RpcClient:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
             except zmq.Again:
                 break
+            self._note_refusal(event)
+            if self._dead is not None:
+                return
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected = True
                 self._fail_sent()
@@ -370,6 +389,27 @@ class RpcClient:
             self._next_connect = None
             self._close_socket()
             self._open_socket()
+
+    def _note_refusal(self, event: int) -> None:
+        """A server that closes the connection instead of shaking hands, again and again, wants another key."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refused(0.0)
+        elif event & _HANDSHAKE_FAILED and self.address.startswith("tcp://"):
+            self._refused(_REFUSED_FOR_S)
+        elif event & (zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_CLOSED):
+            self._refused_since = None
+
+    def _refused(self, patience_s: float) -> None:
+        now = time.monotonic()
+        self._refused_since = self._refused_since or now
+        if now - self._refused_since < min(patience_s, self._connect_timeout_s):
+            return
+        self._death = UnauthorizedError
+        given = "the key of another engine, or of an earlier one" if self._keys else "no key"
+        self._die(
+            f"the server at {self.address} does not shake hands: got {given}, expected the one that belongs to its "
+            "address; use engine.address as a whole, with what stands behind its question mark"
+        )
 
     def _lost(self) -> None:
         """The connection is gone. Connect anew where the peer is known to live."""
@@ -439,4 +479,4 @@ class RpcClient:
             self._pending.clear()
             self._outbox.clear()
         for call in pending:
-            call.resolve(error=EngineDiedError(self._dead))
+            call.resolve(error=self._death(self._dead))

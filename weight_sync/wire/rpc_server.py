@@ -15,6 +15,7 @@ import zmq
 
 from ..errors import DeadlineExceeded, ProtocolError, SyncError
 from .connections import BACKLOG, ConnectionLimit
+from .keys import Address, Gate, is_on_this_machine, shown
 from .listening import listen
 from .messages import Bucket, ErrorReply, Receive
 from .process import Home
@@ -92,6 +93,10 @@ class RpcServer:
     `bind`: None makes a socket file in a private folder, removed by `close()`; "tcp://127.0.0.1:0" lets the system
     choose a port. `AddressInUseError` where another server listens. `address` is known when the constructor returns;
     calls are served after `start()`. While too many clients are connected, no others are let in.
+
+    What other users or machines can reach is guarded: a socket file's folder must be this user's alone, else it is an
+    `InsecureAddressError`; beyond this machine only those connect who have the key that `address` then has. With
+    "?key_file=PATH" behind a TCP address the keys are those in that file, also on this machine. `insecure`: no keys.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class RpcServer:
         request_type: Any,
         *,
         bind: str | None = None,
+        insecure: bool = False,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         name: str = "rpc",
         on_failure: Callable[[Exception], None] | None = None,
@@ -120,11 +126,19 @@ class RpcServer:
         self._wake = WakeUp()
         self._thread = threading.Thread(target=self._run, name=f"{name}-server", daemon=True)
         self._connections: ConnectionLimit | None = None
+        self._gate: Gate | None = None
         try:
-            address = bind or f"ipc://{os.path.join(str(self._folder), 'socket')}"
-            self._configure(address)
-            self.address = listen(self._socket, address)
+            place = Address.of_server(bind or f"ipc://{os.path.join(str(self._folder), 'socket')}")
+            self._configure(place.endpoint)
+            if insecure and not is_on_this_machine(place.endpoint):
+                logger.warning("anybody who reaches %s can do everything: insecure", place.endpoint)
+            keys = place.server_keys(insecure)
+            if keys is not None:
+                self._gate = Gate(self._context, self._socket, keys)
+            self.address = listen(self._socket, place.endpoint, insecure=insecure)
             self._connections = ConnectionLimit(self._socket, self.address)
+            if keys is not None:
+                self.address = f"{self.address}?key={keys.key}"
         except BaseException:
             self._release()
             raise
@@ -177,11 +191,15 @@ class RpcServer:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._connections.monitor, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
+        if self._gate is not None:
+            poller.register(self._gate.socket, zmq.POLLIN)
         try:
             while not self._closing:
                 poller.poll(self._connections.patience_ms)
                 self._wake.clear()
                 self._connections.look()
+                if self._gate is not None:
+                    self._gate.answer()
                 self._flush()
                 self._receive()
             self._flush()
@@ -191,7 +209,7 @@ class RpcServer:
                 time.sleep(left_s)
         except Exception as error:  # a server that nobody can reach must not go unnoticed
             logger.critical(
-                "the server at %s can serve nobody any more", self.address, exc_info=True
+                "the server at %s can serve nobody any more", shown(self.address), exc_info=True
             )
             if self._on_failure is not None:
                 self._on_failure(error)
@@ -271,6 +289,8 @@ class RpcServer:
         self._closing = True
         if self._connections is not None:
             self._connections.close()
+        if self._gate is not None:
+            self._gate.close()
         self._socket.close()
         self._context.term()
         self._wake.close()

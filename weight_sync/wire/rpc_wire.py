@@ -17,6 +17,7 @@ import zmq
 from msgspec import Meta
 
 from ..errors import ProtocolError, RemoteError
+from .keys import is_on_this_machine
 from .messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, ErrorReply, Seconds
 
 MAX_ERROR_CHARS = 1 << 18
@@ -106,15 +107,6 @@ def raised(reply: ErrorReply, errors: Mapping[str, type[Exception]]) -> Exceptio
     if known is not None:
         return known(reply.message)
     return RemoteError(f"the other side failed with {reply.code}: {reply.message}")
-
-
-def is_on_this_machine(address: str) -> bool:
-    """Whether both ends of a connection to `address` are processes of one machine, and cannot vanish silently."""
-    scheme, _, rest = address.partition("://")
-    if scheme in ("ipc", "inproc"):
-        return True
-    host = rest.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def watch_peer(socket: "zmq.Socket[bytes]", address: str) -> None:

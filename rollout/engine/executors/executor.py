@@ -113,6 +113,7 @@ class InlineExecutor:
                     self._core.submit,
                     REQUEST_TYPES,
                     bind=self._config.listen,
+                    insecure=self._config.insecure,
                     on_failure=self._core.give_up,
                 )
                 self._server.start()

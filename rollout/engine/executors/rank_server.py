@@ -36,7 +36,11 @@ class RankServer:
         if spec.rank == 0:
             bind = config.listen or spec.bind("socket")
             self._server = RpcServer(
-                self._core.submit, REQUEST_TYPES, bind=bind, on_failure=_end_process
+                self._core.submit,
+                REQUEST_TYPES,
+                bind=bind,
+                insecure=config.insecure,
+                on_failure=_end_process,
             )
             self._server.start()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from weight_sync.wire.keys import Address, is_on_this_machine, require_curve
+
 from ...config import EngineConfig, default_block_size, free_memory_bytes
 from ...errors import ConfigError
 from ...layers.shards import split_evenly, split_kv_heads
@@ -109,7 +111,7 @@ def check_config(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: got {value}, expected a positive number of seconds")
-    _check_listen(config.listen)
+    _check_listen(config.listen, config.insecure)
     level = config.log_level
     if level is not None and level.upper() not in logging.getLevelNamesMapping():
         raise ConfigError(f"log_level: got {level!r}, expected one such as 'INFO' or 'WARNING'")
@@ -137,10 +139,16 @@ def _check_folder(what: str, path: str) -> None:
     )
 
 
-def _check_listen(listen: str | None) -> None:
+def _check_listen(listen: str | None, insecure: bool) -> None:
     if listen is None:
         return
-    scheme, _, rest = listen.partition("://")
+    try:
+        place = Address.of_server(listen)
+    except ValueError as error:
+        raise ConfigError(f"listen: {error}") from None
+    if not insecure and not is_on_this_machine(place.endpoint):
+        require_curve()
+    scheme, _, rest = place.endpoint.partition("://")
     host, _, port = rest.rpartition(":")
     is_tcp = scheme == "tcp" and host and port.isdigit() and int(port) < 65536
     if not is_tcp and not (scheme == "ipc" and rest):
