@@ -57,9 +57,12 @@ def _weight_map(model: Decoder) -> WeightMap:
 
 def _ignored(config: ModelConfig) -> Callable[[str], bool]:
     """Names of what is computed here, and of layers that predict tokens further ahead."""
-    frequencies = frozenset(
-        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)
-    )
+    layers = (f"model.layers.{layer}.self_attn" for layer in range(config.num_layers))
+    # Where old checkpoints have them, and where the buffers of a model are today.
+    frequencies = frozenset(f"{layer}.rotary_emb.inv_freq" for layer in layers) | {
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    }
     further = tuple(
         f"model.layers.{config.num_layers + layer}." for layer in range(config.num_mtp_layers)
     )

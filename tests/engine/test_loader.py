@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rollout import Engine
 from rollout.errors import CheckpointError, ConfigError
 from rollout.models.build import build_model
 from rollout.models.loader import LoadConfig, ShardedStateLoader, get_model_loader
 from rollout.models.model_config import ModelConfig
+from weight_sync import fingerprint
 
 FAMILIES = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -123,6 +125,15 @@ def test_rotary_frequencies_in_old_checkpoints_are_ignored(tiny_checkpoint, tmp_
     folder = tiny_checkpoint("llama")
     old = edited_copy(folder, tmp_path, lambda tensors: tensors.update({name: torch.ones(8)}))
     assert equal(state(load(old)), state(load(folder)))
+
+
+def test_the_buffers_of_a_model_may_be_sent_with_its_parameters(tiny_checkpoint, reference_model):
+    model = reference_model(tiny_checkpoint("llama"))
+    buffers = dict(model.named_buffers())
+    assert buffers
+    with Engine(tiny_checkpoint("llama"), kv_cache_bytes=1 << 20) as engine:
+        report = engine.publish({**dict(model.named_parameters()), **buffers})
+        assert report.complete and engine.weights_fingerprint() == fingerprint(model)
 
 
 def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(tiny_checkpoint, tmp_path):
