@@ -89,7 +89,7 @@ def recorded(tmp_path):
 
 
 def summary(mode="sync"):
-    return summarize(rows()) | {"mode": mode, "seed": 0, "seconds": 1.0}
+    return summarize(rows()) | {"algorithm": "grpo", "mode": mode, "seed": 0, "seconds": 1.0}
 
 
 def test_the_summary_is_about_the_run_and_not_about_its_control_or_what_came_after():
@@ -135,7 +135,12 @@ def async_rows():
 
 
 def test_the_gap_of_an_asynchronous_run_is_told_by_version():
-    numbers = summarize(async_rows()) | {"mode": "async", "seed": 0, "seconds": 1.0}
+    numbers = summarize(async_rows()) | {
+        "algorithm": "grpo",
+        "mode": "async",
+        "seed": 0,
+        "seconds": 1.0,
+    }
     assert (numbers["logprob_gap_max"], numbers["logprob_gap_own_max"]) == (1.5, 3e-6)
     lines = dict(summary_lines(numbers))
     assert lines["log-probability gap, trainer's own version"] == "3.0e-06"

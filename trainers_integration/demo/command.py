@@ -1,4 +1,4 @@
-"""`rollout demo`: train a small model with GRPO while its rollouts come from an engine that it pushes weights into."""
+"""`rollout demo`: train a small model by RL while its rollouts come from an engine that it pushes weights into."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import typer
 from rollout.cli.options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
 from rollout.settings import load_settings
 
-from .config import DemoConfig, GrpoConfig, Mode
+from .config import Algorithm, DemoConfig, GrpoConfig, Mode
 
 EPILOG = """[bold]Examples[/bold]
 
   rollout demo
 
   rollout demo --mode async --name second --seed 1
+
+  rollout demo --algorithm ppo
 
   rollout demo --config configs/demo.toml --set grpo.learning_rate=3e-4
 
@@ -24,13 +26,15 @@ EPILOG = """[bold]Examples[/bold]
   rollout demo --print-config > my.toml
 """
 
+AlgorithmOption = Annotated[Algorithm | None, setting_option(DemoConfig, "algorithm")]
 ModeOption = Annotated[Mode | None, setting_option(DemoConfig, "mode")]
-Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="GRPO steps (grpo.steps)")]
+Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="Steps (grpo.steps)")]
 Seed = Annotated[int | None, setting_option(DemoConfig, "seed")]
 Name = Annotated[str | None, setting_option(DemoConfig, "name")]
 
 
 def demo(
+    algorithm: AlgorithmOption = None,
     mode: ModeOption = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -47,7 +51,13 @@ def demo(
     into the engine through shared memory. Takes about two minutes on two cores; runs/NAME/report.html shows
     what happened. Every setting is listed in configs/demo.toml.
     """
-    options = {"mode": mode, "grpo.steps": steps, "seed": seed, "name": name}
+    options = {
+        "algorithm": algorithm,
+        "mode": mode,
+        "grpo.steps": steps,
+        "seed": seed,
+        "name": name,
+    }
     settings = load_settings(DemoConfig, config, [*(overrides or ()), *as_overrides(options)])
     if print_config:
         typer.echo(as_toml(settings))

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..grpo.config import GrpoConfig
+from ..grpo.config import GrpoConfig, PpoConfig
 
+Algorithm = Literal["grpo", "ppo"]
 Mode = Literal["sync", "async"]
 
 
@@ -72,9 +73,11 @@ class DemoConfig:
     """Everything about one run of the demo."""
 
     name: str | None = None
-    """The run's folder below `runs_dir`, whose files are overwritten; None: `demo-sync` or `demo-async`."""
+    """The run's folder below `runs_dir`, whose files are overwritten; None: `demo-sync`, `demo-ppo-async` and so on."""
     runs_dir: Path = Path("runs")
     """Where runs are written."""
+    algorithm: Algorithm = "grpo"
+    """"grpo": compare the samples of a prompt with each other; "ppo": with what a critic expected."""
     mode: Mode = "sync"
     """"sync": generate, learn, publish in turn; "async": generate batch k + 1 while learning from batch k."""
     seed: int = 0
@@ -100,9 +103,12 @@ class DemoConfig:
     eval: EvalConfig = EvalConfig()
     """Measurements on held-out prompts."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    """The RL itself."""
+    """The RL itself, whatever the algorithm."""
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    """What PPO has beside it."""
 
     @property
     def folder(self) -> Path:
         """Where this run is written."""
-        return self.runs_dir / (self.name or f"demo-{self.mode}")
+        kind = self.mode if self.algorithm == "grpo" else f"{self.algorithm}-{self.mode}"
+        return self.runs_dir / (self.name or f"demo-{kind}")

@@ -34,8 +34,8 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
 """
 
 INTRODUCTION = (
-    "A small Qwen3-shaped model learns to sort digits with GRPO. The trainer runs in one process and the rollout "
-    "engine in another; after every step the trainer pushes its weights into the engine through shared memory."
+    "A small Qwen3-shaped model learns to sort digits with {algorithm}. The trainer runs in one process and the "
+    "rollout engine in another; after every step the trainer pushes its weights into the engine through shared memory."
 )
 
 CAPTIONS = {
@@ -113,10 +113,11 @@ def _page(
         f'{base64.b64encode(path.read_bytes()).decode()}">'
         for key, path in pictures.items()
     )
+    introduction = INTRODUCTION.format(algorithm=summary["algorithm"].upper())
     title = html.escape(f"rollout demo: {name}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{INTRODUCTION}</p><table>{lines}</table>{sections}"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{introduction}</p><table>{lines}</table>{sections}"
         f"<h2>Settings</h2><details><summary>{html.escape(summary['mode'])}, seed {summary['seed']}</summary>"
         f"<pre>{html.escape(json.dumps(settings, indent=2, default=str))}</pre></details></body></html>\n"
     )

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +22,7 @@ from ..grpo.learner import Learner
 from ..grpo.loop import GrpoLoop
 from ..grpo.records import StepRecord
 from ..grpo.rollouts import sample
+from ..ppo import PpoLearner, PpoLoop
 from .config import DemoConfig
 from .data import make_dataset, read_dataset, write_dataset
 from .environment import SortingEnvironment
@@ -44,7 +46,11 @@ def run_demo(config: DemoConfig, screen: Screen) -> Row:
             run.train(engine, publisher)
             run.check_saved_model(engine)
             run.in_flight(engine, publisher)
-    summary = summarize(recorder.rows) | {"mode": config.mode, "seed": config.seed}
+    summary = summarize(recorder.rows) | {
+        "algorithm": config.algorithm,
+        "mode": config.mode,
+        "seed": config.seed,
+    }
     summary["seconds"] = screen.seconds
     screen.say("report    drawing")
     pictures = write_report(config.folder, summary, settings=dataclasses.asdict(config))
@@ -102,8 +108,7 @@ class _Run:
         steps = self.config.control_steps
         if steps == 0:
             return
-        learner = Learner(copy.deepcopy(self.model), self.config.grpo, seed=self.config.seed)
-        loop = GrpoLoop(engine, None, learner, self._environment())
+        loop = self._loop(engine, None, copy.deepcopy(self.model))
         self.recorder.measured("control", self._evaluate(engine, final=True))
         self._follow("control", "control, never synced", loop.synchronous(steps), steps, engine)
 
@@ -113,14 +118,23 @@ class _Run:
         before = self._evaluate(engine, final=True)
         self.recorder.measured("train", before)
         self.screen.say(f"before    held-out prompts: sampled pass rate {before:.2f}")
-        self.learner = Learner(self.model, config.grpo, seed=config.seed)
-        self.loop = GrpoLoop(engine, publisher, self.learner, self._environment())
+        self.loop = self._loop(engine, publisher, self.model)
         records = (
             self.loop.synchronous(steps) if config.mode == "sync" else self.loop.asynchronous(steps)
         )
-        tail = self._follow("train", f"GRPO, {config.mode}", records, steps, engine)
+        tail = self._follow(
+            "train", f"{config.algorithm.upper()}, {config.mode}", records, steps, engine
+        )
         if config.mode == "async":
             self.recorder.keep_timeline(tail)
+
+    def _loop(self, engine: Engine, publisher: WeightPublisher | None, model: Any) -> GrpoLoop:
+        config = self.config
+        if config.algorithm == "grpo":
+            learner = Learner(model, config.grpo, seed=config.seed)
+            return GrpoLoop(engine, publisher, learner, self._environment())
+        critic_too = PpoLearner(model, config.grpo, config.ppo, seed=config.seed)
+        return PpoLoop(engine, publisher, critic_too, self._environment())
 
     def in_flight(self, engine: Engine, publisher: WeightPublisher) -> None:
         """A synchronous run goes on for a few steps asynchronously: weights change under running requests.

@@ -1,4 +1,4 @@
-"""Settings of the GRPO loop."""
+"""Settings of the GRPO loop, and what PPO has beside them."""
 
 from __future__ import annotations
 
@@ -73,6 +73,35 @@ class GrpoConfig:
         ] + [
             f"{name}: got {getattr(self, name)}, expected more than 0"
             for name in positive
+            if not getattr(self, name) > 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig:
+    """What PPO has beside the settings of the loop."""
+
+    gamma: float = 1.0
+    """Discount of a later reward, per token."""
+    gae_lambda: float = 0.95
+    """0: one step of reward and then the critic's word; 1: the whole outcome, and the critic as a baseline."""
+    value_clip: float = 0.2
+    """How far an update may move a value before it stops paying."""
+    critic_learning_rate: float = 1e-3
+    """Of AdamW; it follows the schedule of the policy's."""
+    whiten: bool = True
+    """Bring a batch's advantages to mean 0 and standard deviation 1."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}: got {getattr(self, name)}, expected between 0 and 1"
+            for name in ("gamma", "gae_lambda")
+            if not 0 <= getattr(self, name) <= 1
+        ] + [
+            f"{name}: got {getattr(self, name)}, expected more than 0"
+            for name in ("value_clip", "critic_learning_rate")
             if not getattr(self, name) > 0
         ]
         if problems:

@@ -61,12 +61,7 @@ class Learner:
     ) -> LearnStats:
         """All optimiser steps of one batch; `after_update` is called after each of them."""
         rate = self._set_learning_rate()
-        with torch.no_grad():
-            proximal, entropy = self._logprobs(self.model, batch)
-            reference = None
-            if self._reference is not None:
-                reference, _ = self._logprobs(self._reference, batch)
-        gap = (proximal - batch.behaviour).abs().masked_fill(~batch.mask, 0.0)
+        proximal, entropy, reference = self._score(batch)
         updates = []
         for rows in self._minibatches(batch.num_sequences):
             part_of_reference = None if reference is None else reference[rows]
@@ -74,6 +69,26 @@ class Learner:
             if after_update is not None:
                 after_update()
         self._num_batches += 1
+        return self._stats(batch, updates, proximal=proximal, entropy=entropy, rate=rate)
+
+    def _score(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Before the first update: the policy's log-probabilities and entropies, and the reference's, each (B, T)."""
+        with torch.no_grad():
+            proximal, entropy = self._logprobs(self.model, batch)
+            if self._reference is None:
+                return proximal, entropy, None
+            return proximal, entropy, self._logprobs(self._reference, batch)[0]
+
+    def _stats(
+        self,
+        batch: TrainBatch,
+        updates: Sequence[tuple[LossParts, float]],
+        *,
+        proximal: torch.Tensor,
+        entropy: torch.Tensor,
+        rate: float,
+    ) -> LearnStats:
+        gap = (proximal - batch.behaviour).abs().masked_fill(~batch.mask, 0.0)
         parts = [part for part, _ in updates]
         return LearnStats(
             loss=_mean([part.loss.item() for part in parts]),
@@ -107,11 +122,17 @@ class Learner:
             importance_cap=config.importance_cap,
             kl_coef=config.kl_coef,
         )
-        self._optimizer.zero_grad(set_to_none=True)
-        parts.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self._optimizer.step()
-        return parts, norm.item()
+        return parts, self._step(self._optimizer, self.model, parts.loss)
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, loss: torch.Tensor
+    ) -> float:
+        """Follow the gradient of `loss` once; returns its norm before it was scaled down."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        return norm.item()
 
     def _logprobs(self, model: Any, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(input_ids=batch.inputs, use_cache=False).logits

@@ -109,7 +109,7 @@ class GrpoLoop:
             for problem, group in zip(sampled.problems, sampled.groups, strict=True)
         ]
         rewards = torch.tensor([[score.reward for score in group] for group in scores])
-        advantages = group_advantages(rewards, normalize_std=self.config.normalize_std)
+        advantages = self._advantages(rewards)
         completions = [completion for group in sampled.groups for completion in group]
         staleness = mean_staleness(completions, self.version)
         own_version = None if self.publisher is None else self.version
@@ -139,6 +139,10 @@ class GrpoLoop:
             syncs=tuple(syncs),
             completions=tuple(completions),
         )
+
+    def _advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        """What the learner is given for each completion, shape (prompts, samples), from rewards of that shape."""
+        return group_advantages(rewards, normalize_std=self.config.normalize_std)
 
     def _publish(self) -> list[SyncRecord]:
         """Push the policy into the engine; when this returns, it serves the new version, verified bit for bit."""

@@ -72,11 +72,11 @@ def policy_loss(
     importance_cap: float = 2.0,
     kl_coef: float = 0.0,
 ) -> LossParts:
-    """The objective at the top of this file; all tensors are (B, T), except `advantages`, which is (B,)."""
+    """The objective at the top of this file; all tensors are (B, T); `advantages` may be (B,), one for all tokens."""
     weight = (proximal - behaviour).exp().masked_fill(~mask, 1.0)
     capped = weight.clamp_max(importance_cap).detach()
     ratio = (current - proximal.detach()).masked_fill(~mask, 0.0).exp()
-    advantage = advantages.unsqueeze(1)
+    advantage = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     loss = -masked_mean(capped * gain, mask)
