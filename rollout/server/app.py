@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import control, generate, info, weights
+from . import control, generate, inference, info, metrics, openai, weights
 from .access import Access
 from .replies import HttpError, error_reply
 from .routing import Route, add_routes
@@ -22,6 +22,9 @@ ROUTES: tuple[Route, ...] = (
     *info.ROUTES,
     *control.ROUTES,
     *weights.ROUTES,
+    *openai.ROUTES,
+    *inference.ROUTES,
+    *metrics.ROUTES,
 )
 
 
@@ -32,6 +35,7 @@ def build_app(state: ServerState) -> ASGIApp:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
 
+    state.metrics = metrics.Metrics(state.record)
     app = FastAPI(
         title="rollout",
         description="A rollout engine for RL post-training whose weights change while it runs.",

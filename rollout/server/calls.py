@@ -161,6 +161,12 @@ class Calls:
             self._context_length = int(status.resolved["context_length"] or 0)
         return self._context_length
 
+    async def room_for(self, num_prompt_tokens: int) -> int:
+        """Tokens that may follow such a prompt."""
+        status = await self._engine.async_status()
+        pool = status.num_blocks * int(status.resolved["block_size"] or 0)
+        return max(0, min(await self.context_length(), pool) - num_prompt_tokens)
+
     # ---- one call --------------------------------------------------------------------------------------------------
 
     async def _admitted(self, client: Client, arguments: dict[str, Any]) -> Call:

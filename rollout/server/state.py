@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 from ..engine.engine import Engine
 from ..tokenizer import Tokenizer
@@ -22,6 +24,10 @@ class ServerState:
         self.calls = Calls(engine, config, self.tokenizer, self.record)
         self.fingerprint_snapshot: int | None = None
         """What `/weights_checker` was told to remember."""
+        self.started = int(time.time())
+        """Seconds since the epoch."""
+        self.metrics: Any = None
+        """`metrics.Metrics`, which stands above the routes."""
         template = config.chat_template
         self.chat_template = None if template is None else Path(template).read_text()
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
+from weight_sync.foreign.payload import read_serialized_named_tensors
 from weight_sync.report import SyncReport
 from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
@@ -73,7 +74,7 @@ class TensorBody(Body):
     metadata: list[dict[str, Any]] | None = None
     """Of each of its tensors: name, shape, dtype, start_idx, end_idx, numel."""
     serialized_named_tensors: list[str] | None = None
-    """What trainers of the common dialect send; not read by this version."""
+    """What trainers of the common dialect send: one pickle in base64 per rank, read without unpickling."""
     load_format: str | None = None
     flush_cache: bool = True
     weight_version: Label | None = None
@@ -82,11 +83,16 @@ class TensorBody(Body):
 async def update_weights_from_tensor(ask: Ask) -> Response:
     """Write tensors by name: a transaction of its own, or staged in an open session."""
     body: TensorBody = ask.body
-    if body.serialized_named_tensors is not None:
-        raise not_implemented("serialized_named_tensors: got pickles, expected `tensors`")
-    tensors = await asyncio.to_thread(
-        named_tensors, body.tensors, body.flattened_tensor, body.metadata
-    )
+    if body.serialized_named_tensors is None:
+        tensors = await asyncio.to_thread(
+            named_tensors, body.tensors, body.flattened_tensor, body.metadata
+        )
+    elif body.tensors is not None or body.flattened_tensor is not None:
+        raise HttpError(400, "got serialized_named_tensors and tensors, expected one of the two")
+    else:
+        tensors = await asyncio.to_thread(
+            read_serialized_named_tensors, body.serialized_named_tensors
+        )
     report = await ask.state.engine.async_update_weights_from_tensor(
         tensors,
         load_format=None if body.load_format == "flattened_bucket" else body.load_format,

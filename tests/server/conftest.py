@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import httpx
 import pytest
 
 from rollout.server import ServerProcess, launch_server_process
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sync"))  # for `foreign_sender`
 
 ENGINE = {"kv_cache_bytes": 4 << 20, "num_threads": 1}
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
+from foreign_sender import Sender, model_of
 
 from weight_sync import FlattenedTensorBucket, fingerprint
 
@@ -239,6 +240,33 @@ def test_an_aborted_session_leaves_the_old_version(http, other):
     assert http.post("/abort_weight_update").json()["success"] is True
     assert http.get("/weights_fingerprint").json() == before
     assert http.post("/end_weight_update").status_code == 400
+
+
+@pytest.mark.parametrize("case", ["model", "model bucket"])
+def test_what_trainers_of_other_makes_serialize_becomes_the_next_version(http, folder, case):
+    sender = Sender()
+    try:
+        body = {
+            "serialized_named_tensors": sender.payloads(case, folder, 3),
+            "load_format": "flattened_bucket" if case == "model bucket" else None,
+            "flush_cache": False,
+            "abort_all_requests": False,
+            "weight_version": "17",
+        }
+        reply = http.post("/update_weights_from_tensor", json=body)
+    finally:
+        sender.close()
+    assert reply.status_code == 200, reply.text
+    check_serves(http, dict(model_of(folder, 3).named_parameters()), "17")
+
+
+def test_a_pickle_that_would_run_something_is_refused_and_not_run(http, tmp_path):
+    witness = tmp_path / "witness"
+    hostile = b"cos\nsystem\n(S'touch " + str(witness).encode() + b"'\ntR."
+    body = {"serialized_named_tensors": [base64.b64encode(hostile).decode()]}
+    reply = http.post("/update_weights_from_tensor", json=body)
+    assert reply.status_code == 400 and reply.json()["success"] is False
+    assert not witness.exists()
 
 
 def test_the_checker_remembers_and_compares(http):

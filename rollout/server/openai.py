@@ -1,0 +1,302 @@
+"""The OpenAI routes: models, completions, chats, scores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from ..errors import InvalidRequestError
+from .bodies import Body, convert, refuse_unknown
+from .disconnects import EventStream, unless_gone
+from .generate import DONE, GenerateBody, events, generate, sse
+from .openai_bodies import ChatBody, CompletionBody, SamplingBody, ScoreBody
+from .openai_results import Deltas, Shape, whole
+from .replies import HttpError, json_reply, not_implemented
+from .routing import Ask, Route
+
+_RENAMED = {"seed": "sampling_seed", "min_tokens": "min_new_tokens"}
+_SAME = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"),
+    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "ignore_eos"),
+    *("skip_special_tokens", "spaces_between_special_tokens"),
+)
+_MOST_LOGPROBS = 1024
+
+
+def check_model(ask: Ask, model: str | None) -> str:
+    """The name under which a model answers; 404 for one that is not served."""
+    served = ask.state.model_name
+    path = ask.state.engine.model_path
+    if model in (None, "", "default", served, path, path.rpartition("/")[2]):
+        return served
+    raise HttpError(404, f"model: got {model!r}, expected {served!r}, which is served")
+
+
+def _sampling(body: SamplingBody, max_new_tokens: int) -> dict[str, Any]:
+    params = {name: getattr(body, name) for name in _SAME}
+    params |= {ours: getattr(body, theirs) for theirs, ours in _RENAMED.items()}
+    params["no_stop_trim"] = body.no_stop_trim or body.include_stop_str_in_output
+    params["max_new_tokens"] = max_new_tokens
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _arguments(body: SamplingBody, shape: Shape, max_new_tokens: int) -> dict[str, Any]:
+    counts = [c for c in (shape.num_logprobs, shape.prompt_logprobs) if c is not None]
+    if any(not 0 <= count <= _MOST_LOGPROBS for count in counts):
+        raise HttpError(400, f"logprobs: got {max(counts)}, expected 0 to {_MOST_LOGPROBS}")
+    with_prompt = shape.prompt_logprobs is not None or (shape.echo and bool(counts))
+    return {
+        "sampling_params": _sampling(body, max_new_tokens),
+        "return_logprob": bool(counts),
+        "logprob_start_len": 0 if with_prompt else -1,
+        "top_logprobs_num": max(counts, default=0),
+        "return_prompt_token_ids": True,
+        "rid": body.rid or body.request_id,
+        "min_weight_version": body.min_weight_version,
+    }
+
+
+def _shape(ask: Ask, body: SamplingBody, **fields: Any) -> Shape:
+    return Shape.new(
+        model=check_model(ask, body.model),
+        tokenizer=ask.state.tokenizer,
+        prompt_logprobs=body.prompt_logprobs,
+        token_ids=body.return_token_ids,
+        tokens_as_ids=body.return_tokens_as_token_ids,
+        num_samples=body.n,
+        **fields,
+    )
+
+
+async def completions(ask: Ask) -> Response:
+    """Continue prompts: text or token ids, one or several."""
+    body: CompletionBody = ask.body
+    if body.suffix:
+        raise not_implemented("suffix: text before a given end")
+    if body.best_of not in (None, body.n):
+        raise HttpError(400, f"best_of: got {body.best_of}, expected n ({body.n}); leave it out")
+    shape = _shape(ask, body, is_chat=False, num_logprobs=body.logprobs, echo=body.echo)
+    arguments = _arguments(body, shape, body.max_tokens)
+    arguments |= await _prompt(ask, body)
+    if isinstance(arguments["input_ids"][0], list) and arguments["rid"] is not None:
+        rid, num = arguments["rid"], len(arguments["input_ids"])
+        arguments["rid"] = [rid] if num == 1 else [f"{rid}.{i}" for i in range(num)]
+    return await _answer(ask, body, shape, arguments)
+
+
+async def _prompt(ask: Ask, body: CompletionBody) -> dict[str, Any]:
+    prompt = body.prompt
+    rows: list[Any] = prompt if isinstance(prompt, list) else [prompt]
+    if prompt is None or not rows:
+        raise HttpError(400, "prompt: got none, expected text or token ids")
+    kinds = {type(row) for row in rows}
+    if kinds == {int}:
+        return {"input_ids": prompt}
+    if kinds == {list}:
+        return {"input_ids": prompt}
+    if kinds != {str}:
+        raise HttpError(400, "prompt: got a mixture, expected texts, or token ids, or lists of ids")
+    return {"input_ids": await ask.state.calls.token_ids(rows, body.add_special_tokens)}
+
+
+async def chat_completions(ask: Ask) -> Response:
+    """Answer a conversation, rendered by the tokenizer's chat template."""
+    body: ChatBody = ask.body
+    kind = (body.response_format or {}).get("type", "text")
+    if kind != "text":
+        raise not_implemented(f"response_format: got {kind!r}, expected 'text'")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise not_implemented(f"tool_choice: got {str(body.tool_choice)[:60]!r}, expected 'auto'")
+    wanted = body.logprobs or body.top_logprobs
+    shape = _shape(
+        ask, body, is_chat=True, num_logprobs=(body.top_logprobs or 0) if wanted else None
+    )
+    if (body.messages is None) == (body.input_ids is None):
+        raise HttpError(400, "expected exactly one of messages and input_ids")
+    if body.input_ids is not None:
+        ids = body.input_ids
+    else:
+        text = await asyncio.to_thread(render, ask, body)
+        ids = (await ask.state.calls.token_ids([text], False))[0]
+    room = await ask.state.calls.room_for(len(ids))
+    limit = (
+        body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    )
+    arguments = _arguments(body, shape, room if limit is None else limit)
+    return await _answer(ask, body, shape, {**arguments, "input_ids": ids})
+
+
+def render(ask: Ask, body: Any) -> str:
+    """Text of a conversation; `InvalidRequestError` where there is no template, or it refuses the messages."""
+    tokenizer, template = ask.state.tokenizer, ask.state.chat_template
+    if tokenizer is None or not (template or getattr(tokenizer.inner, "chat_template", None)):
+        raise InvalidRequestError(
+            "messages: got a conversation, but the tokenizer has no chat template; start the server with "
+            "--chat-template, or send text to /v1/completions"
+        )
+    options = dict(body.chat_template_kwargs or {})
+    for name in ("chat_template", "tokenize", "return_tensors", "return_dict", "conversation"):
+        if name in options:
+            raise InvalidRequestError(f"chat_template_kwargs: {name} cannot be chosen here")
+    try:
+        text: str = tokenizer.inner.apply_chat_template(
+            [_plain(message) for message in body.messages],
+            **{
+                "tools": body.tools,
+                "add_generation_prompt": body.add_generation_prompt
+                and not body.continue_final_message,
+                "continue_final_message": body.continue_final_message,
+                **options,
+            },
+            chat_template=template,
+            tokenize=False,
+        )
+    except InvalidRequestError:
+        raise
+    except Exception as error:  # Templates raise what they like.
+        raise InvalidRequestError(f"messages: the chat template refuses them: {error}") from None
+    return text
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is text: parts of type "text" are joined, other parts refused."""
+    content = message.get("content")
+    if not isinstance(message.get("role"), str):
+        raise InvalidRequestError("messages: got one without a role, expected a text")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise InvalidRequestError("messages: got a part that is no text, expected text alone")
+        texts.append(str(part.get("text", "")))
+    return {**message, "content": "".join(texts)}
+
+
+async def _answer(
+    ask: Ask, body: SamplingBody, shape: Shape, arguments: dict[str, Any]
+) -> Response:
+    calls = ask.state.calls
+    if not body.stream:
+        found = await calls.whole(ask.request, ask.client, arguments)
+        return json_reply(whole(shape, found if isinstance(found, list) else [found]))
+    options = body.stream_options
+    deltas = Deltas(shape, options is not None and options.include_usage)
+    results = await calls.stream(ask.request, ask.client, arguments)
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        try:
+            async for result in results:
+                yield b"".join(sse(chunk) for chunk in deltas.chunks(result))
+            last = deltas.end()
+            if last is not None:
+                yield sse(last)
+        finally:
+            await results.aclose()
+
+    return EventStream(events(chunks(), bytes, DONE), ask.state.config.slow_client_s)
+
+
+async def models(ask: Ask) -> Response:
+    """The served model."""
+    return json_reply({"object": "list", "data": [await _model(ask)]})
+
+
+async def model(ask: Ask) -> Response:
+    """The served model by its name."""
+    check_model(ask, ask.request.path_params["model_id"])
+    return json_reply(await _model(ask))
+
+
+async def _model(ask: Ask) -> dict[str, Any]:
+    return {
+        "id": ask.state.model_name,
+        "object": "model",
+        "created": ask.state.started,
+        "owned_by": "rollout",
+        "root": ask.state.engine.model_path,
+        "parent": None,
+        "max_model_len": await ask.state.calls.context_length(),
+    }
+
+
+async def score(ask: Ask) -> Response:
+    """Probability of label tokens after query and item, a row for each item."""
+    body: ScoreBody = ask.body
+    name = check_model(ask, body.model)
+    items = [body.items] if isinstance(body.items, str) else body.items
+    if len(items) > ask.state.config.max_prompts:
+        raise HttpError(
+            413, f"got {len(items):,} items, expected at most {ask.state.config.max_prompts:,}"
+        )
+    rows = await unless_gone(
+        ask.request,
+        ask.state.engine.async_score(
+            body.query, items, body.label_token_ids, body.apply_softmax, body.item_first
+        ),
+    )
+    return json_reply({"object": "scoring", "model": name, "scores": rows})
+
+
+async def invocations(ask: Ask) -> Response:
+    """Whatever the fields say: a chat (`messages`), a completion (`prompt`), a score (`query`), or `/generate`."""
+    values = ask.extras
+    kinds: tuple[tuple[str, type[Body], Any], ...] = (
+        ("messages", ChatBody, chat_completions),
+        ("prompt", CompletionBody, completions),
+        ("query", ScoreBody, score),
+    )
+    for key, cls, handler in kinds:
+        if key in values:
+            body, rest = convert(cls, values)
+            if rest:
+                refuse_unknown(cls, rest)
+            return await handler(_with(ask, body, {}))
+    return await generate(_with(ask, *convert(GenerateBody, values)))
+
+
+def _with(ask: Ask, body: Body, extras: dict[str, Any]) -> Ask:
+    return Ask(ask.state, ask.request, ask.client, body, ask.query, extras)
+
+
+class AnyBody(Body):
+    """Any of the other routes' bodies."""
+
+
+_GET = ("GET",)
+ROUTES = (
+    Route(path="/v1/models", handler=models, methods=_GET, tag="openai"),
+    Route(
+        path="/v1/models/{model_id:path}",
+        handler=model,
+        methods=_GET,
+        tag="openai",
+        statuses=(404,),
+    ),
+    Route(
+        path="/v1/completions",
+        handler=completions,
+        body=CompletionBody,
+        tag="openai",
+        statuses=(404, 429, 501, 503),
+    ),
+    Route(
+        path="/v1/chat/completions",
+        handler=chat_completions,
+        body=ChatBody,
+        tag="openai",
+        statuses=(404, 429, 501, 503),
+    ),
+    Route(path="/v1/score", handler=score, body=ScoreBody, tag="openai", statuses=(404, 503)),
+    Route(
+        path="/invocations",
+        handler=invocations,
+        body=AnyBody,
+        hands_on=True,
+        tag="openai",
+        statuses=(404, 429, 501, 503),
+    ),
+)
