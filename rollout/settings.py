@@ -84,7 +84,9 @@ def nearest(key: str, known: Sequence[str]) -> str:
 
 def _nearest_in_tree(root: type, siblings: Sequence[str], key: str) -> str:
     """As `nearest`: first among the keys of the same section, then by last name anywhere below `root`."""
-    match = best_match(key, siblings)
+    section, dot, last = key.rpartition(".")  # `siblings` begin alike
+    own = best_match(last, [sibling.rpartition(".")[2] for sibling in siblings])
+    match = None if own is None else f"{section}{dot}{own}"
     if match is None:
         by_name: dict[str, str] = {}
         for dotted in _dotted_keys(root):

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 
 from rollout.config import EngineConfig
+from rollout.errors import ConfigError
 from rollout.hints import SYNONYMS, best_match, did_you_mean
+from rollout.settings import load_settings
+from trainers_integration.demo.config import DemoConfig
 from trainers_integration.grpo.config import GrpoConfig
 
 ENGINE = [field.name for field in dataclasses.fields(EngineConfig)]
@@ -46,3 +49,17 @@ def test_synonyms_never_hide_a_name_that_is_known():
 
 def test_every_group_of_synonyms_has_more_than_one_name():
     assert all(len(group) > 1 for group in SYNONYMS)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("grpo.lr=1", "grpo.learning_rate"),
+        ("grpo.beta=1", "grpo.kl_coef"),
+        ("grpo.warmup=1", "grpo.lr_warmup_steps"),
+        ("eval.samples=1", "eval.samples_per_prompt"),
+    ],
+)
+def test_keys_of_settings_are_answered_by_meaning_too(override, meant):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        load_settings(DemoConfig, None, [override])
