@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from ..engine.engine import Engine
 from ..engine.executors.ray_rank import device_in_actor
 from ..engine.loop.checks import check_start
 from ..engine.options import engine_config
+from ..errors import typed
+
+logger = logging.getLogger(__name__)
 
 #: Methods of `Engine` that the actor has under the same names; all of them are awaited there, so that calls overlap.
 FORWARDED = (
@@ -69,7 +73,8 @@ class ActorFactory:
     def remote(self, model_path: str | Path, **engine_options: Any) -> Any:
         """Start one; returns Ray's handle at once.
 
-        Raises `ConfigError` or `CheckpointError` for what can be seen from here; later it would be Ray's traceback.
+        Raises `ConfigError` or `CheckpointError` for what can be seen from here. What only the actor can see, each of
+        its calls raises, as the same types.
         """
         config = engine_config(model_path, engine_options)
         check_start(dataclasses.replace(config, executor="ray"))  # Its devices are not ours.
@@ -82,7 +87,23 @@ class EngineHost:
     """What runs in the actor."""
 
     def __init__(self, model_path: str, **engine_options: Any) -> None:
-        options = dict(engine_options)
+        self._restarted = ray_runtime.was_restarted()
+        self._failed: Exception | None = None
+        try:
+            self._started = self._start(model_path, dict(engine_options))
+        except Exception as error:
+            # Raised here, it would reach callers as pages of Ray's; each call says it in one line of its own type.
+            logger.exception("the engine did not start")
+            known = typed(error, "the start of the engine")
+            self._failed = type(known)(f"the engine did not start: {known}")
+
+    @property
+    def _engine(self) -> Engine:
+        if self._failed is not None:
+            raise type(self._failed)(str(self._failed))
+        return self._started
+
+    def _start(self, model_path: str, options: dict[str, Any]) -> Engine:
         options.setdefault("executor", "inline" if options.get("tp_size", 1) == 1 else "local")
         place = ray_runtime.this_place()
         if options.get("listen") is None:
@@ -92,11 +113,9 @@ class EngineHost:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             configured = str(options.get("device", "auto"))
             options["device"] = device_in_actor(configured, place.gpu_ids, visible)
-        self._engine = Engine(model_path, **options)
-        self._restarted = ray_runtime.was_restarted()
-        if self._restarted:  # What it has loaded is not what was served here before.
-            self._engine.release_memory_occupation(["weights"])
-            self._engine.resume_memory_occupation(["weights"])
+        if self._restarted:  # What it loads is not what was served here before.
+            options["await_first_update"] = True
+        return Engine(model_path, **options)
 
     async def address(self) -> str:
         """Where a `WeightPublisher` connects."""

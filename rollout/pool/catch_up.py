@@ -29,7 +29,7 @@ from weight_sync.joint.members import left
 from weight_sync.joint.session import JointSession
 from weight_sync.layout.manifest import Manifest
 from weight_sync.publisher.publisher import WeightPublisher
-from weight_sync.wire.channel import Channel
+from weight_sync.wire.channel import Channel, wait
 from weight_sync.wire.messages import (
     ArenaHandle,
     Begin,
@@ -86,10 +86,18 @@ class WatchedSession(JointSession):
 
     def bucket(self, message: Bucket, end: float) -> Future[BucketReply]:
         asked = JointSession.bucket(self, message, end)
-        indices = np.frombuffer(message.indices, dtype="<u4")
-        self.present[indices] = True
-        self.declared[indices] = np.frombuffer(message.fingerprints, dtype="<u8")
+        self._note(message)
         return asked
+
+    def _note(self, message: Bucket) -> None:
+        """What is not sound is refused by every replica, and never committed."""
+        size = len(message.indices) // 4
+        if (len(message.indices), len(message.fingerprints)) != (4 * size, 8 * size):
+            return
+        indices = np.frombuffer(message.indices, dtype="<u4")
+        known = indices < len(self.present)
+        self.present[indices[known]] = True
+        self.declared[indices[known]] = np.frombuffer(message.fingerprints, dtype="<u8")[known]
 
     def receive(self, message: Receive, end: float) -> Future[BucketReply]:
         self.opaque = True
@@ -288,7 +296,8 @@ def _read(
     parts = []
     for first in range(0, max(1, num_rows), step):
         question = GetWeights(name=name, truncate_size=step, first_row=first)
-        values: WeightValues = ask(question, timeout_s=left(end)).result(left(end))
+        asked = ask(question, timeout_s=left(end))
+        values: WeightValues = wait(asked, question, left(end))
         data = (
             torch.frombuffer(bytearray(values.data), dtype=torch.float32)
             if values.data

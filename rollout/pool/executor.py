@@ -362,6 +362,7 @@ class PoolExecutor:
             weight_version=served.label,
             version=served.version,
             torn=self._fleet.lost or nobody,
+            released=sorted({tag for status in answers for tag in status.released}),
             pid=os.getpid(),
             **sums,
         )

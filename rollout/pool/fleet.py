@@ -139,10 +139,14 @@ class FleetWeights(JointService):
 
         def look() -> None:
             infos = self._ask(same(self._members, msg.Hello()), time.monotonic() + self._timeout_s)
-            torn = [info.torn for info in infos.replies.values()]
-            self.lost = torn[0] if torn and all(torn) else None
-            if any(torn):
+            torn = {m: info.torn for m, info in infos.replies.items() if info.torn is not None}
+            everybody = len(torn) == len(infos.replies)
+            self.lost = next(iter(torn.values()), None) if everybody else None
+            if torn:
                 self._source = None
+            for member, reason in torn.items() if not everybody else ():
+                # Others took an update after they had released, this one before.
+                self._fall_behind(member, TornWeightsError(reason))
             self._on_change()
 
         return self.do(look)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from ray_cluster import free_cpus, ray_cluster
 import weight_sync
 from rollout import Engine, RolloutActor, RolloutPool
 from rollout.errors import ConfigError, UnauthorizedError
-from weight_sync.errors import EngineDiedError, TornWeightsError
+from weight_sync.errors import AddressInUseError, EngineDiedError, TornWeightsError
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.wire.keys import shown
 
@@ -247,6 +248,24 @@ def test_an_actor_that_ray_restarts_generates_nothing_until_it_has_been_updated(
         pid = ray.get(actor.status.remote()).pid
         ray.kill(actor, no_restart=restarted)
         assert gone([pid])
+
+
+def test_what_only_the_actors_machine_can_see_is_an_error_of_its_own_type(
+    cluster: Any, folder: Path
+) -> None:
+    import ray
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        actor = RolloutActor.options(num_cpus=1).remote(str(folder), listen=address, **OPTIONS)
+        for method in (actor.address, actor.status, actor.weights_fingerprint):
+            with pytest.raises(AddressInUseError, match="did not start: cannot listen") as caught:
+                ray.get(method.remote(), timeout=60)
+            assert len(str(caught.value).splitlines()) < 20
+    ray.kill(actor)
+    assert free_cpus(2 * CPUS_PER_NODE)
 
 
 DRIVER = """

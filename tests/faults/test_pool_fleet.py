@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from fleet_of_toys import Fleet, three_toys
@@ -14,10 +15,13 @@ from weight_sync import EngineDiedError, WeightPublisher, WeightUpdateError
 from weight_sync.errors import (
     FingerprintMismatch,
     ManifestMismatch,
+    ProtocolError,
     SessionBusy,
+    SessionError,
     StaleVersionError,
     TornWeightsError,
 )
+from weight_sync.wire.messages import Bucket
 
 
 @pytest.fixture
@@ -365,3 +369,34 @@ def test_lost_weights_are_whole_again_after_a_complete_update(
     assert "released" in str(publisher.engine_info().torn)
     publisher.publish(weights(2.0))
     assert publisher.engine_info().torn is None and fleet.weights.lost is None
+
+
+def test_one_of_several_that_has_lost_its_weights_does_not_serve(
+    fleet: Fleet, publisher: WeightPublisher
+) -> None:
+    """Its memory was released after a commit, that of the others before it."""
+    publisher.publish(weights(2.0))
+    fleet.engines[1].receiver.lose_weights("their memory was released")
+    fleet.weights.look().result(20)
+    assert fleet.weights.serving == {0, 2} and fleet.weights.lost is None
+    assert isinstance(fleet.weights.behind[1], TornWeightsError)
+    assert publisher.fingerprint() == publisher.publish(weights(2.0)).fingerprint
+    assert fleet.weights.serving == {0, 1, 2}
+
+
+def test_a_bucket_that_makes_no_sense_is_refused_as_by_one_engine(fleet: Fleet) -> None:
+    trainer = fleet.weight_channel()
+    with WeightPublisher(fleet) as publisher:
+        publisher.begin()
+        update = publisher._update
+        assert update is not None
+        for indices, values in (([1 << 20], [0]), ([0, 1], [0])):
+            bucket = Bucket(
+                session_id=update.session_id,
+                epoch=update.epoch,
+                indices=np.array(indices, dtype="<u4").tobytes(),
+                fingerprints=np.array(values, dtype="<u8").tobytes(),
+            )
+            with pytest.raises((ProtocolError, SessionError)):
+                trainer.call(bucket, 5.0)
+    assert fleet.versions == [0] * 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sync_support import ToyEngine, eventually
 
-from weight_sync.errors import WeightUpdateError
+from weight_sync.errors import EngineRestartedError, WeightUpdateError
 from weight_sync.layout.fingerprints import ArenaFingerprints
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.selection import Layout
@@ -26,13 +26,13 @@ class Rank0:
         self.engines = Engines(bucket_bytes=512 << 20, transport="shared_memory")
         self._targets = [toy.address for toy in toys]
 
-    def publish(self, value: float, timeout_s: float = 20.0) -> SyncReport:
-        deadline, engines = Deadline(timeout_s), self.engines
+    def publish(self, value: float, *, strict: bool = True) -> SyncReport:
+        deadline, engines = Deadline(20.0), self.engines
         try:
             engines.connect(self._targets, deadline)
             layout = Layout(engines.info(None, deadline), engines.bucket_bytes)
             rows = np.arange(len(layout.manifest.tensors))
-            engines.begin(UpdateOptions(), decision(rows), layout.manifest, deadline)
+            engines.begin(UpdateOptions(strict=strict), decision(rows), layout.manifest, deadline)
             assert engines._arena is not None
             buffer = engines._arena.buffer
             for view in layout.manifest.views(buffer):
@@ -92,6 +92,28 @@ def test_engines_of_different_versions_get_the_same_one(
     assert rank0.publish(2.0).version == 8
     assert [toy.receiver.version for toy in toys] == [8, 8]
     assert [toy.values() for toy in toys] == [{2.0}] * 2
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_engines_that_were_started_anew_are_noticed_and_get_no_part(
+    make_engine: Callable[..., ToyEngine], tmp_path_factory: pytest.TempPathFactory, number: int
+) -> None:
+    folder = tmp_path_factory.mktemp("e")
+    addresses = [f"ipc://{folder}/{i}" for i in range(number)]
+    toys = [make_engine(serve=True, bind=address) for address in addresses]
+    rank0 = Rank0(toys)
+    rank0.publish(1.0)
+    assert rank0.publish(2.0, strict=False).version == 2
+    for toy in toys:
+        toy.close()
+    toys = [make_engine(serve=True, bind=address) for address in addresses]
+    with pytest.raises(EngineRestartedError, match=r"committed version 2.*started anew"):
+        rank0.publish(3.0, strict=False)
+    assert [toy.values() for toy in toys] == [{0.0}] * number
+    assert rank0.publish(4.0).version == 1
+    assert rank0.publish(5.0, strict=False).version == 2
+    assert [toy.values() for toy in toys] == [{5.0}] * number
+    rank0.engines.close()
 
 
 def named(toy: ToyEngine) -> Iterator[tuple]:  # type: ignore[type-arg]

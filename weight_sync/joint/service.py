@@ -18,14 +18,13 @@ from ..errors import (
     DeadlineExceeded,
     ProtocolError,
     SessionError,
-    SyncError,
     TransportError,
     WeightUpdateError,
 )
 from ..wire import messages as msg
 from ..wire.call_queue import CallQueue, answer_later
 from ..wire.channel import wait
-from ..wire.rpc_wire import Call
+from ..wire.rpc_wire import REFUSALS, Call, typed
 from .arenas import JointArenas
 from .members import Asked, Member, collect, left, same, tell_all
 from .session import CommitOutcome, JointSession
@@ -129,11 +128,10 @@ class JointService:
                 answer.add_done_callback(partial(answer_later, call))
             else:
                 call.reply(answer)
-        except (SyncError, ValueError) as error:  # a refusal
-            call.fail(error)
         except Exception as error:  # whatever it was, the service goes on and the caller is told
-            logger.exception("%s failed", type(body).__name__)
-            call.fail(error)
+            if not isinstance(error, REFUSALS):
+                logger.exception("%s failed", type(body).__name__)
+            call.fail(typed(error, type(body).__name__))
 
     def _missed(self, message: Any) -> DeadlineExceeded:
         late = DeadlineExceeded(
@@ -151,7 +149,9 @@ class JointService:
         return collect(asked, end, self.wait)
 
     def _ask_one(self, message: Any, end: float) -> Any:
-        return self.wait(self._members[0].channel.submit(message, left(end)), left(end))
+        answers = self._ask(same(self._members[:1], message), end)
+        answers.raise_loss()
+        return answers.replies[self._members[0]]
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 

@@ -338,7 +338,10 @@ class WeightReceiver:
                 f"{self.version} serves; look at the engine's log"
             )
             self._end(failure)
-            raise failure from error
+            try:
+                raise failure from error
+            finally:
+                del failure  # it holds this frame, and so the arena
         finally:
             self._committing = None
         self._repair = repair

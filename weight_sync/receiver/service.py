@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ..errors import DeadlineExceeded, ProtocolError, SyncError, TransportError
+from ..errors import DeadlineExceeded, ProtocolError, TransportError
 from ..transports.arena import OpenedArena
 from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
@@ -43,7 +43,7 @@ from ..wire.messages import (
     SharedMemoryHandle,
     Vote,
 )
-from ..wire.rpc_wire import Call
+from ..wire.rpc_wire import REFUSALS, Call, typed
 from .receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -116,11 +116,10 @@ class WeightService:
                 answer.add_done_callback(partial(answer_later, call))
             else:
                 call.reply(answer)
-        except (SyncError, ValueError) as error:  # a refusal
-            call.fail(error)
         except Exception as error:  # whatever it was, the service goes on and the caller is told
-            logger.exception("%s failed", type(call.body).__name__)
-            call.fail(error)
+            if not isinstance(error, REFUSALS):
+                logger.exception("%s failed", type(call.body).__name__)
+            call.fail(typed(error, type(call.body).__name__))
 
     def _carry_out(self, call: Call) -> Any:
         body = call.body

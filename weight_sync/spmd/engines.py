@@ -137,9 +137,10 @@ class Engines:
     def begin(
         self, options: UpdateOptions, decision: Decision, manifest: Manifest, deadline: Deadline
     ) -> None:
-        """Open a session."""
+        """Open a session. `EngineRestartedError` for parts where other engines have taken the place of these."""
         endpoint = self._connected
         packed = endpoint.arena(deadline)
+        endpoint.check_same(strict=options.strict)
         # Known before it begins: it may open the session and not answer in time.
         self._update = Update(
             channel=endpoint.channel(),
@@ -169,6 +170,7 @@ class Engines:
         update.pack_s = pack_s
         report = update.commit(deadline)
         self._update = None
+        self._connected.note_commit(report.version)
         return report
 
     def abort(self, reason: str) -> None:

@@ -118,7 +118,7 @@ class HandingOver:
                     "the engine's call is to be awaited: got no event loop, expected one; use HandOver(loop=...)"
                 )
             future = asyncio.run_coroutine_threadsafe(_awaited(result), target.loop)
-            result = future.result(deadline.left_s("hand over"))
+            result = deadline.wait(future, "the engine that was handed the tensors")
         if isinstance(result, SyncReport):
             return result
         return SyncReport(

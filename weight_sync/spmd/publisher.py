@@ -325,7 +325,7 @@ class SpmdPublisher:
                 f"rank 0 of the trainer's mesh is gone ({dead}): expected it to publish; restart the trainer"
             )
         if dead is None:
-            with contextlib.suppress(SyncError):
+            with contextlib.suppress(SyncError, TimeoutError):
                 self._fail(error).result(_GRACE_S)
         return error
 

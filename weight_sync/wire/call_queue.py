@@ -20,7 +20,7 @@ from .messages import (
     LeaveGroup,
     OpenArena,
 )
-from .rpc_wire import Call
+from .rpc_wire import Call, typed
 
 MEANWHILE = (
     *(Hello, GetIgnored, GetFingerprint, OpenArena, CloseArena),
@@ -142,4 +142,4 @@ def answer_later(call: Call, future: "Future[Any]") -> None:
     if error is None:
         call.reply(future.result())
     else:
-        call.fail(error)
+        call.fail(typed(error, type(call.body).__name__))

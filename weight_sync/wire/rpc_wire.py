@@ -16,7 +16,7 @@ import msgspec
 import zmq
 from msgspec import Meta
 
-from ..errors import ProtocolError, RemoteError
+from ..errors import DeadlineExceeded, ProtocolError, RemoteError, SyncError
 from .keys import is_on_this_machine
 from .messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, ErrorReply, Seconds
 
@@ -25,6 +25,9 @@ MAX_ERROR_CHARS = 1 << 18
 
 UNREADABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 """What decoding may raise; text that is no UTF-8 is a `ValueError` of Python's own."""
+
+REFUSALS = (SyncError, ValueError)
+"""What is raised on purpose; other errors are accidents."""
 
 HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 30_000
@@ -109,6 +112,18 @@ def raised(reply: ErrorReply, errors: Mapping[str, type[Exception]]) -> Exceptio
     return RemoteError(f"the other side failed with {reply.code}: {reply.message}")
 
 
+def typed(error: BaseException, what: str) -> Exception:
+    """`error` where callers know its type, else what a caller on the other side of a wire gets for it."""
+    if isinstance(error, REFUSALS):
+        return error
+    late = isinstance(error, TimeoutError)
+    found = (DeadlineExceeded if late else RemoteError)(
+        f"{what} failed with {type(error).__name__}: {error}; look at the engine's log"
+    )
+    found.__cause__ = error
+    return found
+
+
 def watch_peer(socket: "zmq.Socket[bytes]", address: str) -> None:
     """Heartbeats, where the other end may vanish without closing its connection."""
     if not is_on_this_machine(address):
@@ -173,6 +188,7 @@ __all__ = [
     "CLOCK_ID",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL_VERSION",
+    "REFUSALS",
     "UNREADABLE",
     "Call",
     "ReplyHeader",
@@ -183,5 +199,6 @@ __all__ = [
     "error_reply",
     "is_on_this_machine",
     "raised",
+    "typed",
     "watch_peer",
 ]

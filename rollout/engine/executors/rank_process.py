@@ -75,12 +75,17 @@ class RankProcess:
         """
         chunk = self._ready_pipe.read(1 << 16)
         if not chunk:
-            code = self._process.wait(timeout=10.0)
             raise EngineDiedError(
-                f"rank {self._rank} ended while starting ({_exit_words(code)}){self._output.last_words()}"
+                f"rank {self._rank} ended while starting ({self._end_words()}){self._output.last_words()}"
             )
         self._report += chunk
         return reported_address(json.loads(self._report)) if self._report.endswith(b"\n") else None
+
+    def _end_words(self) -> str:
+        try:
+            return _exit_words(self._process.wait(timeout=10.0))
+        except subprocess.TimeoutExpired:
+            return "it reports nothing any more, and still runs"
 
     def close_report(self) -> None:
         """It has said all that it says there. Safe to repeat."""
