@@ -1,5 +1,7 @@
 """The loop against a real engine in a process of its own."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -141,3 +143,27 @@ def test_a_line_of_metrics_is_plain_json(engine, publisher, checkpoint):
     assert row["syncs"][0]["version"] == record.syncs[0].version
     assert row["tokens_per_s"] == pytest.approx(row["num_tokens"] / row["step_s"])
     assert "completions" not in row
+
+
+def test_in_the_continuous_mode_groups_come_as_they_finish_and_old_ones_are_left_out(
+    engine, publisher, checkpoint
+):
+    loop = make_loop(engine, publisher, checkpoint)
+    loop.config = dataclasses.replace(loop.config, max_staleness=3)
+    first = loop.version
+    records = list(loop.continuous(5))
+    assert loop.version == first + 10  # two updates a step
+    assert engine.weights_fingerprint() == fingerprint(loop.learner.model)
+    version = first
+    for record in records:
+        assert len(record.completions) == 8 * 4
+        oldest = min(span.version for c in record.completions for span in c.spans)
+        assert version - 3 <= oldest <= version
+        assert 0 <= record.staleness <= 3
+        version += 2
+    assert engine.status().num_running == 0  # what was under way was aborted
+
+    loop.config = dataclasses.replace(loop.config, max_staleness=0)
+    strict = list(loop.continuous(3))
+    assert all(record.staleness <= 0 for record in strict)
+    assert sum(record.num_dropped for record in strict) > 0

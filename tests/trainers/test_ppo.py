@@ -140,7 +140,7 @@ def test_settings_that_make_no_sense_are_refused():
         PpoConfig(gamma=1.5, value_clip=0.0)
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", "continuous"])
 def test_the_demo_runs_with_ppo(small_demo, mode):
     config = small_demo("algorithm=ppo", f"mode={mode}", "in_flight_steps=2")
     summary, screen = run(config)

@@ -17,7 +17,7 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout demo --mode async --name second --seed 1
 
-  rollout demo --algorithm ppo
+  rollout demo --algorithm ppo --mode continuous
 
   rollout demo --config configs/demo.toml --set grpo.learning_rate=3e-4
 

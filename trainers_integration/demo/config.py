@@ -9,7 +9,7 @@ from typing import Literal
 from ..grpo.config import GrpoConfig, PpoConfig
 
 Algorithm = Literal["grpo", "ppo"]
-Mode = Literal["sync", "async"]
+Mode = Literal["sync", "async", "continuous"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class DemoConfig:
     algorithm: Algorithm = "grpo"
     """"grpo": compare the samples of a prompt with each other; "ppo": with what a critic expected."""
     mode: Mode = "sync"
-    """"sync": generate, learn, publish in turn; "async": generate batch k + 1 while learning from batch k."""
+    """"sync": generate, learn, publish in turn; "async": generate batch k + 1 while learning from batch k;
+    "continuous": take groups as they finish, and leave out those that are too old."""
     seed: int = 0
     """Seed of data, weights, batches and sampling; the same seed repeats a synchronous run."""
     control_steps: int = 30

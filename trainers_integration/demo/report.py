@@ -92,7 +92,7 @@ def _draw(folder: Path, mode: str) -> dict[str, Figure]:
     if timeline.exists():
         title = (
             "Requests of the last steps"
-            if mode == "async"
+            if mode != "sync"
             else "Requests of the in-flight phase, after the synchronous run"
         )
         drawn["timeline"] = draw_timeline(json.loads(timeline.read_text()), title)

@@ -119,13 +119,16 @@ class _Run:
         self.recorder.measured("train", before)
         self.screen.say(f"before    held-out prompts: sampled pass rate {before:.2f}")
         self.loop = self._loop(engine, publisher, self.model)
-        records = (
-            self.loop.synchronous(steps) if config.mode == "sync" else self.loop.asynchronous(steps)
-        )
+        ways = {
+            "sync": self.loop.synchronous,
+            "async": self.loop.asynchronous,
+            "continuous": self.loop.continuous,
+        }
+        records = ways[config.mode](steps)
         tail = self._follow(
             "train", f"{config.algorithm.upper()}, {config.mode}", records, steps, engine
         )
-        if config.mode == "async":
+        if config.mode != "sync":
             self.recorder.keep_timeline(tail)
 
     def _loop(self, engine: Engine, publisher: WeightPublisher | None, model: Any) -> GrpoLoop:
@@ -142,7 +145,7 @@ class _Run:
         It comes after the last measurement and after saving, so that those repeat with the seed.
         """
         steps = self.config.in_flight_steps
-        if self.config.mode == "async" or steps == 0:
+        if self.config.mode != "sync" or steps == 0:
             return
         records = self.loop.asynchronous(steps)
         tail = self._follow("in_flight", "publishing in flight", records, steps, engine)

@@ -21,7 +21,10 @@ class GrpoConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probabilities are those of the tempered distribution on both sides."""
     prompts_in_flight: int = 4
-    """Prompts that the asynchronous loop has in the engine at once; the later ones meet fresher weights."""
+    """Prompts that the asynchronous loop has in the engine at once; the later ones meet fresher weights. The continuous
+    loop has so many beside those of the next batch."""
+    max_staleness: int = 8
+    """Versions that a group's oldest token may lie behind in the continuous loop; older groups are left out."""
     learning_rate: float = 2.5e-4
     """Peak learning rate of AdamW."""
     lr_warmup_steps: int = 5
@@ -59,6 +62,7 @@ class GrpoConfig:
             "steps": 1,
             "prompts_per_step": 1,
             "prompts_in_flight": 1,
+            "max_staleness": 0,
             "samples_per_prompt": 2,
             "max_new_tokens": 1,
             "minibatches": 1,

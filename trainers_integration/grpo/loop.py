@@ -7,14 +7,18 @@ Trainer and engine are two processes. The trainer asks for completions (`engine.
 * Asynchronous: the engine samples batch k + 1 while the trainer learns from batch k and publishes after each optimiser
   step, so that new weights arrive under running requests. A completion then has tokens of several versions. Each
   token's log-probability is that of the version which sampled it, and `losses.py` corrects for the difference with it.
+* Continuous: there are no batches on the engine's side. Prompts go in one by one as others come out, the trainer takes
+  groups in the order in which they finish, and leaves out those that are more than `max_staleness` versions old.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +31,7 @@ from .batch import make_batch
 from .environment import Environment, Problem
 from .learner import Learner
 from .records import StepRecord, SyncRecord, mean_staleness, mixed_fraction
-from .rollouts import Completion, sample, sample_in_flight
+from .rollouts import Completion, parse_completion, sample, sample_in_flight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +41,11 @@ class _Sampled:
     problems: Sequence[Problem]
     groups: list[list[Completion]]
     seconds: float
+    num_dropped: int = 0
 
 
 class GrpoLoop:
-    """One training run against one engine. Both ways to run it yield a `StepRecord` after each step.
+    """One training run against one engine. All three ways to run it yield a `StepRecord` after each step.
 
     Without a `publisher` the engine keeps the weights that it has: the control of an experiment. Labels of weight
     versions must be their numbers: what an engine starts with by default, and what is published here.
@@ -78,6 +83,51 @@ class GrpoLoop:
                 if step + 1 < steps:
                     in_flight = background.submit(self._generate_in_flight, self._draw())
                 yield self._learn_and_publish(batch, started, after_each_update=True)
+
+    def continuous(self, steps: int) -> Iterator[StepRecord]:
+        """The engine is never without work: it goes on with later prompts while the trainer learns."""
+        problems: dict[int, Problem] = {}
+        config = self.config
+        stream = self.engine.as_completed(
+            input_ids=self._prompts(problems),
+            sampling_params=config.sampling_params,
+            max_in_flight=config.prompts_per_step + config.prompts_in_flight,
+            return_logprob=True,
+            return_token_times=True,
+        )
+        with closing(stream):
+            for _ in range(steps):
+                started = time.perf_counter()
+                batch = self._take(stream, problems)
+                yield self._learn_and_publish(batch, started, after_each_update=True)
+
+    def _prompts(self, problems: dict[int, Problem]) -> Iterator[list[int]]:
+        """Prompts without end; `problems` gets what each is about, by its place."""
+        for place in itertools.count():
+            (problems[place],) = self.environment.draw(1)
+            yield list(problems[place].prompt_ids)
+
+    def _take(
+        self, stream: Iterator[tuple[int, list[dict[str, Any]]]], problems: dict[int, Problem]
+    ) -> _Sampled:
+        """The next groups that are fresh enough, as many as make a batch."""
+        started = time.perf_counter()
+        taken: list[Problem] = []
+        groups: list[list[Completion]] = []
+        num_dropped = 0
+        for place, results in stream:
+            problem = problems.pop(place)
+            group = [parse_completion(problem.prompt_ids, result) for result in results]
+            oldest = min(span.version for completion in group for span in completion.spans)
+            if self.version - oldest > self.config.max_staleness:
+                num_dropped += 1
+                continue
+            taken.append(problem)
+            groups.append(group)
+            if len(groups) == self.config.prompts_per_step:
+                break
+        seconds = time.perf_counter() - started
+        return _Sampled(problems=taken, groups=groups, seconds=seconds, num_dropped=num_dropped)
 
     def _draw(self) -> Sequence[Problem]:
         return self.environment.draw(self.config.prompts_per_step)
@@ -135,6 +185,7 @@ class GrpoLoop:
             generate_s=sampled.seconds,
             learn_s=learn_s,
             step_s=time.perf_counter() - started,
+            num_dropped=sampled.num_dropped,
             learn=stats,
             syncs=tuple(syncs),
             completions=tuple(completions),

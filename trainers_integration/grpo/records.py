@@ -48,6 +48,8 @@ class StepRecord:
     """All optimiser steps of the batch."""
     step_s: float
     """The whole step, by the clock on the wall."""
+    num_dropped: int
+    """Groups that were left out because they were too old; of a continuous run alone."""
     learn: LearnStats
     """What the optimiser saw."""
     syncs: tuple[SyncRecord, ...]
