@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from . import generate, info, serve, version
+from . import generate, info, serve, top, version
 
 COMMANDS_GROUP = "rollout.commands"
 
@@ -29,6 +29,8 @@ EPILOG = """[bold]Examples[/bold]
   rollout generate --model PATH "Once upon a time"
 
   rollout serve --model PATH
+
+  rollout top ADDRESS
 
   rollout bench machine
 
@@ -56,6 +58,7 @@ def build_app() -> typer.Typer:
     app.command("generate", epilog=generate.EPILOG)(generate.generate)
     app.command("info", epilog=info.EPILOG)(info.info)
     app.command("serve", epilog=serve.EPILOG)(serve.serve)
+    app.command("top", epilog=top.EPILOG)(top.top)
     app.command("version")(version.version)
     for entry_point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):
         add_command(app, entry_point)

@@ -355,6 +355,8 @@ class PoolExecutor:
             name: sum(getattr(status, name) for status in answers)
             for name in ("num_running", "num_waiting", "num_free_blocks", "num_blocks")
         }
+        for name in ("num_decoded_tokens", "num_prompt_tokens"):
+            sums[name] = sum(getattr(status, name) for status in answers)
         sums["num_waiting"] += self._dispatcher.num_waiting
         nobody = None if self._fleet.serving else f"no replica holds version {served.version}"
         return msgspec.structs.replace(

@@ -265,6 +265,29 @@ class WeightValues(Message, frozen=True, kw_only=True):
     """Little-endian float32, row-major."""
 
 
+class SyncSeen(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight update that an engine has committed; seconds, on its clock."""
+
+    version: int
+    """Number of the version that it made."""
+    label: str | None
+    """Its label."""
+    ago_s: float
+    """How long ago it was committed."""
+    num_updated: int
+    """Tensors that were written."""
+    stage_s: float
+    """Checking staged bytes, generation going on meanwhile."""
+    copy_s: float
+    """Writing the resident parameters."""
+    verify_s: float
+    """Fingerprinting the resident parameters."""
+    pause_s: float
+    """From the end of the last step on the old version to the start of the next."""
+    total_s: float
+    """From `Begin` until the resident bytes were found right."""
+
+
 class Status(Message, frozen=True, kw_only=True):
     """Answer to `GetStatus`."""
 
@@ -294,6 +317,12 @@ class Status(Message, frozen=True, kw_only=True):
     """Process that runs the engine loop."""
     engine_id: str = ""
     """Which life of an engine this is: another one at the same address has another."""
+    num_decoded_tokens: int = 0
+    """Tokens that running requests have drawn since the start; of a prompt's last step not."""
+    num_prompt_tokens: int = 0
+    """Tokens of prompts that were computed since the start."""
+    syncs: list[SyncSeen] = []
+    """The last updates, the newest first."""
 
 
 Command = (

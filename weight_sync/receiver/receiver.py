@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 
+import msgspec
 import numpy as np
 import torch
 
@@ -95,6 +96,8 @@ class WeightReceiver:
         self._session: Session | None = None
         self._committing: str | None = None  # its id
         self._endings = Endings()
+        self.recent: tuple[tuple[float, CommitReply], ...] = ()
+        """The last commits and when (`time.perf_counter()`), the newest first. Any thread may look."""
         if torn is not None:
             self._repair = Repair(torn, len(names), from_nothing=True)
             self._served = Served(version=version, label=self.label, torn=torn)
@@ -473,7 +476,7 @@ class WeightReceiver:
     def _reply(self, session: Session, write: WeightCommit) -> CommitReply:
         covered = session.known.covered(session.present)
         resident = self._resident.after(session.known, session.declared, session.present, covered)
-        return CommitReply(
+        reply = CommitReply(
             version=session.version,
             label=session.label,
             num_updated=int(covered.sum()),
@@ -486,3 +489,8 @@ class WeightReceiver:
             verify_s=write.verify_s,
             pause_s=write.pause_s,
         )
+        self.recent = (
+            (write.committed_at, msgspec.structs.replace(reply, left=b"")),
+            *self.recent[:7],
+        )
+        return reply

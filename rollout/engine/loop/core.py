@@ -46,7 +46,7 @@ from .sample_state import GenerateGroup
 from .throughput_log import ThroughputLog
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
 from .watch import Watch
-from .weight_host import EngineWeightHost
+from .weight_host import EngineWeightHost, syncs_seen
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -465,6 +465,9 @@ class EngineCore:
             resolved={**user, **resolved},
             pid=self.admission.pid,
             engine_id=self.receiver.engine_id,
+            num_decoded_tokens=self._throughput.num_decoded,
+            num_prompt_tokens=self._throughput.num_prompt,
+            syncs=syncs_seen(self.receiver.recent),
         )
 
     def _shutdown(self, call: Call) -> None:

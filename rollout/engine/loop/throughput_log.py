@@ -1,4 +1,4 @@
-"""One log line every few seconds about what an engine does."""
+"""What an engine has computed since its start, and one log line about it every few seconds."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class ThroughputLog:
         self._interval_s = interval_s
         self._version = version
         self._clock = clock
+        self.num_decoded = 0
+        """Tokens that running requests have drawn."""
+        self.num_prompt = 0
+        """Tokens of prompts that were computed."""
         self._began: float | None = None
         self._num_computed = 0
         self._num_decoded = 0
@@ -34,6 +38,8 @@ class ThroughputLog:
 
     def note(self, batch: ScheduledBatch) -> None:
         """Count a step that was computed; logs a line when the last one is old enough, or there is no more work."""
+        self.num_decoded += batch.num_decodes
+        self.num_prompt += batch.num_tokens - batch.num_decodes
         if self._interval_s is None:
             return
         now = self._clock()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from weight_sync.errors import TornWeightsError
+from weight_sync.wire.messages import CommitReply
 
 from ...config import KvPolicy
 from ...distributed.group_coordinator import GroupCoordinator
 from ...errors import NoUpdateYetError
+from ...protocol.commands import SyncSeen
 from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler
 from .memory import MemoryOccupation
@@ -121,6 +124,25 @@ class EngineWeightHost:
             raise TornWeightsError(
                 f"cannot generate: the weights are not whole ({self.torn}); push a complete update first"
             )
+
+
+def syncs_seen(recent: Iterable[tuple[float, CommitReply]]) -> list[SyncSeen]:
+    """The receiver's last commits, as a status tells them."""
+    now = time.perf_counter()
+    return [
+        SyncSeen(
+            version=reply.version,
+            label=reply.label,
+            ago_s=now - at,
+            num_updated=reply.num_updated,
+            stage_s=reply.stage_s,
+            copy_s=reply.copy_s,
+            verify_s=reply.verify_s,
+            pause_s=reply.pause_s,
+            total_s=reply.begin_to_verified_s,
+        )
+        for at, reply in recent
+    ]
 
 
 def read_weight(runner: ModelRunner, name: str, group: GroupCoordinator) -> torch.Tensor:
