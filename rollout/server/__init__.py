@@ -11,18 +11,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter import HttpServerEngineAdapter
     from .config import ServerConfig
     from .launch import launch_server
     from .process import ServerProcess, launch_server_process
 
 _HOMES = {
+    "HttpServerEngineAdapter": ".adapter",
     "ServerConfig": ".config",
     "ServerProcess": ".process",
     "launch_server": ".launch",
     "launch_server_process": ".process",
 }
 
-__all__ = ["ServerConfig", "ServerProcess", "launch_server", "launch_server_process"]
+__all__ = [
+    "HttpServerEngineAdapter",
+    "ServerConfig",
+    "ServerProcess",
+    "launch_server",
+    "launch_server_process",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -89,6 +89,7 @@ def error_body(error: BaseException, status: int) -> dict[str, Any]:
             "type": _NAMES.get(status, "internal_server_error"),
             "param": None,
             "code": status,
+            "class": type(error).__name__,  # For adapters, which raise what the engine raised.
         },
     }
 

@@ -30,7 +30,8 @@ def _committed(ask: Ask, report: SyncReport) -> Response:
         weight_version_number=report.version,
         num_tensors=report.num_tensors,
         num_bytes=report.num_bytes,
-        num_left=len(report.left),
+        num_updated=report.updated,
+        left=report.left,
         pause_s=report.pause_s,
         seconds=report.begin_to_verified_s,
     )

@@ -1,0 +1,428 @@
+"""An engine's surface over HTTP, for a trainer elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import msgspec
+import torch
+
+from weight_sync.report import SyncReport
+from weight_sync.wire.cancellation import threaded
+
+from ..engine.base import EngineBase
+from ..errors import EngineClosedError
+from .adapter_wire import (
+    Result,
+    checked,
+    event,
+    generate_body,
+    lost,
+    packed,
+    pairs,
+    read_results,
+    sync_report,
+    to_json,
+)
+
+
+class HttpServerEngineAdapter(EngineBase):
+    """What trainers call, answered by a server of `rollout serve`; `Engine` says what arguments mean.
+
+    Any thread may call; `async_generate` and the other `async_` twins belong to whatever event loop awaits them. Errors
+    have the types that the engine raised. Results are those of `Engine`.
+
+    url: of the server, such as "http://10.0.0.5:30000".
+    api_key: where it wants one; updates, pauses and memory need the admin's.
+    timeout_s: deadline of a call, in seconds; `generate` has none unless it is given one.
+    bucket_bytes: tensors travel in requests of about so many bytes.
+    verify: certificates, as of httpx.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        bucket_bytes: int = 512 << 20,
+        verify: bool | str = True,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._timeout_s = timeout_s
+        self._bucket_bytes = bucket_bytes
+        self._verify = verify
+        self._in_session = False
+        self._closed = False
+        self._client = httpx.Client(**self._options())
+        self._async_clients: weakref.WeakKeyDictionary[Any, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        return_logprob: Any = False,
+        logprob_start_len: Any = -1,
+        top_logprobs_num: Any = 0,
+        token_ids_logprob: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Complete prompts; with `stream=True` an iterator of cumulative results."""
+        body = generate_body(locals())
+        if body.get("stream"):
+            return self._stream(body)
+        return read_results(self._post("/generate", body, timeout_s=None))
+
+    async def async_generate(
+        self,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        return_logprob: Any = False,
+        logprob_start_len: Any = -1,
+        top_logprobs_num: Any = 0,
+        token_ids_logprob: Any = None,
+        **others: Any,
+    ) -> Any:
+        """As `generate`, awaitable; with `stream=True` an asynchronous iterator. Cancelling it aborts the requests."""
+        body = generate_body(locals())
+        if body.get("stream"):
+            return self._async_stream(body)
+        try:
+            reply = await self._async_client.post("/generate", content=to_json(body), timeout=None)
+        except httpx.HTTPError as error:
+            raise lost(self.url, error) from error
+        return read_results(checked(reply))
+
+    def score(
+        self,
+        query: str | Sequence[int],
+        items: str | Sequence[Any],
+        label_token_ids: Sequence[int],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """Probability of each label token after query + item, one row per item."""
+        body = {
+            "query": query,
+            "items": items,
+            "label_token_ids": label_token_ids,
+            "apply_softmax": apply_softmax,
+            "item_first": item_first,
+        }
+        rows: list[list[float]] = self._post("/v1/score", body)["scores"]
+        return rows
+
+    async_score = threaded(score)
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def begin_weight_update(self, **options: Any) -> None:
+        """Open an explicit session; options as of `Engine.begin_weight_update`."""
+        self._post("/begin_weight_update", options)
+        self._in_session = True
+
+    def end_weight_update(self) -> SyncReport:
+        """Commit the open session between two steps."""
+        try:
+            return sync_report(self._post("/end_weight_update", {}))
+        finally:
+            self._in_session = False
+
+    def abort_weight_update(self) -> None:
+        """Forget the open session; no error if there is none."""
+        self._in_session = False
+        self._post("/abort_weight_update", {})
+
+    def update_weights_from_tensor(
+        self,
+        named_tensors: Any,
+        load_format: str | None = None,
+        flush_cache: bool = True,
+        weight_version: str | int | None = None,
+        **options: Any,
+    ) -> SyncReport:
+        """Write tensors by name; more than one bucket of them become one version all the same.
+
+        named_tensors: (name, tensor) pairs, a mapping, a module, or with load_format="flattened_bucket" a
+        `FlattenedTensorBucket`. They are copied to this process's memory first, wherever they are.
+        """
+        given = {"flush_cache": flush_cache, "weight_version": weight_version, **options}
+        buckets = self._buckets(named_tensors)
+        first = next(buckets, None) or packed([])
+        second = next(buckets, None)
+        if second is None:
+            return sync_report(self._post_bucket({**first, **given}))
+        if self._in_session:
+            report = self._post_bucket({**first, **given})
+            for bucket in (second, *buckets):
+                report = self._post_bucket({**bucket, **given})
+            return sync_report(report)
+        self.begin_weight_update(flush_cache=flush_cache, weight_version=weight_version, **options)
+        try:
+            self._post_bucket(first)
+            self._post_bucket(second)
+            for bucket in buckets:
+                self._post_bucket(bucket)
+        except BaseException:
+            self.abort_weight_update()
+            raise
+        return self.end_weight_update()
+
+    def update_weights_from_disk(
+        self, model_path: str | Path, load_format: str | None = None, **options: Any
+    ) -> SyncReport:
+        """Serve a folder's weights, a folder of the server's host."""
+        body = {"model_path": str(model_path), "load_format": load_format, **options}
+        return sync_report(self._post("/update_weights_from_disk", body))
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int | str,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = "weight_update_group",
+        backend: str = "nccl",
+    ) -> None:
+        """Join a trainer's group; returns when all members have come."""
+        body = {name: value for name, value in locals().items() if name != "self"}
+        self._post("/init_weights_update_group", body)
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str | torch.dtype],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = "weight_update_group",
+        flush_cache: bool = True,
+        weight_version: str | int | None = None,
+        **options: Any,
+    ) -> SyncReport:
+        """Receive what the trainer broadcasts now; call it before the broadcast, without waiting for it."""
+        body = {
+            "names": list(names),
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "flush_cache": flush_cache,
+            "weight_version": weight_version,
+            **options,
+        }
+        return sync_report(self._post("/update_weights_from_distributed", body))
+
+    def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
+        """Leave a group."""
+        self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The leading rows of a parameter, as nested lists of float."""
+        body = {"name": name, "truncate_size": truncate_size}
+        values: list[Any] = self._post("/get_weights_by_name", body)
+        return values
+
+    def weights_fingerprint(self) -> int:
+        """64-bit fingerprint of the resident weights."""
+        value: int = self._get("/weights_fingerprint")["fingerprint"]
+        return value
+
+    def get_weight_version(self) -> str:
+        """Label of the version that serves now."""
+        label: str = self._get("/get_weight_version")["weight_version"]
+        return label
+
+    @property
+    def version(self) -> int:
+        """Its number."""
+        number: int = self._get("/get_weight_version")["weight_version_number"]
+        return number
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+
+    def pause_generation(self, mode: Any = "abort", lease_s: float | None = None) -> int:
+        """Stop generating until `continue_generation`; returns how many requests it touched."""
+        num: int = self._post("/pause_generation", {"mode": mode, "lease_s": lease_s})[
+            "num_requests"
+        ]
+        return num
+
+    def continue_generation(self) -> None:
+        """End a pause."""
+        self._post("/continue_generation", {})
+
+    def abort_request(self, rid: str | None = None, abort_all: bool = False) -> int:
+        """End requests early; returns how many ended."""
+        num: int = self._post("/abort_request", {"rid": rid, "abort_all": abort_all})[
+            "num_requests"
+        ]
+        return num
+
+    def flush_cache(self) -> None:
+        """Drop all cached prefixes; `RolloutError` while requests are pending."""
+        self._post("/flush_cache", {})
+
+    def release_memory_occupation(
+        self, tags: Sequence[Any] | None = None, keep_weights: bool = False
+    ) -> dict[str, Any]:
+        """Give memory back to the system; `tags` and `num_bytes` of what changed."""
+        return self._changed("/release_memory_occupation", tags, keep_weights=keep_weights)
+
+    def resume_memory_occupation(self, tags: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Make released memory usable again."""
+        return self._changed("/resume_memory_occupation", tags)
+
+    def get_server_info(self) -> dict[str, Any]:
+        """The resolved configuration, sizes and counts."""
+        info: dict[str, Any] = self._get("/server_info")
+        return info
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Which model serves."""
+        info: dict[str, Any] = self._get("/model_info")
+        return info
+
+    def shutdown(self) -> None:
+        """Close the connections; the server goes on."""
+        self._closed = True
+        self._client.close()
+
+    async_begin_weight_update = threaded(begin_weight_update)
+    async_end_weight_update = threaded(end_weight_update)
+    async_abort_weight_update = threaded(abort_weight_update)
+    async_update_weights_from_tensor = threaded(update_weights_from_tensor)
+    async_update_weights_from_disk = threaded(update_weights_from_disk)
+    async_init_weights_update_group = threaded(init_weights_update_group)
+    async_update_weights_from_distributed = threaded(update_weights_from_distributed)
+    async_destroy_weights_update_group = threaded(destroy_weights_update_group)
+    async_get_weights_by_name = threaded(get_weights_by_name)
+    async_weights_fingerprint = threaded(weights_fingerprint)
+    async_get_weight_version = threaded(get_weight_version)
+    async_pause_generation = threaded(pause_generation)
+    async_continue_generation = threaded(continue_generation)
+    async_abort_request = threaded(abort_request)
+    async_flush_cache = threaded(flush_cache)
+    async_release_memory_occupation = threaded(release_memory_occupation)
+    async_resume_memory_occupation = threaded(resume_memory_occupation)
+    async_get_server_info = threaded(get_server_info)
+    async_get_model_info = threaded(get_model_info)
+
+    async def async_shutdown(self) -> None:
+        """As `shutdown`, and closes the connections of this event loop."""
+        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+        self.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    # ---- below the surface -----------------------------------------------------------------------------------------
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "base_url": self.url,
+            "headers": {**self._headers, "content-type": "application/json"},
+            "timeout": self._timeout_s,
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            "verify": self._verify,
+            "trust_env": False,
+        }
+
+    @property
+    def _async_client(self) -> httpx.AsyncClient:
+        if self._closed:
+            raise EngineClosedError("the connection was shut down; make a new adapter")
+        loop = asyncio.get_running_loop()
+        if loop not in self._async_clients:
+            self._async_clients[loop] = httpx.AsyncClient(**self._options())
+        return self._async_clients[loop]
+
+    def _get(self, path: str) -> Any:
+        return self._send("GET", path)
+
+    def _post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = -1.0) -> Any:
+        limit = self._timeout_s if timeout_s == -1.0 else timeout_s
+        return self._send("POST", path, content=to_json(body), timeout=limit)
+
+    def _post_bucket(self, body: dict[str, Any]) -> Any:
+        return self._send(
+            "POST",
+            "/update_weights_from_tensor",
+            content=msgspec.msgpack.encode(body),
+            headers={"content-type": "application/msgpack"},
+        )
+
+    def _send(self, method: str, path: str, **options: Any) -> Any:
+        if self._closed:
+            raise EngineClosedError("the connection was shut down; make a new adapter")
+        try:
+            return checked(self._client.request(method, path, **options))
+        except httpx.HTTPError as error:
+            raise lost(self.url, error) from error
+
+    def _stream(self, body: dict[str, Any]) -> Iterator[Result]:
+        try:
+            with self._client.stream(
+                "POST", "/generate", content=to_json(body), timeout=None
+            ) as reply:
+                if reply.status_code != 200:
+                    reply.read()
+                    checked(reply)
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        yield event(line)
+        except httpx.HTTPError as error:
+            raise lost(self.url, error) from error
+
+    async def _async_stream(self, body: dict[str, Any]) -> AsyncIterator[Result]:
+        try:
+            async with self._async_client.stream(
+                "POST", "/generate", content=to_json(body), timeout=None
+            ) as reply:
+                if reply.status_code != 200:
+                    await reply.aread()
+                    checked(reply)
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        yield event(line)
+        except httpx.HTTPError as error:
+            raise lost(self.url, error) from error
+
+    def _changed(self, path: str, tags: Sequence[Any] | None, **more: Any) -> dict[str, Any]:
+        answer = self._post(path, {"tags": None if tags is None else list(tags), **more})
+        return {"tags": answer["tags"], "num_bytes": answer["num_bytes"]}
+
+    def _buckets(self, tensors: Any) -> Iterator[dict[str, Any]]:
+        """Bodies of requests, each of tensors of at most `bucket_bytes` unless one alone is larger."""
+        pending: list[tuple[str, torch.Tensor]] = []
+        size = 0
+        for name, tensor in pairs(tensors):
+            num_bytes = tensor.numel() * tensor.element_size()
+            if pending and size + num_bytes > self._bucket_bytes:
+                yield packed(pending)
+                pending, size = [], 0
+            # An iterator may reuse the memory of what it handed out.
+            pending.append((name, tensor.detach().to("cpu", copy=True)))
+            size += num_bytes
+        if pending:
+            yield packed(pending)

@@ -1,0 +1,136 @@
+"""How `HttpServerEngineAdapter` writes requests and reads answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import httpx
+import msgspec
+import torch
+
+from weight_sync.layout.bucket import FlattenedTensorBucket
+from weight_sync.report import SyncReport
+
+from ..errors import ERRORS, DeadlineExceeded, EngineDiedError, RolloutError
+
+Result = dict[str, Any]
+_TABLES = (
+    *("output_top_logprobs", "input_top_logprobs"),
+    *("output_token_ids_logprobs", "input_token_ids_logprobs"),
+)
+
+
+def pairs(tensors: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """Named tensors from whatever callers have them in."""
+    if isinstance(tensors, torch.nn.Module):
+        return tensors.named_parameters()
+    if isinstance(tensors, FlattenedTensorBucket):
+        return tensors.reconstruct_tensors()
+    if isinstance(tensors, Mapping):
+        if "flattened_tensor" in tensors and "metadata" in tensors:
+            return FlattenedTensorBucket(**tensors).reconstruct_tensors()
+        return tensors.items()
+    pairs: Iterable[tuple[str, torch.Tensor]] = tensors
+    return pairs
+
+
+def packed(tensors: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """The body of a request with these tensors, as one bucket."""
+    bucket = FlattenedTensorBucket(named_tensors=tensors)
+    metadata = [
+        {
+            "name": meta.name,
+            "shape": list(meta.shape),
+            "dtype": str(meta.dtype),
+            "start_idx": meta.start_idx,
+            "end_idx": meta.end_idx,
+            "numel": meta.numel,
+        }
+        for meta in bucket.get_metadata()
+    ]
+    flat = bucket.get_flattened_tensor()
+    return {"flattened_tensor": flat.numpy().data, "metadata": metadata}
+
+
+def generate_body(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The body of `/generate` from the local names of `generate`."""
+    body = {name: value for name, value in arguments.items() if name not in ("self", "others")}
+    body |= arguments["others"]
+    body["text"] = body.pop("prompt")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def to_json(body: Mapping[str, Any]) -> bytes:
+    """JSON of a body, with tensors and arrays as lists."""
+    return msgspec.json.encode(body, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # Tensors and arrays of token ids.
+        return value.tolist()
+    raise TypeError(f"got a {type(value).__name__}, expected plain values")
+
+
+def event(line: str) -> Result:
+    """The result in a server-sent event; raises the error that is in it."""
+    found = msgspec.json.decode(line.removeprefix("data: "))
+    if "error" in found and "meta_info" not in found:
+        raise _error(found)
+    result: Result = read_results(found)
+    return result
+
+
+def checked(reply: httpx.Response) -> Any:
+    """The JSON of an answer; raises what the engine raised."""
+    try:
+        found = msgspec.json.decode(reply.content)
+    except msgspec.DecodeError:
+        raise RolloutError(
+            f"{reply.request.url}: got {reply.status_code} and no JSON, expected a rollout server"
+        ) from None
+    if reply.status_code != 200:
+        raise _error(found)
+    return found
+
+
+def _error(body: Any) -> Exception:
+    detail = body.get("error", {}) if isinstance(body, dict) else {}
+    cls = ERRORS.get(detail.get("class") or "", RolloutError)
+    return cls(detail.get("message") or str(body))
+
+
+def lost(url: str, error: httpx.HTTPError) -> Exception:
+    """The error of a call that was not answered."""
+    if isinstance(error, httpx.TimeoutException):
+        return DeadlineExceeded(f"{url}: no answer in time ({type(error).__name__})")
+    return EngineDiedError(f"{url}: {error or type(error).__name__}; is the server running?")
+
+
+def sync_report(answer: dict[str, Any]) -> SyncReport:
+    """What an update did."""
+    return SyncReport(
+        version=answer["weight_version_number"],
+        label=answer["weight_version"],
+        num_tensors=answer["num_tensors"],
+        num_bytes=answer["num_bytes"],
+        updated=answer["num_updated"],
+        left=tuple(answer["left"]),
+        transport="http",
+        pause_s=answer["pause_s"],
+        begin_to_verified_s=answer["seconds"],
+        message=answer["message"],
+    )
+
+
+def read_results(found: Any) -> Any:
+    """Log-probability entries are tuples, as in process; JSON has lists alone."""
+    for result in found if isinstance(found, list) else [found]:
+        meta = result["meta_info"]
+        for key in ("output_token_logprobs", "input_token_logprobs"):
+            if key in meta:
+                meta[key] = [tuple(entry) for entry in meta[key]]
+        for key in _TABLES:
+            if key in meta:
+                meta[key] = [row and [tuple(entry) for entry in row] for row in meta[key]]
+    return found
