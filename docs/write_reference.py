@@ -109,6 +109,7 @@ META = {
     "e2e_latency": (ALWAYS, "seconds in the engine"),
     "num_retractions": (ALWAYS, "how often its KV was dropped and computed again"),
     "num_reruns": (ALWAYS, "how often it began anew because its replica died (pools)"),
+    "num_resumes": ("`resume`", "how often it was ended early and went on"),
     "output_token_logprobs": (
         "`return_logprob`",
         "(log-probability, token id, text or None) for each output token",

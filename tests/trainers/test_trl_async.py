@@ -88,7 +88,9 @@ def settings(folder, **options):
     return AsyncGRPOConfig(**{**given, **options})
 
 
-def make(task, engine, *, transfer=None, reward_funcs=exact, conversational=True, **options):
+def make(
+    task, engine, *, transfer=None, reward_funcs=exact, conversational=True, peft=None, **options
+):
     """(trainer, worker, transfer)"""
     from transformers import AutoTokenizer
     from trl.experimental.async_grpo import AsyncGRPOTrainer
@@ -108,6 +110,7 @@ def make(task, engine, *, transfer=None, reward_funcs=exact, conversational=True
         processing_class=tokenizer,
         rollout_worker=worker,
         weight_transfer=transfer,
+        peft_config=peft,
     )
     return trainer, worker, transfer
 
@@ -192,6 +195,17 @@ def test_stale_samples_are_used_up_to_the_limit_and_the_policy_learns(task, engi
     assert logged(trainer, "rollout/mixed_frac")
     rewards = logged(trainer, "reward")
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]), rewards
+
+
+def test_an_adapter_is_merged_for_an_engine_that_is_known_by_its_address(task, engine, on_cpu):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer, _, _ = make(task, engine.address, peft=lora, max_steps=2)
+    trainer.train()
+    assert abs(logged(trainer, "ratio")[0] - 1) < TOLERANCE
+    assert engine.weight_version == "update 3"
+    assert engine.status().num_running == 0
 
 
 @pytest.mark.parametrize("pause", ["in_place", "retract"])
