@@ -63,6 +63,8 @@ class EngineConfig:
     deterministic: bool = False
     """Tokens and log-probabilities of a request have the same bits in any batch, chunking and prefix hit, which are
     those of `trainers_integration.on_policy`. One rank on CUDA; slower."""
+    enable_return_routed_experts: bool = False
+    """Keep which experts each cached token went to, for `generate(return_routed_experts=True)`."""
     enable_prefix_cache: bool = True
     """Keep the blocks of finished requests for later prompts with the same beginning and weight version."""
     executor: ExecutorKind = "inline"

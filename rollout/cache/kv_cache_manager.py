@@ -210,6 +210,10 @@ class KVCacheManager:
         self._copies.clear()
         return copies
 
+    def source_of(self, block: int) -> int:
+        """Where the content of a block is now: in another one, if it is a copy that is still to be made."""
+        return self._copies.get(block, block)
+
     def release(self, sequence: CachedSequence) -> None:
         """Take all blocks of a sequence back; registered ones stay findable until they are needed."""
         # Last block first: the end of a prefix is evicted before its beginning, without which it is never found.

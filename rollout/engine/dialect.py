@@ -26,7 +26,6 @@ REFUSED_IN_GENERATE = {
     "custom_logit_processor": "custom logit processors are not supported",
     "require_reasoning": "reasoning grammars are not supported",
     "return_hidden_states": "hidden states are not supported",
-    "return_routed_experts": "routed experts are not supported: the models are dense",
     "session_params": "sessions are not supported; send the whole prompt, its beginning is found in the prefix cache",
     "bootstrap_host": "disaggregated prefill is not supported",
     "bootstrap_port": "disaggregated prefill is not supported",
@@ -41,7 +40,7 @@ _RANKS = ("data_parallel_rank", "routed_dp_rank")
 #: Arguments of `generate` whose absence changes no result.
 IGNORED_IN_GENERATE = (
     *("priority", "external_trace_header", "session_id", "conversation_id", "routing_key"),
-    *("log_metrics", "no_logs", "background", "received_time", "routed_experts_start_len"),
+    *("log_metrics", "no_logs", "background", "received_time"),
 )
 
 #: Options of the constructor that are an option here, under another name.
@@ -71,7 +70,6 @@ REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_multimodal": ((), "only text is supported"),
     "enable_custom_logit_processor": ((), "custom logit processors are not supported"),
     "enable_return_hidden_states": ((), "hidden states are not supported"),
-    "enable_return_routed_experts": ((), "routed experts are not supported: the models are dense"),
     "enable_weights_cpu_backup": ((), "pass keep_weights=True to release_memory_occupation"),
     "delete_ckpt_after_loading": ((), "the engine never deletes a checkpoint"),
     "custom_weight_loader": ((), "weights come from safetensors, or from a WeightPublisher"),

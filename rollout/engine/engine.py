@@ -106,6 +106,7 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
         overlap: bool | None = None,
         disable_cuda_graph: bool = False,
         deterministic: bool = False,
+        enable_return_routed_experts: bool = False,
         enable_prefix_cache: bool = True,
         executor: ExecutorKind = "inline",
         weight_version: str | int | None = None,

@@ -30,12 +30,12 @@ _OWN = (
 )
 _PER_PROMPT = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
-    "return_token_times",
+    *("return_token_times", "return_routed_experts", "routed_experts_start_len"),
 )
 _FOREIGN = (
     *("image_data", "audio_data", "video_data", "lora_path", "custom_logit_processor"),
-    *("return_hidden_states", "return_routed_experts", "bootstrap_host", "bootstrap_port"),
-    *("bootstrap_room", "data_parallel_rank", "external_trace_header", "session_params"),
+    *("return_hidden_states", "bootstrap_host", "bootstrap_port", "bootstrap_room"),
+    *("data_parallel_rank", "external_trace_header", "session_params"),
     "priority",
 )
 
@@ -63,7 +63,7 @@ class GenerationCalls(EngineClient):
         lora_path: None = None,
         custom_logit_processor: None = None,
         return_hidden_states: bool = False,
-        return_routed_experts: bool = False,
+        return_routed_experts: bool | Sequence[bool] = False,
         stream: bool = False,
         bootstrap_host: None = None,
         bootstrap_port: None = None,
@@ -76,6 +76,7 @@ class GenerationCalls(EngineClient):
         *,
         return_text_in_logprobs: bool = False,
         return_token_times: bool | Sequence[bool] = False,
+        routed_experts_start_len: int | Sequence[int] = 0,
         timeout_s: float | None = None,
         attention_mask: Any = None,
         add_special_tokens: bool | None = None,
@@ -105,7 +106,10 @@ class GenerationCalls(EngineClient):
         -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their
         tables, with `flat_logprobs` also `output_logprobs`, numbers alone; with `return_token_times` the wall-clock
         time of each token, with `return_token_versions` the number of the version that sampled it, `token_versions`.
-        `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`.
+        `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`. `return_routed_experts` adds
+        `routed_experts` when a sample has finished: the experts that each token from position
+        `routed_experts_start_len` on went to, but for the last, which is no input: int32 (tokens, layers, experts of a
+        token), -1 in layers without experts; of an aborted sample, as many as were computed.
 
         `min_weight_version`: nothing is computed before a version of this number, or a later one, serves.
 
@@ -141,7 +145,7 @@ class GenerationCalls(EngineClient):
         lora_path: None = None,
         custom_logit_processor: None = None,
         return_hidden_states: bool = False,
-        return_routed_experts: bool = False,
+        return_routed_experts: bool | Sequence[bool] = False,
         stream: bool = False,
         bootstrap_host: None = None,
         bootstrap_port: None = None,
@@ -154,6 +158,7 @@ class GenerationCalls(EngineClient):
         *,
         return_text_in_logprobs: bool = False,
         return_token_times: bool | Sequence[bool] = False,
+        routed_experts_start_len: int | Sequence[int] = 0,
         timeout_s: float | None = None,
         attention_mask: Any = None,
         add_special_tokens: bool | None = None,

@@ -204,6 +204,8 @@ _DEFAULTS = {
     "logprob_start_len": -1,
     "top_logprobs_num": 0,
     "return_token_times": False,
+    "return_routed_experts": False,
+    "routed_experts_start_len": 0,
 }
 _KNOWN = (
     "prompt",
@@ -215,6 +217,8 @@ _KNOWN = (
     "token_ids_logprob",
     "return_text_in_logprobs",
     "return_token_times",
+    "return_routed_experts",
+    "routed_experts_start_len",
     "flat_logprobs",
     "return_token_versions",
     "return_prompt_token_ids",

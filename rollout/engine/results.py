@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ..protocol.commands import PromptSpec, SampleUpdate, TopLogprobs
+from ..protocol.commands import PromptSpec, RoutedExperts, SampleUpdate, TopLogprobs
 from ..tokenizer import Tokenizer
 from .shown_text import ShownText
 
@@ -97,6 +97,8 @@ class ResultBuilder:
         self._add_logprobs(meta, first, last)
         if last.token_times is not None:
             meta["token_times"] = list(self._token_times)
+        if last.routed_experts is not None:
+            meta["routed_experts"] = _experts(last.routed_experts)
         if self._extras.token_versions:
             meta["token_versions"] = self._token_versions(last)
         result = {"text": self._text(last), "output_ids": list(self._output_ids)}
@@ -156,6 +158,13 @@ class ResultBuilder:
         if last.finish_reason is None:
             return self._shown.so_far(self._output_ids, last.text_end)
         return self._shown.final(self._output_ids, last.finish_reason, last.text_end)
+
+
+def _experts(routed: RoutedExperts) -> Any:
+    """(tokens, layers, experts of a token) int32, an array of the caller's own."""
+    import numpy as np
+
+    return np.frombuffer(routed.data, dtype="<i2").astype(np.int32).reshape(routed.shape)
 
 
 def _finish_reason(update: SampleUpdate) -> dict[str, Any] | None:

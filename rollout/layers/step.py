@@ -62,7 +62,7 @@ class LayerStep(Protocol):
     def note_experts(self, ids: torch.Tensor, layer: int) -> None:
         """The experts (T, k) int64 that a layer's tokens go to, where somebody asked for them.
 
-        `layer` counts the layers that have experts.
+        `layer`: its index among the decoder's layers.
         """
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,18 @@ from .step import AttentionLayer
 class TorchStep:
     """`LayerStep` in torch operations over scratch memory that the runner keeps."""
 
-    def __init__(self, *, paged: PagedStep, angles: Angles, pools: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        *,
+        paged: PagedStep,
+        angles: Angles,
+        pools: Sequence[torch.Tensor],
+        routes: torch.Tensor | None = None,
+    ) -> None:
         self._paged = paged
         self._angles = angles
         self._pools = pools
+        self._routes = routes
         self._workspace = paged.workspace
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -57,7 +65,9 @@ class TorchStep:
         return run_experts(x, weights, ids, experts)
 
     def note_experts(self, ids: torch.Tensor, layer: int) -> None:
-        """Into the pool of routes, where there is one."""
+        """Beside the tokens' keys."""
+        if self._routes is not None:
+            self._routes[self._paged.slots, layer] = ids.to(self._routes.dtype)
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """In place, in the first half."""

@@ -57,6 +57,7 @@ class TritonStep:
         batch: DeviceBatch,
         *,
         pools: Sequence[torch.Tensor],
+        routes: torch.Tensor | None = None,
         rotary_table: torch.Tensor,
         workspace: DecodeWorkspace,
         shared_state: SharedState | None = None,
@@ -64,6 +65,7 @@ class TritonStep:
     ) -> None:
         self._batch = batch
         self._pools = pools
+        self._routes = routes
         self._table = rotary_table
         self._workspace = workspace
         self._shared_state = shared_state
@@ -151,7 +153,9 @@ class TritonStep:
         )
 
     def note_experts(self, ids: torch.Tensor, layer: int) -> None:
-        """Into the pool of routes, where there is one."""
+        """Beside the tokens' keys; slot -1, of padding, is the last row."""
+        if self._routes is not None:
+            self._routes[self._batch.slots.long(), layer] = ids.to(self._routes.dtype)
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """One kernel."""

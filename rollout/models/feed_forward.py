@@ -52,7 +52,7 @@ def make_feed_forward(
     """The feed-forward part of a layer."""
     moe = config.moe
     if moe is not None and moe.layers[layer]:
-        return MixtureOfExperts(config, moe, sum(moe.layers[:layer]), tp, ep_size)
+        return MixtureOfExperts(config, moe, layer, tp, ep_size)
     return FeedForward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, tp=tp)
 
 
@@ -112,7 +112,7 @@ class MixtureOfExperts(nn.Module):
         tp: TensorParallelGroup,
         ep_size: int,
     ) -> None:
-        """`index`: its position among the layers with experts."""
+        """`index`: the layer's."""
         super().__init__()
         options, hidden_size = moe.router, config.hidden_size
         self.index, self.tp, self.family = index, tp, config.family

@@ -55,6 +55,10 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     state after the last norm; None: nothing."""
     return_token_times: bool = False
     """Return the wall-clock time (seconds since the epoch) of each output token."""
+    return_routed_experts: bool = False
+    """Return which experts each token went to, when a sample has finished."""
+    routed_experts_start_len: Annotated[int, Meta(ge=0)] = 0
+    """First position whose experts are wanted."""
 
 
 class Generate(Message, frozen=True, kw_only=True):
@@ -167,6 +171,15 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Reason in words (type "abort")."""
 
 
+class RoutedExperts(msgspec.Struct, frozen=True):
+    """Experts of the tokens from `routed_experts_start_len` on, all but the last, which is never an input."""
+
+    shape: tuple[int, int, int]
+    """Tokens, layers, experts of a token."""
+    data: bytes
+    """Little-endian int16, row-major; -1 in layers without experts."""
+
+
 ENDED_LATE = "the deadline has passed"
 """How the message of samples begins that were not finished by the deadline of their call."""
 
@@ -223,6 +236,8 @@ class SampleUpdate(Message, frozen=True, kw_only=True):
     """What `pooling` asked for; None: nothing, or the sample ended before it was computed."""
     token_times: list[float] | None = None
     """Seconds since the epoch of each token of `output_ids`."""
+    routed_experts: RoutedExperts | None = None
+    """Which experts its tokens went to; None: it was not asked for, or has not finished."""
     e2e_latency: float = 0.0
     """Seconds from arrival in the engine process until this update."""
     num_retractions: int = 0

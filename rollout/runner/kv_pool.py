@@ -28,10 +28,18 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        experts_per_token: int = 0,
     ) -> None:
+        """`experts_per_token`: how many experts of each layer to remember beside a token's keys; 0: none."""
         shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
         self.memory, self.mapped = _memory(shape, dtype, device)
         self.layers: tuple[torch.Tensor, ...] = tuple(self.memory.unbind(0))
+        self.routes: torch.Tensor | None = None
+        """(blocks * block size + 1, layers, k) int16: the experts that each cached token went to, -1 in layers without.
+        They live and are shared as its keys are. The last row is written for rows of padding, whose slot is -1."""
+        if experts_per_token:
+            routes = (num_blocks * block_size + 1, num_layers, experts_per_token)
+            self.routes = torch.full(routes, -1, dtype=torch.int16, device=device)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy block to block, (source, destination), in all layers; all sources are read before any is written."""
@@ -46,6 +54,14 @@ class KVPool:
     def copy_on_device(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """The same with (N) int64 tensors on the pool's device."""
         self.memory.index_copy_(1, destinations, self.memory.index_select(1, sources))
+        if self.routes is not None:
+            by_block = self.routes[:-1].unflatten(0, (self.memory.shape[1], -1))
+            by_block.index_copy_(0, destinations, by_block.index_select(0, sources))
+
+    def read_routes(self, slots: torch.Tensor) -> torch.Tensor:
+        """(N, layers, k) int16 on the device: the experts of the tokens at slots (N), `block * block size + offset`."""
+        assert self.routes is not None, "routes are not kept"
+        return self.routes[slots.to(self.routes.device)]
 
     def clear_blocks(self, blocks: torch.Tensor) -> None:
         """Fill blocks (N) int64 with zeros, in all layers."""

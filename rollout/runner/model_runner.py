@@ -61,6 +61,7 @@ class ModelRunner:
         num_blocks: int,
         tp: TensorParallelGroup | None = None,
         ep_size: int = 1,
+        keep_routes: bool = False,
         attention_backend: str = "auto",
         max_batch: int = 256,
         deterministic: bool = False,
@@ -75,6 +76,7 @@ class ModelRunner:
         self.model: Decoder = build_model(model_config, dtype, self.device, self.tp, ep_size)
         if deterministic:
             self._use_invariant_products()
+        self._keep_routes = keep_routes
         self.kv_pool = self.init_memory_pool(num_blocks)
         self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
@@ -85,6 +87,7 @@ class ModelRunner:
 
     def init_memory_pool(self, num_blocks: int) -> KVPool:
         """Memory for the keys and values of `num_blocks` blocks, all layers."""
+        moe = self.model_config.moe
         return KVPool(
             num_layers=self.model_config.num_layers,
             num_blocks=num_blocks,
@@ -93,6 +96,7 @@ class ModelRunner:
             head_dim=self.model_config.head_dim,
             dtype=self.dtype,
             device=self.device,
+            experts_per_token=moe.router.top_k if moe is not None and self._keep_routes else 0,
         )
 
     def init_attention_backend(self, name: str, max_batch: int) -> AttentionBackend:

@@ -57,6 +57,7 @@ class TorchBackend:
                 paged=PagedStep(slots=slots, plans=plans, workspace=self._workspace),
                 angles=angles,
                 pools=context.kv_pool.layers,
+                routes=context.kv_pool.routes,
             ),
             item_rows=self._upload(host.item_rows),
         )

@@ -110,6 +110,7 @@ class TritonBackend:
         return TritonStep(
             batch,
             pools=self.context.kv_pool.layers,
+            routes=self.context.kv_pool.routes,
             rotary_table=self.rotary_table,
             workspace=self._workspace,
             shared_state=self._shared_state,

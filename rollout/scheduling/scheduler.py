@@ -18,7 +18,7 @@ last gives its blocks back and waits again; the one that came first never does, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..cache.kv_cache_manager import KVCacheManager
@@ -56,6 +56,8 @@ class Scheduler:
         self.kv = kv
         self.num_retractions = 0
         """Times that a request gave its blocks back, all requests together."""
+        self.before_suspend: Callable[[Request], None] | None = None
+        """Called with a running request that is about to give its blocks back and be computed again."""
         self._max_running = min(config.max_running_requests, config.chunked_prefill_size)
         self._requests: dict[str, Request] = {}
         self._running: dict[Request, None] = {}
@@ -341,6 +343,8 @@ class Scheduler:
         self._suspend(request)
 
     def _suspend(self, request: Request) -> None:
+        if self.before_suspend is not None:
+            self.before_suspend(request)
         del self._running[request]
         self.kv.release(request)
         request.status = WAITING

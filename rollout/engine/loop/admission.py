@@ -137,6 +137,7 @@ class Admission:
     def _check(self, spec: PromptSpec, what: str) -> None:
         limit, vocab = self._config.context_length, self._config.vocab_size
         self._check_kind(spec)
+        self._check_routes(spec, what)
         SamplingParams.from_dict(spec.params, vocab_size=vocab)
         num = len(spec.input_ids)
         if num == 0:
@@ -159,6 +160,13 @@ class Admission:
         if spec.params.stop and self._tokenizer is None:
             raise InvalidRequestError(
                 f"{what}: got stop strings without a tokenizer; use stop_token_ids or drop skip_tokenizer_init"
+            )
+
+    def _check_routes(self, spec: PromptSpec, what: str) -> None:
+        if spec.return_routed_experts and not self._config.user.enable_return_routed_experts:
+            raise InvalidRequestError(
+                f"{what}: got return_routed_experts, which this engine does not keep; start it with "
+                "enable_return_routed_experts=True"
             )
 
     def _check_kind(self, spec: PromptSpec) -> None:

@@ -91,6 +91,7 @@ def _runner(
             num_blocks=resolved.num_blocks,
             tp=ranks.tp,
             ep_size=config.ep_size,
+            keep_routes=config.enable_return_routed_experts,
             attention_backend=resolved.attention_backend,
             max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
             deterministic=config.deterministic,

@@ -198,6 +198,10 @@ def _check_split(config: EngineConfig, model: ModelConfig) -> None:
         raise ConfigError(
             f"ep_size: got {config.ep_size} for a {model.family} model, expected 1: it has no experts"
         )
+    if moe is None and config.enable_return_routed_experts:
+        raise ConfigError(
+            f"enable_return_routed_experts: got True for a {model.family} model, expected False: it has no experts"
+        )
     if moe is not None:
         ep, sharing = split_experts(tp, config.ep_size)
         split_evenly("the number of experts (ep_size)", moe.router.num_experts, ep)

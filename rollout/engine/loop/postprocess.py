@@ -23,6 +23,7 @@ from ...scheduling.batch import SampleRow, ScheduledBatch
 from ...scheduling.request import PENDING, Request
 from ...scheduling.scheduler import Scheduler
 from .output_hold import OutputHold
+from .routes import RouteReader
 from .sample_state import GenerateGroup, SampleState
 
 LOGITS_BYTES = 64 << 20
@@ -89,6 +90,7 @@ class Postprocessor:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
+        self._routes = RouteReader(scheduler, runner.kv_pool)
         row_bytes = 4 * runner.model_config.vocab_size
         self._max_logit_rows = max(1, LOGITS_BYTES // row_bytes)
         self._max_rows = self._max_logit_rows if isinstance(sampler, Sampler) else 1 << 20
@@ -286,12 +288,14 @@ class Postprocessor:
     # ---- ends --------------------------------------------------------------------------------------------------------
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.outputs.routed = self._routes.read(request)
         self._scheduler.finish(request)
         self._end(request, reason)
 
     def abort(self, request: Request, message: str) -> None:
         """End `request` with what it has; its caller sees finish reason "abort". Nothing happens if it has ended."""
         if not request.outputs.finished:
+            request.outputs.routed = self._routes.read(request)
             self._scheduler.abort(request)
             request.outputs.aborted = True
             self._end(request, FinishReason(type="abort", message=message))

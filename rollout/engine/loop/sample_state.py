@@ -8,9 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from ...protocol.commands import FinishReason, PromptSpec, SampleUpdate, Span, TopLogprobs
+from ...protocol.commands import (
+    FinishReason,
+    PromptSpec,
+    RoutedExperts,
+    SampleUpdate,
+    Span,
+    TopLogprobs,
+)
 from ...scheduling.request import Request
 from ...stop_strings import StopMatch, StopStringWatcher
 from .opening import Opening
@@ -82,6 +89,9 @@ class SampleState:
     token_times: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     pooled: list[float] | None = None
+    routed: RoutedExperts | None = None
+    kept_routes: Any = None
+    """What `RouteReader` has of blocks that are given back."""
     stop_match: StopMatch | None = None
     """The stop string that ended it."""
     num_sent: int = 0
@@ -168,6 +178,7 @@ class SampleState:
             input_top_logprobs=inputs.top if inputs and wants_top else None,
             input_ids_logprobs=inputs.selected if inputs and wants_ids else None,
             pooled=self.pooled,
+            routed_experts=self.routed if reason is not None else None,
             token_times=self.token_times[sent:] if spec.return_token_times else None,
             e2e_latency=time.perf_counter() - self.arrival,
             num_retractions=request.num_retractions,
