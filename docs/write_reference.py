@@ -58,6 +58,8 @@ GENERATE = {
     "rid": "the request's id, for `abort_request`; one for each prompt",
     "return_text_in_logprobs": "the text of each token in log-probability entries, in place of None",
     "return_token_times": "the wall-clock time of each token",
+    "return_routed_experts": "which experts each token went to; needs `enable_return_routed_experts`",
+    "routed_experts_start_len": "the first position whose experts are wanted",
     "timeout_s": "deadline, after which everything comes back as it is; None: none",
     "attention_mask": "where the tokens are in padded `input_ids`",
     "add_special_tokens": (
@@ -132,6 +134,10 @@ META = {
         "for each output position, the entries of the tokens asked for",
     ),
     "input_token_ids_logprobs": ("`token_ids_logprob`", "the same of the prompt"),
+    "routed_experts": (
+        "`return_routed_experts`",
+        "int32 array (tokens - 1 - start, layers, experts of a token), -1 in layers without experts",
+    ),
     "token_times": ("`return_token_times`", "seconds since the epoch of each output token"),
     "token_versions": (
         "`return_token_versions`",

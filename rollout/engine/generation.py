@@ -106,10 +106,9 @@ class GenerationCalls(EngineClient):
         -1: none) as (log-probability, token id, text or None), with `top_logprobs_num` or `token_ids_logprob` their
         tables, with `flat_logprobs` also `output_logprobs`, numbers alone; with `return_token_times` the wall-clock
         time of each token, with `return_token_versions` the number of the version that sampled it, `token_versions`.
-        `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`. `return_routed_experts` adds
-        `routed_experts` when a sample has finished: the experts that each token from position
-        `routed_experts_start_len` on went to, but for the last, which is no input: int32 (tokens, layers, experts of a
-        token), -1 in layers without experts; of an aborted sample, as many as were computed.
+        `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`; `return_routed_experts`, to a finished
+        sample, the experts of its tokens from `routed_experts_start_len` to the last but one, which no one computes
+        after: int32 (tokens, layers, k), -1 in layers without experts; an aborted one has those that were computed.
 
         `min_weight_version`: nothing is computed before a version of this number, or a later one, serves.
 

@@ -62,11 +62,11 @@ def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
     assert both[0][1:] == [
         *("prompt", "sampling_params", "input_ids", "image_data", "audio_data", "video_data"),
         *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
-        *("lora_path", "custom_logit_processor", "return_hidden_states"),
+        *("lora_path", "custom_logit_processor", "return_hidden_states", "return_routed_experts"),
         *("stream", "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank"),
         *("external_trace_header", "rid", "session_params", "priority"),
-        *("return_text_in_logprobs", "return_token_times", "timeout_s", "attention_mask"),
-        *("add_special_tokens", "flat_logprobs", "return_token_versions"),
+        *("return_text_in_logprobs", "return_token_times", "routed_experts_start_len"),
+        *("timeout_s", "attention_mask","add_special_tokens", "flat_logprobs", "return_token_versions"),
         *("return_prompt_token_ids", "min_weight_version", "others"),
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def test_every_error_class_is_on_the_page(page: str) -> None:
                     assert re.search(rf"^\| `{name}` \| ", page, re.MULTILINE), name
 
 
-def test_the_keys_of_results_are_those_of_an_engine(writer: Any, checkpoint: Path) -> None:
+def test_the_keys_of_results_are_those_of_an_engine(
+    writer: Any, tiny_checkpoint: Callable[..., Path]
+) -> None:
     options: dict[str, Any] = {
         "return_logprob": True,
         "logprob_start_len": 0,
@@ -71,9 +74,12 @@ def test_the_keys_of_results_are_those_of_an_engine(writer: Any, checkpoint: Pat
         "flat_logprobs": True,
         "return_token_versions": True,
         "return_prompt_token_ids": True,
+        "return_routed_experts": True,
     }
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    checkpoint = tiny_checkpoint("qwen3_moe", **mixture)
     sampling = {"max_new_tokens": 2, "n": 2}
-    with Engine(checkpoint, kv_cache_bytes=1 << 20) as engine:
+    with Engine(checkpoint, kv_cache_bytes=1 << 20, enable_return_routed_experts=True) as engine:
         plain = engine.generate("one", {"max_new_tokens": 2})
         asked = engine.generate("one", sampling, **options)[0]
         *_, streamed = engine.generate("one", sampling, stream=True)

@@ -9,11 +9,13 @@ import typer
 from rollout.cli.options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
 from rollout.settings import load_settings
 
-from .config import Algorithm, DemoConfig, GrpoConfig, Mode
+from .config import Algorithm, DemoConfig, GrpoConfig, Mode, ModelConfig, ModelKind
 
 EPILOG = """[bold]Examples[/bold]
 
   rollout demo
+
+  rollout demo --model moe --name moe
 
   rollout demo --mode async --name second --seed 1
 
@@ -27,6 +29,12 @@ EPILOG = """[bold]Examples[/bold]
 """
 
 AlgorithmOption = Annotated[Algorithm | None, setting_option(DemoConfig, "algorithm")]
+ModelOption = Annotated[
+    ModelKind | None,
+    setting_option(
+        ModelConfig, "kind", "--model", text="dense, or a mixture of experts (model.kind)"
+    ),
+]
 ModeOption = Annotated[Mode | None, setting_option(DemoConfig, "mode")]
 Steps = Annotated[int | None, setting_option(GrpoConfig, "steps", text="Steps (grpo.steps)")]
 Seed = Annotated[int | None, setting_option(DemoConfig, "seed")]
@@ -35,6 +43,7 @@ Name = Annotated[str | None, setting_option(DemoConfig, "name")]
 
 def demo(
     algorithm: AlgorithmOption = None,
+    model: ModelOption = None,
     mode: ModeOption = None,
     steps: Steps = None,
     seed: Seed = None,
@@ -53,6 +62,7 @@ def demo(
     """
     options = {
         "algorithm": algorithm,
+        "model.kind": model,
         "mode": mode,
         "grpo.steps": steps,
         "seed": seed,

@@ -10,6 +10,7 @@ from ..grpo.config import GrpoConfig, PpoConfig
 
 Algorithm = Literal["grpo", "ppo"]
 Mode = Literal["sync", "async", "continuous"]
+ModelKind = Literal["dense", "moe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,12 @@ class DataConfig:
 class ModelConfig:
     """Shape of the model."""
 
+    kind: ModelKind = "dense"
+    """"dense", or "moe": a mixture of experts in every layer, Qwen3-MoE-shaped."""
+    num_experts: int = 8
+    """Experts of a layer, of a mixture."""
+    experts_per_token: int = 2
+    """How many of them a token goes to."""
     hidden_size: int = 96
     """Width."""
     num_layers: int = 3

@@ -1,4 +1,4 @@
-"""The demo's model: Qwen3-shaped, a third of a million parameters, made from nothing but a seed."""
+"""The demo's model: Qwen3-shaped, dense or a mixture of experts, made from nothing but a seed."""
 
 from __future__ import annotations
 
@@ -18,24 +18,37 @@ from .tokenizer import EOS, PAD, VOCABULARY
 
 
 def build_model(config: ModelConfig, *, seed: int) -> Any:
-    """A `Qwen3ForCausalLM` in float32 with random weights from `seed`."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A `Qwen3ForCausalLM`, or a `Qwen3MoeForCausalLM`, in float32 with random weights from `seed`.
+
+    All experts of a token together are as wide as the dense layer.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(VOCABULARY),
-            hidden_size=config.hidden_size,
-            intermediate_size=3 * config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.hidden_size // config.num_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=True,
-            pad_token_id=VOCABULARY.index(PAD),
-            bos_token_id=None,
-            eos_token_id=VOCABULARY.index(EOS),
+    width = 3 * config.hidden_size
+    shape: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.hidden_size // config.num_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": True,
+        "pad_token_id": VOCABULARY.index(PAD),
+        "bos_token_id": None,
+        "eos_token_id": VOCABULARY.index(EOS),
+    }
+    if config.kind == "dense":
+        return Qwen3ForCausalLM(Qwen3Config(**shape))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **shape,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.experts_per_token,
+            moe_intermediate_size=width // config.experts_per_token,
+            norm_topk_prob=True,
         )
     )
 

@@ -34,8 +34,9 @@ pre { background: #f6f6f6; padding: 1rem; overflow: auto; }
 """
 
 INTRODUCTION = (
-    "A small Qwen3-shaped model learns to sort digits with {algorithm}. The trainer runs in one process and the "
-    "rollout engine in another; after every step the trainer pushes its weights into the engine through shared memory."
+    "A small Qwen3-shaped model, dense or a mixture of experts, learns to sort digits with {algorithm}. The trainer "
+    "runs in one process and the rollout engine in another; after every step the trainer pushes its weights into the "
+    "engine through shared memory."
 )
 
 CAPTIONS = {
