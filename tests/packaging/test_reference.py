@@ -83,6 +83,9 @@ def test_the_keys_of_results_are_those_of_an_engine(
         plain = engine.generate("one", {"max_new_tokens": 2})
         asked = engine.generate("one", sampling, **options)[0]
         *_, streamed = engine.generate("one", sampling, stream=True)
+        ended = engine.generate("one", {"max_new_tokens": 2}, return_prompt_token_ids=True)
+        ended["meta_info"]["finish_reason"] = {"type": "abort", "message": "early"}
+        (resumed,) = engine.resume([ended], {"max_new_tokens": 3})
     always = {
         kind: {key for key, row in keys.items() if row[0] == writer.ALWAYS}
         for kind, keys in (("result", writer.RESULT), ("meta", writer.META))
@@ -90,11 +93,12 @@ def test_the_keys_of_results_are_those_of_an_engine(
     assert set(plain) == always["result"]
     assert set(plain["meta_info"]) == always["meta"]
     assert set(asked) | {"index"} == set(writer.RESULT)
-    assert set(asked["meta_info"]) == set(writer.META) - {"num_resumes"}  # of `resume` alone
+    assert set(resumed["meta_info"]) == always["meta"] | {"num_resumes"}
+    assert set(asked["meta_info"]) | set(resumed["meta_info"]) == set(writer.META)
     assert set(streamed) == always["result"] | {"index"}
     # Each of the others comes with the option that the page names.
     for key, row in writer.META.items():
-        assert row[0] == writer.ALWAYS or row[0].strip("`") in options, key
+        assert row[0] == writer.ALWAYS or row[0].strip("`") in {*options, "resume"}, key
 
 
 def test_a_name_that_is_missing_or_too_many_is_an_error(writer: Any) -> None:
