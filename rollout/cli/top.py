@@ -131,13 +131,11 @@ class Look:
         from rich.text import Text
 
         status = self._status
-        head = Text.assemble(
-            ("rollout top  ", "bold"),
-            f"{self._address}  process {status.pid}  {status.resolved.get('model_path') or ''}",
-        )
         decoded, prompts = self._rates["num_decoded_tokens"], self._rates["num_prompt_tokens"]
         counts = Table.grid(padding=(0, 2))
         for name, value in (
+            ("engine", Text(f"process {status.pid} at {self._address}", no_wrap=True)),
+            ("model", Text(str(status.resolved.get("model_path") or ""), no_wrap=True)),
             ("state", Text(self._state, style="green" if self._state == "serving" else "bold red")),
             ("version", f"{status.weight_version!r} (number {status.version})"),
             ("requests", f"{status.num_running:,} running, {status.num_waiting:,} waiting"),
@@ -145,7 +143,7 @@ class Look:
             ("KV cache", f"{_bar(self._kv_use)} {self._kv_use:4.0%} of {status.num_blocks:,} blocks"),
         ):  # fmt: skip
             counts.add_row(Text(name, style="dim"), value)
-        syncs = Table(title="last weight updates", title_justify="left", box=None, padding=(0, 2))
+        syncs = Table(title="last weight updates", title_justify="left", box=None, padding=(0, 1))
         for name in (
             "version",
             "label",
@@ -157,7 +155,13 @@ class Look:
             "pause",
             "total",
         ):
-            syncs.add_column(name, justify="left" if name == "label" else "right")
+            is_label = name == "label"
+            syncs.add_column(
+                name,
+                justify="left" if is_label else "right",
+                max_width=16 if is_label else None,
+                no_wrap=True,
+            )
         for sync in status.syncs:
             seconds = (sync.stage_s, sync.copy_s, sync.verify_s, sync.pause_s, sync.total_s)
             syncs.add_row(
@@ -168,7 +172,7 @@ class Look:
                 *map(_seconds, seconds),
             )
         none = Text("no weight updates yet", style="dim")
-        return Group(head, counts, syncs if status.syncs else none)
+        return Group(counts, syncs if status.syncs else none)
 
     @property
     def _kv_use(self) -> float:

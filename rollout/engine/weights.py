@@ -156,6 +156,7 @@ class WeightCalls(EngineClient):
         there is none at all outside a session, `PayloadRefused` for a payload of anything else, and other subclasses of
         `WeightUpdateError`; the old version then goes on serving.
         """
+        self._home.check()  # before a payload is read, which is done once
         if hasattr(named_tensors, "serialized_named_tensors"):
             fields = request_fields(named_tensors)
             return self.update_weights_from_tensor(

@@ -125,7 +125,7 @@ def test_the_live_picture_is_redrawn_until_it_is_interrupted(engine, rollout, mo
     monkeypatch.setattr(top.time, "sleep", sleep)
     text = rollout("top", engine.address, "--interval", 2)
     assert naps == [2.0, 2.0, 2.0]
-    assert "rollout top" in text and "KV cache" in text
+    assert "serving" in text and "KV cache" in text
 
 
 def test_the_address_may_come_from_the_environment_and_a_wrong_one_is_one_line(
