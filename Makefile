@@ -20,7 +20,7 @@ MARKS := $(if $(HAS_GPU),,-m "not gpu")
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow faults gpu-faults demo clean
+.PHONY: help venv lint format test test-slow test-verl faults gpu-faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,18 @@ test: lint ## lint, then every test that this machine can run
 
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# verl pins an older transformers than the rest is developed with.
+VERL_VENV ?= .venv-verl
+
+test-verl: $(VERL_VENV)/.installed ## verl's own managers, clients and trainer on this engine, in $(VERL_VENV)
+	$(subst $(BIN)/,$(VERL_VENV)/bin/,$(PYTEST)) tests/trainers/verl $(PYTEST_ARGS)
+
+$(VERL_VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(VERL_VENV)/bin/python -m pip install -q -e ".[test,ray,verl]"
+	@touch $@
 
 FAULTS := $(addprefix tests/faults/test_,ray_deaths.py engine_*deaths.py pool_deaths.py engine_lies.py)
 
