@@ -89,7 +89,8 @@ def test_a_step_that_hangs_fails_what_waits_for_it_and_what_comes(
             with pytest.raises(NoProgressError, match="hangs"):
                 engine.generate(input_ids=[5], sampling_params={"max_new_tokens": 2})
         go_on.set()
-        result = engine.generate(input_ids=[5], sampling_params={"max_new_tokens": 2})
+        params = {"max_new_tokens": 2, "ignore_eos": True}
+        result = engine.generate(input_ids=[5], sampling_params=params)
         assert len(result["output_ids"]) == 2
 
 

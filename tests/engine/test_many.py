@@ -49,7 +49,7 @@ def test_each_prompt_comes_once_with_what_generate_returns_for_it(engine):
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine):
     texts = iter(["a", "b", "c", "d"])
-    params = {"n": 2, "max_new_tokens": 3}
+    params = {"n": 2, "max_new_tokens": 3, "ignore_eos": True}
     found = list(engine.as_completed(texts, params, max_in_flight=2, return_logprob=True))
     assert sorted(place for place, _ in found) == [0, 1, 2, 3]
     for _, samples in found:

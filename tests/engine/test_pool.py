@@ -34,7 +34,7 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(folder: Path) -> Iterator[RolloutPool]:
-    with RolloutPool(folder, num_replicas=2, max_inflight_samples=LIMIT, **OPTIONS) as pool:
+    with RolloutPool(folder, num_replicas=2, max_inflight_samples=LIMIT, seed=0, **OPTIONS) as pool:
         yield pool
 
 

@@ -95,7 +95,8 @@ def test_a_session_id_that_comes_again_after_a_missed_boundary_does_not_end_the_
     go_on.set()
     thread.join(20)
     assert outcome == ["written"]
-    result = engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 2})
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    result = engine.generate(input_ids=[5, 6], sampling_params=params)
     assert len(result["output_ids"]) == 2
 
 

@@ -305,6 +305,24 @@ def test_a_trainer_that_sends_another_size_than_it_announced_is_refused(
     assert engine.weights_fingerprint() == before
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "bool", "int32"])
+def test_a_tensor_of_integers_is_no_parameter_however_many_of_its_bytes_come(
+    engine: Engine, trainer: Any, dtype: str
+) -> None:
+    """The marks of short messages are numbers among integers, so a few missing bytes of them do not show."""
+    before = engine.weights_fingerprint()
+    plain = PlainTrainer(engine)
+    sent = torch.ones(63, dtype=getattr(torch, dtype)).view(torch.uint8)
+    waiting = plain.pool.submit(
+        engine.update_weights_from_distributed, ["model.norm.weight"], [dtype], [[64]], NAME
+    )
+    plain.group.broadcast(sent, [(0, sent.numel())], timeout_s=10).result()
+    with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight|bytes than announced"):
+        waiting.result(10)
+    plain.close()
+    assert engine.weights_fingerprint() == before
+
+
 def test_what_is_refused_is_received_first_so_the_group_stays_in_step(
     engine: Engine, plain: PlainTrainer, trainer: Any
 ) -> None:

@@ -72,9 +72,10 @@ def post(part: torch.Tensor, *, rank: int, size: int, telling: int) -> ExpectedM
 def telling_bytes(dtype: torch.dtype) -> int:
     """How many bytes at the end of a tensor tell that they were never written, when they equal the mark's.
 
-    Numbers do not look like it; the elements of other types might, so that more of them are asked for.
+    Numbers do not look like it; the elements of other types might, so that more of them are asked for. (No parameter
+    has such a type: a message that is short by less is refused for its dtype.)
     """
-    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
         return 1  # 0xff is no number
     return 2 if dtype.is_floating_point and dtype.itemsize > 1 else 4
 
