@@ -240,6 +240,8 @@ def test_another_trainer_another_version_and_other_options_are_refused(task, eng
         attach(object(), engine)
     with pytest.raises(ConfigError, match="no engine on rank 0"):
         attach(trainer, None)
+    with pytest.raises(ConfigError, match="got dict for the engine"):
+        attach(trainer, {})
     trainer.use_vllm = True
     with pytest.raises(ConfigError, match="use_vllm=True"):
         attach(trainer, engine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from rollout import Engine
 from rollout.errors import ConfigError
 
 VERSION = "1.16"
@@ -37,6 +38,15 @@ def check_version() -> None:
         raise ConfigError(
             f"the TRL adapter cannot be used: got trl {trl.__version__}, expected {VERSION}, whose private attributes "
             f"it sets; {INSTALL}"
+        )
+
+
+def check_engine(engine: Any) -> None:
+    """`ConfigError` unless `engine` is one, or an address."""
+    if not isinstance(engine, (Engine, str)):
+        raise ConfigError(
+            f"got {type(engine).__name__} for the engine, expected an Engine, a RolloutPool, or "
+            "the address of one; pass one of these"
         )
 
 

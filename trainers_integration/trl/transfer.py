@@ -15,7 +15,7 @@ import torch
 from rollout import Engine
 from weight_sync import WeightPublisher
 
-from .contract import check_version
+from .contract import check_engine, check_version
 
 
 class WeightTransfer:
@@ -37,11 +37,11 @@ class WeightTransfer:
             a policy that is partly frozen needs False, and an engine that has loaded its checkpoint.
         """
         check_version()
-        connected = isinstance(engine, str)
+        check_engine(engine)
+        self._connected = isinstance(engine, str)
         self.engine: Engine = (
             Engine.connect(engine, skip_tokenizer_init=True) if isinstance(engine, str) else engine
         )
-        self._connected = connected
         self._given = publisher
         self._publisher: WeightPublisher | None = None
         self._pause: Literal["in_place", "retract"] | None = pause

@@ -16,6 +16,8 @@ from rollout import Engine
 from rollout.errors import ConfigError, WeightUpdateError
 from weight_sync import WeightPublisher
 
+from .contract import check_engine
+
 _TEXT_BYTES = 1024
 
 
@@ -29,6 +31,8 @@ class WeightSync:
 
         publisher: one with options of its own (another transport, for example), for a rank that publishes.
         """
+        if engine is not None:
+            check_engine(engine)
         self._trainer = trainer
         accelerator = trainer.accelerator
         own = engine if isinstance(engine, str) else "" if engine is None else engine.address

@@ -18,7 +18,7 @@ from typing import Any
 from rollout import Engine
 from rollout.errors import ConfigError, RolloutError
 
-from .contract import check_version
+from .contract import check_engine, check_version
 from .groups import Group, PolicyVersions, RewardFunc, reward_name, rewards_of, samples_of
 from .sampling import checked_logprobs, oldest_version, sampling_options, token_ids
 
@@ -52,6 +52,7 @@ class RolloutWorker:
             which TRL would ask a vLLM server. processing_class: the tokenizer; None: the engine's.
         """
         check_version()
+        check_engine(engine)
         self._owned = isinstance(engine, str)
         self.engine: Engine = Engine.connect(engine) if isinstance(engine, str) else engine
         self._reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
