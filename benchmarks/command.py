@@ -123,6 +123,20 @@ def generate(
     _benchmark(run, quick, out, config, overrides)
 
 
+@app.command("serve")
+def serve(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """What HTTP costs: the same requests to one engine in process and over HTTP, in turns; what streams wait."""
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .serve import run_serve
+
+        return run_serve(settings.serve, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
 @app.command("pool")
 def pool(
     quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None

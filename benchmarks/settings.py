@@ -251,6 +251,31 @@ class GpuSyncBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeBench:
+    """`rollout bench serve`."""
+
+    model: ModelShape = field(default_factory=lambda: SMALL)
+    """The model; the default has 25 million parameters."""
+    concurrency: int = 256
+    """Requests at once."""
+    prompt_tokens: int = 64
+    """Length of each prompt."""
+    new_tokens: int = 32
+    """Output tokens of each."""
+    rounds: int = 5
+    """Measured rounds; each does all requests in process and over HTTP."""
+    warmup: int = 1
+    """Rounds before them."""
+    seed: int = 0
+    """Of prompts and draws."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of a round."""
+        return self.concurrency * self.new_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One section per sub-command."""
 
@@ -270,6 +295,8 @@ class BenchSettings:
     """Decode, prefill and the RL shape on one GPU."""
     gpu_sync: GpuSyncBench = field(default_factory=GpuSyncBench)
     """What an update on one GPU costs."""
+    serve: ServeBench = field(default_factory=ServeBench)
+    """What HTTP costs."""
 
 
 QUICK = (
@@ -278,7 +305,7 @@ QUICK = (
         for section in (
             *(
                 f"{name}.model"
-                for name in ("sync", "pause", "generate", "group", "gpu", "gpu_generate")
+                for name in ("sync", "pause", "generate", "group", "gpu", "gpu_generate", "serve")
             ),
             *("gpu_sync.small", "gpu_sync.large"),
         )
@@ -291,6 +318,7 @@ QUICK = (
     *("generate.max_new_tokens=16", "generate.peer_batch_sizes=[4, 8]"),
     *("group.tp_sizes=[1]", "group.stream_counts=[1, 2]"),
     *("group.repetitions=2", "group.warmup=1"),
+    *("serve.concurrency=8", "serve.prompt_tokens=8", "serve.new_tokens=8", "serve.rounds=2"),
     *("gpu.repetitions=2", "gpu.warmup=1"),
     *("gpu_generate.batch_sizes=[1, 4]", "gpu_generate.prompt_tokens=24"),
     *("gpu_generate.decode_tokens=24", "gpu_generate.prefill_prompts=4"),

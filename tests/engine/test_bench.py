@@ -19,6 +19,7 @@ from rollout_benchmarks.group import OURS, run_group
 from rollout_benchmarks.pause import Arrivals, run_pause
 from rollout_benchmarks.results import BenchResult, write_result
 from rollout_benchmarks.screen import Screen
+from rollout_benchmarks.serve import TARGET, run_serve
 from rollout_benchmarks.settings import (
     QUICK,
     BenchSettings,
@@ -107,6 +108,18 @@ def test_the_pause_is_what_a_client_waits_longer(settings: BenchSettings, tmp_pa
     copy, step = numbers["plain_copy_s"]["p50"], numbers["decode_step_s"]["p50"]
     assert numbers["limit_s"] == pytest.approx(step + 1.5 * copy, rel=1e-4)
     assert len(numbers["series"]["updates"]) == settings.pause.syncs
+
+
+def test_http_is_held_against_the_same_engine_in_process(settings: BenchSettings) -> None:
+    result = run_serve(settings.serve, Screen())
+    numbers = result.numbers
+    assert numbers["output_tokens"] == 8 * 8
+    for series in ("in_process_tokens_per_s", "http_tokens_per_s", "cost"):
+        assert numbers[series]["num"] == settings.serve.rounds
+    waits = numbers["waits_s"]
+    assert waits["http, first token"]["num"] == waits["in process, first token"]["num"] == 8
+    assert waits["http, next token"]["num"] == waits["in process, next token"]["num"] == 8 * 7
+    assert result.headline[0].met == (numbers["cost"]["p50"] <= TARGET)
 
 
 def test_gaps_are_those_between_tokens_that_touch_the_window() -> None:
