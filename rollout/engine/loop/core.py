@@ -36,7 +36,7 @@ from .admission import Admission
 from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
 from .memory_commands import MemoryCommands
-from .opening import BACKLOG, PIECE
+from .opening import BACKLOG, PIECE, Opening
 from .pipeline import StepPipeline
 from .postprocess import Postprocessor
 from .profiling import Profiling
@@ -118,6 +118,7 @@ class EngineCore:
         self._thread: threading.Thread | None = None
         self._openings: deque[GenerateGroup] = deque()
         """Calls whose samples are not all requests yet."""
+        self._held: dict[GenerateGroup, None] = {}  # Calls that wait for a later version.
         self._paused: cmd.PauseMode | None = None
         self._pause_ends = 0.0
         self._watch = Watch(config.user.progress_timeout_s)
@@ -227,6 +228,8 @@ class EngineCore:
             self.pipeline.drain()
         for item, call in items:
             self._carry_out(item, call)
+        if items and self._held:
+            self._let_go()
         self._open_some()
         if self._may_step and not self._closed.is_set():
             self.step()
@@ -369,37 +372,38 @@ class EngineCore:
         held = least > self.post.number or (least > 0 and self.post.holding)
         if not held:
             self.host.check_whole()
-        openings = [group.opening for group in self._openings if group.opening is not None]
-        group = self.admission.open(call, self.scheduler, openings)
+        group = self.admission.open(call, self.scheduler, self._unmade)
         group.held = held
         if not self.post.groups:
             self._watch.moved()
         self.post.groups[group.number] = group
-        self._openings.append(group)
+        if held:
+            self._held[group] = None
+        else:
+            self._openings.append(group)
 
     @property
     def _may_open(self) -> bool:
-        return self.scheduler.num_waiting < BACKLOG and self._next_opening() is not None
+        return bool(self._openings) and self.scheduler.num_waiting < BACKLOG
 
-    def _next_opening(self) -> GenerateGroup | None:
-        """The first call, of those that wait for no later version, whose samples are not all requests."""
-        for group in self._openings:
-            if group.held and self.host.torn is None and not self.post.holding:
-                group.held = group.min_version > self.post.number
-            if not group.held or group.opening is None or group.opening.over:
-                return group
-        return None
+    def _let_go(self) -> None:
+        """Calls whose version serves, or that have been ended, wait no longer."""
+        whole = self.host.torn is None and not self.post.holding
+        for group in self._held:
+            group.held = not (whole and group.min_version <= self.post.number)
+        free = [g for g in self._held if not g.held or g.opening is None or g.opening.over]
+        self._openings.extend(free)
+        for group in free:
+            del self._held[group]
 
     def _open_some(self) -> None:
         """Make the next requests of the calls that have come first."""
         room = PIECE
-        while room > 0 and self.scheduler.num_waiting < BACKLOG:
-            group = self._next_opening()
-            if group is None:
-                return
+        while room > 0 and self._may_open:
+            group = self._openings[0]
             room -= self.post.open_some(group, room)
             if group.opening is None:
-                self._openings.remove(group)
+                self._openings.popleft()
 
     def _abort(self, call: Call) -> None:
         rids = None if call.body.abort_all else set(call.body.rids)
@@ -428,7 +432,7 @@ class EngineCore:
         call.reply(cmd.Done())
 
     def _flush(self, call: Call) -> None:
-        held = sum(g.opening.num_left for g in self._openings if g.held and g.opening is not None)
+        held = sum(group.opening.num_left for group in self._held if group.opening is not None)
         pending = self.scheduler.num_running + self._num_waiting - held
         if pending:
             raise RolloutError(
@@ -440,8 +444,12 @@ class EngineCore:
 
     @property
     def _num_waiting(self) -> int:
-        openings = [group.opening for group in self._openings if group.opening is not None]
-        return self.scheduler.num_waiting + sum(opening.num_left for opening in openings)
+        return self.scheduler.num_waiting + sum(opening.num_left for opening in self._unmade)
+
+    @property
+    def _unmade(self) -> list[Opening]:
+        groups = (*self._openings, *self._held)
+        return [group.opening for group in groups if group.opening is not None]
 
     def _status(self, call: Call) -> None:
         call.reply(self.status())
@@ -481,7 +489,7 @@ class EngineCore:
         self._boundaries.close(EngineDiedError(str(self._ending)))
         self.post.release(True)
         self.post.abort_all("the engine was shut down")
-        for group in self._openings:
+        for group in (*self._openings, *self._held):
             while group.opening is not None:  # Those end as soon as they are made.
                 self.post.open_some(group, PIECE)
         self.weights.close()
