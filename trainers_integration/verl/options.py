@@ -15,6 +15,9 @@ _LOAD_FORMATS = {"auto": "auto", "safetensors": "auto", "hf": "auto", "dummy": "
 SEED_STRIDE = 1 << 32
 """Between the seeds of two replicas; verl's own seeds are smaller, so two jobs do not share streams either."""
 
+LONGEST_PAUSE_S = 86_400.0
+"""verl resumes what it paused, and its actors end with the job: shorter limits could only end a long training step."""
+
 
 def engine_options(
     config: Any, model_path: str, replica_rank: int, *, on_gpu: bool
@@ -38,6 +41,8 @@ def engine_options(
         "enable_prefix_cache": config.enable_prefix_caching,
         "disable_cuda_graph": config.enforce_eager,
         "skip_tokenizer_init": config.skip_tokenizer_init,
+        "pause_lease_s": LONGEST_PAUSE_S,
+        "progress_timeout_s": LONGEST_PAUSE_S,
     }
     if config.enable_chunked_prefill:
         options["chunked_prefill_size"] = config.max_num_batched_tokens

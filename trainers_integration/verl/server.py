@@ -13,9 +13,6 @@ from rollout.errors import RolloutError
 from .options import engine_options
 from .requests import Limits, generate_call, refuse_media, token_output
 
-PAUSE_LEASE_S = 86_400.0
-"""verl resumes what it paused, and its actors end with the job: a shorter lease could only end a long training step."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +97,7 @@ class RolloutServer:
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, int]:
         """End all requests with what they have; later ones wait, or with `reject_request` end at once, as aborted."""
         self._rejecting = reject_request
-        num = await self.engine.async_pause_generation("abort", lease_s=PAUSE_LEASE_S)
+        num = await self.engine.async_pause_generation("abort")
         return {"aborted_count": num}
 
     async def resume_generation(self) -> None:
