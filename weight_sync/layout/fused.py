@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -67,12 +68,9 @@ class Fused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def view(self, whole: torch.Tensor, i: int, shape: Sequence[int]) -> torch.Tensor:
         """Part `i`, which has `shape`, as a view of `whole`."""
-        start = self.starts[i]
-        new = len(start) - len(shape)
-        if new:
-            whole = whole[start[:new]]
-        inner = zip(start[new:], shape, strict=True)
-        return regions.part(whole, tuple((first, first + size) for first, size in inner))
+        strides = whole.stride()
+        offset = whole.storage_offset() + sum(map(operator.mul, self.starts[i], strides))
+        return whole.as_strided(shape, strides[len(strides) - len(shape) :], offset)
 
     def problems(self, shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
         """Why parts of these shapes do not tile the whole: each element of it is of one part."""
