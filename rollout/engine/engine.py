@@ -45,8 +45,8 @@ from .embedding import EmbeddingCalls
 from .executors.choice import make_executor
 from .executors.executor import Executor
 from .executors.remote import RemoteExecutor
+from .experts import ExpertCalls
 from .group_weights import GroupWeightCalls
-from .info import InfoCalls
 from .loop.checks import check_start
 from .many import ManyCalls
 from .model_folder import remove_model_folder, write_model_folder
@@ -62,12 +62,15 @@ COLLECTIVE_CALLS = (
     "freeze_gc",
     "start_profile",
     "stop_profile",
+    "start_expert_distribution_record",
+    "stop_expert_distribution_record",
+    "dump_expert_distribution_record",
     "release_memory_occupation",
     "resume_memory_occupation",
 )
 
 
-class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, InfoCalls):
+class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

@@ -26,7 +26,7 @@ from ..layers.single_group import TensorParallelGroup
 from ..layers.step import AttentionLayer, LayerStep
 from .arena import ParameterArena
 from .derived_state import DerivedState, refresh_all
-from .feed_forward import make_feed_forward
+from .feed_forward import MixtureOfExperts, make_feed_forward
 from .model_config import ModelConfig
 
 
@@ -209,6 +209,13 @@ class Decoder(nn.Module):
                 f"model.layers.{index}.mlp"
             )
         )
+
+    def count_experts(self, counts: torch.Tensor | None) -> None:
+        """From now on add to `counts` (layers, experts) int64, on the device, where tokens go; None: no more."""
+        for index, layer in enumerate(self.layers):
+            part = cast("DecoderLayer", layer).feed_forward
+            if isinstance(part, MixtureOfExperts):
+                part.counts = None if counts is None else counts[index]
 
     def refresh_derived_state(self) -> None:
         """Recompute whatever is a function of the parameters, and check it; the engine calls it after every commit."""

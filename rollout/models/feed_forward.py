@@ -116,6 +116,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         options, hidden_size = moe.router, config.hidden_size
         self.index, self.tp, self.family = index, tp, config.family
+        self.counts: torch.Tensor | None = None
+        """(X) int64: how often each expert was chosen, while somebody counts."""
         self.router = Router(
             hidden_size,
             options.num_experts,
@@ -147,6 +149,9 @@ class MixtureOfExperts(nn.Module):
         """x (T, E) -> (T, E)."""
         weights, ids = self.router(x)
         step.note_experts(ids, self.index)
+        if self.counts is not None:
+            chosen = ids.flatten()
+            self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         total = step.experts(x, weights, ids, self.experts)
         if self.shared is not None:
             every = self.shared.partial(x, step)

@@ -32,6 +32,8 @@ FORWARDED = (
     *("destroy_weights_update_group",),
     *("save_sharded_model", "collective_rpc"),
     *("get_weights_by_name", "weights_fingerprint", "get_weight_version"),
+    *("start_expert_distribution_record", "stop_expert_distribution_record"),
+    "dump_expert_distribution_record",
     *("start_profile", "stop_profile", "freeze_gc"),
     *("status", "get_server_info", "get_model_info", "shutdown"),
 )

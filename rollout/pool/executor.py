@@ -19,6 +19,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar, get_args
 
 import msgspec
+import numpy as np
 
 from weight_sync.joint.service import JointChannel
 from weight_sync.wire.channel import Channel
@@ -345,6 +346,9 @@ class PoolExecutor:
             return self._status(answers)
         if isinstance(first, cmd.WeightValues | cmd.ProfileWritten):
             return first
+        if isinstance(first, cmd.ExpertCounts):
+            total = sum(np.frombuffer(answer.data, dtype="<i8") for answer in answers)
+            return msgspec.structs.replace(first, data=np.asarray(total, dtype="<i8").tobytes())
         if isinstance(first, cmd.MemoryChanged):
             return msgspec.structs.replace(first, num_bytes=sum(a.num_bytes for a in answers))
         return cmd.Done(count=num + sum(answer.count for answer in answers))

@@ -108,6 +108,13 @@ class StopProfile(Message, frozen=True, kw_only=True):
     """Write the profile, a file for each rank on its host; answered by `ProfileWritten`."""
 
 
+class RecordExperts(Message, frozen=True, kw_only=True):
+    """Count which experts tokens go to; refused where the model has none. "dump" is answered by `ExpertCounts`."""
+
+    action: Literal["start", "stop", "dump"]
+    """start: from zero; stop: count no more, and keep the counts; dump: tell them, counting or not."""
+
+
 class FreezeGc(Message, frozen=True, kw_only=True):
     """Collect garbage once, and leave all that lives now out of later collections."""
 
@@ -255,6 +262,15 @@ class ProfileWritten(Message, frozen=True, kw_only=True):
     """Rank 0's file, on its host; other ranks write files of their own there."""
 
 
+class ExpertCounts(Message, frozen=True, kw_only=True):
+    """How many times tokens went to each expert since the counting began."""
+
+    shape: tuple[int, int]
+    """Layers, experts."""
+    data: bytes
+    """Little-endian int64, row-major; zeros in layers without experts."""
+
+
 class Done(Message, frozen=True, kw_only=True):
     """A command was carried out."""
 
@@ -349,6 +365,7 @@ Command = (
     | StartProfile
     | StopProfile
     | FreezeGc
+    | RecordExperts
     | GetWeights
     | SaveShardedModel
     | ReleaseMemory
@@ -356,7 +373,7 @@ Command = (
     | GetStatus
     | Shutdown
 )
-Answer = SampleUpdate | Done | ProfileWritten | MemoryChanged | WeightValues | Status
+Answer = SampleUpdate | Done | ProfileWritten | ExpertCounts | MemoryChanged | WeightValues | Status
 
 
 def too_many_samples(prompts: Sequence[PromptSpec]) -> str | None:

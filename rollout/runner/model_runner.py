@@ -83,6 +83,8 @@ class ModelRunner:
         """Draws from this model's logits."""
         self.graphs: CudaGraphRunner | None = None
         """Decode steps in one piece; None: there are none."""
+        self.counts_experts = False
+        """`count_experts` has begun."""
         self._init_device_sampler(max_batch)
 
     def init_memory_pool(self, num_blocks: int) -> KVPool:
@@ -186,7 +188,7 @@ class ModelRunner:
     def forward_decode(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> LaunchedStep:
         """Start a step of decodes alone: as one piece, with its draws, where there are graphs that can run it."""
         graphs = self.graphs
-        if graphs is None or not graphs.can_run(batch):
+        if graphs is None or self.counts_experts or not graphs.can_run(batch):
             return self.forward_extend(batch, drawn)
         return LaunchedStep(logits=graphs.logits, sample=graphs.replay(batch, drawn))
 
@@ -232,6 +234,20 @@ class ModelRunner:
             torch.no_grad()
         ):  # Not inference mode: its tensors could not be written to outside of it.
             return self.model.logits(hidden_rows).float()
+
+    def count_experts(self, counting: bool) -> torch.Tensor | None:
+        """Begin from zero, or stop; the counts (layers, experts) int64, to which steps add, or None: no experts.
+
+        While it counts, decode steps run layer by layer: a captured graph adds nothing.
+        """
+        moe = self.model_config.moe
+        if moe is None:
+            return None
+        shape = (self.num_layers, moe.router.num_experts)
+        counts = torch.zeros(shape, dtype=torch.int64, device=self.device) if counting else None
+        self.model.count_experts(counts)
+        self.counts_experts = counting
+        return counts
 
     def refresh_derived_state(self) -> None:
         """Recompute what is a function of the parameters; to be called after every change of them."""

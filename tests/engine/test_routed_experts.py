@@ -8,7 +8,7 @@ import torch
 from versions import pool_bytes, version_weights
 
 from rollout import Engine
-from rollout.errors import ConfigError, InvalidRequestError
+from rollout.errors import ConfigError, InvalidRequestError, RolloutError
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 16}
 PROMPTS = [[5, 9, 2], list(range(20, 61)), [17, 40, 3, 99, 5, 5, 200, 31, 8, 60], [11] * 17]
@@ -118,3 +118,26 @@ def test_who_did_not_say_so_at_the_start_or_has_no_experts_is_told(folder, tiny_
             engine.generate(input_ids=[1, 2], return_routed_experts=True)
     with pytest.raises(ConfigError, match="has no experts"):
         engine_for(tiny_checkpoint("qwen3"))
+
+
+def test_a_record_counts_where_tokens_go_between_start_and_stop(folder, routes_of):
+    with engine_for(folder, enable_prefix_cache=False) as engine:
+        with pytest.raises(RolloutError, match="call start_expert_distribution_record first"):
+            engine.dump_expert_distribution_record()
+        engine.generate(input_ids=PROMPTS[0], sampling_params=SAMPLED)
+        engine.start_expert_distribution_record()
+        result = engine.generate(input_ids=PROMPTS[1], sampling_params=SAMPLED)
+        engine.stop_expert_distribution_record()
+        engine.generate(input_ids=PROMPTS[2], sampling_params=SAMPLED)
+        counts = engine.dump_expert_distribution_record()
+        routes = routes_of([*PROMPTS[1], *result["output_ids"]])
+        expected = [np.bincount(routes[:, layer].ravel(), minlength=8) for layer in (1, 2)]
+        np.testing.assert_array_equal(counts, [[0] * 8, *expected])
+        engine.start_expert_distribution_record()
+        assert not engine.dump_expert_distribution_record().any()
+
+
+def test_a_model_without_experts_has_nothing_to_record(tiny_checkpoint):
+    with Engine(tiny_checkpoint("qwen3"), skip_tokenizer_init=True, kv_cache_bytes=1 << 20) as one:
+        with pytest.raises(RolloutError, match="a model without any"):
+            one.start_expert_distribution_record()

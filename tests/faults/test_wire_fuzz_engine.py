@@ -56,6 +56,7 @@ SEEDS: list[Any] = [
     cmd.ContinueGeneration(),
     cmd.FlushCache(),
     cmd.FreezeGc(),
+    cmd.RecordExperts(action="stop"),
     cmd.GetWeights(name="model.norm.weight", truncate_size=3),
     cmd.GetStatus(),
     wm.Hello(),

@@ -33,6 +33,7 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.batch import ScheduledBatch
 from ...scheduling.scheduler import Scheduler
 from .admission import Admission
+from .expert_record import ExpertRecord
 from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
 from .memory_commands import MemoryCommands
@@ -140,6 +141,7 @@ class EngineCore:
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
             **Profiling(self.pipeline, ranks.spec.rank).handlers(),
+            **ExpertRecord(runner).handlers(),
         }
 
     # ---- any thread ----------------------------------------------------------------------------------------------
