@@ -33,14 +33,13 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.batch import ScheduledBatch
 from ...scheduling.scheduler import Scheduler
 from .admission import Admission
-from .expert_record import ExpertRecord
 from .inbox import Inbox, in_time
 from .memory import MemoryOccupation
 from .memory_commands import MemoryCommands
 from .opening import BACKLOG, PIECE, Opening
 from .pipeline import StepPipeline
 from .postprocess import Postprocessor
-from .profiling import Profiling
+from .profiling import observers
 from .rank_weights import connect_ranks
 from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .sample_state import GenerateGroup
@@ -140,8 +139,7 @@ class EngineCore:
             cmd.ResumeMemory: self._memory_commands.resume,
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
-            **Profiling(self.pipeline, ranks.spec.rank).handlers(),
-            **ExpertRecord(runner).handlers(),
+            **observers(self.pipeline, runner, ranks.spec.rank),
         }
 
     # ---- any thread ----------------------------------------------------------------------------------------------

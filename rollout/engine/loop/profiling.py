@@ -15,7 +15,16 @@ from weight_sync.wire.rpc import Call
 
 from ...errors import RolloutError
 from ...protocol import commands as cmd
+from ...runner.model_runner import ModelRunner
+from .expert_record import ExpertRecord
 from .pipeline import StepPipeline
+
+
+def observers(
+    pipeline: StepPipeline, runner: ModelRunner, rank: int
+) -> dict[type, Callable[[Call], None]]:
+    """The handlers of all commands that watch an engine loop and change no result, by command."""
+    return Profiling(pipeline, rank).handlers() | ExpertRecord(runner).handlers()
 
 
 class Profiling:
