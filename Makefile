@@ -16,7 +16,8 @@ comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # With no GPU a fixed torch comes first: a CPU build satisfies it where pip is given one, and later installs keep it.
 TORCH := $(if $(HAS_GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
-MARKS := $(if $(HAS_GPU),,-m "not gpu")
+HAS_BROWSER := $(shell command -v chromium)
+MARKS := $(if $(HAS_GPU),$(if $(HAS_BROWSER),,-m "not browser"),-m "not gpu$(if $(HAS_BROWSER),, and not browser)")
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
@@ -31,6 +32,7 @@ demo: $(STAMP) ## train a small model with GRPO, pushing weights into a running 
 	$(BIN)/rollout demo $(DEMO_ARGS)
 
 test: lint ## lint, then every test that this machine can run
+	@$(if $(HAS_BROWSER),:,echo "no chromium here: the tests marked browser are left out")
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .config import ServerConfig
 from .replies import HttpError, error_reply
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
-"""What a load balancer asks without a key; they say "alive" and nothing else."""
+OPEN_PATHS = frozenset({"/health", "/ping", "/dashboard"})
+"""What a load balancer asks without a key ("alive", and nothing else), and a page that is the same on every server."""
 CLIENT = "rollout.client"
 """Key of the `Client` in a request's scope."""
 
