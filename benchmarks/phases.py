@@ -72,7 +72,7 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     """Time the parts of one engine loop."""
     timer = PhaseTimer()
 
-    def count_flops(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> None:
+    def count_flops(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> None:
         timer.linear_flops += 2.0 * x.shape[0] * weight.numel()
 
     def count_tokens(batch: Any, drawn: Any) -> None:
@@ -85,7 +85,9 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     timer.watch(core.scheduler, "complete", "schedule")
     timer.watch(core.runner, "forward", "prepare the batch", count_tokens)
     timer.watch(core.runner.model, "forward", REST)
-    timer.watch(linear, "project", "forward: matrix products", count_flops)
+    for module in core.runner.model.modules():
+        if isinstance(module, linear.ColumnParallelLinear | linear.RowParallelLinear):
+            timer.watch(module, "product", "forward: matrix products", count_flops)
     timer.watch(PagedAttention, "forward", "forward: attention, write and fold")
     timer.watch(PagedAttention, "_gather", "forward: attention, gather blocks")
     timer.watch(PagedAttention, "_decode", "forward: attention, kernel")
