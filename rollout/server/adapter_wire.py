@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 import torch
 
 from weight_sync.layout.bucket import FlattenedTensorBucket
@@ -130,6 +132,10 @@ def read_results(found: Any) -> Any:
         for key in ("output_token_logprobs", "input_token_logprobs"):
             if key in meta:
                 meta[key] = [tuple(entry) for entry in meta[key]]
+        if "routed_experts" in meta:
+            shape = meta.pop("routed_experts_shape")
+            content = base64.b64decode(meta["routed_experts"])
+            meta["routed_experts"] = np.frombuffer(content, dtype="<i4").reshape(shape).copy()
         for key in _TABLES:
             if key in meta:
                 meta[key] = [row and [tuple(entry) for entry in row] for row in meta[key]]

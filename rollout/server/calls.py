@@ -7,6 +7,7 @@ same id, and one cannot end what another one runs.
 from __future__ import annotations
 
 import asyncio
+import base64
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ class Call:
         given = self.given.get(base)
         if given is not None:
             meta["id"] = f"{given}{dash}{number}"
+        experts = meta.get("routed_experts")
+        if experts is not None and not isinstance(experts, str):
+            meta["routed_experts"] = base64.b64encode(experts.astype("<i4").tobytes()).decode()
+            meta["routed_experts_shape"] = list(experts.shape)
         return result
 
     def told(self, error: E) -> E:

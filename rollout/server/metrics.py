@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.responses import Response
 
 from ..errors import RolloutError
+from ..protocol.commands import SyncSeen
 from .record import Record, RequestEntry, SyncEntry
 from .routing import Ask, Route
 
@@ -57,11 +60,15 @@ class Metrics:
                 ("weight_version_number", "Number of the version that serves"),
                 ("paused", "1 while generation is paused"),
                 ("torn", "1 while the weights are a mixture"),
+                ("engine_decoded_tokens", "Tokens that the engine has drawn, for whomever"),
+                ("engine_prompt_tokens", "Prompt tokens that the engine has computed"),
                 ("up", "1 while the engine answers"),
             )
         }
         for result in ("committed", "refused"):
             self._updates.labels(result)
+        self._seen_version = 0
+        """Updates up to this number are counted, those that came by another way than this server included."""
         record.listeners.append(self)
 
     def on_request(self, entry: RequestEntry) -> None:
@@ -77,10 +84,30 @@ class Metrics:
 
     def on_sync(self, entry: SyncEntry) -> None:
         """An update was committed."""
-        self._updates.labels("committed").inc()
         self._update_bytes.inc(entry.num_bytes)
-        for phase, seconds in entry.phases.items():
+        if entry.version > self._seen_version:
+            self._seen_version = entry.version
+            self._count(entry.phases)
+
+    def _count(self, phases: dict[str, float]) -> None:
+        self._updates.labels("committed").inc()
+        for phase, seconds in phases.items():
             self._phases.labels(phase).observe(seconds)
+
+    def _on_syncs(self, syncs: Sequence[SyncSeen]) -> None:
+        """The engine's own last updates: those by a publisher at its address are counted when they are seen here."""
+        for sync in reversed(syncs):
+            if sync.version > self._seen_version:
+                self._seen_version = sync.version
+                self._count(
+                    {
+                        "stage": sync.stage_s,
+                        "copy": sync.copy_s,
+                        "verify": sync.verify_s,
+                        "pause": sync.pause_s,
+                        "total": sync.total_s,
+                    }
+                )
 
     def on_failed_sync(self) -> None:
         """An update call was refused, or failed."""
@@ -101,6 +128,9 @@ class Metrics:
         set_["requests_waiting"](status.num_waiting)
         set_["kv_usage"](used / status.num_blocks if status.num_blocks else 0.0)
         set_["weight_version_number"](status.version)
+        set_["engine_decoded_tokens"](status.num_decoded_tokens)
+        set_["engine_prompt_tokens"](status.num_prompt_tokens)
+        self._on_syncs(status.syncs)
         set_["paused"](status.paused is not None)
         set_["torn"](status.torn is not None)
         return generate_latest(self.registry)

@@ -1,6 +1,23 @@
 """`/metrics` counts what has happened."""
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from rollout import Engine
+from rollout.server import launch_server_process
+
+
+def test_updates_by_a_publisher_at_the_engines_address_are_counted_too(folder, reference_model):
+    with Engine(folder, executor="local", kv_cache_bytes=4 << 20, num_threads=1) as engine:
+        with launch_server_process(address=engine.address, server={"port": 0}) as server:
+            with httpx.Client(base_url=server.url, timeout=60.0) as http:
+                before = read(http)
+                engine.publish(reference_model(folder))
+                engine.publish(reference_model(folder))
+                after, again = read(http), read(http)
+    committed = ("rollout_weight_updates_total", "committed")
+    assert after[committed] == before[committed] + 2 == again[committed]
+    assert after[("rollout_weight_update_seconds_count", "pause")] == 2
 
 
 def read(http):
