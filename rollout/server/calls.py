@@ -10,6 +10,7 @@ import asyncio
 import base64
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -76,6 +77,7 @@ class Calls:
         self._config = config
         self._tokenizer = tokenizer
         self._record = record
+        self._running: set[Call] = set()
         self._by_rid: dict[tuple[str, str], set[str]] = {}
         self.num_samples = 0
         """Samples of all calls that run now."""
@@ -126,18 +128,25 @@ class Calls:
         """End everybody's requests."""
         return await self._engine.async_abort_request(abort_all=True)
 
-    async def hold(self) -> None:
-        """Let no new call begin until `release`, and wait until those that run have ended."""
+    @asynccontextmanager
+    async def held_back(self, patience_s: float) -> AsyncIterator[None]:
+        """Within it nothing runs: what did has ended, and no new call begins. 504 when it does not end in time."""
         self._open.clear()
-        await self._idle.wait()
-
-    def release(self) -> None:
-        """Let calls begin again."""
-        self._open.set()
+        try:
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                raise HttpError(
+                    504, f"{self.num_samples:,} samples did not end within {patience_s:g} s"
+                ) from None
+            yield
+        finally:
+            self._open.set()
 
     @property
     def held(self) -> bool:
-        """New calls wait for `release`."""
+        """New calls wait, inside `held_back`."""
         return not self._open.is_set()
 
     async def drain(self, patience_s: float) -> None:
@@ -147,8 +156,11 @@ class Calls:
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
-        except TimeoutError:
-            await self.abort_all()
+        except (
+            TimeoutError
+        ):  # The engine may have other clients, which are none of this server's business.
+            ids = [i for call in self._running for i in call.given]
+            await asyncio.gather(*(self._engine.async_abort_request(i) for i in ids))
 
     async def token_ids(
         self, texts: Sequence[str], add_special_tokens: bool | None
@@ -197,6 +209,7 @@ class Calls:
         for i, rid in call.given.items():
             if rid is not None:
                 self._by_rid.setdefault((client.name, rid), set()).add(i)
+        self._running.add(call)
         self.num_samples += num_samples
         self._idle.clear()
         self._record.started(num_samples)
@@ -231,7 +244,10 @@ class Calls:
             asked = own if isinstance(own, dict) else {}
             n = _count(asked.get("n"), 1)
             length = len(ids) if isinstance(ids, list) else 0
-            new = min(_count(asked.get("max_new_tokens"), 128), max(0, context - length))
+            new = min(
+                _count(asked.get("max_new_tokens", asked.get("max_tokens")), 128),
+                max(0, context - length),
+            )
             samples += n
             tokens += length + n * new
         if tokens > self._config.max_call_tokens:
@@ -294,6 +310,7 @@ class Calls:
                 same.discard(i)
                 if not same:
                     self._by_rid.pop((call.client.name, rid), None)
+        self._running.discard(call)
         self.num_samples -= call.num_samples
         self._record.ended(call.num_samples)
         call.num_samples = 0

@@ -39,7 +39,6 @@ class ContinueBody(Body):
 
 async def continue_generation(ask: Ask) -> Response:
     """End a pause; no error if there is none."""
-    ask.state.calls.release()
     await ask.state.engine.async_continue_generation()
     return done("generation goes on")
 

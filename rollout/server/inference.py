@@ -196,22 +196,23 @@ async def pause(ask: Ask) -> Response:
     """Stop generating until `/resume`."""
     query: PauseQuery = ask.query
     mode = "wait" if query.wait_for_inflight_requests else query.mode
-    if mode == "wait":
-        await ask.state.calls.hold()
-    try:
-        await ask.state.engine.async_pause_generation(_MODES[mode])
-        if mode != "keep" and query.clear_cache is not False:
-            await ask.state.engine.async_flush_cache()
-    except RolloutError as error:
-        if query.clear_cache or "flush" not in str(error):
-            ask.state.calls.release()
-            raise
+    engine = ask.state.engine
+    if mode == "wait":  # From then on the engine itself holds what comes, until its lease ends.
+        async with ask.state.calls.held_back(engine.config.request_timeout_s):
+            await engine.async_pause_generation(_MODES[mode])
+    else:
+        await engine.async_pause_generation(_MODES[mode])
+    if query.clear_cache or (query.clear_cache is None and mode != "keep"):
+        try:
+            await engine.async_flush_cache()
+        except RolloutError as error:
+            if query.clear_cache:  # It was asked for by name.
+                raise HttpError(400, f"generation is paused, but {error}") from None
     return json_reply({"status": "paused", "mode": mode})
 
 
 async def resume(ask: Ask) -> Response:
     """End a pause."""
-    ask.state.calls.release()
     await ask.state.engine.async_continue_generation()
     return json_reply({"status": "resumed"})
 
