@@ -15,12 +15,16 @@ from torch.distributed.tensor.placement_types import Shard
 from weight_sync import WeightPublisher
 from weight_sync.errors import ManifestMismatch
 from weight_sync.layout import region as regions
+from weight_sync.layout.fused import Fused
+from weight_sync.layout.manifest import WireManifest
 from weight_sync.layout.shards import HeldRegion, share
 from weight_sync.layout.tensor_sums import tensor_fingerprint
 from weight_sync.publisher.selection import Layout
 from weight_sync.spmd.messages import Tensor
 from weight_sync.spmd.plan import Decision, decide
 from weight_sync.spmd.share import RankShare
+from weight_sync.wire.messages import EngineInfo
+from weight_sync.wire.process import current_process
 
 
 @given(size=st.integers(0, 40), outer=st.integers(1, 5), inner=st.integers(1, 4))
@@ -153,3 +157,50 @@ def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
         assert totals[row] % 2**64 == tensor_fingerprint(value), name
     assert twins % 2**64 == tensor_fingerprint(expected["embed.weight"])
     assert len(totals) == 4
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_shares_put_stacked_experts_where_each_of_their_matrices_belongs(
+    dim: int, num_ranks: int
+) -> None:
+    """(4 experts, gate and up of 3 rows each, 8 columns), cut along any dimension, also through a matrix."""
+    stack = Fused.stacked(
+        [Fused.joined({f"{e}.gate": (3, 8), f"{e}.up": (3, 8)}) for e in range(4)]
+    )
+    num = len(stack.parts)
+    manifest = WireManifest(
+        names=stack.parts, shapes=((3, 8),) * num, dtypes=("float32",) * num, bucket_bytes=600
+    )
+    info = EngineInfo(
+        protocol=1,
+        process=current_process(),
+        engine_id="e",
+        version=0,
+        label=None,
+        torn=None,
+        aliases={},
+        device="cpu",
+        tp_size=1,
+        manifest=manifest,
+        fused={"stack": stack},
+        transports=(),
+    )
+    layout, whole = Layout(info, bucket_bytes=600), torch.randn(stack.shape)
+    held = []
+    for rank in range(num_ranks):
+        ranges = [[(0, size)] for size in whole.shape]
+        ranges[dim] = share(ranges[dim], 1, num_ranks, rank)
+        region = tuple((along or [(0, 0)])[0] for along in ranges)
+        held.append([("stack", [HeldRegion(region, tuple((0, b - a) for a, b in region))])])
+    described = [
+        [tensor("stack", rank[0][1][0].region, shape=stack.shape, dtype="float32")] for rank in held
+    ]
+    decision = decided(layout, *described, strict=True)
+    buffer = torch.zeros(layout.manifest.arena_bytes, dtype=torch.uint8)
+    for rank, actions in zip(held, decision.actions, strict=True):
+        rank_share = RankShare(layout, rank, rows=decision.rows, actions=actions, buffer=buffer)
+        for number in range(rank_share.num_buckets):
+            rank_share.write(number, [regions.part(whole, rank[0][1][0].region)])
+    for i in range(num):
+        assert torch.equal(layout.manifest.view(buffer, i), stack.view(whole, i, (3, 8)))
