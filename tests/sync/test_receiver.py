@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ from weight_sync.errors import (
     FingerprintMismatch,
     ManifestMismatch,
     ProtocolError,
+    RemoteError,
     SessionBusy,
     SessionError,
     SyncError,
@@ -405,3 +406,26 @@ def test_the_fuzzed_engine_still_takes_an_update(
     engine, _, publisher = served
     publisher.publish(weights(4.0))
     assert engine.values() == {4.0} and engine.host.mixtures == []
+
+
+@pytest.mark.parametrize("serve", [False, True])
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(RuntimeError, RemoteError), (TimeoutError, DeadlineExceeded)]
+)
+def test_an_accident_has_one_type_for_callers_of_this_process_and_of_others(
+    make_engine: Callable[..., ToyEngine],
+    serve: bool,
+    raised: type[Exception],
+    expected: type[Exception],
+) -> None:
+    engine = make_engine(serve=serve)
+
+    def fail(_: Any) -> None:
+        raise raised("on purpose")
+
+    engine.service._actions[GetFingerprint] = fail
+    channel = engine.weight_channel()
+    with pytest.raises(expected, match=f"GetFingerprint failed with {raised.__name__}: on purpose"):
+        channel.call(GetFingerprint(), 5.0)
+    assert channel.call(Hello(), 5.0).version == 0
+    channel.close()
