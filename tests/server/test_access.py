@@ -196,29 +196,3 @@ def test_a_server_that_would_leave_the_door_open_does_not_start(folder, options,
 
 def test_another_address_is_fine_with_a_key():
     ServerConfig(host="0.0.0.0", api_keys=("k",)).check()
-
-
-class TestWithoutKeys:
-    @pytest.fixture(scope="class")
-    def server(self, serve):
-        return serve()
-
-    @pytest.fixture(scope="class")
-    def http(self, server):
-        with httpx.Client(base_url=server.url, timeout=60.0) as client:
-            yield client
-
-    @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example"])
-    def test_a_name_that_leads_here_from_outside_is_refused(self, http, host):
-        assert http.get("/server_info", headers={"Host": host}).status_code == 403
-
-    def test_a_page_of_another_origin_is_refused(self, http, server):
-        body = {"input_ids": [1], "sampling_params": SHORT}
-        for origin in ("http://evil.example", "null"):
-            reply = http.post("/generate", json=body, headers={"Origin": origin})
-            assert reply.status_code == 403
-        assert http.post("/generate", json=body, headers={"Origin": server.url}).status_code == 200
-
-    @pytest.mark.parametrize("host", ["localhost", "localhost:99", "127.0.0.1", "[::1]:80"])
-    def test_names_of_this_machine_are_welcome(self, http, host):
-        assert http.get("/server_info", headers={"Host": host}).status_code == 200
