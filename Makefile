@@ -17,11 +17,11 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # With no GPU a fixed torch comes first: a CPU build satisfies it where pip is given one, and later installs keep it.
 TORCH := $(if $(HAS_GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
 HAS_BROWSER := $(shell command -v chromium)
-MARKS := $(if $(HAS_GPU),$(if $(HAS_BROWSER),,-m "not browser"),-m "not gpu$(if $(HAS_BROWSER),, and not browser)")
+MARKS := -m "not load$(if $(HAS_GPU),, and not gpu)$(if $(HAS_BROWSER),, and not browser)"
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow test-verl faults gpu-faults demo clean
+.PHONY: help venv lint format test test-slow test-load test-verl faults gpu-faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,12 +31,15 @@ venv: $(STAMP) ## make .venv with what tests and demo need (nothing to do the se
 demo: $(STAMP) ## train a small model with GRPO, pushing weights into a running engine (DEMO_ARGS="--mode async")
 	$(BIN)/rollout demo $(DEMO_ARGS)
 
-test: lint ## lint, then every test that this machine can run
+test: lint ## lint, then every test that this machine can run, but for minutes of load
 	@$(if $(HAS_BROWSER),:,echo "no chromium here: the tests marked browser are left out")
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-load: $(STAMP) ## minutes of load on a server whose weights change
+	$(PYTEST) -m load $(PYTEST_ARGS)
 
 # verl pins an older transformers than the rest is developed with.
 VERL_VENV ?= .venv-verl

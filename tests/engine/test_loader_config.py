@@ -91,7 +91,7 @@ def test_the_dtype_is_read_under_its_old_and_new_key(read):
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2', expected one of llama, mistral, qwen2, qwen3"),
-        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "qwen3_next"}, "qwen3_next"),
         ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),

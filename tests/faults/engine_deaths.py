@@ -23,10 +23,10 @@ from engine_faults import (
     error_name,
     is_alive,
     kill_all,
-    shm_names,
     wait_for,
 )
 from fault_matrix import DISK, GROUP, UPDATE, Case, Outcome
+from shm import shm_names
 from versions import Reference, version_weights
 
 from rollout.errors import ERRORS

@@ -70,11 +70,6 @@ def num_arenas(pid: int) -> int:
     return mapped + held
 
 
-def shm_names() -> set[str]:
-    """What is in /dev/shm."""
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-
-
 def check_descriptors(pids: list[int], before: list[int], spare: int = 0) -> None:
     """Each process gives back what it opened since there were `before`."""
 

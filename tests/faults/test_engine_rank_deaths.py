@@ -19,10 +19,10 @@ from engine_faults import (
     is_alive,
     num_arenas,
     num_descriptors,
-    shm_names,
     wait_for,
 )
 from fault_matrix import OWNER_DEATHS, PROMPTLY_S, RANK_DEATHS, Case, record
+from shm import shm_names
 from sync_support import ToyEngine
 from versions import version_weights
 

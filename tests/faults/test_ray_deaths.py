@@ -17,7 +17,6 @@ from engine_faults import (
     Nursery,
     check_descriptors,
     num_descriptors,
-    shm_names,
     wait_for,
 )
 from engine_zygote import Zygote
@@ -41,6 +40,7 @@ from ray_deaths import (
     open_what_stays_open,
     sockets_in,
 )
+from shm import shm_names
 from versions import Reference
 
 NUM_CPUS = 4

@@ -137,7 +137,7 @@ def test_two_hundred_clients_and_a_trainer(http, server, until):
     assert len(load.finished) >= 160
 
 
-@pytest.mark.slow
+@pytest.mark.load
 @pytest.mark.timeout(900)
 def test_two_hundred_clients_and_a_trainer_for_five_minutes(serve, until):
     server = serve(kv_cache_bytes=64 << 20)

@@ -440,13 +440,14 @@ def test_sizes_that_no_model_has_are_refused_before_memory_is_made_for_them(
 
 
 def test_groups_and_formats_that_do_not_exist_are_refused_in_words(engine: Engine) -> None:
+    given = ["model.norm.weight"], ["float32"], [[64]]
     with pytest.raises(TransportError, match="init_weights_update_group"):
-        engine.update_weights_from_distributed([], [], [], "nobody")
+        engine.update_weights_from_distributed(*given, "nobody")
     with pytest.raises(WeightUpdateError, match="load_format"):
-        engine.update_weights_from_distributed([], [], [], NAME, load_format="pickle")
+        engine.update_weights_from_distributed(*given, NAME, load_format="pickle")
     with pytest.raises(ValueError, match="kv_policy: got 'sideways'"):
         policy: Any = "sideways"
-        engine.update_weights_from_distributed([], [], [], NAME, kv_policy=policy)
+        engine.update_weights_from_distributed(*given, NAME, kv_policy=policy)
     with pytest.raises(WeightUpdateError, match="backend"):
         engine.init_weights_update_group("127.0.0.1", 1, 1, 2, NAME, "mpi")
     with pytest.raises(TransportError):
