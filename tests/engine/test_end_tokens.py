@@ -82,4 +82,7 @@ def test_a_generation_config_with_an_end_id_of_no_token_is_understood(folder: Pa
         Engine(folder, kv_cache_bytes=1 << 20) as engine,
         pytest.warns(UserWarning, match="end-of-sequence ids"),
     ):
-        engine.generate(input_ids=PROMPT, sampling_params=config)
+        result = engine.generate(input_ids=PROMPT, sampling_params=config)
+    ended = result["output_ids"][-1] == 7
+    assert result["meta_info"]["finish_reason"]["type"] == ("stop" if ended else "length")
+    assert ended or len(result["output_ids"]) == 2
