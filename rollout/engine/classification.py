@@ -38,15 +38,7 @@ class ClassificationCalls(GenerationCalls):
         """
         if is_empty(prompt) or is_empty(input_ids):
             return []
-        prepared = self._prepare_pooled(
-            "classify",
-            "score",
-            prompt,
-            input_ids,
-            attention_mask=attention_mask,
-            add_special_tokens=add_special_tokens,
-            min_weight_version=min_weight_version,
-        )
+        prepared = self._prepare_scores(locals())
         return _scores(prepared, self._whole(prepared, self._limit(prepared, timeout_s)))
 
     async def async_classify(
@@ -62,17 +54,20 @@ class ClassificationCalls(GenerationCalls):
         """As `classify`, awaitable. Cancelling it aborts what is not scored yet."""
         if is_empty(prompt) or is_empty(input_ids):
             return []
-        prepared = self._prepare_pooled(
-            "classify",
-            "score",
-            prompt,
-            input_ids,
-            attention_mask=attention_mask,
-            add_special_tokens=add_special_tokens,
-            min_weight_version=min_weight_version,
-        )
+        prepared = self._prepare_scores(locals())
         limit = self._limit(prepared, timeout_s)
         return _scores(prepared, await self._async_whole(prepared, limit))
+
+    def _prepare_scores(self, arguments: dict[str, Any]) -> PreparedGenerate:
+        """`arguments`: the local names of `classify` at its beginning."""
+        options = ("attention_mask", "add_special_tokens", "min_weight_version")
+        return self._prepare_pooled(
+            "classify",
+            "score",
+            arguments["prompt"],
+            arguments["input_ids"],
+            **{name: arguments[name] for name in options},
+        )
 
     def _prepare_pooled(
         self,
