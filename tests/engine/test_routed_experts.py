@@ -104,12 +104,17 @@ def test_a_start_a_stream_and_prompts_that_do_not_ask(folder, routes_of):
 
 def test_after_a_sync_routes_are_those_of_the_new_weights(folder, routes_of):
     with engine_for(folder) as engine:
+
+        def routed():
+            return engine.generate(
+                input_ids=PROMPTS[1], sampling_params=SAMPLED, return_routed_experts=True
+            )
+
         engine.update_weights_from_tensor(version_weights(folder, 1))
+        with pytest.raises(AssertionError):  # the reference has the first weights
+            check([routed()], [PROMPTS[1]], routes_of)
         engine.update_weights_from_tensor(version_weights(folder, 0))
-        result = engine.generate(
-            input_ids=PROMPTS[1], sampling_params=SAMPLED, return_routed_experts=True
-        )
-        check([result], [PROMPTS[1]], routes_of)
+        check([routed()], [PROMPTS[1]], routes_of)
 
 
 def test_who_did_not_say_so_at_the_start_or_has_no_experts_is_told(folder, tiny_checkpoint):
