@@ -50,6 +50,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             ),
             chunked_prefill_size=settings.chunked_prefill_size,
             kv_cache_bytes=int(settings.kv_cache_gb * 1e9),
+            deterministic=settings.deterministic,
         ) as engine:
             numbers["start_s"] = time.perf_counter() - start
             workload = _Workload(engine, settings)

@@ -208,6 +208,8 @@ class GpuGenerateBench:
     """Tokens of a step at most."""
     kv_cache_gb: float = 40.0
     """Size of the KV pool, units of 1e9 bytes."""
+    deterministic: bool = False
+    """The same bits in any batch."""
     seed: int = 0
     """Of prompts and lengths."""
 
