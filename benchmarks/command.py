@@ -187,10 +187,10 @@ def gpu(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """What an update costs when trainer and engine have a GPU each: NCCL, shared memory, gloo.
+    """What an update costs when trainer and engine have a GPU each: peer reads, NCCL, shared memory, gloo.
 
     A Qwen3-0.6B-shaped model in bfloat16, next to one copy of its bytes from GPU to GPU. Needs a GPU more than the
-    engine has ranks.
+    engine has ranks; without NCCL the trainer may share the last one of several.
     """
 
     def run(settings: BenchSettings, screen: Screen) -> BenchResult:

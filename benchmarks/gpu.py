@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,25 +22,30 @@ from .settings import GpuBench
 from .shapes import DTYPES, model_folder, move_a_little, num_bytes, trainer_tensors
 
 WAYS: dict[str, dict[str, Any]] = {
-    "nccl": {"transport": "process_group"},
-    "shared_memory": {},
+    "peer_reads": {"transport": "cuda_ipc"},
+    "two_buckets": {"transport": "cuda_ipc"},
+    "nccl": {"transport": "process_group", "group_backend": "nccl"},
+    "shared_memory": {"transport": "shared_memory"},
     "gloo": {"transport": "process_group", "group_backend": "gloo"},
 }
-"""How the bytes go: from GPU to GPU, through the memory that both processes share, through sockets."""
+"""How the bytes go: read by the engine's GPUs out of the trainer's, from as much as the model or from two buckets of it
+in turn; over NCCL; through the memory that both processes share; through sockets."""
+_BUCKET_BYTES = 256 << 20
 _CONTEXT = 512
+_PEER_RATIO = 1.3
+"""Begin to verified by peer reads, in copies from GPU to GPU."""
 
 Series = dict[str, list[float]]
 
 
 def run_gpu(settings: GpuBench, screen: Screen) -> BenchResult:
-    """Every way once in each round. The engine's ranks have the first GPUs, the trainer the next one."""
+    """Every way once in each round. The engine's ranks have the first GPUs, the trainer the next one, or the last one
+    of them where there are no more."""
     check_machine(settings)
-    trainer_gpu = torch.device("cuda", settings.tp_size)
+    trainer_gpu = torch.device("cuda", min(settings.tp_size, torch.cuda.device_count() - 1))
     screen.say(f"making the model on {trainer_gpu}, and an engine for it in another process")
-    tensors = {
-        name: tensor.to(trainer_gpu)
-        for name, tensor in trainer_tensors(settings.model, DTYPES[settings.dtype]).items()
-    }
+    dtype = DTYPES[settings.dtype]
+    tensors = trainer_tensors(settings.model, dtype, device=str(trainer_gpu))
     series: dict[str, Series] = {}
     with (
         ExitStack() as stack,
@@ -57,9 +63,13 @@ def run_gpu(settings: GpuBench, screen: Screen) -> BenchResult:
         ) as engine,
     ):
         publishers = {
-            way: stack.enter_context(WeightPublisher(engine, **WAYS[way])) for way in settings.ways
+            way: stack.enter_context(WeightPublisher(engine, **_options(way, tensors)))
+            for way in settings.ways
         }
-        floor = GpuCopy(num_bytes(tensors), trainer_gpu, torch.device("cuda", 0))
+        # What has to leave the trainer's GPU; a rank that shares that GPU has its part there.
+        others = settings.tp_size - (trainer_gpu.index < settings.tp_size)
+        crossing = num_bytes(tensors) * others // settings.tp_size
+        floor = GpuCopy(crossing, trainer_gpu, torch.device("cuda", 0))
         total = settings.warmup + settings.repetitions
         with screen.progress(f"{len(tensors)} tensors", total) as advance:
             for i in range(total):
@@ -85,12 +95,21 @@ def check_machine(settings: GpuBench) -> None:
     unknown = sorted(set(settings.ways) - set(WAYS))
     if unknown or not settings.ways:
         raise ConfigError(f"gpu.ways: got {unknown or 'none'}, expected some of {sorted(WAYS)}")
-    needed, found = settings.tp_size + 1, torch.cuda.device_count()
+    alone = settings.tp_size == 1 or "nccl" in settings.ways
+    needed, found = settings.tp_size + alone, torch.cuda.device_count()
     if found < needed:
         raise ConfigError(
-            f"rollout bench gpu: got {found} GPUs, expected {needed}, one for the trainer and one for each rank of the "
-            "engine; use `rollout bench sync` and `rollout bench group` on a CPU"
+            f"rollout bench gpu: got {found} GPUs, expected {needed}, one for each rank of the engine and, with one "
+            "rank or NCCL, one for the trainer; use `rollout bench sync` and `rollout bench group` on a CPU"
         )
+
+
+def _options(way: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Of the publisher."""
+    if way != "two_buckets":
+        return WAYS[way]
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    return WAYS[way] | {"arena_bytes": 2 * max(_BUCKET_BYTES, largest)}
 
 
 class GpuCopy:
@@ -129,25 +148,41 @@ def _result(
         for way, parts in series.items()
     }
     floor = numbers["copy"]["publish"]["p50"]
-    what = (
-        f"update of {size / 1e9:.2f} GB, {num_tensors} tensors, to {settings.tp_size} other GPU(s)"
-    )
     return BenchResult(
         benchmark="gpu",
         config={"settings": settings, "num_threads": torch.get_num_threads()},
         numbers={"num_tensors": num_tensors, "num_bytes": size, "seconds": numbers},
-        headline=tuple(
-            Headline(
-                what=f"{what}: {way.replace('_', ' ')}, the whole call",
-                measured=f"{numbers[way]['publish']['p50'] * 1e3:.1f} ms",
-                floor=f"{floor * 1e3:.1f} ms (one copy from GPU to GPU)",
-                ratio=f"{numbers[way]['publish']['p50'] / floor:.1f}",
-            )
-            for way in settings.ways
-        ),
-        device=f"{settings.tp_size + 1} x {torch.cuda.get_device_name(0)}",
+        headline=tuple(_headline(settings, numbers, floor, num_tensors, size)),
+        device=f"{min(settings.tp_size + 1, torch.cuda.device_count())} x {torch.cuda.get_device_name(0)}",
         tables=(_table(settings, numbers),),
     )
+
+
+def _headline(
+    settings: GpuBench, numbers: dict[str, Any], floor: float, num_tensors: int, size: int
+) -> Iterator[Headline]:
+    what = (
+        f"update of {size / 1e9:.2f} GB, {num_tensors} tensors, to {settings.tp_size} other GPU(s)"
+    )
+    for way in settings.ways:
+        words = f"{what}: {way.replace('_', ' ')}"
+        copy = f"{floor * 1e3:.1f} ms (one copy from GPU to GPU)"
+        whole, verified = (numbers[way][part]["p50"] for part in ("publish", "begin_to_verified"))
+        yield Headline(
+            what=f"{words}, the whole call",
+            measured=f"{whole * 1e3:.1f} ms",
+            floor=copy,
+            ratio=f"{whole / floor:.1f}",
+        )
+        if way == "peer_reads":
+            yield Headline(
+                what=f"{words}, begin to verified",
+                measured=f"{verified * 1e3:.1f} ms",
+                floor=copy,
+                ratio=f"{verified / floor:.2f}",
+                target=f"at most {_PEER_RATIO}",
+                met=verified / floor <= _PEER_RATIO,
+            )
 
 
 def _table(settings: GpuBench, numbers: dict[str, Any]) -> Table:
@@ -158,6 +193,10 @@ def _table(settings: GpuBench, numbers: dict[str, Any]) -> Table:
         )
         for part in numbers[settings.ways[0]]
     ]
+    rows.append(
+        ("a copy from GPU to GPU", f"{numbers['copy']['publish']['p50'] * 1e3:.1f}")
+        + ("",) * (len(settings.ways) - 1)
+    )
     return (
         f"milliseconds, median of {settings.repetitions} updates",
         ("", *(way.replace("_", " ") for way in settings.ways)),

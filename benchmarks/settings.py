@@ -169,8 +169,8 @@ class GpuBench:
     dtype: str = "bfloat16"
     """Of trainer and engine."""
     tp_size: int = 1
-    """Ranks of the engine, a GPU each; the trainer has the next one."""
-    ways: tuple[str, ...] = ("nccl", "shared_memory", "gloo")
+    """Ranks of the engine, a GPU each; the trainer has the next one, or shares the last one where there is none."""
+    ways: tuple[str, ...] = ("peer_reads", "two_buckets", "nccl", "shared_memory", "gloo")
     """How the bytes go."""
     repetitions: int = 15
     """Measured rounds; each takes every way once."""

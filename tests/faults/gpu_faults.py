@@ -1,9 +1,10 @@
 """Who dies or lies in which phase of an update whose bytes are on a GPU: every cell, and the table of what happened.
 
-    python tests/faults/gpu_faults.py     runs all cells on this machine's GPU and writes docs/faults_gpu.md
+    python tests/faults/gpu_faults.py [PATH]    runs all cells on this machine's GPUs; writes PATH or docs/faults_gpu.md
 
-Engine and trainer are real processes with tensors on the GPU; the model is a toy, since what is tested is the way of
-the bytes. With `device="cpu"` the same cells run over what stands in for a GPU's memory.
+Engine and trainer are real processes with tensors on the GPU, or on two GPUs where there are two ("peer_reads"); the
+model is a toy, since what is tested is the way of the bytes. With `device="cpu"` the same cells run over what stands in
+for a GPU's memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ from weight_sync.errors import (  # noqa: E402
     SyncError,
 )
 
-TRANSPORTS = ("cuda_ipc", "shared_memory")
+TRANSPORTS = (
+    *("cuda_ipc", "shared_memory"),
+    *(("peer_reads",) if torch.cuda.device_count() > 1 else ()),
+)
+"""Peer reads: CUDA IPC, from the trainer's GPU to the engine's."""
 PHASES = ("begin", "stage", "vote", "commit")
 PROMPTLY_S = 3.0
 
@@ -95,8 +100,8 @@ class Far:
 
 
 @contextmanager
-def far_engine(device: str) -> Iterator[Far]:
-    far = Far(device)
+def far_engine(cell: Cell, device: str) -> Iterator[Far]:
+    far = Far("cuda:1" if cell.transport == "peer_reads" else device)
     try:
         yield far
     finally:
@@ -127,7 +132,11 @@ def run_cell(cell: Cell, device: str) -> float:
 
 
 def _publisher(far: Far, cell: Cell) -> WeightPublisher:
-    return WeightPublisher(far.address, transport=cell.transport, timeout_s=20)  # type: ignore[arg-type]
+    return WeightPublisher(far.address, transport=_transport(cell), timeout_s=20)
+
+
+def _transport(cell: Cell) -> Any:
+    return "cuda_ipc" if cell.transport == "peer_reads" else cell.transport
 
 
 def _serves(far: Far, cell: Cell, device: str, *, old: float) -> None:
@@ -143,10 +152,10 @@ def _serves(far: Far, cell: Cell, device: str, *, old: float) -> None:
 
 
 def _kill_trainer(cell: Cell, device: str) -> float:
-    with far_engine(device) as far:
+    with far_engine(cell, device) as far:
         with _publisher(far, cell) as publisher:
             publisher.publish(weights(1.0, device=device))
-        doomed = spawn("trainer_process.py", far.address, cell.phase, cell.transport, device)
+        doomed = spawn("trainer_process.py", far.address, cell.phase, _transport(cell), device)
         try:
             assert read_line(doomed) == "ready"
             start = time.monotonic()
@@ -160,7 +169,7 @@ def _kill_trainer(cell: Cell, device: str) -> float:
 
 def _kill_engine(cell: Cell, device: str) -> float:
     with ExitStack() as stack:
-        far = stack.enter_context(far_engine(device))
+        far = stack.enter_context(far_engine(cell, device))
         publisher = stack.enter_context(_publisher(far, cell))
         publisher.publish(weights(1.0, device=device))
         named = list(weights(2.0, device=device).items())
@@ -187,14 +196,14 @@ def _kill_engine(cell: Cell, device: str) -> float:
             raise AssertionError("the engine is dead and answered")
         took = time.monotonic() - start
         assert took < PROMPTLY_S, f"{took:.1f} s"
-    with far_engine(device) as far, _publisher(far, cell) as publisher:
+    with far_engine(cell, device) as far, _publisher(far, cell) as publisher:
         publisher.publish(weights(3.0, device=device))
         assert far.say()["values"] == [3.0]
     return took
 
 
 def _lie(cell: Cell, device: str) -> float:
-    with far_engine(device) as far, _publisher(far, cell) as publisher:
+    with far_engine(cell, device) as far, _publisher(far, cell) as publisher:
         publisher.publish(weights(1.0, device=device))
         publisher.begin()
         publisher.send(weights(2.0, device=device))
@@ -239,7 +248,7 @@ def _lie(cell: Cell, device: str) -> float:
 
 
 def _bad_input(cell: Cell, device: str) -> float:
-    with far_engine(device) as far:
+    with far_engine(cell, device) as far:
         with _publisher(far, cell) as publisher:
             publisher.publish(weights(1.0, device=device))
             start = time.monotonic()
@@ -261,7 +270,7 @@ def _bad_input(cell: Cell, device: str) -> float:
 
 
 def _second_trainer(cell: Cell, device: str) -> float:
-    with far_engine(device) as far:
+    with far_engine(cell, device) as far:
         with _publisher(far, cell) as first, _publisher(far, cell) as second:
             second.publish(weights(1.0, device=device))
             first.begin()
@@ -278,7 +287,7 @@ def _second_trainer(cell: Cell, device: str) -> float:
 
 
 def _leave(cell: Cell, device: str) -> float:
-    with far_engine(device) as far:
+    with far_engine(cell, device) as far:
         publisher = _publisher(far, cell)
         publisher.publish(weights(1.0, device=device))
         publisher.begin()

@@ -5,6 +5,7 @@ Prints its address, then a line with its state for every line that it reads; "bl
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def main() -> None:
             "moved": engine.addresses != addresses,
             "opened": memory.num_opened if memory is not None else 0,
             "still_open": len(engine.service._allocations),
+            "threads": sorted(t.name for t in threading.enumerate() if "group" in t.name),
         }
         print(json.dumps(state))
     engine.close()

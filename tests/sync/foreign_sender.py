@@ -33,6 +33,10 @@ class Sender:
         print(*case, sep="\t", file=self._process.stdin, flush=True)
         return list(iter(lambda: self._process.stdout.readline().strip(), ""))
 
+    def numbers(self, *case):
+        """What it says instead, as numbers."""
+        return [int(base64.b64decode(text)) for text in self.payloads(*case)]
+
     def files(self):
         """Its files of shared memory."""
         mine = f"torch_{self._process.pid}_"
@@ -112,7 +116,20 @@ def model_of(folder, seed):
     return model
 
 
+def gpu_bytes():
+    """Of tensors on a GPU that are alive, here or because somebody still reads them."""
+    if not torch.cuda.is_initialized():
+        return 0
+    torch.cuda.ipc_collect()
+    return torch.cuda.memory_allocated()
+
+
 def payloads(case, *model):
+    if case == "gpu bytes":
+        return [str(gpu_bytes()).encode()]
+    if case.startswith("gpu"):
+        named = list(model_of(*model).to("cuda").named_parameters())
+        return [serialize(named if case == "gpu model" else bucket(named))]
     if model:
         named = list(model_of(*model).named_parameters())
         return [serialize(named if case == "model" else bucket(named))]

@@ -5,6 +5,10 @@ NCCL takes no two members on one GPU, so this needs one more than the engine has
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,16 +19,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_group_support import free_port
+from sync_support import kill, read_line, weights
 from torch.distributed import distributed_c10d as c10d
 
 import weight_sync
 from rollout import Engine
 from weight_sync import WeightPublisher
-from weight_sync.errors import DeadlineExceeded, SyncError, TransportError
+from weight_sync.errors import DeadlineExceeded, SessionBusy, SyncError, TransportError
 
 pytestmark = pytest.mark.gpu
 
 NAME = "updates"
+PROMPTLY_S = 10.0
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
 
 
@@ -178,6 +184,89 @@ def test_a_trainer_that_never_broadcasts_is_given_up_by_the_deadline(
         assert engine.status().torn is None and engine.weights_fingerprint() == before
         publisher.publish(trainer)
         check_served(engine, trainer)
+
+
+def state_of(process: Any) -> dict[str, Any]:
+    process.stdin.write("state\n")
+    process.stdin.flush()
+    found: dict[str, Any] = json.loads(read_line(process))
+    return found
+
+
+def other_gpu_works(number: int) -> bool:
+    torch.cuda.synchronize(number)
+    return int(torch.ones(10, device=f"cuda:{number}").sum()) == 10
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("phase", ["begin", "waiting in a kernel", "vote", "commit"])
+def test_a_trainer_that_is_killed_frees_the_engine_within_seconds(
+    child: Callable[..., Any], phase: str
+) -> None:
+    """In the second one the engine's kernel waits for bytes that were announced and will never come."""
+    process = child("engine_process.py", "-", "cuda:0")
+    address = read_line(process)
+    doomed = child("group_trainer_process.py", address, phase, "cuda:1")
+    assert read_line(doomed) == "ready"
+    if phase == "waiting in a kernel":
+        time.sleep(1.0)  # for the kernel to be there; nothing tells from outside
+    kill(doomed)
+    start = time.monotonic()
+    with torch.cuda.device(1):
+        options: dict[str, Any] = {"transport": "process_group", "timeout_s": 60}
+        with WeightPublisher(address, **options) as publisher:
+            while True:
+                try:
+                    publisher.publish(weights(5.0, device="cuda:1"))
+                    break
+                except SessionBusy:  # the dead trainer's, for as long as it has not been noticed
+                    assert time.monotonic() - start < PROMPTLY_S
+                    time.sleep(0.05)
+            took = time.monotonic() - start
+            state = state_of(process)
+    print(f"\ntrainer killed, {phase}: the next one's update took {took:.2f} s, {state['threads']}")
+    assert took < PROMPTLY_S
+    assert state["values"] == [5.0] and state["mixtures"] == [] and not state["moved"]
+    assert other_gpu_works(1)
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("phase", ["before the bytes", "waiting in a kernel"])
+def test_an_engine_that_is_killed_frees_the_trainer_within_seconds(
+    child: Callable[..., Any], phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = child("engine_process.py", "-", "cuda:0")
+    with torch.cuda.device(1), ThreadPoolExecutor(1) as background:
+        publisher = WeightPublisher(read_line(process), transport="process_group", timeout_s=60)
+        publisher.publish(weights(1.0, device="cuda:1"))
+        new = weights(2.0, device="cuda:1")
+        publisher.begin()
+        if phase == "waiting in a kernel":
+            os.kill(
+                process.pid, signal.SIGSTOP
+            )  # it hears of the bucket no more, and takes nothing
+            sending = background.submit(publisher.send, new)
+            time.sleep(1.0)
+            assert not sending.done()
+            start = kill(process) or time.monotonic()
+        else:
+            start = kill(process) or time.monotonic()
+            sending = background.submit(publisher.send, new)
+        error = sending.exception(PROMPTLY_S)
+        noticed = time.monotonic() - start
+        publisher.close()
+        closed = time.monotonic() - start
+        print(
+            f"\nengine killed, {phase}: noticed in {noticed:.2f} s, closed in {closed:.2f} s, {error!r}"
+        )
+        assert isinstance(error, SyncError) and closed < PROMPTLY_S
+        assert other_gpu_works(1)
+        print(f"the GPU was free after {time.monotonic() - start:.2f} s")
+        another = child("engine_process.py", "-", "cuda:0")
+        options: dict[str, Any] = {"transport": "process_group", "timeout_s": 60}
+        with WeightPublisher(read_line(another), **options) as publisher:
+            publisher.publish(new)
+            assert state_of(another)["values"] == [2.0]
 
 
 def test_two_members_on_one_gpu_are_told_what_to_do(

@@ -322,7 +322,7 @@ def test_a_backend_without_timeouts_is_aborted_at_the_deadline():
     posted = nccl_like(backend).post_broadcast(torch.zeros(8), root=0, timeout_s=0.2)
     with pytest.raises(DeadlineExceeded, match="rank 0 of 2"):
         posted.wait()
-    assert backend.aborted.is_set() and time.monotonic() - started < 0.2 + SLACK_S
+    assert backend.aborted.wait(2) and time.monotonic() - started < 0.2 + SLACK_S
 
 
 def test_an_abort_from_outside_ends_the_wait_for_a_backend_without_timeouts():
@@ -342,6 +342,27 @@ def test_a_backend_that_is_stuck_while_it_connects_is_aborted_at_the_deadline():
     assert isinstance(error_of(stuck, within_s=0.1 + GRACE_S), DeadlineExceeded)
     assert backend.connecting.is_set() and backend.aborted.wait(2)
     assert calls.close(wait_s=2) is True
+
+
+def test_a_backend_whose_abort_takes_for_ever_holds_nobody_up():
+    class Slow(FakeNccl):
+        num_aborts = 0
+
+        def abort(self) -> None:
+            self.num_aborts += 1
+            self.aborted.set()  # as on a GPU: kernels end at once, the rest may wait for a dead member
+            assert over.wait(20)
+
+    over, backend = threading.Event(), Slow()
+    communicator = nccl_like(backend)
+    started = time.monotonic()
+    posted = communicator.post_broadcast(torch.zeros(8), root=0, timeout_s=0.1)
+    with pytest.raises(DeadlineExceeded):
+        posted.wait()
+    communicator.abort()
+    communicator.close()
+    assert time.monotonic() - started < 0.1 + SLACK_S and backend.num_aborts == 1
+    over.set()
 
 
 def test_a_call_whose_peer_is_known_to_be_gone_fails_long_before_its_deadline():

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -124,6 +125,8 @@ class Communicator:
         self.timeout_s = timeout_s
         """Deadline of an operation that is given none."""
         self._held = _Held(backend)
+        self._aborting: threading.Thread | None = None
+        self._abort_lock = threading.Lock()
         weakref.finalize(self, self._held.drop_if_idle)
 
     def post_broadcast(self, tensor: torch.Tensor, *, root: int, timeout_s: float) -> Posted:
@@ -219,13 +222,20 @@ class Communicator:
         self._run("a barrier", lambda backend: backend.barrier(options), timeout_s)
 
     def abort(self) -> None:
-        """Make operations that are under way fail, where the backend can (gloo's end at their deadlines)."""
+        """Make operations that are under way fail, where the backend can (gloo's end at their deadlines). Never blocks.
+
+        NCCL's kernels end as soon as they see its flag; what comes after that, giving back what a dead member shares,
+        may take it any time, and is left to a thread of its own.
+        """
         backend = self._held.backend
-        if backend is not None and self.kind == "nccl":
-            try:
-                backend.abort()
-            except RuntimeError:
-                pass  # it was aborted before
+        if backend is None or self.kind != "nccl":
+            return
+        with self._abort_lock:
+            if self._aborting is None:
+                self._aborting = threading.Thread(
+                    target=_abort, args=(backend,), name=f"{self.name}-aborting", daemon=True
+                )
+                self._aborting.start()
 
     def close(self) -> None:
         """Close the connections, so that peers fail; at once, or when what is under way has ended. Never blocks."""
@@ -287,6 +297,11 @@ class Communicator:
             f"{self._me}: {what} failed, got {text!r}, expected every member to live; look for one that died, and make "
             "a new group"
         )
+
+
+def _abort(backend: Any) -> None:
+    with suppress(RuntimeError):  # it has failed before
+        backend.abort()
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
