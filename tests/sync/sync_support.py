@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from weight_sync.errors import ERRORS, DeadlineExceeded
 from weight_sync.layout.weight_map import Placement, WeightMap
+from weight_sync.plan.encoding import FULL, Encoding
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
@@ -199,10 +200,13 @@ class ToyEngine:
         bind: str | None = None,
         keep_previous: bool = False,
         device: str = "cpu",
+        encodings: Sequence[Encoding] = (FULL,),
     ) -> None:
         self.weight_map = toy_map(device)
         self.host = ToyHost(self.weight_map)
-        self.receiver = WeightReceiver(self.weight_map, self.host, keep_previous=keep_previous)
+        self.receiver = WeightReceiver(
+            self.weight_map, self.host, keep_previous=keep_previous, encodings=encodings
+        )
         self.service = WeightService(self.receiver)
         self.server = RpcServer(self.service.handle, WeightRequest, bind=bind) if serve else None
         if self.server is not None:

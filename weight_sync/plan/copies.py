@@ -48,6 +48,8 @@ class Copy:
     """Part of it."""
     destination: torch.Tensor
     """Memory of the part's shape, not empty."""
+    resident: torch.Tensor
+    """What serves in its place: the parameter's memory, which is `destination` itself unless that is a shadow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,21 +89,6 @@ class Replay:
                 self._ranges.append(found)
         self._all = self._compile(None)
         self._some: OrderedDict[bytes, _Batch] = OrderedDict()
-
-    @property
-    def num_rows(self) -> int:
-        """Copies before neighbours were joined."""
-        return len(self._ranges) + len(self._strided)
-
-    @property
-    def num_copies(self) -> int:
-        """Plain copies of all tensors."""
-        return len(self._all.targets)
-
-    @property
-    def num_strided(self) -> int:
-        """Copies through strided views, of all tensors."""
-        return len(self._strided)
 
     @torch.no_grad()
     def run(self, stage: torch.Tensor, present: Indices | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,38 +24,16 @@ from ..layout.manifest import Manifest, dtype_name, mismatch
 from ..layout.memory import Storage, byte_range, storage_key, storage_view, writable
 from ..layout.tensor_sums import region_sum
 from ..layout.weight_map import Located, Placement, WeightMap
-from .copies import Copy, Replay
+from .copies import Copy
+from .encoding import FULL, Encoding
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSummary:
-    """How much work a plan is."""
-
-    num_tensors: int
-    """Tensors of the manifest."""
-    num_bytes: int
-    """Their bytes that this rank holds."""
-    num_rows: int
-    """Parts to copy before neighbours are joined."""
-    num_copies: int
-    """Copies of a full replay that are plain ranges of bytes."""
-    num_strided: int
-    """Copies of a full replay into strided memory, or from a strided part of a tensor."""
-    num_exact: int
-    """Parts whose resident fingerprint takes the slow path: strided, or starting inside a row of the full tensor."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_tensors} tensors, {self.num_bytes} bytes: {self.num_copies} plain copies for "
-            f"{self.num_rows} parts, {self.num_strided} strided; {self.num_exact} exact fingerprints"
-        )
-
-
-def compile_plan(manifest: Manifest, weight_map: WeightMap) -> Plan:
+def compile_plan(manifest: Manifest, weight_map: WeightMap, encoding: Encoding = FULL) -> Plan:
     """The plan that writes an arena laid out by `manifest` into the model of `weight_map`.
 
-    The manifest may name any of the model's tensors, in any order, aliases and fused names too. `ManifestMismatch`
-    lists every tensor that is unknown, of another shape or dtype, or given under two names.
+    The manifest may name any of the model's tensors, in any order, aliases and fused names too, each as `encoding`
+    carries it. `ManifestMismatch` lists every tensor that is unknown, of another shape or dtype, or given under two
+    names.
     """
     located: list[Located] = []
     problems: list[str] = []
@@ -69,7 +47,7 @@ def compile_plan(manifest: Manifest, weight_map: WeightMap) -> Plan:
         except ManifestMismatch:
             problems.append(f"{meta.name}: unknown to this model")
             continue
-        expected = here.meta
+        expected = encoding.carried(here.meta)
         if (meta.shape, meta.dtype) != (expected.shape, expected.dtype):
             problems.append(
                 f"{meta.name}: got {dtype_name(meta.dtype)} {list(meta.shape)}, "
@@ -85,7 +63,7 @@ def compile_plan(manifest: Manifest, weight_map: WeightMap) -> Plan:
             problems,
             "send each tensor once, under its Hugging Face name, in the engine's shape and dtype",
         )
-    return Plan(manifest, located, weight_map)
+    return Plan(manifest, located, weight_map, encoding)
 
 
 class Plan:
@@ -96,24 +74,27 @@ class Plan:
     """
 
     def __init__(
-        self, manifest: Manifest, located: Sequence[Located], weight_map: WeightMap
+        self,
+        manifest: Manifest,
+        located: Sequence[Located],
+        weight_map: WeightMap,
+        encoding: Encoding,
     ) -> None:
         self.manifest = manifest
+        """The arena's layout: what travels."""
+        self.encoding = encoding
+        """How it becomes the parameters."""
         self._staged = ArenaFingerprints(manifest)
         self._resident = _ResidentSums(located)
         self.copies = tuple(
-            Copy(index=i, region=placement.region, destination=writable(placement.destination))
+            Copy(index=i, region=placement.region, destination=memory, resident=memory)
             for i, here in enumerate(located)
             for placement in here.placements
             if placement.destination.numel()
+            for memory in (writable(placement.destination),)
         )
         """The table: what a replay copies, before neighbours are joined."""
-        self._replay = Replay(manifest, self.copies, weight_map.occupied())
-        self._num_bytes = sum(
-            placement.destination.numel() * placement.destination.element_size()
-            for here in located
-            for placement in here.placements
-        )
+        self._decoder = encoding.decoder(manifest, self.copies, weight_map.occupied())
 
     def replay(self, stage: torch.Tensor, present: Indices | None = None) -> None:
         """Write the arena `stage` (uint8) into the parameters; only the tensors `present`, unless it is None.
@@ -121,7 +102,7 @@ class Plan:
         Returns when every copy was issued: on CUDA the caller records an event and waits for it before it lets go of
         the stage. Padding between parameters may be written too, where both ends have it.
         """
-        self._replay.run(stage, present)
+        self._decoder.run(stage, present)
 
     def staged_fingerprints(
         self, stage: torch.Tensor, indices: Indices | None = None
@@ -135,17 +116,6 @@ class Plan:
     def resident_fingerprints(self, indices: Indices | None = None) -> torch.Tensor:
         """Of the parameters' own memory, likewise. With tensor parallelism: this rank's summands."""
         return self._resident.values(indices)
-
-    def describe(self) -> PlanSummary:
-        """How many copies and slow paths it came to."""
-        return PlanSummary(
-            num_tensors=len(self.manifest.tensors),
-            num_bytes=self._num_bytes,
-            num_rows=self._replay.num_rows,
-            num_copies=self._replay.num_copies,
-            num_strided=self._replay.num_strided,
-            num_exact=self._resident.num_exact,
-        )
 
 
 class _ResidentSums:
@@ -180,10 +150,6 @@ class _ResidentSums:
             ]
         on_gpu = [(i, placement) for i, placement in self._exact if placement.destination.is_cuda]
         self._parts = PartSums(on_gpu, num_outputs=self._num) if on_gpu else None
-
-    @property
-    def num_exact(self) -> int:
-        return len(self._exact)
 
     @torch.no_grad()
     def values(self, indices: Indices | None) -> torch.Tensor:

@@ -1,14 +1,16 @@
 """The plans of a receiver, by the digest of their manifest, and which canonical tensors each of them covers."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ManifestMismatch
+from ..errors import ManifestMismatch, ProtocolError
 from ..layout.manifest import Manifest, WireManifest, mismatch
 from ..layout.tensor_sums import name_key
 from ..layout.weight_map import WeightMap
+from .encoding import FULL, Encoding
 from .plan import Plan, compile_plan
 
 _KEPT = 8
@@ -51,23 +53,35 @@ class KnownPlan:
 class PlanCache:
     """Compiles each manifest once; keeps the canonical plan and the last few others."""
 
-    def __init__(self, canonical: Manifest, weight_map: WeightMap) -> None:
+    def __init__(
+        self, canonical: Manifest, weight_map: WeightMap, encodings: Iterable[Encoding] = (FULL,)
+    ) -> None:
         self._canonical = canonical
         self._weight_map = weight_map
-        self._plans: OrderedDict[str, KnownPlan] = OrderedDict()
-        self.canonical = self._compile(canonical)
+        self._encodings = {encoding.name: encoding for encoding in encodings}
+        self._plans: OrderedDict[tuple[str, str], KnownPlan] = OrderedDict()
+        self.canonical = self._compile(canonical, FULL)
 
-    def knows(self, digest: str) -> bool:
+    def knows(self, digest: str, encoding: str = FULL.name) -> bool:
         """Whether that manifest is compiled."""
-        return digest == self._canonical.digest or digest in self._plans
+        return self._is_canonical(digest, encoding) or (digest, encoding) in self._plans
 
-    def find(self, digest: str, wire: WireManifest | None) -> KnownPlan | None:
+    def find(
+        self, digest: str, wire: WireManifest | None, encoding: str = FULL.name
+    ) -> KnownPlan | None:
         """The plan of the manifest with that digest; None when it is neither known nor given."""
-        if digest == self._canonical.digest:
+        if self._is_canonical(digest, encoding):
             return self.canonical
-        known = self._plans.get(digest)
+        how = self._encodings.get(encoding)
+        if how is None:
+            raise ProtocolError(
+                f"an encoding that this engine does not know: got {encoding!r}, expected one of "
+                f"{', '.join(self._encodings)}; both sides must run the same release"
+            )
+        key = digest, encoding
+        known = self._plans.get(key)
         if known is not None:
-            self._plans.move_to_end(digest)
+            self._plans.move_to_end(key)
             return known
         if wire is None:
             return None
@@ -77,8 +91,7 @@ class PlanCache:
                 f"the manifest is not the one that was announced: got digest {manifest.digest}, expected "
                 f"{digest}; both sides must run the same release"
             )
-        known = self._compile(manifest)
-        self._plans[digest] = known
+        known = self._plans[key] = self._compile(manifest, how)
         if len(self._plans) > _KEPT:
             self._plans.popitem(last=False)
         return known
@@ -95,8 +108,11 @@ class PlanCache:
             "send all of them, or allow a partial update with strict=False",
         )
 
-    def _compile(self, manifest: Manifest) -> KnownPlan:
-        plan = compile_plan(manifest, self._weight_map)
+    def _is_canonical(self, digest: str, encoding: str) -> bool:
+        return encoding == FULL.name and digest == self._canonical.digest
+
+    def _compile(self, manifest: Manifest, encoding: Encoding) -> KnownPlan:
+        plan = compile_plan(manifest, self._weight_map, encoding)
         rows = [
             (i, self._canonical.index[name])
             for i, meta in enumerate(manifest.tensors)

@@ -15,6 +15,7 @@ from ..errors import EngineRestartedError, ManifestMismatch, SyncError, Transpor
 from ..joint.engines import JointTarget, Target
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
+from ..plan.encoding import FULL, Encoding
 from ..transports.arena import Arena
 from ..transports.cuda_ipc import CudaIpcArena
 from ..transports.group.group_arena import GroupArena
@@ -56,27 +57,28 @@ class PackedArena:
         self.arena_id = arena_id
         self.layout = layout
         self.transport = transport
-        self.buffer = arena.buffer[: layout.manifest.arena_bytes]
-        is_window = arena.buffer.numel() < layout.manifest.arena_bytes
-        self.window = Window(layout.manifest, arena.buffer) if is_window else None
+        self.buffer = arena.buffer[: layout.carried.arena_bytes]
+        is_window = arena.buffer.numel() < layout.carried.arena_bytes
+        self.window = Window(layout.carried, arena.buffer) if is_window else None
         """What fills it, where it holds less than the model; then there are no views."""
-        self.views = [] if is_window else layout.manifest.views(self.buffer)
-        metas = layout.manifest.tensors
+        self.views = [] if is_window else layout.carried.views(self.buffer)
+        metas = layout.carried.tensors
         self.num_bytes = np.array([meta.num_bytes for meta in metas], dtype=np.int64)
-        self.fingerprints = ArenaFingerprints(layout.manifest)
-        self.finite = FiniteCheck(layout.manifest)
+        self.fingerprints = ArenaFingerprints(layout.carried)
+        self.finite = FiniteCheck(layout.carried)
         self.packer: DevicePacker | None = None
         """What packs into it, where it is on a GPU."""
+        assert layout.encoding.verbatim or not (is_window or self.buffer.is_cuda), "packed as it is"
         if self.buffer.is_cuda and self.window is None:
-            self.packer = DevicePacker(layout.manifest, self.buffer, self.fingerprints)
+            self.packer = DevicePacker(layout.carried, self.buffer, self.fingerprints)
         self.manifest_known = False
 
     def packed_view(self, row: int) -> torch.Tensor:
         """What was packed for a row, to compare a tied tensor with it."""
-        if self.window is not None:
+        if self.window is not None or not self.layout.encoding.verbatim:
             raise ManifestMismatch(
-                f"{self.layout.manifest.tensors[row].name}: got a tied tensor apart from its twin, which an arena of "
-                "arena_bytes does not hold any more; send one of them, or both in one list"
+                f"{self.layout.manifest.tensors[row].name}: got a tied tensor apart from its twin, which this arena "
+                "does not hold any more (arena_bytes); send one of them, or both in one list"
             )
         return self.views[row]
 
@@ -106,6 +108,7 @@ class EngineEndpoint:
         group_backend: GroupBackend = "auto",
         gpu: int | None = None,
         arena_bytes: int | None = None,
+        encoding: Encoding = FULL,
     ) -> None:
         """`gpu`: the one that NCCL sends from; None: the calling thread's current one. `arena_bytes`: see
         `WeightPublisher`."""
@@ -116,6 +119,7 @@ class EngineEndpoint:
         else:
             self._target = target
         self._bucket_bytes = bucket_bytes
+        self._encoding = encoding
         self._transport = transport
         self._group_host = group_host
         self._group_backend = group_backend
@@ -186,7 +190,7 @@ class EngineEndpoint:
         if self._packed is None:
             if self._transport == "process_group":
                 info = self.hello(deadline)  # Ranks come and go where there are many engines.
-            layout = Layout(info, self._bucket_bytes)
+            layout = Layout(info, self._bucket_bytes, self._encoding)
             if self._transport == "process_group":
                 self._packed = self._make_group(channel, info, layout, deadline)
             else:
@@ -244,7 +248,7 @@ class EngineEndpoint:
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
         assert self._info is not None, "it has said hello"
-        num_bytes = layout.manifest.arena_bytes
+        num_bytes = layout.carried.arena_bytes
         if self._transport == "cuda_ipc":
             return self._make_cuda_ipc(channel, layout, deadline)
         local = channel.is_local if self._transport == "auto" else self._transport == "local"
@@ -273,9 +277,9 @@ class EngineEndpoint:
                 "expected one in another; use 'auto' or 'local'"
             )
         gpu = _gpu(self._gpu)
-        num_bytes = whole = layout.manifest.arena_bytes
+        num_bytes = whole = layout.carried.arena_bytes
         if self._arena_bytes is not None and self._arena_bytes < whole:
-            num_bytes = 2 * half_bytes(layout.manifest, self._arena_bytes)
+            num_bytes = 2 * half_bytes(layout.carried, self._arena_bytes)
         if self._transport == "auto" and not can_spare(gpu, num_bytes):
             raise TransportError(
                 f"{gpu} has no {num_bytes} bytes to spare for an arena: got fewer free, expected that and some more; "
@@ -350,7 +354,7 @@ class EngineEndpoint:
             )
             deadline.call(channel, join)
             deadline.wait(group.joined, "join the group")
-            arena = GroupArena(layout.manifest.arena_bytes, group)
+            arena = GroupArena(layout.carried.arena_bytes, group)
             return self._open(channel, arena, layout, "process_group", deadline)
         except BaseException:
             if channel.dead is None:  # ranks that have joined need not stay

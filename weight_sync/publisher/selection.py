@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ManifestMismatch
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
+from ..plan.encoding import FULL, Encoding
 from ..wire.messages import EngineInfo
 from .sources import unwrapped
 
@@ -26,9 +27,15 @@ _HINT_WORK = 20_000
 class Layout:
     """The arena of one engine as its trainer sees it: the engine's tensors, in its order, in the trainer's buckets."""
 
-    def __init__(self, info: EngineInfo, bucket_bytes: int) -> None:
+    def __init__(self, info: EngineInfo, bucket_bytes: int, encoding: Encoding = FULL) -> None:
         canonical = Manifest.from_wire(info.manifest)
         self.manifest = Manifest(tensors=canonical.tensors, bucket_bytes=bucket_bytes)
+        """The model's tensors."""
+        self.encoding = encoding
+        self.carried = Manifest(
+            tensors=tuple(map(encoding.carried, canonical.tensors)), bucket_bytes=bucket_bytes
+        )
+        """What is in the arena for each of them."""
         self.index = self.manifest.index
         self.shapes = [meta.shape for meta in self.manifest.tensors]
         self.dtypes = [meta.dtype for meta in self.manifest.tensors]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..errors import EngineDiedError, FingerprintMismatch, SessionError
-from ..plan.parallel_copy import copy_tensors
 from ..report import SyncReport
 from ..transports.spans import spans_of
 from ..wire.channel import Channel
@@ -73,7 +72,9 @@ class PackedRows:
     indices: np.ndarray
     """Positions in the manifest, ascending, int64."""
     fingerprints: np.ndarray
-    """One per row, uint64."""
+    """One per row, of what is in the arena, uint64."""
+    decoded: np.ndarray | None = None
+    """One per row, of the tensors that it stands for, uint64; None: they are in the arena."""
     at: int | None = None
     """Where they begin in an arena that is a window."""
 
@@ -108,6 +109,8 @@ class Update:
     _sent: list["Future[None]"] = field(default_factory=list)
     _unchecked: list[np.ndarray] = field(default_factory=list)
     """Rows that were packed, and may not be finite."""
+    _decoded: dict[int, int] = field(default_factory=dict)
+    """Fingerprints of rows that are in the arena as something else."""
     _in_step: bool = True
     """The engine has taken all that was sent into a group: the next bytes will be the next bucket's at both ends."""
 
@@ -149,16 +152,17 @@ class Update:
         return self._report(deadline.wait(committed, "Commit"))
 
     def _begin_request(self, deadline: Deadline, *, with_manifest: bool) -> Begin:
-        options, manifest = self.options, self.packed.layout.manifest
+        options, layout = self.options, self.packed.layout
         return Begin(
             session_id=self.session_id,
             holder=current_process(),
             version=options.version,
             base_version=options.base_version,
             label=options.label,
-            manifest_digest=manifest.digest,
-            manifest=manifest.to_wire() if with_manifest else None,
+            manifest_digest=layout.carried.digest,
+            manifest=layout.carried.to_wire() if with_manifest else None,
             arena_id=self.packed.arena_id,
+            encoding=layout.encoding.name,
             strict=options.strict,
             kv_policy=options.kv_policy,
             verify=options.verify,
@@ -176,7 +180,7 @@ class Update:
         if self.packed.packer is not None:
             return self._pack_on_device(self.packed.packer, sources)
         if len(sources) == len(self.packed.views):
-            buckets = [list(bucket) for bucket in self.packed.layout.manifest.buckets]
+            buckets = [list(bucket) for bucket in self.packed.layout.carried.buckets]
         else:
             buckets = self._split(sorted(sources))
         packed = []
@@ -266,8 +270,11 @@ class Update:
         if not rows:
             return
         start = time.perf_counter()
-        views = self.packed.views
-        copy_tensors([views[i] for i in rows], sources)
+        layout, views = self.packed.layout, self.packed.views
+        arena = [views[i] for i in rows]
+        values = layout.encoding.encode(layout.manifest, rows, sources, arena)
+        if values is not None:
+            self._decoded.update(zip(rows, values.tolist(), strict=True))
         self.pack_s += time.perf_counter() - start
 
     def finish(self, rows: list[int]) -> PackedRows:
@@ -286,7 +293,7 @@ class Update:
         """Tell the engine that rows are complete, without waiting for its answer."""
         self._submit_bucket(packed, deadline)  # it must know what comes before it comes
         sent = self.packed.arena.send(
-            spans_of(self.packed.layout.manifest, packed.indices), deadline.left_s("send")
+            spans_of(self.packed.layout.carried, packed.indices), deadline.left_s("send")
         )
         if sent is not None:
             self._in_step = False
@@ -360,12 +367,16 @@ class Update:
             epoch=self.epoch,
             indices=packed.indices.astype("<u4").tobytes(),
             fingerprints=packed.fingerprints.astype("<u8").tobytes(),
+            decoded=None if packed.decoded is None else packed.decoded.astype("<u8").tobytes(),
             at=packed.at,
         )
         self._buckets.append((bucket, self.channel.submit(bucket, deadline.left_s("stage"))))
 
     def _counted(self, indices: np.ndarray, fingerprints: np.ndarray) -> PackedRows:
-        packed = PackedRows(indices=indices, fingerprints=fingerprints)
+        decoded = None
+        if self._decoded:
+            decoded = np.array([self._decoded.pop(i) for i in indices.tolist()], dtype=np.uint64)
+        packed = PackedRows(indices=indices, fingerprints=fingerprints, decoded=decoded)
         self._check_expected(packed)
         if self.options.check_finite and self.packed.window is None:
             self._unchecked.append(packed.indices)
@@ -379,7 +390,7 @@ class Update:
 
     def _split(self, rows: list[int]) -> list[list[int]]:
         """Rows in runs of at most a bucket's bytes."""
-        sizes, limit = self.packed.num_bytes.tolist(), self.packed.layout.manifest.bucket_bytes
+        sizes, limit = self.packed.num_bytes.tolist(), self.packed.layout.carried.bucket_bytes
         buckets: list[list[int]] = []
         size = limit
         for i in rows:
@@ -403,9 +414,10 @@ class Update:
             return
         cast = {name for name, _, _ in self.casts}
         tensors = self.packed.layout.manifest.tensors
+        found = packed.fingerprints if packed.decoded is None else packed.decoded
         wrong = [
             f"{tensors[i].name}: got {int(value):#018x}, expected {expected[tensors[i].name]:#018x}"
-            for i, value in zip(packed.indices.tolist(), packed.fingerprints, strict=True)
+            for i, value in zip(packed.indices.tolist(), found, strict=True)
             if tensors[i].name in expected
             and tensors[i].name not in cast
             and expected[tensors[i].name] != int(value)

@@ -159,7 +159,7 @@ class WeightCommit:
             lambda: as_uint64(session.plan.resident_fingerprints(indices)),
             regions if indices is None else regions[indices],
         )
-        declared = session.declared if indices is None else session.declared[indices]
+        declared = session.decoded if indices is None else session.decoded[indices]
         session.compare(found, indices, declared, "resident")
         self.verified_at = time.perf_counter()
         self.verify_s += self.verified_at - start

@@ -12,6 +12,7 @@ its end. All methods run on one thread, the service's; only the write happens on
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
@@ -27,6 +28,7 @@ from ..errors import (
 )
 from ..layout.manifest import Manifest
 from ..layout.weight_map import WeightMap
+from ..plan.encoding import FULL, Encoding
 from ..plan.plan_cache import PlanCache
 from ..transports.arena import OpenedArena
 from ..transports.group.process_group import UpdateGroup
@@ -53,7 +55,7 @@ from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
 from .repair import Repair
 from .resident import ResidentFingerprints
-from .session import Phase, Session, column
+from .session import Phase, Session
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class WeightReceiver:
 
     `keep_previous` pays for a copy of the model so that a commit that fails half-way rolls back. `version` and `label`
     are those of the weights that are resident now. `torn`: why these are not to be used before a complete update.
+    `encodings`: those that an update may have.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class WeightReceiver:
         label: str | None = None,
         torn: str | None = None,
         agreement: RankAgreement | None = None,
+        encodings: Iterable[Encoding] = (FULL,),
     ) -> None:
         self.engine_id = secrets.token_hex(8)
         self._weight_map = weight_map
@@ -83,7 +87,7 @@ class WeightReceiver:
         self._agreement = agreement or SoloAgreement()
         self._canonical = Manifest(tensors=weight_map.metas(), bucket_bytes=bucket_bytes)
         self._wire = self._canonical.to_wire()
-        self._plans = PlanCache(self._canonical, weight_map)
+        self._plans = PlanCache(self._canonical, weight_map, encodings)
         names = [meta.name for meta in self._canonical.tensors]
         self._resident = ResidentFingerprints(names, self._plans, host, self._agreement)
         self._snapshot = Snapshot(weight_map.parameters) if keep_previous else None
@@ -203,9 +207,11 @@ class WeightReceiver:
         arena = self._arenas.get(request.arena_id)
         with self._host.reading():
             gone = self._host.unwritable()
-            if gone is not None and not self._plans.knows(request.manifest_digest):
+            if gone is not None and not self._plans.knows(
+                request.manifest_digest, request.encoding
+            ):
                 raise WeightUpdateError(f"the parameters cannot be planned for: {gone}")
-            known = self._plans.find(request.manifest_digest, request.manifest)
+            known = self._plans.find(request.manifest_digest, request.manifest, request.encoding)
         if known is None:
             return BeginReply(epoch=0, version=version, need_manifest=True)
         stage = arena.stage(known.plan)
@@ -234,11 +240,7 @@ class WeightReceiver:
                     "a bucket after the vote: expected Commit or Abort; send everything before the commit"
                 )
             with session.awaiting_bytes():
-                session.stage_bucket(
-                    column(bucket.indices, "<u4"),
-                    column(bucket.fingerprints, "<u8").astype(np.uint64),
-                    bucket.at,
-                )
+                session.stage_bucket(bucket)
         except Exception as error:
             try:
                 self._fail(session, error)
@@ -475,7 +477,7 @@ class WeightReceiver:
 
     def _reply(self, session: Session, write: WeightCommit) -> CommitReply:
         covered = session.known.covered(session.present)
-        resident = self._resident.after(session.known, session.declared, session.present, covered)
+        resident = self._resident.after(session.known, session.decoded, session.present, covered)
         reply = CommitReply(
             version=session.version,
             label=session.label,

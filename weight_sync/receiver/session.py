@@ -18,7 +18,7 @@ from ..transports.group.joint_stage import JointStage
 from ..transports.group.process_group import UpdateGroup
 from ..transports.group.shadow_stage import StageMemory
 from ..transports.uploaded_arena import UploadedStage
-from ..wire.messages import Begin
+from ..wire.messages import Begin, Bucket
 
 MAX_NAMED = 20
 """Tensors that an error about fingerprints names one by one."""
@@ -66,12 +66,15 @@ class Session:
     present: np.ndarray = field(init=False)
     """Which tensors of the manifest are complete, bool."""
     declared: np.ndarray = field(init=False)
-    """What the trainer says about them, uint64."""
+    """What the trainer says about them where they are staged, uint64."""
+    decoded: np.ndarray = field(init=False)
+    """What it says about them as parameters, uint64."""
 
     def __post_init__(self) -> None:
         num_tensors = len(self.manifest.tensors)
         self.present = np.zeros(num_tensors, dtype=bool)
         self.declared = np.zeros(num_tensors, dtype=np.uint64)
+        self.decoded = np.zeros(num_tensors, dtype=np.uint64)
         self.renew()
 
     @property
@@ -126,20 +129,24 @@ class Session:
         """The tensors that have arrived, or None for all: whole-arena operations are much cheaper."""
         return None if self.complete else np.flatnonzero(self.present)
 
-    def stage_bucket(
-        self, indices: np.ndarray, declared: np.ndarray, at: int | None = None
-    ) -> None:
-        """Check one bucket against what the trainer declared and count it as complete; `at`: see `Bucket`."""
-        if len(indices) != len(declared):
-            raise ProtocolError(
-                f"a bucket has one fingerprint per tensor: got {len(indices)} indices and "
-                f"{len(declared)} fingerprints, expected as many of each; send both columns"
-            )
+    def stage_bucket(self, bucket: Bucket) -> None:
+        """Check one bucket against what the trainer declared and count it as complete."""
+        indices = column(bucket.indices, "<u4")
+        declared = column(bucket.fingerprints, "<u8").astype(np.uint64)
+        decoded = declared
+        if bucket.decoded is not None:
+            decoded = column(bucket.decoded, "<u8").astype(np.uint64)
+        for values in (declared, decoded):
+            if len(indices) != len(values):
+                raise ProtocolError(
+                    f"a bucket has one fingerprint per tensor: got {len(indices)} indices and {len(values)} "
+                    "fingerprints, expected as many of each; send both columns"
+                )
         self._check_indices(indices)
         if not len(indices):
             return
-        self.declared[indices] = declared
-        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s, at)
+        self.declared[indices], self.decoded[indices] = declared, decoded
+        self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s, bucket.at)
         self.present[indices] = True
 
     def take_from_groups(self, memory: StageMemory, group: UpdateGroup) -> None:
@@ -154,7 +161,7 @@ class Session:
         start = time.perf_counter()
         values = self.stage.put(sources)
         self.present[indices] = True
-        self.declared[indices] = values
+        self.declared[indices] = self.decoded[indices] = values
         self.stage_s += time.perf_counter() - start
         return values
 

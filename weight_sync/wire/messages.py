@@ -22,7 +22,7 @@ from msgspec import Meta
 from ..layout.fused import Fused, Name
 from ..layout.manifest import MAX_TENSORS, WireManifest
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised when a message changes its meaning; peers of different versions refuse each other."""
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that either side accepts."""
@@ -211,6 +211,8 @@ class Begin(Message, frozen=True, kw_only=True):
     """The layout itself; None where the engine has seen the digest before."""
     arena_id: Count
     """Where the bytes will be."""
+    encoding: Annotated[str, Meta(max_length=32)] = "full"
+    """How tensors are written down there; the manifest is that of what is written."""
     strict: bool
     """Every parameter must be covered, or the commit is refused."""
     kv_policy: KvPolicyName | None
@@ -247,6 +249,8 @@ class Bucket(Message, frozen=True, kw_only=True):
     """Positions in the manifest, uint32."""
     fingerprints: Fingerprints
     """What the trainer computed over those tensors in the arena, uint64, in the same order."""
+    decoded: Fingerprints | None = None
+    """The same over the tensors that they stand for; None: they are those tensors."""
     at: Count | None = None
     """Byte of the arena at which they begin, one behind the other on 256-byte boundaries and in ascending order: of an
     arena that holds less than the model. None: they are at their places in the manifest."""

@@ -14,7 +14,8 @@ from ...layout import region as regions
 from ...layout.fingerprints import ArenaFingerprints
 from ...layout.manifest import Manifest
 from ...layout.memory import byte_range, storage_key
-from ...plan.copies import Copy, Occupied, Replay, copy_ranges
+from ...plan.copies import Copy, Occupied, copy_ranges
+from ...plan.encoding import Encoding
 from ...plan.plan import Plan
 from ...plan.stage import as_uint64
 from ..spans import lengths_of
@@ -29,6 +30,7 @@ class ShadowPlan:
 
     def __init__(self, plan: Plan, shadow: Shadow) -> None:
         self._manifest = plan.manifest
+        self._encoding = plan.encoding
         self._shadow = shadow
         self._occupied = shadow.occupied()
         self._copies: defaultdict[int, list[Copy]] = defaultdict(list)
@@ -45,7 +47,7 @@ class ShadowPlan:
         chunk = self._chunks.get(key)
         if chunk is None:
             chunk = self._chunks[key] = Chunk(
-                self._manifest, rows, self._copies, self._shadow, self._occupied
+                self._manifest, rows, self._copies, self._shadow, self._occupied, self._encoding
             )
             self._chunk_bytes += chunk.manifest.arena_bytes
             while self._chunk_bytes > _CACHED_ARENAS * self._manifest.arena_bytes:
@@ -88,6 +90,7 @@ class Chunk:
         copies: Mapping[int, Sequence[Copy]],
         shadow: Shadow,
         occupied: Occupied,
+        encoding: Encoding,
     ) -> None:
         self.rows = rows
         """Which tensors, (N,) int64, ascending."""
@@ -101,12 +104,17 @@ class Chunk:
         """The ranges of the receive buffer that travel as one each."""
         self._fingerprints = ArenaFingerprints(self.manifest)
         moved = [
-            Copy(index=i, region=copy.region, destination=shadow.of(copy.destination))
+            Copy(
+                index=i,
+                region=copy.region,
+                destination=shadow.of(copy.destination),
+                resident=copy.resident,
+            )
             for i, row in enumerate(rows.tolist())
             for copy in copies[row]
         ]
-        self._replay = Replay(self.manifest, moved, occupied)
-        self.home = self._find_home(moved, shadow, occupied)
+        self._decoder = encoding.decoder(self.manifest, moved, occupied)
+        self.home = self._find_home(moved, shadow, occupied) if encoding.verbatim else None
         """Memory of the shadow that has the layout of the receive buffer, and can be it; or None."""
 
     def fingerprints(self, incoming: torch.Tensor) -> np.ndarray:
@@ -116,7 +124,7 @@ class Chunk:
     def move(self, incoming: torch.Tensor) -> None:
         """Into the shadow: this rank's parts, at their places."""
         if self.home is None:
-            self._replay.run(incoming, None)
+            self._decoder.run(incoming, None)
 
     def _find_home(
         self, moved: Sequence[Copy], shadow: Shadow, occupied: Occupied
