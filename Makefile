@@ -88,5 +88,5 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[test,demo,ray,server,trl]"
+	$(BIN)/python -m pip install -q -e ".[test,demo,ray,server,trl,lm-eval]"
 	@touch $@

@@ -162,6 +162,25 @@ async def tokenize(ask: Ask) -> Response:
     )
 
 
+async def tokenizer_info(ask: Ask) -> Response:
+    """Special tokens and chat template: what a client needs that has no tokenizer of its own."""
+    tokenizer, template = ask.state.tokenizer, ask.state.chat_template
+    if tokenizer is None:
+        raise HttpError(400, "the server has no tokenizer; start it with one")
+    inner = tokenizer.inner
+    return json_reply(
+        {
+            "tokenizer_class": type(inner).__name__,
+            **{
+                f"{name}_token": getattr(inner, f"{name}_token")
+                for name in ("bos", "eos", "pad", "unk")
+            },
+            "vocab_size": len(inner),
+            "chat_template": template or getattr(inner, "chat_template", None),
+        }
+    )
+
+
 class DetokenizeBody(Body):
     """Token ids."""
 
@@ -297,6 +316,7 @@ ROUTES = (
     ),
     Route(path="/tokenize", handler=tokenize, body=TokenizeBody, tag=_TAG),
     Route(path="/detokenize", handler=detokenize, body=DetokenizeBody, tag=_TAG),
+    Route(path="/tokenizer_info", handler=tokenizer_info, methods=_GET, tag=_TAG),
     Route(path="/pause", handler=pause, query=PauseQuery, admin=True, tag=_TAG),
     Route(path="/resume", handler=resume, admin=True, tag=_TAG),
     Route(path="/is_paused", handler=is_paused, methods=_GET, tag=_TAG),

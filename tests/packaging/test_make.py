@@ -28,7 +28,7 @@ def test_without_a_gpu_a_fixed_torch_is_installed_before_anything_else(make, tar
     installs = [line for line in make(target, "HAS_GPU=").splitlines() if "pip install" in line]
     assert len(installs) == 2
     assert installs[0].endswith('install -q "torch==2.13.0"')
-    assert installs[1].endswith('install -q -e ".[test,demo,ray,server,trl]"')
+    assert installs[1].endswith('install -q -e ".[test,demo,ray,server,trl,lm-eval]"')
 
 
 def test_with_a_gpu_torch_comes_from_the_supported_range(make):

@@ -1,7 +1,6 @@
 """The OpenAI routes, with the `openai` client: sync, async and streaming."""
 
 import asyncio
-import json
 
 import openai
 import pytest
@@ -278,55 +277,3 @@ def test_invocations_take_whatever_the_fields_say(http):
     found = http.post("/invocations", json={"text": "a", "sampling_params": {"max_new_tokens": 2}})
     assert len(found.json()["output_ids"]) <= 2
     assert http.post("/invocations", json={"nothing": 1}).status_code == 400
-
-
-def loglikelihood(http, context, continuation):
-    """As lm_eval's local-completions asks for it and reads the answer."""
-    body = {
-        "model": "tiny",
-        "prompt": [context + continuation],
-        "temperature": 0,
-        "max_tokens": 1,
-        "logprobs": 1,
-        "seed": 1234,
-        "echo": True,
-    }
-    choice = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
-    values = choice["token_logprobs"][len(context) : -1]
-    tops = choice["top_logprobs"][len(context) : -1]
-    greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))
-    return sum(values), greedy
-
-
-def test_log_likelihoods_as_evaluations_ask_for_them_are_the_references(
-    http, folder, reference_model
-):
-    model = reference_model(folder)
-    for context, continuation in (([5, 6, 7], [8, 9]), ([1], [2, 3, 4, 5])):
-        rows = model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
-        at = range(len(context) - 1, len(context) + len(continuation) - 1)
-        expected = sum(rows[i, t].item() for i, t in zip(at, continuation, strict=True))
-        value, greedy = loglikelihood(http, context, continuation)
-        assert value == pytest.approx(expected, abs=1e-3) and greedy is False
-    best = model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
-    assert loglikelihood(http, [5, 6, 7], [best])[1] is True
-
-
-def test_generation_as_evaluations_ask_for_it_is_the_references(http, folder, reference_model):
-    ids = torch.tensor([[11, 12, 13]])
-    expected = reference_model(folder).generate(
-        ids, max_new_tokens=8, do_sample=False, pad_token_id=256
-    )
-    body = {
-        "model": "tiny",
-        "prompt": [[11, 12, 13]],
-        "max_tokens": 8,
-        "temperature": 0,
-        "stop": ["\u0000"],
-        "seed": 1234,
-    }
-    found = http.post("/v1/completions", json={**body, "return_token_ids": True}).json()["choices"][
-        0
-    ]
-    assert found["token_ids"] == expected[0, 3:].tolist()
-    assert json.dumps(found["text"])

@@ -53,6 +53,8 @@ def test_text_goes_to_token_ids_and_back(http):
     assert http.post("/detokenize", json={"tokens": [99999]}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400
+    info = http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<bos>", "<eos>", None)
 
 
 def in_background(http, answers, max_tokens):
