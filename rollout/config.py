@@ -51,11 +51,12 @@ class EngineConfig:
     mem_fraction_static: float | None = None
     """Share of free memory: for weights and KV pool on a GPU (None: 0.85), for the pool alone on a CPU (None: 0.25)."""
     block_size: int | None = None
-    """Tokens per KV block; None: 16 on a CPU, and 64 on a GPU, whose kernels fetch whole blocks."""
+    """Tokens per KV block; None: 16 on a CPU, 64 on a GPU, whose kernels fetch whole blocks, and 256 for "flash"."""
     chunked_prefill_size: int | None = None
     """Tokens computed in one step at most, prefill and decode together; None: 2048 on a CPU and 8192 on a GPU."""
     attention_backend: str = "auto"
-    """What computes attention: "torch" on any device, "triton" on CUDA; "auto": triton on CUDA, else torch."""
+    """What computes attention: "torch" on any device, "triton" on CUDA, "flash" (torch's FlashAttention) on CUDA with
+    torch 2.12 or later; "auto": triton on CUDA, else torch."""
     overlap: bool | None = None
     """Launch a step before the tokens of the last are known; None: on CUDA."""
     disable_cuda_graph: bool = False
@@ -147,8 +148,10 @@ class ResolvedConfig:
     """Scores of a sequence that `classify` returns; None: the model generates."""
 
 
-def default_block_size(device: str) -> int:
+def default_block_size(device: str, attention_backend: str) -> int:
     """Tokens per KV block where the configuration leaves them open."""
+    if attention_backend == "flash":
+        return 256
     return 64 if device.startswith("cuda") else 16
 
 

@@ -45,6 +45,8 @@ class DeviceBatch:
     """Most tokens of a later sequence in this step."""
     max_len: int
     """No decoding sequence is longer."""
+    max_later_len: int = 0
+    """No later sequence is longer."""
     shared: SharedPrefixes | None = None
     """Prefixes that decoding sequences share, and that are read once for all of them; None: each reads its own."""
 
@@ -63,7 +65,8 @@ class TritonStep:
         shared_state: SharedState | None = None,
         deterministic: bool = False,
     ) -> None:
-        self._batch = batch
+        self.batch = batch
+        """What the step is over."""
         self._pools = pools
         self._routes = routes
         self._table = rotary_table
@@ -82,7 +85,7 @@ class TritonStep:
 
     def attend(self, qkv: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
         """One kernel up to the pool, then one for the decodes and one for the rest."""
-        batch, pool = self._batch, self._pools[layer.index]
+        batch, pool = self.batch, self._pools[layer.index]
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(
@@ -91,8 +94,14 @@ class TritonStep:
         queries = rotate_and_store(
             qkv, pool, self._table, batch.positions, batch.slots, norms=norms
         ).unflatten(1, (layer.num_heads, layer.head_dim))
-        out = torch.empty(queries.shape, dtype=qkv.dtype, device=qkv.device)
-        num = batch.num_decodes
+        return self.attention(queries, pool, layer).flatten(1)
+
+    def attention(
+        self, queries: torch.Tensor, pool: torch.Tensor, layer: AttentionLayer
+    ) -> torch.Tensor:
+        """queries (T, H, D), rotated, over what `pool` holds, this step's keys and values among it -> (T, H, D)."""
+        batch, num = self.batch, self.batch.num_decodes
+        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         if num:
             self._decode(queries[:num], pool, out[:num], layer)
         if batch.query_starts is not None:
@@ -108,12 +117,12 @@ class TritonStep:
                 max_query_len=batch.max_query_len,
                 deterministic=self._deterministic,
             )
-        return out.flatten(1)
+        return out
 
     def _decode(
         self, queries: torch.Tensor, pool: torch.Tensor, out: torch.Tensor, layer: AttentionLayer
     ) -> None:
-        batch, num = self._batch, queries.shape[0]
+        batch, num = self.batch, queries.shape[0]
         tables, lengths = batch.block_tables[:num], batch.seq_lens[:num]
         if batch.shared is not None and layer.sliding_window is None:
             assert self._shared_state is not None
@@ -155,7 +164,7 @@ class TritonStep:
     def note_experts(self, ids: torch.Tensor, layer: int) -> None:
         """Beside the tokens' keys; slot -1, of padding, is the last row."""
         if self._routes is not None:
-            self._routes[self._batch.slots.long(), layer] = ids.to(self._routes.dtype)
+            self._routes[self.batch.slots.long(), layer] = ids.to(self._routes.dtype)
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """One kernel."""

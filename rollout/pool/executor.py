@@ -80,7 +80,9 @@ class PoolExecutor:
             Router(
                 limit=pool.max_inflight_samples or max(1, config.max_running_requests * 5 // 4),
                 affinity_tokens=pool.affinity_blocks
-                * (config.block_size or default_block_size(config.device)),
+                * (
+                    config.block_size or default_block_size(config.device, config.attention_backend)
+                ),
                 slack=pool.affinity_slack,
             ),
             seed=secrets.randbits(63) if config.seed is None else config.seed,

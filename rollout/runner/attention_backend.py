@@ -42,9 +42,26 @@ class AttentionBackend(Protocol):
 
     name: str
     """As in the registry."""
+    on_device: bool
+    """Its steps are a `TritonStep`, fed by one small copy: tokens are drawn on the device too, and a CUDA graph can
+    hold a step."""
 
     def plan(self, batch: ScheduledBatch, drawn: DrawnTokens | None) -> PlannedStep:
         """Make the block copies of `batch`, and plan it; tokens that are still `PENDING` are taken from `drawn`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendNeeds:
+    """What decides whether a backend can serve, known before anything is started."""
+
+    device: torch.device
+    """Where the model will be."""
+    dtype: torch.dtype
+    """Of activations and the KV pool."""
+    head_dim: int
+    """Numbers of an attention head."""
+    block_size: int
+    """Tokens per KV block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ class CudaGraphRunner:
         )
         """(max_batch, V): of the last replay, until the next."""
         self._host_tables = HostBlockTables(max_batch, self._width)
-        self._prefixes = PrefixFinder(context)
+        self._prefixes = PrefixFinder(context, backend.shares_prefixes)
         self._graphs: dict[_Kind, Callable[[], None]] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool: Any = None

@@ -140,7 +140,7 @@ class ModelRunner:
         return ShardedStateLoader.save_model(self.model, path, pattern, max_size)
 
     def _init_device_sampler(self, max_batch: int) -> None:
-        if self.backend.name == "triton":
+        if self.backend.on_device:
             from ..layers.device_sampler import DeviceSampler
             from .triton_backend import TritonBackend
 
@@ -154,7 +154,7 @@ class ModelRunner:
 
     def init_device_graphs(self, context_length: int, progress: Progress | None = None) -> None:
         """Make decode steps one piece, captured where the device has graphs; weights need not be loaded."""
-        if self.backend.name == "triton" and self.model_config.num_labels is None:
+        if self.backend.on_device and self.model_config.num_labels is None:
             from ..layers.device_sampler import DeviceSampler
             from .cuda_graph_runner import CudaGraphRunner
             from .triton_backend import TritonBackend

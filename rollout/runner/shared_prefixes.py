@@ -30,11 +30,12 @@ class FoundPrefixes:
 class PrefixFinder:
     """Looks again only when the batch, or somebody's blocks, are others than in the step before."""
 
-    def __init__(self, context: BackendContext) -> None:
+    def __init__(self, context: BackendContext, wanted: bool) -> None:
+        """wanted: the backend reads shared prefixes once."""
         layer = context.model.attention_layer
         self._block_size = context.block_size
-        self.possible = any(window is None for window in context.config.sliding_windows)
-        """Some layer has no window."""
+        self.possible = wanted and None in context.config.sliding_windows
+        """Some layer has no window, and the backend can."""
         self._members = members_per_tile(
             context.device,
             head_dim=layer.head_dim,

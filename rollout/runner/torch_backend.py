@@ -25,6 +25,7 @@ class TorchBackend:
     """`AttentionBackend` on any device."""
 
     name = "torch"
+    on_device = False
 
     def __init__(self, context: BackendContext) -> None:
         self._context = context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ class TritonBackend:
     """`AttentionBackend` on CUDA, and in triton's interpreter."""
 
     name = "triton"
+    on_device = True
+    shares_prefixes = True
+    """Its decode reads a prefix that requests share once for all of them."""
 
     def __init__(self, context: BackendContext) -> None:
         self.context = context
@@ -100,6 +104,7 @@ class TritonBackend:
                     query_starts=on_device[7] if num_decodes < len(items) else None,
                     max_query_len=int(lengths.max()),
                     max_len=int(ends[:num_decodes].max(initial=1)),
+                    max_later_len=int(ends[num_decodes:].max(initial=1)),
                 )
             ),
             item_rows=None,
@@ -107,12 +112,15 @@ class TritonBackend:
 
     def step(self, batch: DeviceBatch) -> TritonStep:
         """The step over a batch that is on the device."""
-        return TritonStep(
-            batch,
-            pools=self.context.kv_pool.layers,
-            routes=self.context.kv_pool.routes,
-            rotary_table=self.rotary_table,
-            workspace=self._workspace,
-            shared_state=self._shared_state,
-            deterministic=self.context.deterministic,
-        )
+        return TritonStep(batch, **self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        """What all steps have in common."""
+        return {
+            "pools": self.context.kv_pool.layers,
+            "routes": self.context.kv_pool.routes,
+            "rotary_table": self.rotary_table,
+            "workspace": self._workspace,
+            "shared_state": self._shared_state,
+            "deterministic": self.context.deterministic,
+        }

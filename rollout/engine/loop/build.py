@@ -24,7 +24,7 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler, SchedulerConfig
 from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
-from .checks import DTYPES, check_config, check_deterministic, check_dtype, kv_block
+from .checks import DTYPES, check_attention, check_config, check_dtype, kv_block
 from .core import EngineCore
 from .ranks import RankGroups, RankSpec, check_whole_model, device_of
 
@@ -126,7 +126,7 @@ def resolve(
     gpu_bytes: free memory of a GPU that is to be imagined, for the sizes alone; None: the device as it is.
     """
     dtype = check_dtype(config, model)
-    check_deterministic(config, model, device)
+    check_attention(config, model, DTYPES[dtype], device)
     context = config.context_length or model.max_position_embeddings
     if context > model.max_position_embeddings:
         raise ConfigError(

@@ -17,7 +17,8 @@ from ...layers.shards import split_evenly, split_kv_heads
 from ...layers.single_group import split_experts
 from ...models.checkpoint_files import CheckpointFiles
 from ...models.model_config import ModelConfig
-from ...runner.backend_registry import resolve_backend
+from ...runner.attention_backend import BackendNeeds
+from ...runner.backend_registry import check_backend, resolve_backend
 from ...runner.kv_pool import KVPool
 from ...tokenizer import check_tokenizer_files
 from .ranks import RankSpec, device_of
@@ -47,11 +48,28 @@ def check_start(config: EngineConfig) -> None:
     if here:
         for rank in range(config.tp_size):
             device = device_of(RankSpec(rank=rank, size=config.tp_size), _device(config))
-        check_deterministic(config, model, device)
+        check_attention(config, model, DTYPES[dtype], device)
         _check_memory(config, model, DTYPES[dtype], device)
 
 
-def check_deterministic(config: EngineConfig, model: ModelConfig, device: str) -> None:
+def check_attention(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
+) -> None:
+    """`ConfigError` where the backend that was asked for cannot serve on `device`, or cannot hold what was."""
+    _check_deterministic(config, model, device)
+    block_size = config.block_size or default_block_size(device, config.attention_backend)
+    check_backend(
+        resolve_backend(config.attention_backend, device),
+        BackendNeeds(
+            device=torch.device(device),
+            dtype=dtype,
+            head_dim=model.head_dim,
+            block_size=block_size,
+        ),
+    )
+
+
+def _check_deterministic(config: EngineConfig, model: ModelConfig, device: str) -> None:
     """`ConfigError` where `deterministic` was asked for and cannot be held on `device`."""
     if not config.deterministic:
         return
@@ -213,7 +231,7 @@ def kv_block(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
 ) -> tuple[int, int]:
     """Tokens of one KV block, and its bytes on one rank, all layers."""
-    block_size = config.block_size or default_block_size(device)
+    block_size = config.block_size or default_block_size(device, config.attention_backend)
     num_bytes = KVPool.bytes_per_block(
         num_layers=model.num_layers,
         block_size=block_size,
