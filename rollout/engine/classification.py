@@ -7,6 +7,7 @@ from typing import Any
 
 from .generation import GenerationCalls, is_empty, whole_results
 from .prepare import PreparedGenerate, prepare
+from .twins import Asking, asks, awaitable
 
 Scores = list[float] | list[list[float]]
 """One number for each sequence, or one list of `num_labels` numbers where there are several labels."""
@@ -15,6 +16,7 @@ Scores = list[float] | list[list[float]]
 class ClassificationCalls(GenerationCalls):
     """The part of `Engine` that computes scores of whole sequences, beside what generates."""
 
+    @asks
     def classify(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -24,7 +26,7 @@ class ClassificationCalls(GenerationCalls):
         add_special_tokens: bool | None = None,
         min_weight_version: int | None = None,
         timeout_s: float | None = None,
-    ) -> Scores:
+    ) -> Asking[Scores]:
         """Score each sequence with a `...ForSequenceClassification` checkpoint: what its head says of the last token.
 
         Give `prompt` (text) or `input_ids` (token ids), one or a list, as to `generate`; text gets the special tokens
@@ -39,24 +41,10 @@ class ClassificationCalls(GenerationCalls):
         if is_empty(prompt) or is_empty(input_ids):
             return []
         prepared = self._prepare_scores(locals())
-        return _scores(prepared, self._whole(prepared, self._limit(prepared, timeout_s)))
+        answer = yield from self._whole(prepared, timeout_s, "classify")
+        return _scores(prepared, answer)
 
-    async def async_classify(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        input_ids: Any = None,
-        *,
-        attention_mask: Any = None,
-        add_special_tokens: bool | None = None,
-        min_weight_version: int | None = None,
-        timeout_s: float | None = None,
-    ) -> Scores:
-        """As `classify`, awaitable. Cancelling it aborts what is not scored yet."""
-        if is_empty(prompt) or is_empty(input_ids):
-            return []
-        prepared = self._prepare_scores(locals())
-        limit = self._limit(prepared, timeout_s)
-        return _scores(prepared, await self._async_whole(prepared, limit))
+    async_classify = awaitable(classify)
 
     def _prepare_scores(self, arguments: dict[str, Any]) -> PreparedGenerate:
         """`arguments`: the local names of `classify` at its beginning."""

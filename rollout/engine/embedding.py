@@ -8,6 +8,7 @@ from typing import Any
 from .classification import ClassificationCalls
 from .generation import is_empty, whole_results
 from .prepare import PreparedGenerate
+from .twins import Asking, asks, awaitable
 
 Embedding = dict[str, Any]
 
@@ -15,6 +16,7 @@ Embedding = dict[str, Any]
 class EmbeddingCalls(ClassificationCalls):
     """The part of `Engine` that computes embeddings of whole sequences, beside what generates and scores."""
 
+    @asks
     def encode(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -29,7 +31,7 @@ class EmbeddingCalls(ClassificationCalls):
         min_weight_version: int | None = None,
         timeout_s: float | None = None,
         **others: Any,
-    ) -> Embedding | list[Embedding]:
+    ) -> Asking[Embedding | list[Embedding]]:
         """Embed each sequence: the hidden state of its last token after the model's last norm, as it is (not scaled to
         length 1).
 
@@ -44,29 +46,10 @@ class EmbeddingCalls(ClassificationCalls):
         if is_empty(prompt) and input_ids is None:
             return []
         prepared = self._prepare_embeddings(locals())
-        return _embeddings(prepared, self._whole(prepared, self._limit(prepared, timeout_s)))
+        answer = yield from self._whole(prepared, timeout_s, "encode")
+        return _embeddings(prepared, answer)
 
-    async def async_encode(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image_data: None = None,
-        audio_data: None = None,
-        video_data: None = None,
-        *,
-        input_ids: Any = None,
-        rid: str | Sequence[str] | None = None,
-        attention_mask: Any = None,
-        add_special_tokens: bool | None = None,
-        min_weight_version: int | None = None,
-        timeout_s: float | None = None,
-        **others: Any,
-    ) -> Embedding | list[Embedding]:
-        """As `encode`, awaitable. Cancelling it aborts what is not embedded yet."""
-        if is_empty(prompt) and input_ids is None:
-            return []
-        prepared = self._prepare_embeddings(locals())
-        limit = self._limit(prepared, timeout_s)
-        return _embeddings(prepared, await self._async_whole(prepared, limit))
+    async_encode = awaitable(encode)
 
     def _prepare_embeddings(self, arguments: dict[str, Any]) -> PreparedGenerate:
         """`arguments`: the local names of `encode` at its beginning."""

@@ -1,4 +1,4 @@
-"""`generate`, `score` and `sequence_logprobs`, with their `async_` twins."""
+"""`generate`, `score` and `sequence_logprobs`, each with its `async_` twin."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import msgspec
 from ..errors import DeadlineExceeded, InvalidRequestError, RolloutError
 from ..protocol.commands import ENDED_LATE, AbortRequests, SampleUpdate
 from ..tokenizer import pad_token_id
-from .asynchronous import answer_of
 from .client import EngineClient
-from .executors.executor import wait
 from .prepare import PreparedGenerate, prepare
+from .twins import Asking, Form, Sent, asks, awaitable, definition_of
 
 Result = dict[str, Any]
 
@@ -48,6 +47,7 @@ MIN_GRACE_S = 2.0
 class GenerationCalls(EngineClient):
     """The part of `Engine` that computes tokens and log-probabilities."""
 
+    @asks
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -85,7 +85,7 @@ class GenerationCalls(EngineClient):
         return_prompt_token_ids: bool = False,
         min_weight_version: int | None = None,
         **others: Any,
-    ) -> Any:
+    ) -> Asking[Any]:
         """Complete prompts.
 
         Give `prompt` (text) or `input_ids` (token ids), one or a list; the other arguments are one value for all or
@@ -95,7 +95,7 @@ class GenerationCalls(EngineClient):
         changes no result is ignored with a warning.
 
         Returns one dictionary for one prompt with n = 1, else a list, prompt-major; with `stream`, an iterator of
-        cumulative dictionaries (with their `index` where there are several samples).
+        cumulative dictionaries (with their `index` where there are several samples), async from `async_generate`.
 
         Text gets the special tokens that the tokenizer adds, but no second begin token where a chat template has put
         one; `add_special_tokens` True or False: exactly the tokenizer's, or none. `input_ids` may be tensors or arrays;
@@ -122,60 +122,16 @@ class GenerationCalls(EngineClient):
         does not even answer; `EngineDiedError` when its process is gone.
         """
         if is_empty(others.get("text", prompt)) and input_ids is None:
-            return iter(()) if stream else []
+            return (yield Form(iter(()), _nothing())) if stream else []
         prepared = self._prepare(locals())
-        limit = self._limit(prepared, timeout_s)
-        if stream:
-            return self._stream(prepared, limit)
-        return self._whole(prepared, limit)
+        if not stream:
+            return (yield from self._whole(prepared, timeout_s, "generate"))
+        streamed = yield Form(self._stream, self._async_stream)
+        return streamed(prepared, self._limit(prepared, timeout_s))
 
-    async def async_generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        sampling_params: Any = None,
-        input_ids: Any = None,
-        image_data: None = None,
-        audio_data: None = None,
-        video_data: None = None,
-        return_logprob: bool | Sequence[bool] | None = False,
-        logprob_start_len: int | Sequence[int] | None = -1,
-        top_logprobs_num: int | Sequence[int] | None = 0,
-        token_ids_logprob: Sequence[int] | Sequence[Sequence[int] | None] | None = None,
-        lora_path: None = None,
-        custom_logit_processor: None = None,
-        return_hidden_states: bool = False,
-        return_routed_experts: bool | Sequence[bool] = False,
-        stream: bool = False,
-        bootstrap_host: None = None,
-        bootstrap_port: None = None,
-        bootstrap_room: None = None,
-        data_parallel_rank: int | None = None,
-        external_trace_header: Any = None,
-        rid: str | Sequence[str] | None = None,
-        session_params: None = None,
-        priority: int | None = None,
-        *,
-        return_text_in_logprobs: bool = False,
-        return_token_times: bool | Sequence[bool] = False,
-        routed_experts_start_len: int | Sequence[int] = 0,
-        timeout_s: float | None = None,
-        attention_mask: Any = None,
-        add_special_tokens: bool | None = None,
-        flat_logprobs: bool = False,
-        return_token_versions: bool = False,
-        return_prompt_token_ids: bool = False,
-        min_weight_version: int | None = None,
-        **others: Any,
-    ) -> Any:
-        """As `generate`, awaitable; with `stream` it returns an async iterator. Cancelling it aborts the requests."""
-        if is_empty(others.get("text", prompt)) and input_ids is None:
-            return _nothing() if stream else []
-        prepared = self._prepare(locals())
-        limit = self._limit(prepared, timeout_s)
-        if stream:
-            return self._async_stream(prepared, limit)
-        return await self._async_whole(prepared, limit)
+    async_generate = awaitable(generate)
 
+    @asks
     def score(
         self,
         query: str | Sequence[int],
@@ -184,55 +140,36 @@ class GenerationCalls(EngineClient):
         apply_softmax: bool = False,
         item_first: bool = False,
         timeout_s: float | None = None,
-    ) -> list[list[float]]:
+    ) -> Asking[list[list[float]]]:
         """Probability of each label token after query + item (item + query if `item_first`), one row per item.
 
         Text is concatenated as text, token ids as token ids. With `apply_softmax` a row is normalised over the labels,
         else it holds probabilities over the whole vocabulary. Uses temperature 1.
         """
         call = _score_call(query, items, label_token_ids, item_first)
-        results = self.generate(**call, timeout_s=timeout_s) if call else []
+        results = (yield from _generate(self, **call, timeout_s=timeout_s)) if call else []
         return _label_probabilities(results, apply_softmax)
 
-    async def async_score(
-        self,
-        query: str | Sequence[int],
-        items: str | Sequence[Any],
-        label_token_ids: Sequence[int],
-        apply_softmax: bool = False,
-        item_first: bool = False,
-        timeout_s: float | None = None,
-    ) -> list[list[float]]:
-        """As `score`, awaitable."""
-        call = _score_call(query, items, label_token_ids, item_first)
-        results = await self.async_generate(**call, timeout_s=timeout_s) if call else []
-        return _label_probabilities(results, apply_softmax)
+    async_score = awaitable(score)
 
+    @asks
     def sequence_logprobs(
         self,
         sequences: Sequence[Sequence[int]],
         *,
         start: int | Sequence[int] = 0,
         timeout_s: float | None = None,
-    ) -> list[list[float | None]]:
+    ) -> Asking[list[list[float | None]]]:
         """Log-probability of each given token under the current weights (temperature 1), from position `start` on.
 
         What PPO and GRPO need of the old and of the reference policy. Row i has len(sequences[i]) - start entries;
         position 0 has no log-probability and is None. Raises `DeadlineExceeded` unless all are there in time.
         """
         call = _logprobs_call(sequences, start)
-        return _logprobs(self.generate(**call, timeout_s=timeout_s) if call else [])
+        results = (yield from _generate(self, **call, timeout_s=timeout_s)) if call else []
+        return _logprobs(results)
 
-    async def async_sequence_logprobs(
-        self,
-        sequences: Sequence[Sequence[int]],
-        *,
-        start: int | Sequence[int] = 0,
-        timeout_s: float | None = None,
-    ) -> list[list[float | None]]:
-        """As `sequence_logprobs`, awaitable."""
-        call = _logprobs_call(sequences, start)
-        return _logprobs(await self.async_generate(**call, timeout_s=timeout_s) if call else [])
+    async_sequence_logprobs = awaitable(sequence_logprobs)
 
     # ---- below the surface -----------------------------------------------------------------------------------------
 
@@ -261,19 +198,14 @@ class GenerationCalls(EngineClient):
             return self._tokenizer.pad_token_id
         return pad_token_id(self.config.model_path)
 
-    def _whole(self, prepared: PreparedGenerate, limit: float) -> Result | list[Result]:
+    def _whole(
+        self, prepared: PreparedGenerate, timeout_s: float | None, what: str
+    ) -> Asking[Result | list[Result]]:
+        """Send it, and all results once they are there; nothing of it runs on when nobody waits any more."""
+        limit = self._limit(prepared, timeout_s)
         future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
         try:
-            wait(future, limit, "generate")
-        except BaseException:
-            self._abandon(prepared, future)
-            raise
-        return prepared.result()
-
-    async def _async_whole(self, prepared: PreparedGenerate, limit: float) -> Result | list[Result]:
-        future = self._executor.submit(prepared.command, timeout_s=limit, on_chunk=prepared.add)
-        try:
-            await answer_of(future, limit, "generate")
+            yield Sent(future, limit, what)
         except BaseException:
             self._abandon(prepared, future)
             raise
@@ -321,6 +253,9 @@ class GenerationCalls(EngineClient):
         grace_s = min(max(MIN_GRACE_S, 0.1 * limit), LONGEST_S - limit)
         prepared.command = msgspec.structs.replace(prepared.command, grace_s=grace_s)
         return limit + grace_s
+
+
+_generate = definition_of(GenerationCalls.generate)
 
 
 def is_empty(prompt: Any) -> bool:

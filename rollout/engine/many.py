@@ -16,6 +16,7 @@ from .executors.executor import no_answer
 from .generation import GenerationCalls, Result
 from .prepare import PreparedGenerate
 from .resuming import Resumption, is_aborted, joined, resumption
+from .twins import Asking, asks, awaitable, definition_of
 
 Samples = Result | list[Result]
 """What `generate` returns for one prompt: a dictionary, or a list of n."""
@@ -64,6 +65,7 @@ class ManyCalls(GenerationCalls):
         )
         return self._async_completed(prompts, start, max_in_flight)
 
+    @asks
     def resume(
         self,
         results: Sequence[Mapping[str, Any]],
@@ -71,7 +73,7 @@ class ManyCalls(GenerationCalls):
         *,
         min_weight_version: int | None = None,
         timeout_s: float | None = None,
-    ) -> list[Result]:
+    ) -> Asking[list[Result]]:
         """Go on with samples that a pause, an abort or a deadline has ended; the others come back as they are.
 
         results: what `generate(..., return_prompt_token_ids=True)` returned. sampling_params: what it was given, one
@@ -88,25 +90,10 @@ class ManyCalls(GenerationCalls):
         answers = []
         if wanted.rows:
             call = {**wanted.call, "min_weight_version": min_weight_version}
-            answers = self.generate(**call, timeout_s=timeout_s)
+            answers = yield from _generate(self, **call, timeout_s=timeout_s)
         return self._resumed(results, params, wanted, answers)
 
-    async def async_resume(
-        self,
-        results: Sequence[Mapping[str, Any]],
-        sampling_params: Any = None,
-        *,
-        min_weight_version: int | None = None,
-        timeout_s: float | None = None,
-    ) -> list[Result]:
-        """As `resume`, awaitable."""
-        params = self._params_of(results, sampling_params)
-        wanted = resumption(results, params)
-        answers = []
-        if wanted.rows:
-            call = {**wanted.call, "min_weight_version": min_weight_version}
-            answers = await self.async_generate(**call, timeout_s=timeout_s)
-        return self._resumed(results, params, wanted, answers)
+    async_resume = awaitable(resume)
 
     # ---- below the surface -----------------------------------------------------------------------------------------
 
@@ -245,6 +232,7 @@ _Started = tuple[PreparedGenerate, "Future[Any]", float]
 """A prompt that was sent: its results, the end, and how long that may take, in seconds."""
 
 _SIGNATURE = inspect.signature(GenerationCalls.generate)
+_generate = definition_of(GenerationCalls.generate)
 
 
 def _fill(

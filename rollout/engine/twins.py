@@ -8,7 +8,8 @@
 
     async_abort_request = awaitable(abort_request)
 
-What does more than ask the engine has its twin on a thread: `weight_sync.wire.cancellation.threaded`.
+A definition yields what it asks for: a command; a `Sent` one; or a `Form`, to be given whichever of two suits. What
+does more than ask the engine has its twin on a thread: `weight_sync.wire.cancellation.threaded`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,40 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from concurrent.futures import Future
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from weight_sync.wire.cancellation import name_twin
 
+from .asynchronous import answer_of
 from .client import EngineClient
+from .executors.executor import wait
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=EngineClient)
 
 Asking = Generator[Any, Any, R]
-"""The definition of a call: it yields commands, is sent their answers, and returns the call's result."""
+"""The definition of a call: it yields what it asks for, is sent the answers, and returns the call's result. Whatever
+ends the wait for an answer, cancelling included, is raised where it was asked for."""
+
+
+class Sent(NamedTuple):
+    """A command that is under way."""
+
+    future: Future[Any]
+    """Its answer."""
+    timeout_s: float
+    """How long to wait for it."""
+    what: str
+    """What `DeadlineExceeded` calls it."""
+
+
+class Form(NamedTuple):
+    """One of two things, where a call and its twin need different ones."""
+
+    call: Any
+    twin: Any
 
 
 def asks(define: Callable[Concatenate[S, P], Asking[R]]) -> Callable[Concatenate[S, P], R]:
@@ -38,15 +61,23 @@ def asks(define: Callable[Concatenate[S, P], Asking[R]]) -> Callable[Concatenate
     @functools.wraps(define)
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         asking = define(self, *args, **kwargs)
-        limit = limit_of(self, *args, **kwargs)
-        answer = None
-        while True:
-            try:
-                command = asking.send(answer)
-            except StopIteration as end:
-                result: R = end.value
-                return result
-            answer = self._call(command, limit)
+        try:
+            asked = next(asking)
+            while True:
+                try:
+                    if isinstance(asked, Form):
+                        answer = asked.call
+                    elif isinstance(asked, Sent):
+                        answer = wait(*asked)
+                    else:
+                        answer = self._call(asked, limit_of(self, *args, **kwargs))
+                except BaseException as error:
+                    asked = asking.throw(error)
+                else:
+                    asked = asking.send(answer)
+        except StopIteration as end:
+            result: R = end.value
+            return result
 
     signature = inspect.signature(define)
     returned = str(signature.return_annotation).removeprefix("Asking[").removesuffix("]")
@@ -58,24 +89,39 @@ def awaitable(
     call: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     """The twin of a call that `asks`, without a thread. Cancelling it gives up the answer, not what was asked."""
-    define: Callable[Concatenate[S, P], Asking[R]] = inspect.unwrap(call)
+    define = definition_of(call)
     limit_of = _limit_of(define)
 
     @functools.wraps(call)
     async def twin(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         asking = define(self, *args, **kwargs)
-        limit = limit_of(self, *args, **kwargs)
-        answer = None
-        while True:
-            try:
-                command = asking.send(answer)
-            except StopIteration as end:
-                result: R = end.value
-                return result
-            answer = await self._async_call(command, limit)
+        try:
+            asked = next(asking)
+            while True:
+                try:
+                    if isinstance(asked, Form):
+                        answer = asked.twin
+                    elif isinstance(asked, Sent):
+                        answer = await answer_of(*asked)
+                    else:
+                        answer = await self._async_call(asked, limit_of(self, *args, **kwargs))
+                except BaseException as error:
+                    asked = asking.throw(error)
+                else:
+                    asked = asking.send(answer)
+        except StopIteration as end:
+            result: R = end.value
+            return result
 
     named: Callable[Concatenate[S, P], Coroutine[Any, Any, R]] = name_twin(twin, call)
     return named
+
+
+def definition_of(
+    call: Callable[Concatenate[S, P], R],
+) -> Callable[Concatenate[S, P], Asking[R]]:
+    """What a call that `asks` is made from, for another definition to `yield from`."""
+    return inspect.unwrap(call)
 
 
 def _limit_of(define: Callable[..., Any]) -> Callable[..., float | None]:
