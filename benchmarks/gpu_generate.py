@@ -1,7 +1,7 @@
 """`rollout bench gpu-generate`: decode steps, prefill and the RL shape on one device, beside what its memory allows.
 
 The floor of a decode step is the time in which the device reads the weights and the keys and values of each request,
-all once, at the rate of a plain read of its memory, measured here.
+all once, at the rate of a plain read of its memory, measured here; with several ranks each device reads its part.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             chunked_prefill_size=settings.chunked_prefill_size,
             kv_cache_bytes=int(settings.kv_cache_gb * 1e9),
             deterministic=settings.deterministic,
+            tp_size=settings.tp_size,
+            executor="local" if settings.tp_size > 1 else "inline",
+            disable_custom_all_reduce=settings.disable_custom_all_reduce,
         ) as engine:
             numbers["start_s"] = time.perf_counter() - start
             workload = _Workload(engine, settings)
@@ -58,7 +61,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             with screen.progress("decode, prefill, RL", len(settings.batch_sizes) + 2) as advance:
                 for batch in settings.batch_sizes:
                     step = workload.decode(batch)
-                    step["floor_ms"] = 1e3 * floor_bytes(settings, batch) / rate
+                    step["floor_ms"] = 1e3 * floor_bytes(settings, batch) / rate / settings.tp_size
                     numbers["decode"][batch] = step
                     advance(f"batch {batch}: {step['p50_ms']:.2f} ms")
                 numbers["prefill"] = workload.prefill()
@@ -71,7 +74,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
         numbers=numbers,
         headline=_headline(settings, numbers),
         device=torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
-        tables=(_table(numbers),),
+        tables=(_table(numbers, settings.tp_size),),
     )
 
 
@@ -210,7 +213,7 @@ def _headline(settings: GpuGenerateBench, numbers: dict[str, Any]) -> tuple[Head
     return tuple(rows)
 
 
-def _table(numbers: dict[str, Any]) -> Table:
+def _table(numbers: dict[str, Any], num_devices: int) -> Table:
     rows: list[tuple[str, ...]] = [
         (
             f"decode, batch {batch}",
@@ -225,4 +228,5 @@ def _table(numbers: dict[str, Any]) -> Table:
     rows.append(("prefill", f"{prefill['tokens_per_s']:,.0f} tokens/s", "", "", ""))
     rows.append(("RL shape", f"{rl['tokens_per_s']:,.0f} tokens/s", "", "", ""))
     rows.append(("start", f"{numbers['start_s']:.1f} s", "", "", ""))
-    return ("one device", ("", "median", "p99", "floor", "share of floor"), rows)
+    what = "one device" if num_devices == 1 else f"{num_devices} devices"
+    return (what, ("", "median", "p99", "floor", "share of floor"), rows)

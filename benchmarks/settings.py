@@ -207,9 +207,13 @@ class GpuGenerateBench:
     chunked_prefill_size: int = 8192
     """Tokens of a step at most."""
     kv_cache_gb: float = 40.0
-    """Size of the KV pool, units of 1e9 bytes."""
+    """Size of the KV pool of each rank, units of 1e9 bytes."""
+    tp_size: int = 1
+    """Ranks of the engine, a GPU each."""
     deterministic: bool = False
-    """The same bits in any batch."""
+    """Measure the engine that gives the same bits in any batch."""
+    disable_custom_all_reduce: bool = False
+    """Leave all sums over ranks to NCCL."""
     seed: int = 0
     """Of prompts and lengths."""
 

@@ -61,6 +61,8 @@ class EngineConfig:
     """Launch a step before the tokens of the last are known; None: on CUDA."""
     disable_cuda_graph: bool = False
     """On CUDA, launch every kernel of a decode step by itself; starts sooner and needs less memory."""
+    disable_custom_all_reduce: bool = False
+    """On CUDA with several ranks, leave sums of small tensors to NCCL instead of memory that all ranks see."""
     deterministic: bool = False
     """Tokens and log-probabilities of a request have the same bits in any batch, chunking and prefix hit, which are
     those of `trainers_integration.on_policy`. One rank on CUDA; slower."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from weight_sync.process_groups.rendezvous import under
 
 from .frames import decode, encode, new_frame, rest_of
 from .place import Place
+from .small_sums import SmallSums
 from .stateless_process_group import StatelessProcessGroup
 from .tensor_dict import TensorDict, TensorDictHeader, header_of, pack, unpack
 
@@ -49,6 +51,8 @@ class GroupCoordinator(Place):
         """Where the tensors of its collectives are."""
         self._cpu_group = cpu_group
         self._device_group = device_group
+        self._small_sums: SmallSums | None = None
+        self._muted = False
 
     @classmethod
     def create(
@@ -57,10 +61,12 @@ class GroupCoordinator(Place):
         *,
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
+        small_sums: bool = False,
     ) -> Self:
         """Connect the ranks of `group`; called once by each of them. `group` may be closed afterwards on the CPU.
 
-        `timeout_s` is the deadline of a collective that is given none, and of connecting.
+        `timeout_s` is the deadline of a collective that is given none, and of connecting. `small_sums`: on CUDA, small
+        tensors are summed through memory that all ranks see, where the machine has such (`SmallSums`).
         """
         device = torch.device(device)
         if group.world_size == 1:
@@ -84,7 +90,7 @@ class GroupCoordinator(Place):
                     name=group.name,
                     timeout_s=timeout_s,
                 )
-        return cls(
+        made = cls(
             rank=group.rank,
             size=group.world_size,
             name=group.name,
@@ -92,6 +98,9 @@ class GroupCoordinator(Place):
             cpu_group=cpu_group,
             device_group=device_group,
         )
+        if small_sums and device.type == "cuda":
+            made._small_sums = SmallSums.open(made, under(group.store, "sums"), device)
+        return made
 
     @classmethod
     def single(cls, *, device: torch.device | str = "cpu", name: str = "single") -> Self:
@@ -106,12 +115,31 @@ class GroupCoordinator(Place):
         )
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, the same bits on all of them; written in place if `tensor` is contiguous."""
-        if self.size == 1:
+        """The sum over the ranks, the same bits on all of them; may be written in place if `tensor` is contiguous."""
+        if self.size == 1 or self._muted:
             return tensor
         tensor = tensor.contiguous()
+        if self._small_sums is not None and tensor.device == self.device:
+            total = self._small_sums.all_reduce(tensor)
+            if total is not None:
+                return total
         self._on(tensor).all_reduce(tensor)
         return tensor
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory on `device` where the tensor of the next `all_reduce` had better be; None: anywhere."""
+        if self._small_sums is None or self._muted:
+            return None
+        return self._small_sums.room(shape, dtype)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Meanwhile, on any thread, `all_reduce` and `all_gather` of this rank ask nobody, and give anything."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
 
     def reduce_scatter_tensor(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """Fill `output` (contiguous) with this rank's part of the sum over the ranks.
@@ -171,7 +199,8 @@ class GroupCoordinator(Place):
         else:
             tensor = tensor.contiguous()
             gathered = tensor.new_empty((self.size, *tensor.shape))
-            self._on(tensor).all_gather(gathered, tensor)
+            if not self._muted:
+                self._on(tensor).all_gather(gathered, tensor)
         for output, part in zip(
             output_tensor_list or (), gathered, strict=output_tensor_list is not None
         ):

@@ -89,7 +89,7 @@ IGNORED_OPTIONS = (
     *("log_requests_level", "show_time_cost", "enable_metrics", "crash_dump_folder"),
     *("decode_log_interval", "schedule_policy", "schedule_conservativeness", "max_prefill_tokens"),
     *("enable_mixed_chunk", "cuda_graph_max_bs", "cuda_graph_bs", "disable_cuda_graph_padding"),
-    *("disable_custom_all_reduce", "enable_p2p_check", "mm_attention_backend", "sampling_backend"),
+    *("enable_p2p_check", "mm_attention_backend", "sampling_backend"),
     *("grammar_backend", "stream_interval", "sleep_on_idle", "download_dir", "warmups"),
     *("tokenizer_worker_num", "skip_server_warmup", "enable_torch_compile", "enable_nan_detection"),
     *("triton_attention_num_kv_splits", "disable_outlines_disk_cache", "context_parallel_size"),

@@ -108,6 +108,7 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls):
         attention_backend: str = "auto",
         overlap: bool | None = None,
         disable_cuda_graph: bool = False,
+        disable_custom_all_reduce: bool = False,
         deterministic: bool = False,
         enable_return_routed_experts: bool = False,
         enable_prefix_cache: bool = True,

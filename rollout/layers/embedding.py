@@ -41,9 +41,13 @@ class VocabParallelEmbedding(nn.Module):
         """hidden (R, E) -> logits (R, V) in the parameters' dtype, of the full vocabulary on every rank; into `out`."""
         if self.tp.size == 1:
             return self.product(hidden, self.weight, None, out)
-        parts = self.tp.all_gather(self.product(hidden, self.weight), dim=-1)
-        logits = parts[:, : self.vocab_size]
-        return logits if out is None else out.copy_(logits)
+        parts = self.tp.all_gather(self.product(hidden, self.weight)[None], dim=0)
+        if out is None:
+            out = hidden.new_empty((hidden.shape[0], self.vocab_size))
+        rows = self.weight.shape[0]
+        for part, place in zip(parts, out.split(rows, dim=1), strict=False):
+            place.copy_(part[:, : place.shape[1]])
+        return out
 
     def placements(self, prefix: str) -> Iterator[Placement]:
         """The rows of `prefix.weight` that are real tokens, all columns; nothing where this rank has only padding."""

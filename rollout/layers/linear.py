@@ -126,7 +126,8 @@ class RowParallelLinear(nn.Module):
         """x (T, K), this rank's inputs -> (T, N), complete on every rank."""
         if self.tp.size == 1:
             return self.product(x, self.weight, self.bias)
-        total = self.tp.all_reduce(self.product(x, self.weight))
+        room = self.tp.room((x.shape[0], self.out_features), x.dtype)
+        total = self.tp.all_reduce(self.product(x, self.weight, None, room))
         return total if self.bias is None else total.add_(self.bias)
 
     def placements(self, prefix: str) -> Iterator[Placement]:

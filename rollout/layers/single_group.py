@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,12 @@ class TensorParallelGroup(RankOfMany, Protocol):
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks; may be written in place."""
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory where the tensor of the next `all_reduce` had better be; None: anywhere."""
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Meanwhile collectives of this rank ask nobody, and give anything."""
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The ranks' tensors, of equal shapes, side by side along `dim` in rank order."""
@@ -63,6 +70,14 @@ class SingleGroup:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` itself."""
         return tensor
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """None."""
+        return None
+
+    def muted(self) -> AbstractContextManager[None]:
+        """Nothing changes."""
+        return nullcontext()
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """`tensor` itself."""

@@ -5,6 +5,9 @@ a graph reads or writes keeps its address: that buffer, the block tables, the lo
 parameters and the KV pool. Addresses of the last two are looked at before every replay, because giving memory back
 moves them; then the graphs are captured again.
 
+With several ranks the graphs hold their collectives too. All ranks capture the same graphs in the same order, at the
+same step, and lose them together: what a rank would do alone, the others would wait for.
+
 On a CPU the same steps run without a graph (in triton's interpreter), so that they can be tested.
 
 B rows of a graph, of which the last may be padding; W blocks of a table.
@@ -104,6 +107,8 @@ class CudaGraphRunner:
         self._pool: Any = None
         self.capture_s = 0.0
         """Seconds that the last `capture` took."""
+        self.num_captures = 0
+        """How often `capture` was called."""
 
     # ---- before a step -----------------------------------------------------------------------------------------------
 
@@ -117,9 +122,13 @@ class CudaGraphRunner:
         )
 
     def capture(self, progress: Progress | None = None) -> None:
-        """Capture a graph for every batch size, largest first, so that the smaller ones fit into its memory."""
-        self._graphs.clear()
+        """Capture a graph for every batch size, largest first, so that the smaller ones fit into its memory.
+
+        All ranks call it at the same place in their order.
+        """
+        self.forget()
         self._addresses = self._current_addresses()
+        self.num_captures += 1
         start = time.perf_counter()
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -137,8 +146,21 @@ class CudaGraphRunner:
             torch.cuda.current_stream(self._device).wait_stream(stream)
         self.capture_s = time.perf_counter() - start
 
+    @property
+    def moved(self) -> bool:
+        """Parameters or KV pool are not where the graphs have them; where one rank says so, all are to `forget`."""
+        return self._addresses != self._current_addresses()
+
+    def forget(self) -> None:
+        """Let go of all graphs; the next step captures them anew. A communicator ends only after its graphs."""
+        self._graphs.clear()
+        self._addresses = ()
+
     def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
-        """Run every kind once on padding, so that kernels are compiled: side by side, which takes a fraction."""
+        """Run every kind once on padding, so that kernels are compiled: side by side, which takes a fraction.
+
+        Threads have no order among each other, so the ranks do not talk meanwhile.
+        """
 
         inputs = {kind: self._backend.staging.upload(_padding(kind.size)) for kind in kinds}
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -147,8 +169,8 @@ class CudaGraphRunner:
             with torch.cuda.stream(stream), torch.inference_mode():
                 self._body(kind, inputs[kind])
 
-        run(kinds[0])  # most of the kernels
-        with ThreadPoolExecutor(_COMPILERS) as pool:
+        with self._model.tp.muted(), ThreadPoolExecutor(_COMPILERS) as pool:
+            run(kinds[0])  # most of the kernels
             list(pool.map(run, kinds[1:]))
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
@@ -189,12 +211,16 @@ class CudaGraphRunner:
             return self._sampler.fetch(requests) if whole else None
 
     def _run(self, kind: _Kind, inputs: Sequence[torch.Tensor]) -> None:
+        if self.moved:
+            # Other ranks would not notice, and wait for this one's collectives.
+            assert not self._addresses or self._model.tp.size == 1, (
+                "`forget` comes first, on all ranks"
+            )
+            with self._kept_inputs():
+                self.capture()
         if self._device.type != "cuda":
             self._body(kind, inputs)
             return
-        if self._addresses != self._current_addresses():
-            with self._kept_inputs():
-                self.capture()
         if kind not in self._graphs:
             with self._kept_inputs():
                 stream = torch.cuda.Stream(self._device)

@@ -169,6 +169,11 @@ class ModelRunner:
             )
             self.graphs.capture(progress)
 
+    def forget_graphs(self) -> None:
+        """Let go of captured steps; to be called before the ranks' group is closed."""
+        if self.graphs is not None:
+            self.graphs.forget()
+
     @property
     def weight_map(self) -> WeightMap:
         """Where each checkpoint tensor lives in this rank's parameters."""

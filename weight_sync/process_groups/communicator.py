@@ -64,7 +64,8 @@ class Posted:
             self.wait()
             return
         try:
-            self._work.wait()  # orders streams; with a timeout it would wait on the host
+            if self._work is not None:  # None: it is on the current stream
+                self._work.wait()  # orders streams; with a timeout it would wait on the host
         except RuntimeError as error:
             raise self._communicator._error(self._what, error) from error
         finally:
@@ -154,7 +155,7 @@ class Communicator:
 
     def all_reduce(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
         """Replace `tensor` (contiguous) by the sum over the members; the same bits on all of them."""
-        options = self._options(AllreduceOptions(), timeout_s)
+        options = self._in_place(AllreduceOptions(), timeout_s)
         self._run("an all_reduce", lambda backend: backend.allreduce([tensor], options), timeout_s)
 
     def reduce_scatter(
@@ -177,7 +178,7 @@ class Communicator:
         self, output: torch.Tensor, tensor: torch.Tensor, *, timeout_s: float | None = None
     ) -> None:
         """Fill `output` with the members' `tensor`s, one after another in rank order."""
-        options = self._options(AllgatherOptions(), timeout_s)
+        options = self._in_place(AllgatherOptions(), timeout_s)
         self._run(
             "an all_gather",
             lambda backend: backend._allgather_base(as_bytes(output), as_bytes(tensor), options),
@@ -251,6 +252,11 @@ class Communicator:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         options.timeout = timedelta(seconds=max(limit_s, _SHORTEST_S))
         return options
+
+    def _in_place(self, options: Any, timeout_s: float | None) -> Any:
+        """Options of an operation that NCCL is to run on the current stream itself, not on one of its own beside it."""
+        options.asyncOp = False
+        return self._options(options, timeout_s)
 
     def _run(self, what: str, start: Callable[[Any], Any], timeout_s: float | None) -> None:
         self._start(what, start, timeout_s).wait_on_stream()

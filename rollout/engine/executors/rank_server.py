@@ -11,6 +11,7 @@ import torch
 from weight_sync.wire.rpc import RpcServer
 
 from ...config import EngineConfig
+from ...distributed.small_sums import forbid_multicast
 from ...errors import ERRORS
 from ...protocol.wire import REQUEST_TYPES
 from ..loop.build import build_core
@@ -31,6 +32,7 @@ class RankServer:
         if device.type == "cuda":
             # Else what names no GPU would take up memory on the first one.
             torch.cuda.set_device(device)
+            forbid_multicast()
         self._core = build_core(config, spec)
         self._server: RpcServer | None = None
         if spec.rank == 0:

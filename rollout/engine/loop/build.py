@@ -40,7 +40,12 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     spec = spec or RankSpec()
     model_config = ModelConfig.from_folder(config.model_path)
     resolved = resolve(config, model_config, device_of(spec, config.device))
-    ranks = RankGroups.join(spec, resolved.device, config.start_timeout_s)
+    ranks = RankGroups.join(
+        spec,
+        resolved.device,
+        config.start_timeout_s,
+        small_sums=not config.disable_custom_all_reduce,
+    )
     # Free memory differs between ranks, and random seeds do; their block tables and draws must not.
     num_blocks = ranks.order.broadcast_object(resolved.num_blocks, type=int)
     seed = ranks.order.broadcast_object(resolved.seed, type=int)
@@ -105,7 +110,7 @@ def _runner(
                 num_threads=min(16, os.cpu_count() or 1),
             ),
         )
-        if ranks.tp.size == 1 and not config.disable_cuda_graph:
+        if not config.disable_cuda_graph:
             with capture_progress() as progress:
                 runner.init_device_graphs(resolved.context_length, progress)
     except torch.OutOfMemoryError as error:

@@ -493,5 +493,6 @@ class EngineCore:
             while group.opening is not None:  # Those end as soon as they are made.
                 self.post.open_some(group, PIECE)
         self.weights.close()
+        self.runner.forget_graphs()
         self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))

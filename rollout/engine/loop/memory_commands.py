@@ -97,6 +97,9 @@ class MemoryCommands:
             raise failure or RolloutError(
                 "cannot resume memory: another rank of the engine has none"
             )
+        graphs = self._runner.graphs
+        if graphs is not None and self._any_rank(graphs.moved):
+            graphs.forget()
         self._moved()
         self._memory_changed(call, changed, num_bytes)
 

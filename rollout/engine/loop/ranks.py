@@ -72,8 +72,13 @@ class RankGroups:
     weights: GroupCoordinator
 
     @classmethod
-    def join(cls, spec: RankSpec, device: str, timeout_s: float) -> Self:
-        """Meet the other ranks; returns when all have come, or raises `DeadlineExceeded`."""
+    def join(
+        cls, spec: RankSpec, device: str, timeout_s: float, *, small_sums: bool = False
+    ) -> Self:
+        """Meet the other ranks; returns when all have come, or raises `DeadlineExceeded`.
+
+        `small_sums`: see `GroupCoordinator.create`; of the group `tp`.
+        """
 
         def group(name: str, on: str) -> GroupCoordinator:
             if spec.size == 1:
@@ -88,7 +93,12 @@ class RankGroups:
                 served=True,
             )
             with contextlib.closing(meeting):
-                return GroupCoordinator.create(meeting, device=on, timeout_s=SILENCE_S)
+                return GroupCoordinator.create(
+                    meeting,
+                    device=on,
+                    timeout_s=SILENCE_S,
+                    small_sums=small_sums and name == "tp",
+                )
 
         return cls(
             spec=spec,
