@@ -32,7 +32,7 @@ PROMPT = [5, 9, 2, 7, 1, 3, 8, 4, 6, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 STRANGERS = [[1, 2, 3], [4] * 40, PROMPT[:9]]
 
 
-def make_model(family: str, dtype: torch.dtype) -> Any:
+def make_model(family: str, dtype: torch.dtype, **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -47,6 +47,7 @@ def make_model(family: str, dtype: torch.dtype) -> Any:
             "max_position_embeddings": 128,
             "initializer_range": 0.2,
             **FAMILIES[family],
+            **options,
         },
     )
     torch.manual_seed(3)
@@ -153,6 +154,17 @@ def a_model_that_a_trainer_calls(device: torch.device) -> None:
     assert "forward" not in model.__dict__
 
 
+@CHECKS.add()
+def what_it_costs(device: torch.device) -> None:
+    from trainers_integration.on_policy_cost import cost
+
+    found = cost(
+        make_model("llama", torch.float32).to(device), num_sequences=2, length=5, repeats=1
+    )
+    times = {key: value for key, value in found.items() if key.endswith("_ms")}
+    assert len(times) == 4 and min(times.values()) > 0
+
+
 def reference(model: Any, ids: list[int], temperature: float) -> torch.Tensor:
     given = torch.tensor([ids], device=model.device)
     logits = model(given).logits[0, :-1].float() / temperature
@@ -173,6 +185,53 @@ def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_gpu(name: str) -> None:
     CHECKS[name](torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_at_realistic_widths(family: str) -> None:
+    from trainers_integration.on_policy import OnPolicyForward
+
+    model = make_model(
+        family,
+        torch.bfloat16,
+        vocab_size=32_003,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        initializer_range=0.03,
+        use_sliding_window=False,
+        sliding_window=None,
+        layer_types=None,
+    )
+    device = torch.device("cuda")
+    shared = [(7 * i) % 31_999 for i in range(300)]
+    prompts = [[*shared, i] for i in range(6)] + [shared[:70], [3, 1]]
+    with folder_of(model) as folder:
+        with Engine(
+            folder,
+            device="cuda",
+            deterministic=True,
+            skip_tokenizer_init=True,
+            chunked_prefill_size=256,
+            kv_cache_bytes=1 << 28,
+            max_running_requests=64,
+        ) as engine:
+            results = engine.generate(
+                input_ids=prompts,
+                sampling_params={"max_new_tokens": 40, "temperature": 0.8, "ignore_eos": True},
+                return_logprob=True,
+            )
+    forward = OnPolicyForward(model.to(device))
+    sequences = [p + r["output_ids"] for p, r in zip(prompts, results, strict=True)]
+    found = forward(sequences, temperature=0.8)
+    for prompt, result, own in zip(prompts, results, found, strict=True):
+        sampled = [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
+        assert own[len(prompt) - 1 :].tolist() == sampled
 
 
 def test_where_it_cannot_be_held_it_is_refused(tiny_checkpoint: Any) -> None:

@@ -15,6 +15,7 @@ import sys
 import flash_stand_in
 import pytest
 import torch
+from bfloat16_errors import errors_of
 
 from rollout import Engine
 from rollout.errors import ConfigError
@@ -114,6 +115,31 @@ def test_steps_of_an_engine_give_what_those_of_the_triton_backend_give(stand_in,
             strict=True,
         ):
             assert got[0] == pytest.approx(want[0], abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "options"), [("qwen3", {**WINDOWS, "head_dim": 64}), ("llama", {})]
+)
+def test_on_a_gpu_it_attends_as_transformers_does_or_says_why_it_cannot(
+    family, options, tiny_checkpoint
+):
+    from rollout.runner.flash_backend import paged_attention
+
+    folder = tiny_checkpoint(family, max_position_embeddings=1024, **options)
+    if paged_attention() is None:
+        with pytest.raises(ConfigError, match="varlen_attn has no block tables"):
+            Engine(folder, device="cuda", dtype="bfloat16", attention_backend="flash")
+        return
+    for graphs in (True, False):
+        errors = errors_of(
+            *(folder, "cuda"),
+            longest=400,
+            attention_backend="flash",
+            block_size=256,
+            disable_cuda_graph=not graphs,
+        )
+        assert errors.engine <= 1.5 * errors.transformers + 1e-3, errors
 
 
 NEEDS = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64, "block_size": 256}
