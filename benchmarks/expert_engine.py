@@ -39,6 +39,9 @@ class IdleHost:
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """Nothing is derived from them."""
 
+    def label_changed(self, label: str) -> None:
+        """Nobody asks for it."""
+
     def hold_outputs(self) -> None:
         """There are none."""
 

@@ -84,6 +84,9 @@ class IdleLoop:
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """There is nothing to refresh."""
 
+    def label_changed(self, label: str) -> None:
+        """Nobody asks for it."""
+
     def hold_outputs(self) -> None:
         """There are no outputs."""
 

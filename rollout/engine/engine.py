@@ -51,6 +51,7 @@ from .loop.checks import check_start
 from .many import ManyCalls
 from .model_folder import remove_model_folder, write_model_folder
 from .options import OPTIONS, engine_config
+from .tuning import TuningCalls
 from .twins import Asking, asks, awaitable
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ COLLECTIVE_CALLS = (
 )
 
 
-class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls):
+class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

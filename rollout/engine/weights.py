@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,15 @@ from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
 from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.channel import Channel
-from weight_sync.wire.messages import KvPolicyName, VerifyMode
+from weight_sync.wire.messages import KvPolicyName, SetLabel, VerifyMode
 
+from ..errors import InvalidRequestError
 from ..models.model_config import ModelConfig
 from ..protocol.commands import (
     Done,
     GetStatus,
     GetWeights,
+    ResetWeights,
     SaveShardedModel,
     Status,
     WeightValues,
@@ -37,6 +40,7 @@ from ..protocol.commands import (
 from .client import EngineClient
 from .twins import Asking, asks, awaitable
 
+MAX_LABEL_CHARS = 512
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
 #: Keys that callers of the common dialect send and that are honoured by doing nothing, with the values that allow it.
@@ -248,6 +252,39 @@ class WeightCalls(EngineClient):
         return self._publisher.fingerprint()
 
     async_weights_fingerprint = threaded(weights_fingerprint)
+
+    def weights_checksums(self) -> dict[str, int]:
+        """64-bit fingerprint of each resident tensor, by its Hugging Face name."""
+        return self._publisher.tensor_fingerprints()
+
+    async_weights_checksums = threaded(weights_checksums)
+
+    @asks
+    def reset_weights(self) -> Asking[int]:
+        """Overwrite all parameters with noise, as a test whether an update brings everything; returns how many.
+
+        Running requests end; nothing is generated until a complete update has committed. `RolloutError` while an update
+        is under way.
+        """
+        answer: Done = yield ResetWeights()
+        return answer.count
+
+    async_reset_weights = awaitable(reset_weights)
+
+    def update_weight_version(self, new_version: str | int) -> None:
+        """Give the weights that serve another label, from a step boundary on; their number and bytes stay.
+
+        Requests that run go on, and their later tokens are a span with the new label.
+        """
+        label, limit = str(new_version), self.config.request_timeout_s
+        if not 0 < len(label) <= MAX_LABEL_CHARS:
+            raise InvalidRequestError(
+                f"new_version: got {len(label)} characters, expected 1 to {MAX_LABEL_CHARS}"
+            )
+        message = SetLabel(label=label, nonce=secrets.token_hex(8), timeout_s=limit)
+        self.weight_channel().call(message, limit)
+
+    async_update_weight_version = threaded(update_weight_version)
 
     @asks
     def get_weight_version(self) -> Asking[str]:

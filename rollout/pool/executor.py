@@ -44,6 +44,11 @@ T = TypeVar("T")
 
 _EXPIRE_INTERVAL_S = 0.25
 WEIGHT_MESSAGES = get_args(WeightRequest)
+NOTED = (
+    *(cmd.PauseGeneration, cmd.ContinueGeneration, cmd.ReleaseMemory, cmd.ResumeMemory),
+    *(cmd.SlowDown, cmd.SetLimits),
+)
+"""Commands that replicas get too that come later."""
 ABORTED = "generation was paused (mode abort); resubmit prompt plus partial output"
 
 
@@ -307,22 +312,19 @@ class PoolExecutor:
             )
             return
         num = 0
-        loses = isinstance(body, cmd.ReleaseMemory) and not body.keep_weights
-        is_release = loses and "weights" in body.tags
+        leaving = _weights_leave(body)
         replicas = list(self._supervisor.replicas.values())
         if isinstance(body, cmd.GetWeights | cmd.SaveShardedModel):
             serving = self._fleet.serving
             replicas = sorted(replicas, key=lambda replica: replica.number not in serving)[:1]
-        elif isinstance(body, cmd.PauseGeneration | cmd.ContinueGeneration):
+        elif isinstance(body, NOTED):
             self._supervisor.note(body)
-            if isinstance(body, cmd.PauseGeneration) and body.mode == "abort":
-                num = self._dispatcher.expect_aborts(ABORTED)
-        elif isinstance(body, cmd.ReleaseMemory | cmd.ResumeMemory):
-            self._supervisor.note(body)
-            if is_release:
-                # First, so that what the replicas end now waits here instead of going to the next one.
-                self._supervisor.releasing = "the memory of the weights is being released"
-                self._supervisor.reconcile()
+        if isinstance(body, cmd.PauseGeneration) and body.mode == "abort":
+            num = self._dispatcher.expect_aborts(ABORTED)
+        if leaving is not None:
+            # First, so that what the replicas end now waits here instead of going to the next one.
+            self._supervisor.releasing = leaving
+            self._supervisor.reconcile()
         asked = [replica.executor.submit(body, timeout_s=timeout_s) for replica in replicas]
 
         def conclude() -> None:
@@ -339,7 +341,7 @@ class PoolExecutor:
             looked = self._fleet.look()
             looked.add_done_callback(lambda _: self._events.put(released))
 
-        then = look if is_release else conclude
+        then = conclude if leaving is None else look
         when_all_have_answered(asked, self._events.put, then)
 
     def _combined(self, answers: Sequence[Any], num: int) -> Any:
@@ -374,6 +376,15 @@ class PoolExecutor:
             pid=os.getpid(),
             **sums,
         )
+
+
+def _weights_leave(body: Any) -> str | None:
+    """What happens to the replicas' weights by this command, when they are not usable afterwards."""
+    if isinstance(body, cmd.ResetWeights):
+        return "the weights are being reset to noise"
+    if isinstance(body, cmd.ReleaseMemory) and not body.keep_weights and "weights" in body.tags:
+        return "the memory of the weights is being released"
+    return None
 
 
 def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:

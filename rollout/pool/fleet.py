@@ -30,7 +30,7 @@ from weight_sync.errors import (
 )
 from weight_sync.joint.members import Member, left, same
 from weight_sync.joint.service import JointService
-from weight_sync.joint.session import CommitOutcome, JointSession
+from weight_sync.joint.session import CommitOutcome, JointSession, next_version
 from weight_sync.wire import messages as msg
 from weight_sync.wire.process import current_process
 
@@ -181,6 +181,11 @@ class FleetWeights(JointService):
             self._source = None
         return super()._close_arena(message, end)
 
+    def _set_label(self, message: msg.SetLabel, end: float) -> msg.Ack:
+        answer = super()._set_label(message, end)
+        self.served = msgspec.structs.replace(self.served, label=message.label)
+        return answer
+
     def _fingerprint(self, message: msg.GetFingerprint, end: float) -> msg.FingerprintReply:
         serving = [member for member in self._members if self._serves(member)]
         reply = self._one_fingerprint(serving or self._members, message, end)
@@ -191,7 +196,7 @@ class FleetWeights(JointService):
 
     def _begin(self, message: msg.Begin, end: float) -> msg.BeginReply:
         self._ask_those_in_doubt(end)
-        version = self._next_version(message)
+        version = next_version(message, self.served.version)
         try:
             return self._begin_version(message, version, end)
         except StaleVersionError:
@@ -213,21 +218,6 @@ class FleetWeights(JointService):
         # Parts of an update would make a mixture of what a replica that is behind holds.
         members = self._members if message.strict or not serving else serving
         return self._open(message, each, members, end)
-
-    def _next_version(self, request: msg.Begin) -> int:
-        served = self.served.version
-        version = served + 1 if request.version is None else request.version
-        if version <= served:
-            raise StaleVersionError(
-                f"versions only grow: got {version}, expected more than {served}, which is served; leave version out "
-                "to get the next one"
-            )
-        if request.base_version not in (None, served):
-            raise StaleVersionError(
-                f"the update is for another base: got base_version {request.base_version}, expected {served}, which "
-                "is served; ask engine_info() and decide again"
-            )
-        return version
 
     def _make_session(self, messages: dict[Any, msg.Begin], **fields: Any) -> JointSession | None:
         return WatchedSession.begin(self, messages, num_tensors=self._num_tensors, **fields)
@@ -316,6 +306,14 @@ class FleetWeights(JointService):
             fingerprint = catch_up(
                 member, info, self.served, self._source, peers, self._group_host, end
             )
+            if info.version == self.served.version and info.label != self.served.label:
+                # It has had these weights since its start, and does not know what they are called now.
+                member.channel.call(
+                    msg.SetLabel(
+                        label=self.served.label, nonce=secrets.token_hex(8), timeout_s=left(end)
+                    ),
+                    left(end),
+                )
         except Exception as error:
             self._fall_behind(member, error)
             raise

@@ -30,6 +30,8 @@ from ..protocol.commands import (
     PauseGeneration,
     ReleaseMemory,
     ResumeMemory,
+    SetLimits,
+    SlowDown,
 )
 from .config import PoolConfig
 from .dispatcher import Dispatcher
@@ -71,6 +73,7 @@ class Supervisor:
         self._pause: tuple[PauseGeneration, float] | None = None
         self._released: set[MemoryTag] = set()
         self._keeps = False  # The released weights come back as they were.
+        self._tuned: dict[str, SlowDown | SetLimits] = {}
         self._num_started = 0
         self._num_failures = 0
         self._last_error: Exception | None = None
@@ -103,6 +106,11 @@ class Supervisor:
             self._keeps &= "weights" in self._released
             for replica in self.replicas.values():
                 replica.tried = None
+        elif isinstance(command, SlowDown):
+            self._tuned["seconds"] = command
+        elif isinstance(command, SetLimits):  # One by one: each may be refused alone.
+            given = {n: v for n, v in msgspec.structs.asdict(command).items() if v is not None}
+            self._tuned |= {name: SetLimits(**{name: value}) for name, value in given.items()}
         else:
             self._pause = None
 
@@ -198,6 +206,8 @@ class Supervisor:
             released = ReleaseMemory(tags=sorted(self._released), keep_weights=self._keeps)
             told.append(released)
         limit = self._config.health_timeout_s
+        for command in self._tuned.values():  # What one replica refuses, all have refused.
+            executor.submit(command, timeout_s=limit)
         asked = [executor.submit(command, timeout_s=limit) for command in told]
         when_all_have_answered(asked, self._post, lambda: self._told(replica, asked))
 

@@ -108,6 +108,22 @@ class StopProfile(Message, frozen=True, kw_only=True):
     """Write the profile, a file for each rank on its host; answered by `ProfileWritten`."""
 
 
+class SlowDown(Message, frozen=True, kw_only=True):
+    """Wait before every step, so that others can be tested with an engine that is slow."""
+
+    seconds: Annotated[float, Meta(ge=0, le=10)]
+    """How long; 0: not any more. Commands wait as long."""
+
+
+class SetLimits(Message, frozen=True, kw_only=True):
+    """Other limits of a step from now on, up to those of the start; None: leave it as it is."""
+
+    max_running_requests: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    """Requests that hold KV at once; those beyond are queued again, the last first."""
+    chunked_prefill_size: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    """Tokens of a step."""
+
+
 class RecordExperts(Message, frozen=True, kw_only=True):
     """Count which experts tokens go to; refused where the model has none. "dump" is answered by `ExpertCounts`."""
 
@@ -139,6 +155,10 @@ class SaveShardedModel(Message, frozen=True, kw_only=True):
     """Names of the files, with `{rank}` and `{part}`; None: the usual ones."""
     max_size: Annotated[int, Meta(gt=0, lt=1 << 62)] | None = None
     """Bytes of tensors in a file; None: 5 GiB."""
+
+
+class ResetWeights(Message, frozen=True, kw_only=True):
+    """Overwrite all parameters with noise: nothing is generated until a complete update has come."""
 
 
 class ReleaseMemory(Message, frozen=True, kw_only=True):
@@ -365,9 +385,12 @@ Command = (
     | StartProfile
     | StopProfile
     | FreezeGc
+    | SlowDown
+    | SetLimits
     | RecordExperts
     | GetWeights
     | SaveShardedModel
+    | ResetWeights
     | ReleaseMemory
     | ResumeMemory
     | GetStatus

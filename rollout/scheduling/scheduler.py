@@ -2,7 +2,7 @@
 
 Order of calls, all on the engine loop's thread: `schedule` -> the runner's forward -> `complete` -> one `append_token`
 per row that draws -> `finish` for requests that ended. Between two steps, anything else: `add`, `abort`,
-`retract_all`, `recompute_all`, a change of weights.
+`retract_all`, `recompute_all`, `limit`, a change of weights.
 
 A drawn token may be appended as `PENDING` and put in its place later, but before the `complete` that follows; then the
 requests that it ends are finished, and `complete` leaves them out. Between two steps no token is pending.
@@ -150,6 +150,14 @@ class Scheduler:
     def _promote(self, group: SampleGroup) -> None:
         group.leader = group.parked.pop(0)
         self._queue.push(group.leader)
+
+    def limit(self, config: SchedulerConfig) -> None:
+        """Other limits from the next step on; running requests beyond them wait again, those that came last first."""
+        self.config = config
+        self._max_running = min(config.max_running_requests, config.chunked_prefill_size)
+        self._stalled = None
+        while len(self._running) > self._max_running:
+            self._retract(max(self._running, key=lambda request: request.arrival))
 
     # A step -----------------------------------------------------------------------------------------------------------
 

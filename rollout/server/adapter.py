@@ -248,6 +248,20 @@ class HttpServerEngineAdapter(EngineBase):
         label: str = self._get("/get_weight_version")["weight_version"]
         return label
 
+    def update_weight_version(self, new_version: str | int) -> None:
+        """Give the weights that serve another label."""
+        self._post("/update_weight_version", {"new_version": new_version})
+
+    def weights_checksums(self) -> dict[str, int]:
+        """64-bit fingerprint of each resident tensor, by its Hugging Face name."""
+        found = self._post("/weights_checker", {"action": "checksum"})["checksums"]
+        return {name: int(value, 16) for name, value in found.items()}
+
+    def reset_weights(self) -> int:
+        """Overwrite all parameters with noise; returns how many."""
+        num: int = self._post("/weights_checker", {"action": "reset"})["num_parameters"]
+        return num
+
     @property
     def version(self) -> int:
         """Its number."""
@@ -288,6 +302,14 @@ class HttpServerEngineAdapter(EngineBase):
         """Make released memory usable again."""
         return self._changed("/resume_memory_occupation", tags)
 
+    def slow_down(self, forward_sleep_time: float | None) -> None:
+        """Wait so many seconds before every step; None or 0 ends it."""
+        self._post("/slow_down", {"forward_sleep_time": forward_sleep_time})
+
+    def set_internal_state(self, server_args: Mapping[str, Any]) -> None:
+        """Change options of the running engine."""
+        self._post("/set_internal_state", {"server_args": dict(server_args)})
+
     def get_server_info(self) -> dict[str, Any]:
         """The resolved configuration, sizes and counts."""
         info: dict[str, Any] = self._get("/server_info")
@@ -314,6 +336,11 @@ class HttpServerEngineAdapter(EngineBase):
     async_get_weights_by_name = threaded(get_weights_by_name)
     async_weights_fingerprint = threaded(weights_fingerprint)
     async_get_weight_version = threaded(get_weight_version)
+    async_update_weight_version = threaded(update_weight_version)
+    async_weights_checksums = threaded(weights_checksums)
+    async_reset_weights = threaded(reset_weights)
+    async_slow_down = threaded(slow_down)
+    async_set_internal_state = threaded(set_internal_state)
     async_pause_generation = threaded(pause_generation)
     async_continue_generation = threaded(continue_generation)
     async_abort_request = threaded(abort_request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
@@ -160,14 +160,31 @@ async def configure_logging(ask: Ask) -> Response:
     return done("configured")
 
 
+class SlowBody(Body):
+    """How slow."""
+
+    forward_sleep_time: float | None = None
+    """Seconds to wait before each step, at most 10; null or 0: none."""
+
+
 async def slow_down(ask: Ask) -> Response:
     """Make the engine slower, to test what others do then."""
-    raise not_implemented("/slow_down")
+    seconds = ask.body.forward_sleep_time
+    await ask.state.engine.async_slow_down(seconds)
+    return done(f"waiting {seconds:g} s before each step" if seconds else "as fast as it can")
+
+
+class StateBody(Body):
+    """Options of the engine that are to change."""
+
+    server_args: dict[str, Any]
+    """`max_running_requests`, `chunked_prefill_size`: up to what they were at the start."""
 
 
 async def set_internal_state(ask: Ask) -> Response:
-    """Change options of a running engine."""
-    raise not_implemented("/set_internal_state")
+    """Change options of the running engine; `/server_info` tells them."""
+    await ask.state.engine.async_set_internal_state(ask.body.server_args)
+    return done("changed", updated=True, server_args=ask.body.server_args)
 
 
 _BOTH = ("GET", "POST")
@@ -202,6 +219,18 @@ ROUTES = (
         admin=True,
         statuses=(501,),
     ),
-    Route(path="/slow_down", handler=slow_down, admin=True, statuses=(501,)),
-    Route(path="/set_internal_state", handler=set_internal_state, admin=True, statuses=(501,)),
+    Route(
+        path="/slow_down",
+        handler=slow_down,
+        methods=("POST", "PUT"),
+        body=SlowBody,
+        admin=True,
+    ),
+    Route(
+        path="/set_internal_state",
+        handler=set_internal_state,
+        methods=("POST", "PUT"),
+        body=StateBody,
+        admin=True,
+    ),
 )

@@ -22,8 +22,8 @@ class ServerState:
         self.record = Record()
         self.tokenizer = None if engine.tokenizer is None else Tokenizer.around(engine.tokenizer)
         self.calls = Calls(engine, config, self.tokenizer, self.record)
-        self.fingerprint_snapshot: int | None = None
-        """What `/weights_checker` was told to remember."""
+        self.weights_snapshot: dict[str, int] | None = None
+        """Fingerprints by tensor that `/weights_checker` was told to remember."""
         self.started = int(time.time())
         """Seconds since the epoch."""
         self.metrics: Any = None

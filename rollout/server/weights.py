@@ -14,10 +14,12 @@ from weight_sync.wire.messages import KvPolicyName, VerifyMode
 
 from .bodies import Body
 from .payload import SharedMemory, TensorRecord, named_tensors
-from .replies import HttpError, done, json_reply, not_implemented
+from .replies import HttpError, done, json_reply
 from .routing import Ask, Route
 
 Label = str | int
+_MOST_NAMES = 20
+"""Tensors that an error names."""
 
 
 def _committed(ask: Ask, report: SyncReport) -> Response:
@@ -179,9 +181,21 @@ async def get_weight_version(ask: Ask) -> Response:
     )
 
 
+class LabelBody(Body):
+    """Another label."""
+
+    new_version: Label
+    abort_all_requests: bool = False
+    """End everybody's requests first; else they go on, and their later tokens have the new label."""
+
+
 async def update_weight_version(ask: Ask) -> Response:
-    """Give the present weights another label."""
-    raise not_implemented("/update_weight_version: pass weight_version with an update instead")
+    """Give the weights that serve another label; their number and bytes stay."""
+    if ask.body.abort_all_requests:
+        await ask.state.calls.abort_all()
+    await ask.state.engine.async_update_weight_version(ask.body.new_version)
+    label = str(ask.body.new_version)
+    return done(f"the weights are called {label}", new_version=label)
 
 
 class NameBody(Body):
@@ -210,26 +224,40 @@ async def weights_fingerprint(ask: Ask) -> Response:
 class CheckerBody(Body):
     """What to do."""
 
-    action: Literal["snapshot", "compare", "checksum", "reset_tensors", "reset"] = "checksum"
+    action: Literal["snapshot", "reset", "reset_tensors", "compare", "checksum"] = "checksum"
+    """"reset" and "reset_tensors" are the same."""
 
 
 async def weights_checker(ask: Ask) -> Response:
-    """Remember the fingerprint of the weights, compare with it, or tell it."""
-    action = ask.body.action
+    """Remember the fingerprints of all tensors, overwrite them with noise, compare with what was remembered, tell."""
+    action, engine, state = ask.body.action, ask.state.engine, ask.state
     if action in ("reset", "reset_tensors"):
-        raise not_implemented("reset: overwriting weights with noise")
-    value = await ask.state.engine.async_weights_fingerprint()
-    kept = ask.state.fingerprint_snapshot
+        num = await engine.async_reset_weights()
+        return done(f"{num} parameters are noise; push a complete update", num_parameters=num)
+    values = await engine.async_weights_checksums()
     if action == "snapshot":
-        ask.state.fingerprint_snapshot = value
-        return done("remembered", fingerprint=value)
+        state.weights_snapshot = values
+        return done(f"remembered {len(values)} tensors", num_tensors=len(values))
     if action == "compare":
+        kept = state.weights_snapshot
         if kept is None:
             raise HttpError(400, "compare: got no snapshot, expected one; take it first")
-        if kept != value:
-            raise HttpError(400, f"the weights differ: got {value:016x}, expected {kept:016x}")
-        return done("the weights are the same", fingerprint=value)
-    return done("computed", fingerprint=value, checksum=f"{value:016x}")
+        different = [name for name, value in values.items() if kept.get(name) != value]
+        if different:
+            raise HttpError(
+                400,
+                f"{len(different)} of {len(values)} tensors differ from the snapshot: "
+                + ", ".join(different[:_MOST_NAMES])
+                + (", ..." if len(different) > _MOST_NAMES else ""),
+            )
+        return done(f"all {len(values)} tensors are as in the snapshot", num_tensors=len(values))
+    whole = await engine.async_weights_fingerprint()
+    return done(
+        "computed",
+        fingerprint=whole,
+        checksum=f"{whole:016x}",
+        checksums={name: f"{value:016x}" for name, value in values.items()},
+    )
 
 
 _READ = ("GET", "POST")
@@ -283,9 +311,7 @@ ROUTES = (
         admin=True,
     ),
     Route(path="/get_weight_version", handler=get_weight_version, methods=("GET",)),
-    Route(
-        path="/update_weight_version", handler=update_weight_version, admin=True, statuses=(501,)
-    ),
+    Route(path="/update_weight_version", handler=update_weight_version, body=LabelBody, admin=True),
     Route(
         path="/get_weights_by_name",
         handler=get_weights_by_name,
@@ -294,11 +320,5 @@ ROUTES = (
         admin=True,
     ),
     Route(path="/weights_fingerprint", handler=weights_fingerprint, methods=_READ, admin=True),
-    Route(
-        path="/weights_checker",
-        handler=weights_checker,
-        body=CheckerBody,
-        admin=True,
-        statuses=(501,),
-    ),
+    Route(path="/weights_checker", handler=weights_checker, body=CheckerBody, admin=True),
 )

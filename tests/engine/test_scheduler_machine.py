@@ -135,7 +135,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if batch is None:
             assert not scheduler.has_work
             return
-        assert batch.num_tokens == sum(item.length for item in batch.items) <= 9
+        assert batch.num_tokens == sum(item.length for item in batch.items)
+        assert batch.num_tokens <= scheduler.config.chunked_prefill_size
         assert all(item.length == 1 and item.samples for item in batch.items[: batch.num_decodes])
         if oldest is not None:
             assert oldest.status is RequestStatus.RUNNING, "the first to come is never retracted"
@@ -185,6 +186,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def retract_all(self) -> None:
         self.scheduler.retract_all()
         assert self.scheduler.num_running == 0
+
+    @rule(max_running=st.integers(1, 5), chunk=st.integers(1, 9))
+    def limit(self, max_running: int, chunk: int) -> None:
+        config = SchedulerConfig(max_running_requests=max_running, chunked_prefill_size=chunk)
+        self.scheduler.limit(config)
 
     @rule(policy=st.sampled_from(["keep", "recompute", "flush"]))
     def change_weights(self, policy: str) -> None:

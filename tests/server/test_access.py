@@ -31,6 +31,10 @@ ADMIN_ONLY = [
     ("POST", "/resume_memory_occupation", {}),
     ("POST", "/start_profile", {}),
     ("POST", "/flush_cache", {}),
+    ("POST", "/update_weight_version", {}),
+    ("POST", "/slow_down", {}),
+    ("POST", "/set_internal_state", {"server_args": {}}),
+    ("POST", "/weights_checker", {}),
     ("GET", "/flush_cache", None),
     ("POST", "/abort_request", {"abort_all": True}),
 ]

@@ -12,6 +12,7 @@ from rollout.errors import (
     InvalidRequestError,
     ManifestMismatch,
     RolloutError,
+    TornWeightsError,
     WeightUpdateError,
 )
 from rollout.server import HttpServerEngineAdapter
@@ -131,6 +132,26 @@ def test_pauses_aborts_memory_and_caches(adapter, until):
     assert adapter.resume_memory_occupation(["kv_cache"])["num_bytes"] > 0
     adapter.flush_cache()
     assert adapter.get_model_info()["model_type"] == "qwen3"
+
+
+def test_labels_noise_limits_and_delays(adapter, other):
+    adapter.update_weights_from_tensor(other, weight_version="a")
+    adapter.update_weight_version("b")
+    assert adapter.get_weight_version() == "b"
+    before = adapter.weights_checksums()
+    assert before.keys() == other.keys()
+    assert adapter.reset_weights() > 0
+    with pytest.raises(TornWeightsError, match="noise"):
+        adapter.generate(input_ids=[1])
+    adapter.update_weights_from_tensor(other)
+    assert adapter.weights_checksums() == before
+    most = adapter.get_server_info()["max_running_requests"]
+    adapter.set_internal_state({"max_running_requests": 2})
+    assert adapter.get_server_info()["max_running_requests"] == 2
+    adapter.set_internal_state({"max_running_requests": most})
+    with pytest.raises(InvalidRequestError, match="forward_sleep_time"):
+        adapter.slow_down(-1.0)
+    adapter.slow_down(0)
 
 
 def test_twins_of_control_calls_are_awaitable(adapter, folder):

@@ -113,7 +113,7 @@ def test_a_body_that_is_no_object_is_answered_with_400(http, content):
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [("/generate", {"input_embeds": [[0.5]]}), ("/generate_from_file", {}), ("/slow_down", {})],
+    [("/generate", {"input_embeds": [[0.5]]}), ("/generate_from_file", {})],
 )
 def test_what_the_engine_does_not_have_is_answered_with_501(http, path, body):
     reply = http.post(path, json=body)

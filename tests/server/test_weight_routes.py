@@ -2,6 +2,7 @@
 
 import base64
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -269,13 +270,73 @@ def test_a_pickle_that_would_run_something_is_refused_and_not_run(http, tmp_path
     assert not witness.exists()
 
 
-def test_the_checker_remembers_and_compares(http):
-    assert http.post("/weights_checker", json={"action": "snapshot"}).json()["success"] is True
-    assert http.post("/weights_checker", json={"action": "compare"}).status_code == 200
+def check(http, action):
+    return http.post("/weights_checker", json={"action": action})
+
+
+def test_the_checker_finds_what_an_update_does_not_bring(http, folder, other):
+    _, tensors = other
+    first = check(http, "checksum").json()
+    assert first["checksum"] == http.get("/weights_fingerprint").json()["hex"]
+    assert set(first["checksums"]) == set(tensors)
+    assert check(http, "snapshot").json()["num_tensors"] == len(tensors)
+    assert check(http, "compare").status_code == 200
     post_msgpack(http, "/update_weights_from_tensor", {"tensors": [norm(0.25)]}).raise_for_status()
-    reply = http.post("/weights_checker", json={"action": "compare"})
-    assert reply.status_code == 400 and "differ" in reply.json()["message"]
-    assert "checksum" in http.post("/weights_checker", json={"action": "checksum"}).json()
+    reply = check(http, "compare")
+    assert reply.status_code == 400 and f"1 of {len(tensors)} tensors" in reply.json()["message"]
+    assert NORM in reply.json()["message"]
+    assert check(http, "reset").json()["success"] is True
+    assert http.post("/generate", json=ASK).status_code == 503
+    reply = check(http, "compare").json()["message"]
+    assert f"{len(tensors)} of {len(tensors)} tensors" in reply and reply.endswith(", ...")
+    http.post("/update_weights_from_disk", json={"model_path": str(folder)}).raise_for_status()
+    assert check(http, "compare").status_code == 200
+    assert check(http, "checksum").json()["checksums"] == first["checksums"]
+
+
+def test_the_weights_that_serve_get_another_label(http):
+    before = http.get("/weights_fingerprint").json()
+    answer = http.post("/update_weight_version", json={"new_version": 99}).json()
+    assert answer["success"] is True and answer["new_version"] == "99"
+    assert http.get("/get_weight_version").json()["weight_version"] == "99"
+    meta = http.post("/generate", json=ASK).json()["meta_info"]
+    assert [span["version"] for span in meta["weight_versions"]] == ["99"]
+    assert http.get("/weights_fingerprint").json() == before
+    for body in ({}, {"new_version": ""}, {"new_version": "x" * 600}, {"new_version": ["a"]}):
+        assert http.post("/update_weight_version", json=body).status_code == 400
+
+
+def test_a_new_label_may_end_what_runs(http, until):
+    http.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(http.post("/generate", json=ASK).json()))
+    thread.start()
+    try:
+        until("it is there", lambda: http.get("/get_load").json()[0]["num_reqs"] == 1)
+        body = {"new_version": "later", "abort_all_requests": True}
+        http.post("/update_weight_version", json=body).raise_for_status()
+        thread.join(60)
+    finally:
+        http.post("/continue_generation", json={})
+    assert found[0]["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_an_engine_is_slowed_down_and_its_limits_are_changed(http):
+    body = {"forward_sleep_time": 0.05}
+    assert http.post("/slow_down", json=body).json()["success"] is True
+    start = time.monotonic()
+    http.post("/generate", json=ASK).raise_for_status()
+    assert time.monotonic() - start >= 8 * 0.05
+    http.post("/slow_down", json={"forward_sleep_time": None}).raise_for_status()
+    assert http.post("/slow_down", json={"forward_sleep_time": 1e9}).status_code == 400
+    before = http.get("/server_info").json()["max_running_requests"]
+    body = {"server_args": {"max_running_requests": 3}}
+    assert http.post("/set_internal_state", json=body).json()["updated"] is True
+    assert http.get("/server_info").json()["max_running_requests"] == 3
+    body = {"server_args": {"max_running_requests": before}}
+    http.post("/set_internal_state", json=body).raise_for_status()
+    reply = http.post("/set_internal_state", json={"server_args": {"tp_size": 2}})
+    assert reply.status_code == 400 and "tp_size" in reply.json()["message"]
 
 
 def test_requests_run_through_an_update_and_tell_their_versions(http, other, until):

@@ -169,6 +169,9 @@ class ToyHost:
         self.torn = None
         self.events.append(("written", version, label, kv_policy))
 
+    def label_changed(self, label: str) -> None:
+        self.events.append(("label", label))
+
     def hold_outputs(self) -> None:
         self._maybe_fail("hold_outputs")
         self.events.append("hold")

@@ -73,6 +73,7 @@ class JointService:
             msg.Vote: self._in_session,
             msg.Abort: self._abort,
             msg.Commit: self._commit,
+            msg.SetLabel: self._set_label,
             msg.GetFingerprint: self._fingerprint,
         }
         self._vote_ends: float | None = None  # while a vote waits for its commit
@@ -164,6 +165,13 @@ class JointService:
 
     def _close_arena(self, message: msg.CloseArena, end: float) -> msg.Ack:
         return self._arenas.close(message, self._members, end)
+
+    def _set_label(self, message: msg.SetLabel, end: float) -> msg.Ack:
+        answers = self._ask(same(self._members, message), end)
+        answers.raise_refusal()
+        if not self.spare:
+            answers.raise_loss()
+        return msg.Ack()
 
     def _fingerprint(self, message: msg.GetFingerprint, end: float) -> msg.FingerprintReply:
         return self._one_fingerprint(self._members, message, end)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from ..errors import EngineDiedError, SessionError, WeightUpdateError
+from ..errors import EngineDiedError, SessionError, StaleVersionError, WeightUpdateError
 from ..wire.messages import (
     Abort,
     Begin,
@@ -256,3 +256,19 @@ class JointSession:
         for member in answers.gone:
             self.epochs.pop(member, None)
         return answers
+
+
+def next_version(request: Begin, served: int) -> int:
+    """The version that `request` asks for where `served` serves; `StaleVersionError` where that cannot be."""
+    version = served + 1 if request.version is None else request.version
+    if version <= served:
+        raise StaleVersionError(
+            f"versions only grow: got {version}, expected more than {served}, which is served; leave version out to "
+            "get the next one"
+        )
+    if request.base_version not in (None, served):
+        raise StaleVersionError(
+            f"the update is for another base: got base_version {request.base_version}, expected {served}, which is "
+            "served; ask engine_info() and decide again"
+        )
+    return version

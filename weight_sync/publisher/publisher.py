@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
 
 from ..errors import ArenaGoneError, DeadlineExceeded, SessionError
@@ -275,6 +276,15 @@ class WeightPublisher:
         with self._turn(deadline):
             reply: FingerprintReply = deadline.call(self._endpoint.channel(), GetFingerprint())
             return reply.fingerprint
+
+    def tensor_fingerprints(self) -> dict[str, int]:
+        """The same of each tensor, by its canonical name."""
+        deadline = Deadline(self._timeout_s)
+        with self._turn(deadline):
+            names = self._endpoint.hello(deadline).manifest.names
+            reply: FingerprintReply = deadline.call(self._endpoint.channel(), GetFingerprint())
+            values = np.frombuffer(reply.tensors, dtype="<u8").tolist()
+            return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
         """End an open session, give the arena and the connection back. Safe to repeat; the engine goes on.

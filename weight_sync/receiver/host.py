@@ -38,6 +38,9 @@ class WeightHost(Protocol):
         default). After a roll-back it comes with the previous version and "flush": nothing that was computed with the
         undone version may be used again."""
 
+    def label_changed(self, label: str) -> None:
+        """What serves is called `label` from now on; bytes and version are the same."""
+
     def hold_outputs(self) -> None:
         """Keep back every token that is sampled from now on."""
 

@@ -9,6 +9,7 @@ One session at a time; every message names its session and epoch, and messages o
 its end. All methods run on one thread, the service's; only the write happens on the engine loop's.
 """
 
+import dataclasses
 import logging
 import secrets
 import time
@@ -21,11 +22,11 @@ import torch
 from ..errors import (
     ProtocolError,
     SessionError,
-    StaleVersionError,
     SyncError,
     TornWeightsError,
     WeightUpdateError,
 )
+from ..joint.session import next_version
 from ..layout.manifest import Manifest
 from ..layout.weight_map import WeightMap
 from ..plan.encoding import FULL, Encoding
@@ -45,6 +46,7 @@ from ..wire.messages import (
     FingerprintReply,
     IgnoredReply,
     Receive,
+    SetLabel,
 )
 from ..wire.process import current_process, why_dead
 from .agreement import RankAgreement, SoloAgreement
@@ -194,7 +196,7 @@ class WeightReceiver:
         self.sweep(asked=True)
         if self._session is not None:
             raise self._session.busy()
-        version = self._next_version(request)
+        version = next_version(request, self.version)
         if request.verify == "overlapped" and self._agreement.size > 1:
             raise WeightUpdateError(
                 f"verify: got 'overlapped' with {self._agreement.size} ranks, expected 'pause'; overlapped "
@@ -360,6 +362,15 @@ class WeightReceiver:
         if self._committing == session_id and self.rank == 0:
             self._host.forgo(boundary_name(session_id))
 
+    def set_label(self, message: SetLabel) -> None:
+        """Another label for what serves; on this thread, so that no commit restores the old one behind its back."""
+
+        def write() -> None:
+            self._set_served(dataclasses.replace(self._served, label=message.label))
+            self._host.label_changed(message.label)
+
+        self._host.between_steps(write, message.timeout_s, f"label/{message.nonce}")
+
     def lose_weights(self, reason: str) -> None:
         """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.
 
@@ -457,20 +468,6 @@ class WeightReceiver:
         session.end()
         self._session = None
         self._endings.note(session.request, reason)
-
-    def _next_version(self, request: Begin) -> int:
-        version = self.version + 1 if request.version is None else request.version
-        if version <= self.version:
-            raise StaleVersionError(
-                f"versions only grow: got {version}, expected more than {self.version}, which is served; "
-                "leave version out to get the next one"
-            )
-        if request.base_version is not None and request.base_version != self.version:
-            raise StaleVersionError(
-                f"the update is for another base: got base_version {request.base_version}, expected "
-                f"{self.version}, which is served; ask engine_info() and decide again"
-            )
-        return version
 
     def _set_served(self, served: Served) -> None:
         self._served = served

@@ -40,6 +40,7 @@ from ..wire.messages import (
     LocalHandle,
     OpenArena,
     Receive,
+    SetLabel,
     SharedMemoryHandle,
     Vote,
 )
@@ -77,6 +78,7 @@ class WeightService:
             LeaveGroup: self._leave,
             Receive: lambda m: receiver.receive(m, self._groups.get(m.group_name)),
             Abort: self._abort,
+            SetLabel: self._set_label,
             GetFingerprint: lambda _: receiver.fingerprint(),
         }
         self._queue = CallQueue(
@@ -184,6 +186,10 @@ class WeightService:
 
     def _abort(self, message: Abort) -> Ack:
         self.receiver.abort(message.session_id, message.epoch, message.reason)
+        return Ack()
+
+    def _set_label(self, message: SetLabel) -> Ack:
+        self.receiver.set_label(message)
         return Ack()
 
     def _open(self, handle: ArenaHandle) -> OpenedArena:

@@ -7,6 +7,7 @@
     Begin                   BeginReply
     Bucket, Receive         BucketReply, BucketReply
     Vote, Commit, Abort     Ack, CommitReply, Ack
+    SetLabel                Ack
     GetFingerprint          FingerprintReply
 
 Any of them may be answered with `ErrorReply` instead. Per-tensor columns travel as packed little-endian arrays
@@ -380,6 +381,17 @@ class Abort(Message, frozen=True, kw_only=True):
     """For the log and for later messages of the same session."""
 
 
+class SetLabel(Message, frozen=True, kw_only=True):
+    """Call the weights that serve by another label, from a step boundary on; their bytes and their number stay."""
+
+    label: Label
+    """The new one."""
+    nonce: SessionId
+    """Random: what the step boundary is called on all ranks."""
+    timeout_s: Seconds
+    """Give up when the engine does not reach a step boundary within this time."""
+
+
 class GetFingerprint(Message, frozen=True, kw_only=True):
     """Read what is resident."""
 
@@ -421,6 +433,7 @@ WeightRequest = (
     | Vote
     | Commit
     | Abort
+    | SetLabel
     | GetFingerprint
 )
 WeightReply = (

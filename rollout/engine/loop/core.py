@@ -45,6 +45,7 @@ from .ranks import FOLLOW_S, HEARTBEAT_S, GroupAgreement, RankGroups, TickGroup
 from .sample_state import GenerateGroup
 from .throughput_log import ThroughputLog
 from .ticks import Action, Boundaries, NullCall, TickLink, for_nobody
+from .tuning import Tuning
 from .watch import Watch
 from .weight_host import EngineWeightHost, syncs_seen
 
@@ -124,21 +125,18 @@ class EngineCore:
         self._watch = Watch(config.user.progress_timeout_s)
         self._closed = threading.Event()
         self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
-        self._memory_commands = MemoryCommands(
-            self.memory, runner, scheduler, self.receiver, ranks.order, self._watch.moved
-        )
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
             cmd.AbortRequests: self._abort,
             cmd.PauseGeneration: self._pause,
             cmd.ContinueGeneration: self._continue,
             cmd.FlushCache: self._flush,
-            cmd.GetWeights: self._memory_commands.get_weights,
-            cmd.SaveShardedModel: self._memory_commands.save,
-            cmd.ReleaseMemory: self._memory_commands.release,
-            cmd.ResumeMemory: self._memory_commands.resume,
             cmd.GetStatus: self._status,
             cmd.Shutdown: self._shutdown,
+            **MemoryCommands(
+                self.memory, runner, scheduler, self.receiver, ranks.order, self._watch.moved
+            ).handlers(),
+            **Tuning(self.pipeline, scheduler).handlers(),
             **observers(self.pipeline, runner, ranks.spec.rank),
         }
 
@@ -470,7 +468,7 @@ class EngineCore:
             num_waiting=self._num_waiting,
             num_free_blocks=kv.num_available,
             num_blocks=self.config.num_blocks,
-            resolved={**user, **resolved},
+            resolved={**user, **resolved, **msgspec.to_builtins(self.scheduler.config)},
             pid=self.admission.pid,
             engine_id=self.receiver.engine_id,
             num_decoded_tokens=self._throughput.num_decoded,

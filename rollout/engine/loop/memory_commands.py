@@ -38,8 +38,17 @@ class MemoryCommands:
         self._order = order
         self._moved = moved
 
-    def get_weights(self, call: Call) -> None:
-        """`cmd.GetWeights`."""
+    def handlers(self) -> dict[type, Callable[[Call], None]]:
+        """By command."""
+        return {
+            cmd.GetWeights: self._get_weights,
+            cmd.SaveShardedModel: self._save,
+            cmd.ResetWeights: self._reset,
+            cmd.ReleaseMemory: self._release,
+            cmd.ResumeMemory: self._resume,
+        }
+
+    def _get_weights(self, call: Call) -> None:
         if "weights" in self._memory.released:
             raise RolloutError(
                 "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
@@ -50,8 +59,7 @@ class MemoryCommands:
         rows = rows.float().cpu().contiguous()
         call.reply(cmd.WeightValues(shape=list(rows.shape), data=rows.numpy().tobytes()))
 
-    def save(self, call: Call) -> None:
-        """`cmd.SaveShardedModel`; generation waits meanwhile."""
+    def _save(self, call: Call) -> None:
         if (torn := self._receiver.torn) is not None or "weights" in self._memory.released:
             raise RolloutError(
                 f"cannot save weights: they are not whole ({torn or 'their memory is released'}); push a complete "
@@ -67,8 +75,21 @@ class MemoryCommands:
             raise failure or RolloutError(f"cannot save into {asked.path}: another rank could not")
         call.reply(cmd.Done(count=int(self._order.all_reduce(torch.tensor([num_files])))))
 
-    def release(self, call: Call) -> None:
-        """`cmd.ReleaseMemory`."""
+    def _reset(self, call: Call) -> None:
+        if "weights" in self._memory.released or self._any_rank(self._receiver.updating):
+            raise RolloutError(
+                "cannot reset weights: their memory is released, or an update is under way; resume it, or end the "
+                "update first"
+            )
+        parameters = self._runner.weight_map.parameters.values()
+        with self._memory.reading, torch.no_grad():
+            generator = torch.Generator(self._runner.device).manual_seed(0)
+            for parameter in parameters:
+                parameter.normal_(generator=generator)
+        self._receiver.lose_weights("they were reset to noise")
+        call.reply(cmd.Done(count=len(parameters)))
+
+    def _release(self, call: Call) -> None:
         tags = call.body.tags
         with self._memory.releasing(tags):
             if self._any_rank("weights" in tags and self._receiver.updating):
@@ -83,8 +104,7 @@ class MemoryCommands:
             self._receiver.lose_weights("their memory was released")
         self._memory_changed(call, changed, num_bytes)
 
-    def resume(self, call: Call) -> None:
-        """`cmd.ResumeMemory`."""
+    def _resume(self, call: Call) -> None:
         failure: RolloutError | None = None
         changed: list[cmd.MemoryTag] = []
         num_bytes = 0

@@ -10,6 +10,7 @@ and is not scheduled again. Commands that could notice wait until the step under
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -46,9 +47,13 @@ class StepPipeline:
         self._flight: Flight | None = None
         self.named: Callable[[str], AbstractContextManager[Any]] = nullcontext
         """The context of a part of a step, by its name; a profiler's range while there is one."""
+        self.delay_s = 0.0
+        """Seconds to wait before each step: a test's wish, the same on all ranks."""
 
     def step(self) -> bool:
         """Launch one batch and take in the one before (or itself, when not ahead); False if there was nothing to do."""
+        if self.delay_s:
+            time.sleep(self.delay_s)
         with self.named("schedule"):
             batch = self._scheduler.schedule()
         if batch is None:

@@ -96,6 +96,10 @@ class EngineWeightHost:
         # Prefixes of older versions are never found again, whatever the policy.
         self._scheduler.kv.set_weight_version(version)
 
+    def label_changed(self, label: str) -> None:
+        """The weights have another name, and tokens from now on a span of their own."""
+        self._post.version = label
+
     def hold_outputs(self) -> None:
         """Keep tokens back until `release_outputs` (overlapped verification)."""
         self._post.hold()
