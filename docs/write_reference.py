@@ -71,6 +71,7 @@ GENERATE = {
     "min_weight_version": (
         "compute nothing before a version of this number, or a later one, serves; until then the call waits"
     ),
+    "cache_salt": "share cached prefixes only with prompts of the same salt; one, or one for each prompt",
 }
 """Arguments of `generate`, without those that only the common dialect has."""
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .block_allocator import BlockAllocator
-from .prefix_cache import ROOT_UID, Key, PrefixCache
+from .prefix_cache import Key, PrefixCache
 from .sequence import CachedSequence
 
 BROKEN_CHAIN = -1
@@ -93,7 +93,7 @@ class KVCacheManager:
         hits: list[int] = []
         if not self.enable_prefix_cache:
             return hits
-        size, tokens, uid = self.block_size, sequence.token_ids, ROOT_UID
+        size, tokens, uid = self.block_size, sequence.token_ids, sequence.root_uid
         for end in range(size, limit + 1, size):
             block = self._prefixes.find(uid, self.version, tuple(tokens[end - size : end]))
             if block is None:
@@ -110,7 +110,7 @@ class KVCacheManager:
         end = (len(hits) + 1) * self.block_size
         if not self.enable_prefix_cache or end > limit:
             return None
-        uid = self._prefixes.uid(hits[-1]) if hits else ROOT_UID
+        uid = self._prefixes.uid(hits[-1]) if hits else sequence.root_uid
         return uid, self.version, tuple(sequence.token_ids[end - self.block_size : end])
 
     def growing_block(self, sequence: CachedSequence) -> Key | None:
@@ -138,7 +138,7 @@ class KVCacheManager:
             self._allocator.share(block)
         sequence.block_ids = list(hits)
         sequence.num_computed = len(hits) * self.block_size
-        sequence.chain_uid = self._prefixes.uid(hits[-1]) if hits else ROOT_UID
+        sequence.chain_uid = self._prefixes.uid(hits[-1]) if hits else sequence.root_uid
         sequence.kv_epoch = self.epoch
         for _ in range(self.blocks_for(num_positions) - len(hits)):
             sequence.block_ids.append(self._take())
@@ -158,7 +158,7 @@ class KVCacheManager:
         size, version = self.block_size, self.version
         if sequence.kv_epoch != self.epoch:
             sequence.kv_epoch = self.epoch
-            sequence.chain_uid = BROKEN_CHAIN if start > 0 else ROOT_UID
+            sequence.chain_uid = BROKEN_CHAIN if start > 0 else sequence.root_uid
         blocks = sequence.block_ids
         for index in range(start // size, -(-end // size)):
             block = blocks[index]
@@ -227,7 +227,7 @@ class KVCacheManager:
         sequence.block_ids = []
         sequence.capacity = 0
         sequence.num_computed = 0
-        sequence.chain_uid = ROOT_UID
+        sequence.chain_uid = sequence.root_uid
         sequence.kv_epoch = -1
         self.num_releases += 1
 

@@ -6,6 +6,7 @@ different prefixes never meet, and a block whose prefix was evicted or is of ano
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -13,6 +14,14 @@ ROOT_UID = 0
 """Identity of the empty prefix."""
 
 Key = tuple[int, int, tuple[int, ...]]
+
+
+def root_of(salt: str) -> int:
+    """Identity of the empty prefix of requests with this salt: the same on every rank, and never that of a block, nor
+    -1. "" is `ROOT_UID`."""
+    if not salt:
+        return ROOT_UID
+    return -2 - int.from_bytes(hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()[:16])
 
 
 class PrefixCache:

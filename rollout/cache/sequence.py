@@ -13,9 +13,19 @@ class CachedSequence:
     never rearranged.
     """
 
-    __slots__ = ("block_ids", "capacity", "chain_uid", "kv_epoch", "num_computed", "token_ids")
+    __slots__ = (
+        "block_ids",
+        "capacity",
+        "chain_uid",
+        "kv_epoch",
+        "num_computed",
+        "root_uid",
+        "token_ids",
+    )
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], root_uid: int = 0) -> None:
+        self.root_uid = root_uid
+        """Identity of the empty prefix that it begins from; sequences of different ones share no prefix."""
         self.token_ids: list[int] = list(token_ids)
         """Prompt and output."""
         self.block_ids: list[int] = []
@@ -24,7 +34,7 @@ class CachedSequence:
         """Positions that `block_ids` has room for."""
         self.num_computed = 0
         """Tokens whose KV is in the cache."""
-        self.chain_uid = 0
+        self.chain_uid = root_uid
         """Identity of the prefix that this sequence's full blocks form in the prefix cache."""
         self.kv_epoch = -1
         """Epoch of the weights that computed all of its KV; -1: nothing computed, or by more than one epoch."""

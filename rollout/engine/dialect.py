@@ -33,8 +33,7 @@ REFUSED_IN_GENERATE = {
     "disagg_prefill_dp_rank": "disaggregated prefill is not supported",
     "data_parallel_rank": "an engine is one replica; a pool chooses the replica itself",
     "routed_dp_rank": "an engine is one replica; a pool chooses the replica itself",
-    "cache_salt": "the prefix cache is shared by all requests; use another engine, or enable_prefix_cache=False",
-    "extra_key": "the prefix cache is shared by all requests; use another engine, or enable_prefix_cache=False",
+    "extra_key": "it is cache_salt here",
 }
 _RANKS = ("data_parallel_rank", "routed_dp_rank")
 #: Arguments of `generate` whose absence changes no result.

@@ -29,7 +29,7 @@ _OWN = (
 )
 _PER_PROMPT = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
-    *("return_token_times", "return_routed_experts", "routed_experts_start_len"),
+    *("return_token_times", "return_routed_experts", "routed_experts_start_len", "cache_salt"),
 )
 _FOREIGN = (
     *("image_data", "audio_data", "video_data", "lora_path", "custom_logit_processor"),
@@ -84,15 +84,15 @@ class GenerationCalls(EngineClient):
         return_token_versions: bool = False,
         return_prompt_token_ids: bool = False,
         min_weight_version: int | None = None,
+        cache_salt: str | Sequence[str] | None = None,
         **others: Any,
     ) -> Asking[Any]:
         """Complete prompts.
 
         Give `prompt` (text) or `input_ids` (token ids), one or a list; the other arguments are one value for all or
         a list with one per prompt. `sampling_params`: a dictionary, `SamplingParams`, or a `GenerationConfig` of
-        transformers; `logprobs` in a dictionary is `return_logprob` with so many top tokens. Arguments that are not
-        mentioned here belong to the common dialect, whose order this is: what cannot be honoured is refused, what
-        changes no result is ignored with a warning.
+        transformers; `logprobs` in a dictionary is `return_logprob` with so many top tokens. Arguments not mentioned
+        here belong to the common dialect, whose order this is: refused, or ignored with a warning if no result changes.
 
         Returns one dictionary for one prompt with n = 1, else a list, prompt-major; with `stream`, an iterator of
         cumulative dictionaries (with their `index` where there are several samples), async from `async_generate`.
@@ -109,8 +109,8 @@ class GenerationCalls(EngineClient):
         `return_prompt_token_ids` adds `prompt_token_ids` beside `output_ids`; `return_routed_experts`, to a finished
         sample, the experts of its tokens from `routed_experts_start_len` to the last but one, which no one computes
         after: int32 (tokens, layers, k), -1 in layers without experts; an aborted one has those that were computed.
-
-        `min_weight_version`: nothing is computed before a version of this number, or a later one, serves.
+        `min_weight_version`: nothing is computed before a version of this number, or a later one, serves. `cache_salt`:
+        prompts share cached prefixes only with those of the same salt.
 
         There is no deadline unless `timeout_s` gives one: after so many seconds everything comes back as it is then,
         finished samples whole, the others with finish reason "abort" and a message that says why they were not

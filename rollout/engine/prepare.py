@@ -206,6 +206,7 @@ _DEFAULTS = {
     "return_token_times": False,
     "return_routed_experts": False,
     "routed_experts_start_len": 0,
+    "cache_salt": "",
 }
 _KNOWN = (
     "prompt",
@@ -219,6 +220,7 @@ _KNOWN = (
     "return_token_times",
     "return_routed_experts",
     "routed_experts_start_len",
+    "cache_salt",
     "flat_logprobs",
     "return_token_versions",
     "return_prompt_token_ids",

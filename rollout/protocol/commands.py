@@ -59,6 +59,8 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Return which experts each token went to, when a sample has finished."""
     routed_experts_start_len: Annotated[int, Meta(ge=0)] = 0
     """First position whose experts are wanted."""
+    cache_salt: Annotated[str, Meta(max_length=512)] = ""
+    """Prompts share cached prefixes with those of the same salt alone."""
 
 
 class Generate(Message, frozen=True, kw_only=True):

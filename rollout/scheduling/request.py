@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..cache.prefix_cache import ROOT_UID
 from ..cache.sequence import CachedSequence
 from ..sampling_params import SamplingParams
 from ..types import RequestStatus
@@ -70,8 +71,9 @@ class Request(CachedSequence):
         token_ids_logprob: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         outputs: Any = None,
+        root_uid: int = ROOT_UID,
     ) -> None:
-        super().__init__(prompt_ids)
+        super().__init__(prompt_ids, root_uid)
         self.rid = rid
         """Unique among the scheduler's requests; samples of one prompt have one each."""
         self.num_prompt_tokens = len(self.token_ids)

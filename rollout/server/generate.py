@@ -35,6 +35,7 @@ class GenerateBody(Body):
     flat_logprobs: bool = False
     return_token_versions: bool = False
     return_prompt_token_ids: bool = False
+    cache_salt: str | list[str] | None = None
     min_weight_version: int | None = None
     add_special_tokens: bool | None = None
     stream: bool = False

@@ -50,7 +50,7 @@ async def generate_tokens(ask: Ask) -> Response:
     body: TokensBody = ask.body
     if body.stream:
         raise not_implemented("stream: got true, expected /generate for streams")
-    for name in ("features", "cache_salt", "kv_transfer_params"):
+    for name in ("features", "kv_transfer_params"):
         if getattr(body, name):
             raise not_implemented(f"{name}: got a value, expected none")
     params, num_logprobs, num_prompt = _sampling(body.sampling_params)
@@ -74,6 +74,7 @@ async def generate_tokens(ask: Ask) -> Response:
             "top_logprobs_num": max(counts, default=0),
             "rid": body.request_id,
             "min_weight_version": body.min_weight_version,
+            "cache_salt": body.cache_salt,
         },
     )
     results = found if isinstance(found, list) else [found]

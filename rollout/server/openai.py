@@ -56,6 +56,7 @@ def _arguments(body: SamplingBody, shape: Shape, max_new_tokens: int) -> dict[st
         "return_prompt_token_ids": True,
         "rid": body.rid or body.request_id,
         "min_weight_version": body.min_weight_version,
+        "cache_salt": body.cache_salt,
     }
 
 

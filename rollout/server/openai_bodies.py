@@ -55,6 +55,8 @@ class SamplingBody(Body):
     """The same, in the other dialect."""
     min_weight_version: int | None = None
     """Number of the oldest version of the weights that may compute it."""
+    cache_salt: str | None = None
+    """Share cached prefixes with prompts of the same salt alone."""
     user: str | None = None
     """Has no effect."""
     store: bool | None = None

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 
 from rollout.cache import BlockAllocator, CachedSequence, KVCacheManager
+from rollout.cache.kv_cache_manager import BROKEN_CHAIN
+from rollout.cache.prefix_cache import ROOT_UID, root_of
 
 
 def make_kv(num_blocks: int = 8, block_size: int = 4, **options: bool) -> KVCacheManager:
     return KVCacheManager(num_blocks=num_blocks, block_size=block_size, **options)
 
 
-def run(kv: KVCacheManager, tokens: list[int], limit: int | None = None) -> CachedSequence:
+def run(
+    kv: KVCacheManager, tokens: list[int], limit: int | None = None, root_uid: int = ROOT_UID
+) -> CachedSequence:
     """A sequence that is admitted and computed to its end."""
-    sequence = CachedSequence(tokens)
+    sequence = CachedSequence(tokens, root_uid)
     admit(kv, sequence, limit)
     compute(kv, sequence)
     return sequence
@@ -65,6 +69,24 @@ def test_equal_blocks_after_different_prefixes_are_different() -> None:
     other = CachedSequence([2, 2, 2, 2, 5, 5, 5, 5, 0])
     assert kv.match(other, 8) == []
     assert kv.match(CachedSequence([5, 5, 5, 5, 0]), 4) == []
+
+
+def test_prefixes_are_shared_within_a_salt_alone() -> None:
+    kv = make_kv()
+    kv.release(run(kv, list(range(12)), root_uid=root_of("a")))
+    for salt, num in (("a", 2), ("b", 0), ("", 0)):
+        assert len(kv.match(CachedSequence(range(12), root_of(salt)), 11)) == num
+    kv.release(run(kv, list(range(12)), root_uid=root_of("b")))
+    found = [kv.match(CachedSequence(range(12), root_of(salt)), 11) for salt in ("a", "b")]
+    assert not set(found[0]) & set(found[1])
+    kv.check_invariants([])
+
+
+def test_the_root_of_a_salt_is_nobody_elses() -> None:
+    salts = ["", "a", "b", "A", "\ud800", "a" * 512]
+    roots = [root_of(salt) for salt in salts]
+    assert roots[0] == ROOT_UID and len(set(roots)) == len(salts)
+    assert all(root < BROKEN_CHAIN for root in roots[1:])
 
 
 def test_two_that_compute_the_same_block_at_once_share_what_follows() -> None:

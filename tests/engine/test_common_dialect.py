@@ -67,7 +67,7 @@ def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
         *("external_trace_header", "rid", "session_params", "priority"),
         *("return_text_in_logprobs", "return_token_times", "routed_experts_start_len"),
         *("timeout_s", "attention_mask","add_special_tokens", "flat_logprobs", "return_token_versions"),
-        *("return_prompt_token_ids", "min_weight_version", "others"),
+        *("return_prompt_token_ids", "min_weight_version", "cache_salt", "others"),
     ]  # fmt: skip
 
 
@@ -95,10 +95,29 @@ def test_foreign_arguments_are_refused_with_the_reason_or_ignored_with_a_warning
         ("session_params", {"id": "a"}, "whole prompt"),
         ("return_hidden_states", True, "hidden states"),
         ("data_parallel_rank", 1, "pool chooses"),
-        ("cache_salt", "a", "shared by all"),
+        ("extra_key", "a", "cache_salt here"),
     ]:
         with pytest.raises(InvalidRequestError, match=reason):
             engine.generate(input_ids=[5, 9], sampling_params=GREEDY, **{name: value})
+
+
+def test_prompts_share_prefixes_within_a_salt_alone(engine: Engine) -> None:
+    prompt = list(range(60, 110))
+
+    def cached(salt: str | None) -> int:
+        result = engine.generate(input_ids=prompt, sampling_params=GREEDY, cache_salt=salt)
+        found: int = result["meta_info"]["cached_tokens"]
+        return found
+
+    assert [cached(salt) > 0 for salt in ("a", "b", None, "a", "b", None, "")] == [False] * 3 + [
+        True
+    ] * 4
+    results = engine.generate(
+        input_ids=[prompt, prompt], sampling_params=GREEDY, cache_salt=["a", "c"]
+    )
+    assert [result["meta_info"]["cached_tokens"] > 0 for result in results] == [True, False]
+    with pytest.raises(InvalidRequestError, match="cache_salt"):
+        engine.generate(input_ids=prompt, cache_salt=7)
 
 
 def test_text_is_another_name_for_prompt(engine: Engine) -> None:

@@ -31,6 +31,31 @@ def test_token_ids_go_in_and_come_out(http):
 
 
 @pytest.mark.parametrize(
+    ("route", "name"),
+    [
+        ("/inference/v1/generate", "token_ids"),
+        ("/generate", "input_ids"),
+        ("/v1/completions", "prompt"),
+    ],
+)
+def test_a_salt_keeps_prefixes_apart(http, route, name):
+    def cached(salt):
+        before = counted()
+        body = {name: [*range(100, 140)], "sampling_params": {}, "cache_salt": salt}
+        if route == "/v1/completions":
+            del body["sampling_params"]
+        http.post(route, json=body).raise_for_status()
+        return counted() > before
+
+    def counted():
+        lines = http.get("/metrics").text.splitlines()
+        (line,) = [row for row in lines if row.startswith("rollout_cached_tokens_total ")]
+        return float(line.split()[1])
+
+    assert [cached(f"{route}{salt}") for salt in (1, 2, 1)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
     ("params", "status"),
     [
         ({"max_tokens": -1}, 400),

@@ -14,6 +14,7 @@ import msgspec
 
 from weight_sync.wire.rpc import Call
 
+from ...cache.prefix_cache import root_of
 from ...config import ResolvedConfig
 from ...errors import InvalidRequestError
 from ...protocol.commands import Done, Generate, PromptSpec, too_many_samples
@@ -120,6 +121,7 @@ class Admission:
                     token_ids_logprob=spec.token_ids_logprob,
                     stop_ids=sorted(stop_ids),
                     outputs=state,
+                    root_uid=root_of(spec.cache_salt),
                 )
             )
         return samples
@@ -198,5 +200,6 @@ def _asked_of_prompt(spec: PromptSpec) -> Hashable:
         spec.logprob_start_len,
         spec.top_logprobs_num,
         spec.pooling,
+        spec.cache_salt,
         None if spec.token_ids_logprob is None else tuple(spec.token_ids_logprob),
     )
