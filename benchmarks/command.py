@@ -223,6 +223,24 @@ def gpu_sync(
     _benchmark(run, quick, out, config, overrides)
 
 
+@gpu_app.command("experts")
+def gpu_experts(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """A mixture of experts on one GPU: decode steps and prefill next to what its memory allows, and its kernels alone.
+
+    Random weights of Qwen3-30B-A3B's shape in bfloat16, 61 GB; --set gpu_experts.model.num_layers=12 needs a quarter.
+    `python -m rollout_benchmarks.expert_kernels --write` searches the shapes of the kernels' launches beforehand.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .gpu_experts import run_gpu_experts
+
+        return run_gpu_experts(settings.gpu_experts, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
 @app.command("gpu-generate")
 def gpu_generate(
     quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None

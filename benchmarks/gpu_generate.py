@@ -20,10 +20,10 @@ from rollout import Engine
 
 from .results import BenchResult, Headline, Table
 from .screen import Screen
-from .settings import GpuGenerateBench, ModelShape
+from .settings import GpuExpertsBench, GpuGenerateBench, ModelShape
 from .shapes import DTYPES, model_folder
 
-_SKIPPED = 16
+SKIPPED = 16
 """First steps of a decode that are not counted."""
 
 
@@ -56,7 +56,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             disable_custom_all_reduce=settings.disable_custom_all_reduce,
         ) as engine:
             numbers["start_s"] = time.perf_counter() - start
-            workload = _Workload(engine, settings)
+            workload = Workload(engine, settings)
             workload.decode(min(settings.batch_sizes))  # compiles what is not compiled yet
             with screen.progress("decode, prefill, RL", len(settings.batch_sizes) + 2) as advance:
                 for batch in settings.batch_sizes:
@@ -66,7 +66,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
                     advance(f"batch {batch}: {step['p50_ms']:.2f} ms")
                 numbers["prefill"] = workload.prefill()
                 advance(f"prefill: {numbers['prefill']['tokens_per_s']:,.0f} tokens/s")
-                numbers["rl"] = workload.rl()
+                numbers["rl"] = workload.rl(settings)
                 advance(f"RL: {numbers['rl']['tokens_per_s']:,.0f} tokens/s")
     return BenchResult(
         benchmark="gpu-generate",
@@ -78,10 +78,10 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
     )
 
 
-class _Workload:
+class Workload:
     """What is measured, on one engine."""
 
-    def __init__(self, engine: Engine, settings: GpuGenerateBench) -> None:
+    def __init__(self, engine: Engine, settings: GpuGenerateBench | GpuExpertsBench) -> None:
         self._engine = engine
         self._settings = settings
         self._rng = random.Random(settings.seed)
@@ -96,7 +96,7 @@ class _Workload:
         )
         # The step of a token is the same for all; the last request to join sees only whole batches.
         times = [output["meta_info"]["token_times"] for output in outputs]
-        latest = max(times, key=lambda series: series[0])[_SKIPPED:]
+        latest = max(times, key=lambda series: series[0])[SKIPPED:]
         end = min(series[-1] for series in times)
         gaps = [b - a for a, b in itertools.pairwise(latest) if b <= end]
         ordered = sorted(gaps)
@@ -116,12 +116,11 @@ class _Workload:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens_per_s": sum(lengths) / seconds}
 
-    def rl(self) -> dict[str, float]:
+    def rl(self, settings: GpuGenerateBench) -> dict[str, float]:
         """Output tokens per second of a batch of groups, and how much of the time the last tenth of tokens takes."""
-        settings = self._settings
         prompts = [self._prompt(settings.prompt_tokens) for _ in range(settings.rl_prompts)]
         inputs = [prompt for prompt in prompts for _ in range(settings.rl_samples)]
-        lengths = [self._geometric() for _ in inputs]
+        lengths = [self._geometric(settings) for _ in inputs]
         start = time.perf_counter()
         self._engine.generate(
             input_ids=inputs,
@@ -153,8 +152,7 @@ class _Workload:
         vocab = self._settings.model.vocab_size
         return [self._rng.randrange(vocab) for _ in range(length)]
 
-    def _geometric(self) -> int:
-        settings = self._settings
+    def _geometric(self, settings: GpuGenerateBench) -> int:
         goes_on = math.log1p(-1.0 / settings.rl_mean_tokens)
         length = 1 + int(math.log1p(-self._rng.random()) / goes_on)
         return min(length, settings.rl_max_tokens)
@@ -163,7 +161,7 @@ class _Workload:
 def floor_bytes(settings: GpuGenerateBench, batch: int) -> float:
     """Bytes that a decode step must read: all weights, and the keys and values of each request, half-way through."""
     model, width = settings.model, DTYPES[settings.dtype].itemsize
-    tokens = settings.prompt_tokens + (_SKIPPED + settings.decode_tokens) / 2
+    tokens = settings.prompt_tokens + (SKIPPED + settings.decode_tokens) / 2
     kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
     return width * num_parameters(model) + batch * tokens * kv_bytes
 

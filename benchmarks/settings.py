@@ -59,6 +59,46 @@ TINY = ModelShape(
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeShape:
+    """A Qwen3-MoE-shaped model; its weights are made, not read. The default is Qwen3-30B-A3B's, 61 GB in bfloat16."""
+
+    vocab_size: int = 151_936
+    """Rows of the embedding."""
+    hidden_size: int = 2048
+    """Width."""
+    num_layers: int = 48
+    """Layers, all with experts."""
+    num_heads: int = 32
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads."""
+    head_dim: int = 128
+    """Size of a head."""
+    tied: bool = False
+    """The last layer is the embedding."""
+    num_experts: int = 128
+    """Experts of a layer."""
+    top_k: int = 8
+    """Experts of a token."""
+    expert_size: int = 768
+    """Inner width of an expert."""
+
+
+TINY_MOE = MoeShape(
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=8,
+    top_k=2,
+    expert_size=32,
+)
+"""For `--quick`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyncBench:
     """`rollout bench sync`."""
 
@@ -219,6 +259,36 @@ class GpuGenerateBench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuExpertsBench:
+    """`rollout bench gpu experts`."""
+
+    model: MoeShape = field(default_factory=MoeShape)
+    """The model."""
+    dtype: str = "bfloat16"
+    """Of weights and activations."""
+    batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
+    """Requests that decode at once."""
+    prompt_tokens: int = 512
+    """Length of each prompt of a decode."""
+    decode_tokens: int = 80
+    """Tokens that each request decodes; the first 16 steps are not counted."""
+    prefill_prompts: int = 16
+    """Prompts that are only computed."""
+    prefill_tokens: int = 2048
+    """Length of each."""
+    chunked_prefill_size: int = 8192
+    """Tokens of a step at most."""
+    kv_cache_gb: float = 20.0
+    """Size of the KV pool, units of 1e9 bytes."""
+    kernel_tokens: tuple[int, ...] = (1, 8, 64, 256, 1024, 8192)
+    """Tokens of a call of the kernels alone; none: leave them out."""
+    attention_backend: str = "auto"
+    """Of the engine."""
+    seed: int = 0
+    """Of prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuSyncBench:
     """`rollout bench gpu sync`."""
 
@@ -299,6 +369,8 @@ class BenchSettings:
     """What an update between GPUs costs."""
     gpu_generate: GpuGenerateBench = field(default_factory=GpuGenerateBench)
     """Decode, prefill and the RL shape on one GPU."""
+    gpu_experts: GpuExpertsBench = field(default_factory=GpuExpertsBench)
+    """A mixture of experts on one GPU."""
     gpu_sync: GpuSyncBench = field(default_factory=GpuSyncBench)
     """What an update on one GPU costs."""
     serve: ServeBench = field(default_factory=ServeBench)
@@ -317,6 +389,10 @@ QUICK = (
         )
         for key in ModelShape.__dataclass_fields__
     ),
+    *(
+        f"gpu_experts.model.{key}={json.dumps(getattr(TINY_MOE, key))}"
+        for key in MoeShape.__dataclass_fields__
+    ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),
     *("pause.batch_size=2", "pause.syncs=2", "pause.quiet_s=0.2"),
     *("generate.prompts=4", "generate.samples=2", "generate.min_prompt_tokens=4"),
@@ -331,6 +407,10 @@ QUICK = (
     *("gpu_generate.prefill_tokens=64", "gpu_generate.rl_prompts=4"),
     *("gpu_generate.rl_samples=2", "gpu_generate.rl_mean_tokens=8.0"),
     *("gpu_generate.rl_max_tokens=16", "gpu_generate.kv_cache_gb=0.01"),
+    *("gpu_experts.batch_sizes=[1, 4]", "gpu_experts.prompt_tokens=24"),
+    *("gpu_experts.decode_tokens=24", "gpu_experts.prefill_prompts=4"),
+    *("gpu_experts.prefill_tokens=64", "gpu_experts.kv_cache_gb=0.01"),
+    "gpu_experts.kernel_tokens=[1, 20]",
     *("gpu_sync.repetitions=2", "gpu_sync.warmup=1", "gpu_sync.quiet_s=0.1"),
     *("gpu_sync.kv_cache_mb=64", "gpu_sync.num_experts=2", "gpu_sync.expert_layers=2"),
     *("pool.num_replicas=2", "pool.repetitions=3", "pool.warmup=1"),

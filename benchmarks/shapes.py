@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from .settings import ModelShape
+from .settings import ModelShape, MoeShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @contextmanager
-def model_folder(shape: ModelShape, dtype: str, context_length: int) -> Iterator[Path]:
+def model_folder(shape: ModelShape | MoeShape, dtype: str, context_length: int) -> Iterator[Path]:
     """A temporary folder that an engine reads with `load_format="dummy"`."""
     with TemporaryDirectory(prefix="rollout-bench-") as folder:
         path = Path(folder)
@@ -25,14 +25,30 @@ def model_folder(shape: ModelShape, dtype: str, context_length: int) -> Iterator
         yield path
 
 
-def hf_config(shape: ModelShape, dtype: str, context_length: int) -> dict[str, Any]:
+def hf_config(shape: ModelShape | MoeShape, dtype: str, context_length: int) -> dict[str, Any]:
     """The `config.json` of a Qwen3 model."""
+    if isinstance(shape, MoeShape):
+        family: dict[str, Any] = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "intermediate_size": shape.expert_size,
+            "moe_intermediate_size": shape.expert_size,
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.top_k,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    else:
+        family = {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "intermediate_size": shape.intermediate_size,
+        }
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        **family,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads,

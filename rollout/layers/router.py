@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from rollout_kernels.expert_routing import Routing
 from weight_sync.layout.weight_map import Placement
 
-from .linear import project
+from .linear import Product, project
 
 
 class Router(nn.Module):
@@ -22,20 +23,15 @@ class Router(nn.Module):
         self,
         hidden_size: int,
         num_experts: int,
+        routing: Routing,
         *,
-        top_k: int,
-        sigmoid: bool,
-        normalise: bool,
-        scale: float,
         correction_bias: bool,
-        num_groups: int,
-        top_groups: int,
         float32: bool,
     ) -> None:
         """`float32`: logits are products in float32, of a copy of the weight that `refresh` makes."""
         super().__init__()
-        self.top_k, self.sigmoid, self.normalise, self.scale = top_k, sigmoid, normalise, scale
-        self.num_groups, self.top_groups, self.float32 = num_groups, top_groups, float32
+        self.product: Product = project
+        self.routing, self.float32 = routing, float32
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=False)
         self.bias = (
             nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
@@ -67,32 +63,36 @@ class Router(nn.Module):
         wide = self.weight.float()
         return (self._wide.view(torch.int32) == wide.view(torch.int32)).all()
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, E) -> (T, X), float32 or x's dtype."""
+        if not self.float32:
+            return self.product(x, self.weight)
+        wide = self._wide if self.derives and self._wide is not None else self.weight.float()
+        return self.product(x.float(), wide)
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, E) -> weights (T, k) float32 and expert ids (T, k) int64, in the order of their scores."""
-        if self.float32:
-            wide = self._wide if self.derives and self._wide is not None else self.weight.float()
-            logits = project(x.float(), wide, None)
-        else:
-            logits = project(x, self.weight, None)
-        scores = logits.float().sigmoid() if self.sigmoid else logits.float().softmax(-1)
+        logits = self.logits(x)
+        routing = self.routing
+        scores = logits.float().sigmoid() if routing.sigmoid else logits.float().softmax(-1)
         choice = scores if self.bias is None else scores + self.bias
-        if self.num_groups > 1:
+        if routing.num_groups > 1:
             choice = self._within_groups(choice)
-        ids = choice.topk(self.top_k, dim=-1).indices
+        ids = choice.topk(routing.top_k, dim=-1).indices
         weights = scores.gather(1, ids)
-        if self.normalise:
+        if routing.normalise:
             total = weights.sum(-1, keepdim=True)
-            weights = weights / (total + 1e-20 if self.sigmoid else total)
-        if self.scale != 1.0:
-            weights = weights * self.scale
-        # Rounded as the reference rounds, where it computes logits in the model's dtype.
-        return (weights if self.float32 else weights.to(x.dtype).float()), ids
+            weights = weights / (total + 1e-20 if routing.sigmoid else total)
+        if routing.scale != 1.0:
+            weights = weights * routing.scale
+        return (weights.to(logits.dtype).float() if routing.rounded else weights), ids
 
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        grouped = choice.unflatten(1, (self.num_groups, -1))
+        routing = self.routing
+        grouped = choice.unflatten(1, (routing.num_groups, -1))
         best = grouped.topk(2, dim=-1).values.sum(-1)
         allowed = torch.zeros_like(best, dtype=torch.bool)
-        allowed.scatter_(1, best.topk(self.top_groups, dim=-1).indices, True)
+        allowed.scatter_(1, best.topk(routing.top_groups, dim=-1).indices, True)
         return grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
 
     def placements(self, prefix: str) -> Iterator[Placement]:

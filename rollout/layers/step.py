@@ -15,6 +15,7 @@ import torch
 
 from .experts import Experts
 from .norm import RMSNorm
+from .router import Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +60,12 @@ class LayerStep(Protocol):
     ) -> torch.Tensor:
         """x (T, E), weights (T, k) float32, ids (T, k) int64 -> what this rank's experts add, (T, E), the caller's."""
 
-    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
-        """The experts (T, k) int64 that a layer's tokens go to, where somebody asked for them.
+    def route(
+        self, x: torch.Tensor, router: Router, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (T, E) -> weights (T, k) float32 and expert ids (T, k) int64; ids are kept where somebody asked for them.
 
-        `layer`: its index among the decoder's layers.
+        `layer`: its index among the decoder's layers. A row of padding may go to no expert: its ids are too great.
         """
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .attention import PagedAttention, PagedStep
 from .experts import Experts, run_experts
 from .norm import RMSNorm
 from .rotary import Angles, rotate_
+from .router import Router
 from .step import AttentionLayer
 
 
@@ -64,10 +65,14 @@ class TorchStep:
         """A product for each matrix of each expert that is used."""
         return run_experts(x, weights, ids, experts)
 
-    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
-        """Beside the tokens' keys."""
+    def route(
+        self, x: torch.Tensor, router: Router, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router; ids are kept beside the tokens' keys."""
+        weights, ids = router(x)
         if self._routes is not None:
             self._routes[self._paged.slots, layer] = ids.to(self._routes.dtype)
+        return weights, ids
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """In place, in the first half."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rollout_kernels.expert_configs import EXACT
+from rollout_kernels.expert_routing import choose_experts
 from rollout_kernels.fused_norm import add_rms_norm
 from rollout_kernels.grouped_experts import grouped_experts
 from rollout_kernels.paged_decode import DecodeWorkspace, paged_decode
@@ -22,6 +24,7 @@ from rollout_kernels.silu_mul import silu_mul
 
 from .experts import Experts
 from .norm import RMSNorm
+from .router import Router
 from .step import AttentionLayer
 
 
@@ -156,15 +159,28 @@ class TritonStep:
     def experts(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Experts
     ) -> torch.Tensor:
-        """Three kernels, whatever the number of experts."""
+        """Four kernels, whatever the number of experts."""
         return grouped_experts(
-            x, weights, ids, experts.gate_up, experts.down, first_expert=experts.first
+            x,
+            weights,
+            ids,
+            experts.gate_up,
+            experts.down,
+            first_expert=experts.first,
+            config=EXACT if self._deterministic else None,
         )
 
-    def note_experts(self, ids: torch.Tensor, layer: int) -> None:
-        """Beside the tokens' keys; slot -1, of padding, is the last row."""
-        if self._routes is not None:
-            self._routes[self.batch.slots.long(), layer] = ids.to(self._routes.dtype)
+    def route(
+        self, x: torch.Tensor, router: Router, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A product and a kernel, which keeps ids beside the tokens' keys. Padding goes nowhere."""
+        return choose_experts(
+            router.logits(x),
+            router.bias,
+            router.routing,
+            slots=self.batch.slots,
+            routes=None if self._routes is None else self._routes[:, layer],
+        )
 
     def gate(self, fused: torch.Tensor) -> torch.Tensor:
         """One kernel."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from rollout_kernels.expert_routing import Routing
 from weight_sync.layout.fused import Fused
 from weight_sync.layout.weight_map import Placement
 
@@ -121,13 +122,17 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(
             hidden_size,
             options.num_experts,
-            top_k=options.top_k,
-            sigmoid=options.scores == "sigmoid",
-            normalise=options.normalise,
-            scale=options.scale,
+            Routing(
+                top_k=options.top_k,
+                sigmoid=options.scores == "sigmoid",
+                normalise=options.normalise,
+                scale=options.scale,
+                num_groups=options.num_groups,
+                top_groups=options.top_groups,
+                # As the reference rounds, where it computes logits in the model's dtype.
+                rounded=not options.float32,
+            ),
             correction_bias=options.correction_bias,
-            num_groups=options.num_groups,
-            top_groups=options.top_groups,
             float32=options.float32,
         )
         self.experts = Experts(
@@ -147,8 +152,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """x (T, E) -> (T, E)."""
-        weights, ids = self.router(x)
-        step.note_experts(ids, self.index)
+        weights, ids = step.route(x, self.router, self.index)
         if self.counts is not None:
             chosen = ids.flatten()
             self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))

@@ -77,7 +77,8 @@ def _copy_parts(parts: list[tuple[Source, Placement]]) -> None:
 
 
 class DummyModelLoader(BaseModelLoader):
-    """Random values that depend on the seed, the tensor's name and the position in the full tensor alone.
+    """Random values that depend on the seed, the tensor's name and the position in the full tensor alone, and on the
+    kind of device, which draws them itself.
 
     So every parallel layout holds parts of the same model.
     """
@@ -92,15 +93,23 @@ class DummyModelLoader(BaseModelLoader):
         model.refresh_derived_state()
 
     def _fill(self, parts: list[Placement]) -> None:
-        full = dummy_tensor(parts[0].name, parts[0].shape, self.config.seed)
+        name, shape, first = parts[0].name, parts[0].shape, parts[0].destination
+        if first.is_cuda and len(parts) == 1 and tuple(first.shape) == shape:
+            draw_dummy(name, first, self.config.seed)  # Where there is little memory left.
+            return
+        if first.is_cuda:
+            full = draw_dummy(name, first.new_empty(shape), self.config.seed)
+        else:
+            full = draw_dummy(name, torch.empty(shape), self.config.seed)
         for part in parts:
             part.destination.copy_(full[tuple(slice(*bounds) for bounds in part.region)])
 
 
-def dummy_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The full dummy tensor, float32: ones for norms, else normal with a standard deviation of 0.02."""
+def draw_dummy(name: str, out: torch.Tensor, seed: int) -> torch.Tensor:
+    """Fill `out`, a full tensor: ones for norms, else normal with a standard deviation of 0.02."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return out.fill_(1.0)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+    generator = torch.Generator(out.device)
+    generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return out.normal_(0.0, 0.02, generator=generator)

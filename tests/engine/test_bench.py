@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from rollout.settings import load_settings
 from rollout_benchmarks.figures import figure_of
 from rollout_benchmarks.generate import run_generate
 from rollout_benchmarks.gpu import run_gpu
+from rollout_benchmarks.gpu_experts import experts_touched, floor_bytes, run_gpu_experts
 from rollout_benchmarks.gpu_generate import num_parameters, run_gpu_generate
 from rollout_benchmarks.group import OURS, run_group
 from rollout_benchmarks.pause import Arrivals, run_pause
@@ -25,6 +27,7 @@ from rollout_benchmarks.settings import (
     BenchSettings,
     GenerateBench,
     GpuBench,
+    GpuExpertsBench,
     ModelShape,
 )
 from rollout_benchmarks.sync import run_sync
@@ -171,6 +174,20 @@ def test_an_update_between_gpus_is_measured_next_to_a_copy(settings: BenchSettin
         assert seconds[way]["publish"]["p50"] > seconds[way]["pause"]["p50"] > 0
     assert len(result.headline) == len(settings.gpu.ways) + 1
     assert result.device.startswith("2 x ")
+
+
+def test_a_mixture_comes_with_the_floor_of_the_experts_it_touches(settings: BenchSettings) -> None:
+    result = run_gpu_experts(settings.gpu_experts, Screen())
+    numbers = result.numbers
+    for batch, step in numbers["decode"].items():
+        assert 0 < step["p50_ms"] and step["floor_ms"] > 0
+        assert 2 <= step["experts_per_layer"] <= min(8, 2 * batch)
+    assert numbers["prefill"]["tokens_per_s"] > 0
+    counts = np.array([[4, 4, 0, 0], [2, 2, 2, 2]])
+    assert experts_touched(counts, 2, 1) == pytest.approx(2)
+    assert experts_touched(counts, 2, 100) == pytest.approx(3)
+    whole = floor_bytes(GpuExpertsBench(), 0, 128)
+    assert whole == pytest.approx(61e9 - 2 * 151_936 * 2048, rel=0.01)
 
 
 def test_decode_prefill_and_the_rl_shape_come_with_floors(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from interpreted import Checks, relative_error
 
-from rollout_kernels.grouped_experts import (
-    LARGE_BATCH,
-    SMALL_BATCH,
-    choose_config,
-    grouped_experts,
-    reference,
-    sort_rows,
-)
+from rollout_kernels import expert_configs
+from rollout_kernels.expert_configs import EXACT, ExpertConfig, TileConfig, expert_config
+from rollout_kernels.grouped_experts import grouped_experts, reference
 
 CHECKS = Checks()
+SHAPES = {
+    "exact": EXACT,
+    "uneven": ExpertConfig(
+        rows=64,
+        gate_up=TileConfig(columns=128, depth=64, warps=8, stages=3),
+        down=TileConfig(columns=32, depth=128, warps=4, stages=2),
+    ),
+}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -24,7 +29,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
     {"dtype": torch.float32, "tokens": 21, "top_k": 3, "sizes": (72, 40)},
     {"dtype": torch.bfloat16, "tokens": 9, "top_k": 2, "sizes": (64, 64)},
     {"dtype": torch.bfloat16, "tokens": 0, "top_k": 2, "sizes": (64, 64)},
-    {"dtype": torch.bfloat16, "tokens": 40, "top_k": 4, "sizes": (64, 144), "large": True},
+    {"dtype": torch.bfloat16, "tokens": 40, "top_k": 4, "sizes": (64, 144), "tiles": "uneven"},
+    {"dtype": torch.bfloat16, "tokens": 40, "top_k": 4, "sizes": (64, 64), "tiles": "exact"},
     {"dtype": torch.float32, "tokens": 7, "top_k": 3, "sizes": (64, 16), "ranks": 2},
 )
 def experts_are_what_float64_says(
@@ -33,7 +39,7 @@ def experts_are_what_float64_says(
     tokens: int,
     top_k: int,
     sizes: tuple[int, int],
-    large: bool = False,
+    tiles: str | None = None,
     ranks: int = 1,
 ) -> None:
     hidden, width = sizes
@@ -44,12 +50,13 @@ def experts_are_what_float64_says(
     weights = torch.rand(tokens, top_k, generator=generator).to(device)
     ids = torch.rand(tokens, 6, generator=generator).topk(top_k, -1).indices.to(device)
     ids[:, 0] = torch.where(ids[:, 0] == 4, 5, ids[:, 0])  # a busy expert, and one that idles
-    config = LARGE_BATCH if large else None
     total = torch.zeros(tokens, hidden, dtype=torch.float64, device=device)
     for rank in range(ranks):
         mine = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
         got = grouped_experts(
-            *(x, weights, ids, gate_up[mine], down[mine]), first_expert=mine.start, config=config
+            *(x, weights, ids, gate_up[mine], down[mine]),
+            first_expert=mine.start,
+            config=SHAPES.get(tiles),
         )
         assert got.dtype == dtype and not got.isnan().any()
         total += got.double()
@@ -71,20 +78,13 @@ def a_token_is_the_same_alone_and_in_a_batch(device: torch.device) -> None:
     torch.testing.assert_close(alone, together[5:6], rtol=1e-6, atol=1e-6)
 
 
-def test_rows_are_sorted_into_tiles_of_one_expert_each() -> None:
-    ids = torch.tensor([[3, 0], [3, 1], [3, 7], [3, 6]])
-    tiles = sort_rows(ids, first_expert=1, num_experts=3, rows=2)
-    found = []
-    for expert, first, end in zip(tiles.experts, tiles.first, tiles.end, strict=True):
-        if expert < 3:
-            places = range(int(first), min(int(first) + 2, int(end)))
-            found += [(int(expert) + 1, int(tiles.order[place])) for place in places]
-    assert found == [(1, 3), (3, 0), (3, 2), (3, 4), (3, 6)]
-
-
-def test_tiles_are_small_for_decodes_and_large_for_prefills() -> None:
-    assert choose_config(8 * 256, 128) is SMALL_BATCH
-    assert choose_config(8 * 8192, 128) is LARGE_BATCH
+@pytest.mark.parametrize("device", json.loads(expert_configs.FILE.read_text()))
+def test_every_call_has_a_shape(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_configs, "_name", lambda _: device)
+    facts = {"num_experts": 128, "dtype": torch.bfloat16}
+    cpu = torch.device("cpu")
+    rows = [expert_config(cpu, num_rows=8 * n, **facts).rows for n in (1, 64, 8192, 10**6)]
+    assert rows == sorted(rows) and rows[0] >= 16
 
 
 @pytest.fixture(scope="module")
