@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class Receiver:
                 part = part[got:]
 
         pairs = zip(self._sockets, parts, strict=False)
-        side_by_side([lambda pair=pair: fill(*pair) for pair in pairs])  # type: ignore[misc]
+        side_by_side([partial(fill, *pair) for pair in pairs])
 
     def _from_group(self, message: dict[str, Any]) -> None:
         self._group.receive_into(self._memory, timeout_s=DEADLINE_S).result(DEADLINE_S)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -76,7 +77,7 @@ class LoopbackPeer:
         pairs = list(zip(self._sockets, cut_evenly(self._source, num), strict=False))
 
         def send() -> None:
-            side_by_side([lambda pair=pair: pair[0].sendall(pair[1]) for pair in pairs])  # type: ignore[misc]
+            side_by_side([partial(line.sendall, part) for line, part in pairs])
 
         return self._timed(send, way="sockets", num=num)
 
@@ -110,7 +111,7 @@ class LoopbackPeer:
         """Take every way once and compare what has arrived."""
         expected = weight_sync.fingerprint(self._named)
         ways: list[Callable[[], float]] = [self.group, self.tensor_by_tensor, self.flat]
-        ways += [lambda num=num: self.sockets(num) for num in num_streams]  # type: ignore[misc]
+        ways += [partial(self.sockets, num) for num in num_streams]
         for way in ways:
             way()
             self._line.say(way="fingerprint")

@@ -35,9 +35,9 @@ def run_batch(model: Any, settings: GenerateBench, jobs: Sequence[Job]) -> float
     rows = [[pad] * (longest - len(job.prompt)) + job.prompt for job in jobs]
     mask = [[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in jobs]
     num_new = max(job.num_new for job in jobs)
-    how = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
-        how = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}  # type: ignore[dict-item]
+        how = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(

@@ -36,7 +36,9 @@ class PhaseTimer:
         self._inner: list[float] = []
         self._undo: list[Callable[[], None]] = []
 
-    def watch(self, owner: Any, name: str, phase: str, look: Callable[..., None] | None = None):  # type: ignore[no-untyped-def]
+    def watch(
+        self, owner: Any, name: str, phase: str, look: Callable[..., None] | None = None
+    ) -> None:
         """Time `owner.name`, a method or a module's function; `look` sees its arguments before each call."""
         original = getattr(owner, name)
         own = name in vars(owner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -215,13 +215,16 @@ class GroupCoordinator(Place):
         input_: one tensor, or a list of them with as many rows each.
         """
         if not isinstance(input_, torch.Tensor):
-            return [cast(torch.Tensor, self.all_gatherv(tensor, sizes)) for tensor in input_]
+            return [self._all_rows(tensor, sizes) for tensor in input_]
+        return self._all_rows(input_, sizes)
+
+    def _all_rows(self, own: torch.Tensor, sizes: Sequence[int] | None) -> torch.Tensor:
         if sizes is None or self.size == 1:
-            return self.all_gather(input_, dim=0)
-        if len(sizes) != self.size or sizes[self.rank] != input_.shape[0]:
-            raise self._wrong_sizes(input_.shape[0], sizes)
-        rows = input_.new_zeros((max(sizes), *input_.shape[1:]))
-        rows[: input_.shape[0]] = input_
+            return self.all_gather(own, dim=0)
+        if len(sizes) != self.size or sizes[self.rank] != own.shape[0]:
+            raise self._wrong_sizes(own.shape[0], sizes)
+        rows = own.new_zeros((max(sizes), *own.shape[1:]))
+        rows[: own.shape[0]] = own
         gathered = self.all_gather(rows[None], dim=0)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
@@ -258,14 +261,14 @@ class GroupCoordinator(Place):
         return tensor
 
     def broadcast_object(
-        self, obj: T | None = None, src: int = 0, *, type: Any = Any, timeout_s: float | None = None
-    ) -> T:
+        self, obj: Any = None, src: int = 0, *, type: Any = Any, timeout_s: float | None = None
+    ) -> Any:
         """The object of rank `src`, decoded on the others as `type`: anything that msgspec encodes, never pickled.
 
         `ProtocolError` when it is not of that type. `timeout_s` is how long the others may wait for `src`.
         """
         if self.size == 1:
-            return obj  # type: ignore[return-value]
+            return obj
         group = self._on_cpu()
         frame, rest = encode(obj) if self.rank == src else (new_frame(), None)
         group.broadcast(frame, root=src, timeout_s=timeout_s)
@@ -273,7 +276,7 @@ class GroupCoordinator(Place):
             rest = rest_of(frame)
         if rest is not None:
             group.broadcast(rest, root=src, timeout_s=timeout_s)
-        return obj if self.rank == src else decode(frame, rest, type)  # type: ignore[return-value]
+        return obj if self.rank == src else decode(frame, rest, type)
 
     def broadcast_object_list(
         self, obj_list: list[Any], src: int = 0, *, type: Any = Any, timeout_s: float | None = None

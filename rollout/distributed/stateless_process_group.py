@@ -151,18 +151,17 @@ class StatelessProcessGroup(Place):
 
     def broadcast_obj(
         self,
-        obj: T | None = None,
+        obj: Any = None,
         src: int = 0,
         *,
         type: Any = Any,
         timeout_s: float | None = None,
-    ) -> T:
+    ) -> Any:
         """The object of rank `src`, decoded on the others as `type`: anything that msgspec encodes, never pickled."""
         if self.rank == src:
             self.broadcast_bytes(msgspec.msgpack.encode(obj), src=src, timeout_s=timeout_s)
-            return obj  # type: ignore[return-value]
-        found: T = decode_bytes(self.broadcast_bytes(src=src, timeout_s=timeout_s), type)
-        return found
+            return obj
+        return decode_bytes(self.broadcast_bytes(src=src, timeout_s=timeout_s), type)
 
     def all_gather_obj(
         self, obj: Any, *, type: Any = Any, timeout_s: float | None = None

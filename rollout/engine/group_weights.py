@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 
 from weight_sync.errors import WeightUpdateError
 from weight_sync.publisher.group_updates import Announced, Backend, GroupLayout
-from weight_sync.publisher.update import UpdateOptions
+from weight_sync.publisher.open_session import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.messages import KvPolicyName
 
 from .weights import WeightCalls, check_extras, label_of, no_tensors, policy_of
 
+BACKENDS: dict[str, Backend] = {"gloo": "gloo", "nccl": "nccl"}
 GROUP_LAYOUTS: dict[str | None, GroupLayout] = {
     None: "tensors",
     "auto": "tensors",
@@ -45,9 +46,9 @@ class GroupWeightCalls(WeightCalls):
         `DeadlineExceeded`, which names who is missing, after `timeout_s` (None: `request_timeout_s`), or
         `TransportError`.
         """
-        if backend not in get_args(Backend):
+        if backend not in BACKENDS:
             raise WeightUpdateError(
-                f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}; use gloo on a CPU"
+                f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}; use gloo on a CPU"
             )
         self._group_updates.join(
             group_name=group_name,
@@ -55,7 +56,7 @@ class GroupWeightCalls(WeightCalls):
             master_port=int(master_port),
             rank_offset=rank_offset,
             world_size=world_size,
-            backend=cast(Backend, backend),
+            backend=BACKENDS[backend],
             timeout_s=timeout_s,
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import nn
@@ -153,9 +152,12 @@ class Decoder(nn.Module):
     @property
     def attention_layer(self) -> AttentionLayer:
         """The first layer's attention; sizes are the same in all."""
-        first = self.layers[0]
-        assert isinstance(first, DecoderLayer)
-        return first.attention.layer
+        return next(self._decoder_layers()).attention.layer
+
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
 
     def forward(self, token_ids: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """token_ids (T) -> hidden states after the final norm, (T, E), valid until the next step."""
@@ -176,8 +178,7 @@ class Decoder(nn.Module):
     def placements(self) -> Iterator[Placement]:
         """Every parameter of this rank as parts of the checkpoint, in memory order; the tied head is the embedding."""
         yield from self.embedding.placements("model.embed_tokens")
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for index, layer in enumerate(self._decoder_layers()):
             yield from layer.placements(f"model.layers.{index}")
         yield from self.norm.placements("model.norm")
         if self.head is not self.embedding:
@@ -186,8 +187,7 @@ class Decoder(nn.Module):
 
     def fused_names(self) -> Iterator[tuple[str, Fused | tuple[str, ...]]]:
         """Names of fused projections and stacked experts, and of the checkpoint tensors that each is made of."""
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for index, layer in enumerate(self._decoder_layers()):
             yield from layer.attention.qkv.fused_names(f"model.layers.{index}.self_attn")
             yield from layer.feed_forward.fused_names(f"model.layers.{index}.mlp")
 
@@ -195,8 +195,7 @@ class Decoder(nn.Module):
         """Other names of checkpoint tensors, each with the one in `placements`."""
         if self.head is self.embedding:
             yield "lm_head.weight", "model.embed_tokens.weight"
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for index, layer in enumerate(self._decoder_layers()):
             yield from layer.feed_forward.aliases(f"model.layers.{index}.mlp")
 
     @cached_property
@@ -204,16 +203,14 @@ class Decoder(nn.Module):
         """What is a function of the parameters. Fused projections are parameters, and a tied head is the embedding."""
         return tuple(
             row
-            for index, layer in enumerate(self.layers)
-            for row in cast("DecoderLayer", layer).feed_forward.derived_state(
-                f"model.layers.{index}.mlp"
-            )
+            for index, layer in enumerate(self._decoder_layers())
+            for row in layer.feed_forward.derived_state(f"model.layers.{index}.mlp")
         )
 
     def count_experts(self, counts: torch.Tensor | None) -> None:
         """From now on add to `counts` (layers, experts) int64, on the device, where tokens go; None: no more."""
-        for index, layer in enumerate(self.layers):
-            part = cast("DecoderLayer", layer).feed_forward
+        for index, layer in enumerate(self._decoder_layers()):
+            part = layer.feed_forward
             if isinstance(part, MixtureOfExperts):
                 part.counts = None if counts is None else counts[index]
 

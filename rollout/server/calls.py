@@ -276,7 +276,7 @@ class Calls:
         return await self._engine.async_generate(**call.arguments)
 
     async def _rest(
-        self, call: Call, chunks: AsyncIterator[Result], first: Result | None
+        self, call: Call, chunks: AsyncGenerator[Result, None], first: Result | None
     ) -> AsyncGenerator[Result, None]:
         try:
             if first is not None:
@@ -285,7 +285,7 @@ class Calls:
                 yield self._seen(call, chunk)
         finally:
             self._dismiss(call)
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
 
     def _seen(self, call: Call, chunk: Result) -> Result:
         if chunk["meta_info"]["finish_reason"] is not None:

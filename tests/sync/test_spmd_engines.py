@@ -10,9 +10,9 @@ from sync_support import ToyEngine, eventually
 
 from weight_sync.errors import EngineRestartedError, WeightUpdateError
 from weight_sync.layout.fingerprints import ArenaFingerprints
+from weight_sync.publisher.open_session import UpdateOptions
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.selection import Layout
-from weight_sync.publisher.update import UpdateOptions
 from weight_sync.report import SyncReport
 from weight_sync.spmd.engines import Engines
 from weight_sync.spmd.plan import Decision

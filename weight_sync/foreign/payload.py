@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
@@ -42,11 +43,7 @@ def read_serialized_named_tensors(
     global or value that is wrong; `TransportError` where the shared memory cannot be opened or is not what it claims;
     `ManifestMismatch` where a bucket's metadata do not fit. Nothing has been read or released in the first case.
     """
-    serialized: list[Serialized]
-    if isinstance(payload, list | tuple):
-        serialized = [*payload]
-    else:
-        serialized = [payload]  # type: ignore[list-item]
+    serialized: list[Any] = [*payload] if isinstance(payload, list | tuple) else [payload]
     if not 0 <= rank < len(serialized) <= MAX_RANKS:
         raise PayloadRefused(
             f"cannot read serialized tensors: got {len(serialized)} payloads, expected one for each rank, rank {rank} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from .shards import held_regions, is_first_replica, local_of
 from .spellings import stacked_experts
 from .tensor_sums import name_key, region_sum, unsigned
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 class MeshSums:
     """Collects the summands of this rank; `total` is a collective of every mesh that occurred, in their order."""
@@ -21,9 +24,9 @@ class MeshSums:
     def __init__(self) -> None:
         self._sums: dict[Any, int] = {}
 
-    def add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    def add(self, name: str, tensor: DTensor, dtype: torch.dtype) -> None:
         """Count this rank's shards of `tensor`, which stand in `dtype`; of replicas, only the first does."""
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        mesh = tensor.device_mesh
         total = 0
         pieces = held_regions(name, tensor)
         if is_first_replica(tensor):

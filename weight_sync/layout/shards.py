@@ -11,10 +11,13 @@ import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 from ..errors import ManifestMismatch
 from . import region as regions
@@ -35,7 +38,7 @@ class HeldRegion:
     """Where it lies in the rank's own tensor."""
 
 
-def is_distributed(tensor: Any) -> bool:
+def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor; there is none before its module was imported, and this does not import it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -45,8 +48,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it; no communication, no copy."""
     if not is_distributed(tensor):
         return tensor.detach()
-    local: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return local
+    return tensor.to_local().detach()
 
 
 def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
@@ -58,13 +60,13 @@ def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
     if not is_distributed(tensor):
         region = regions.whole(shape)
         return (HeldRegion(region, region),)
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return ()
     _refuse_reordered(name, tensor)
     runs = [[(0, size)] for size in shape]
-    for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+    for axis, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
         dim = getattr(placement, "dim", None)
@@ -77,11 +79,11 @@ def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
         runs[dim] = share(runs[dim], factor, mesh.size(axis), coordinate[axis])
     pieces = _product(runs)
     held = tuple(sum(stop - start for start, stop in along) for along in runs)
-    local = tuple(tensor.to_local().shape)  # type: ignore[attr-defined]
+    local = tuple(tensor.to_local().shape)
     if local != held:
         raise ManifestMismatch(
             f"{name}: got a local tensor {list(local)}, expected {list(held)} of {list(shape)} by its placements "
-            f"{tensor.placements}; build it with distribute_tensor or fully_shard"  # type: ignore[attr-defined]
+            f"{tensor.placements}; build it with distribute_tensor or fully_shard"
         )
     return pieces
 
@@ -119,10 +121,10 @@ def placement_of(tensor: torch.Tensor) -> object:
     return getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None)
 
 
-def is_first_replica(tensor: torch.Tensor) -> bool:
+def is_first_replica(tensor: DTensor) -> bool:
     """Of the ranks that hold the same part of a DTensor, one: coordinate 0 along every axis that replicates."""
-    coordinate = tensor.device_mesh.get_coordinate()  # type: ignore[attr-defined]
-    placements = tensor.placements  # type: ignore[attr-defined]
+    coordinate = tensor.device_mesh.get_coordinate()
+    placements = tensor.placements
     return coordinate is not None and all(
         at == 0 or not placement.is_replicate()
         for at, placement in zip(coordinate, placements, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -92,7 +93,7 @@ def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
 def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Job]:
     for first in range(0, len(source), _PIECE_BYTES):
         part = slice(first, first + _PIECE_BYTES)
-        yield lambda to=destination[part], of=source[part]: np.copyto(to, of)  # type: ignore[misc]
+        yield partial(np.copyto, destination[part], source[part])
 
 
 def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Job:

@@ -37,6 +37,7 @@ from ..wire.messages import (
     OpenArena,
 )
 from ..wire.process import Home, host_id
+from .open_session import EngineArena
 from .packer import DevicePacker
 from .selection import Layout, Selector
 from .window import Window, half_bytes
@@ -49,14 +50,12 @@ _CLOSE_PATIENCE_S = 3600.0
 """How late a good-bye is heard, should the engine read it late."""
 
 
-class PackedArena:
+class PackedArena(EngineArena):
     """An arena that an engine has opened, with everything about it that is worked out once."""
 
     def __init__(self, arena: Arena, arena_id: int, layout: Layout, transport: str) -> None:
+        super().__init__(layout, arena_id, transport)
         self.arena = arena
-        self.arena_id = arena_id
-        self.layout = layout
-        self.transport = transport
         self.buffer = arena.buffer[: layout.carried.arena_bytes]
         is_window = arena.buffer.numel() < layout.carried.arena_bytes
         self.window = Window(layout.carried, arena.buffer) if is_window else None
@@ -71,7 +70,6 @@ class PackedArena:
         assert layout.encoding.verbatim or not (is_window or self.buffer.is_cuda), "packed as it is"
         if self.buffer.is_cuda and self.window is None:
             self.packer = DevicePacker(layout.carried, self.buffer, self.fingerprints)
-        self.manifest_known = False
 
     def packed_view(self, row: int) -> torch.Tensor:
         """What was packed for a row, to compare a tied tensor with it."""

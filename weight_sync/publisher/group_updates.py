@@ -9,9 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal, cast
-
-import torch
+from typing import Literal
 
 from ..errors import ArenaGoneError, DeadlineExceeded, ManifestMismatch, SyncError, TransportError
 from ..joint.engines import HasWeightChannel
@@ -31,9 +29,8 @@ from ..wire.messages import (
     Receive,
 )
 from ..wire.process import current_process
-from .endpoint import PackedArena
-from .selection import Layout, Selector
-from .update import Update, UpdateOptions
+from .open_session import EngineArena, OpenSession, UpdateOptions
+from .selection import Layout
 
 Backend = Literal["gloo", "nccl"]
 GroupLayout = Literal["tensors", "bucket", "packed_bucket"]
@@ -42,17 +39,6 @@ _GRACE_S = 5.0
 _ABORT_WAIT_S = 10.0
 _INTERRUPT_WAIT_S = 0.5
 _LEAVE_TIMEOUT_S = 10.0
-
-
-class RemoteStage:
-    """Memory of the engine that a group fills; what `Update` needs to know of it."""
-
-    transport = "process_group"
-
-    def __init__(self, layout: Layout, arena_id: int) -> None:
-        self.layout = layout
-        self.arena_id = arena_id
-        self.manifest_known = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +67,10 @@ class GroupUpdates:
         self._engine = engine
         self._timeout_s = timeout_s
         self._channel: Channel | None = None
-        self._stages: dict[str, RemoteStage] = {}
+        self._stages: dict[str, EngineArena] = {}
         self._turns: deque[threading.Event] = deque()
         self._lock = threading.Lock()
-        self._receiving: Update | None = None
+        self._receiving: OpenSession | None = None
 
     def join(
         self,
@@ -188,7 +174,7 @@ class GroupUpdates:
             self._stages.clear()
         return self._channel
 
-    def _stage(self, group_name: str, deadline: Deadline) -> RemoteStage:
+    def _stage(self, group_name: str, deadline: Deadline) -> EngineArena:
         channel = self._open_channel()
         if group_name not in self._stages:
             info: EngineInfo = deadline.call(channel, Hello())
@@ -199,7 +185,7 @@ class GroupUpdates:
                 num_bytes=layout.manifest.arena_bytes,
             )
             opened: ArenaOpened = deadline.call(channel, OpenArena(handle=handle))
-            self._stages[group_name] = RemoteStage(layout, opened.arena_id)
+            self._stages[group_name] = EngineArena(layout, opened.arena_id, "process_group")
         return self._stages[group_name]
 
     def _close_stage(self, group_name: str) -> None:
@@ -232,17 +218,10 @@ class Taking:
             _abort(update, error, deadline)
             raise
 
-    def _begun(self, options: UpdateOptions, deadline: Deadline) -> Update:
+    def _begun(self, options: UpdateOptions, deadline: Deadline) -> OpenSession:
         updates = self._updates
         stage = updates._stage(self._group_name, deadline)
-        update = Update(
-            channel=updates._open_channel(),
-            packed=cast(PackedArena, stage),  # an update reads the rest of it only to pack
-            options=options,
-            selector=Selector(
-                stage.layout, cast=True, packed=_no_arena, ignored=lambda names: frozenset()
-            ),
-        )
+        update = OpenSession(channel=updates._open_channel(), packed=stage, options=options)
         deadline.when_cancelled(lambda: update.tell_abort("the caller cancelled the update"))
         try:
             update.begin(deadline)
@@ -251,7 +230,7 @@ class Taking:
             raise
         return update
 
-    def stage(self, update: Update, announced: Announced) -> int:
+    def stage(self, update: OpenSession, announced: Announced) -> int:
         """Receive into a session that is open; how many tensors came."""
         deadline = Deadline(self._updates._timeout_s)
         deadline.when_cancelled(lambda: update.tell_abort("the caller cancelled the update"))
@@ -259,7 +238,7 @@ class Taking:
         self._receive(update, announced, deadline)
         return len(announced.names)
 
-    def _receive(self, update: Update, announced: Announced, deadline: Deadline) -> None:
+    def _receive(self, update: OpenSession, announced: Announced, deadline: Deadline) -> None:
         timeout_s = deadline.left_s("receive")
         message = Receive(
             session_id=update.session_id,
@@ -286,13 +265,13 @@ class Taking:
         _note(update, message)
 
 
-def _abort(update: Update, error: BaseException, deadline: Deadline) -> None:
+def _abort(update: OpenSession, error: BaseException, deadline: Deadline) -> None:
     interrupted = not isinstance(error, Exception)
     wait_s = _INTERRUPT_WAIT_S if interrupted else deadline.grace_s(_ABORT_WAIT_S)
     update.abort(f"{type(error).__name__}: {error}", wait_s)
 
 
-def _note(update: Update, message: Receive) -> None:
+def _note(update: OpenSession, message: Receive) -> None:
     """Count what was received, for the report."""
     layout = update.packed.layout
     update.num_tensors += len(message.names)
@@ -305,7 +284,3 @@ def _note(update: Update, message: Receive) -> None:
         i = layout.index.get(name)
         if i is not None and layout.dtypes[i] != got:
             update.casts.append((name, dtype_name(got), dtype_name(layout.dtypes[i])))
-
-
-def _no_arena(row: int) -> torch.Tensor:
-    raise AssertionError("tensors of a group are not packed here")

@@ -72,13 +72,12 @@ class DevicePacker:
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
         )
         targets = [self._buffer.data_ptr()]
-        known = self._table is not None and layouts == self._layouts
-        if known and (
-            addresses == self._addresses or self._table.fits(self._read(addresses), targets)  # type: ignore[union-attr]
+        known = self._table if layouts == self._layouts else None
+        if known is not None and (
+            addresses == self._addresses or known.fits(self._read(addresses), targets)
         ):
             self._addresses = addresses
-            assert self._table is not None
-            return self._table
+            return known
         pieces: list[Piece] = []
         fast: list[int] = []
         self._slow = []

@@ -25,10 +25,11 @@ from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
 from ..wire.process import Home
 from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
+from .open_session import UpdateOptions, check_choice
 from .publish_session import PublishSession
 from .selection import Selection
 from .sources import AnyNamedTensors, blocking, tensors_of
-from .update import PackedRows, Update, UpdateOptions, check_choice
+from .update import PackedRows, Update
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -205,7 +206,7 @@ class WeightCommit:
                 f"the commit of version {self.session.version} failed ({why}): {error}", error
             )
         try:
-            together(self.agreement, self.snapshot.restore)  # type: ignore[union-attr]
+            together(self.agreement, self.snapshot.restore)
             self.check_restored()
             together(self.agreement, self._tell_host_of_the_old)
             self.on_served(self.served)
@@ -221,7 +222,7 @@ class WeightCommit:
             ) from error
         raise error
 
-    def _tear(self, reason: str, error: BaseException) -> None:
+    def _tear(self, reason: str, error: BaseException) -> NoReturn:
         self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))
         self.host.weights_torn(reason)
         self._release(ok=False)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ManifestMismatch, SessionError
+from ..publisher.open_session import UpdateOptions
 from ..publisher.selection import Layout
-from ..publisher.update import UpdateOptions
 from ..report import SyncReport
 from ..wire.deadline import Deadline
 from ..wire.messages import SharedMemoryHandle

@@ -17,8 +17,9 @@ from ..publisher.endpoint import (
     TransportChoice,
     current_gpu,
 )
+from ..publisher.open_session import UpdateOptions
 from ..publisher.selection import Layout
-from ..publisher.update import PackedRows, Update, UpdateOptions
+from ..publisher.update import PackedRows, Update
 from ..report import SyncReport
 from ..transports.arena import SharedBytes
 from ..transports.shared_memory import SharedMemoryArena

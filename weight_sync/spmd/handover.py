@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import TransportError
 from ..layout.manifest import Manifest, TensorMeta, parse_dtype
-from ..publisher.update import UpdateOptions
+from ..publisher.open_session import UpdateOptions
 from ..report import SyncReport
 from ..transports.shared_memory import SharedMemoryArena
 from ..wire.deadline import Deadline

@@ -33,8 +33,8 @@ from ..errors import (
 from ..layout.manifest import NamedTensors, dtype_name
 from ..layout.shards import HeldRegion, held_regions, local_of, pairs_of, placement_of
 from ..publisher.endpoint import GroupBackend, TransportChoice
+from ..publisher.open_session import UpdateOptions
 from ..publisher.selection import Layout
-from ..publisher.update import UpdateOptions
 from ..report import SyncReport
 from ..transports.shared_memory import WritableSharedMemoryArena
 from ..wire.cancellation import on_a_thread

@@ -16,7 +16,7 @@ import torch
 from ..devices.registration import Registration
 from ..errors import TransportError
 from ..plan.plan import Plan
-from ..plan.stage import ArenaStage
+from ..plan.stage import ArenaStage, Stage
 from ..wire.messages import ProcessRef, SharedMemoryHandle
 from ..wire.process import current_process, host_id, why_dead
 from .arena import Mapping, SharedBytes
@@ -101,7 +101,7 @@ class OpenedSharedMemoryArena(SharedBytes):
     def owner(self) -> ProcessRef:
         return self._owner
 
-    def stage(self, plan: Plan) -> ArenaStage:
+    def stage(self, plan: Plan) -> Stage:
         return ArenaStage(self.buffer, plan)
 
     def given_up(self) -> bool:

@@ -52,7 +52,7 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
             raise
         self._memory = memory
 
-    def stage(self, plan: Plan) -> UploadedStage:  # type: ignore[override]
+    def stage(self, plan: Plan) -> UploadedStage:
         assert self._memory is not None, "the arena was closed"
         check_size(self.buffer.numel(), plan)
         return UploadedStage(self._memory, self.buffer, plan)
