@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -116,11 +117,15 @@ def streaming(engine: Engine, settings: PauseBench) -> Iterator[Arrivals]:
             "temperature": 1.0,
         }
         try:
-            stream = engine.generate(input_ids=prompts, sampling_params=params, stream=True)
-            for chunk in stream:
-                arrivals.times[chunk["index"]].append(time.perf_counter())
-                if arrivals.stopped.is_set():
-                    break
+            while not arrivals.stopped.is_set():
+                for chunk in engine.generate(
+                    input_ids=prompts, sampling_params=params, stream=True
+                ):
+                    arrivals.times[chunk["index"]].append(time.perf_counter())
+                    if arrivals.stopped.is_set():
+                        break
+                for times in arrivals.times:
+                    times.append(math.nan)  # no gap lies between two streams
         except BaseException as error:
             arrivals.failure = error
 

@@ -1,6 +1,9 @@
 """The kernels of `copy_table`: whole words, elements in a row, elements through strides. Tables say where.
 
-Each copies, sums what it has read (`fingerprint` has the formula), or does both in one pass over the bytes.
+Each copies, sums what it has read (`fingerprint` has the formula), or does both in one pass over the bytes. What is
+summed can be looked at for NaN and infinities on the way: `exponents` has, for each output, the bits of a word that are
+all set in a number that is not finite, and `suspects` becomes 1 where one was. The word is in registers; reading it is
+what takes the time.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ def words_kernel(  # type: ignore[no-untyped-def]
     fine,
     outer,
     out,
+    exponents,
+    suspects,
     COPY: tl.constexpr,
     SUM: tl.constexpr,
+    FINITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -35,6 +41,9 @@ def words_kernel(  # type: ignore[no-untyped-def]
 
     One program per tile of at most `ROWS` wide rows. Whole tiles are read and written without masks, 16 bytes at once
     where `ALIGNED` allows; the last bytes of a run that fill no word go one by one.
+
+    `FINITE`, for all numbers of a word at once: where an exponent lacks a bit, adding the exponent's own mask to what
+    it lacks carries into the sign's place, and nowhere else.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * COLUMNS
     source = tl.load(sources + tl.load(tile)) + tl.load(tile + 1)
@@ -47,6 +56,12 @@ def words_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, 1024)
     acc = tl.zeros((1024,), tl.int64)
     extra = tl.full((), 0, tl.int64)
+    wrong = tl.zeros((1024,), tl.int64)
+    wrong_tail = tl.full((), 0, tl.int64)
+    exponent = tl.full((), 0, tl.int64)
+    if FINITE:
+        exponent = tl.load(exponents + n, mask=n >= 0, other=0)
+    sign = (exponent << 1) & ~exponent
     if num_bytes == ROWS * 8192:
         for r in tl.static_range(ROWS):
             word = tl.load(read + (r * 1024 + column))
@@ -54,6 +69,8 @@ def words_kernel(  # type: ignore[no-untyped-def]
                 tl.store(write + (r * 1024 + column), word)
             if SUM:
                 acc += word * tl.load(outer + first_row + r)
+            if FINITE:
+                wrong |= ~((~word & exponent) + exponent) & sign
     else:
         num_words = num_bytes // 8
         for r in tl.static_range(ROWS):
@@ -64,6 +81,8 @@ def words_kernel(  # type: ignore[no-untyped-def]
             if SUM:
                 reached = r * 1024 < num_words
                 acc += word * tl.load(outer + first_row + r, mask=reached, other=0)
+            if FINITE:
+                wrong |= ~((~word & exponent) + exponent) & sign
         rest = num_bytes - num_words * 8
         if rest > 0:
             byte = tl.arange(0, 8)
@@ -73,11 +92,17 @@ def words_kernel(  # type: ignore[no-untyped-def]
                 tl.store(target.to(tl.pointer_type(tl.uint8)) + here, last, mask=byte < rest)
             if SUM:
                 tail = tl.sum(last.to(tl.int64) << (byte * 8).to(tl.int64), axis=0)
+                if FINITE:
+                    wrong_tail = ~((~tail & exponent) + exponent) & sign
                 tail *= tl.load(outer + first_row + num_words // 1024)
                 extra += tail * tl.load(fine + num_words % 1024)
     if SUM:
         if n >= 0:
             tl.atomic_add(out + n, tl.sum(acc * tl.load(fine + column), axis=0) + extra)
+            if FINITE:
+                num_wrong = tl.sum((wrong != 0).to(tl.int32), axis=0)
+                if (num_wrong > 0) | (wrong_tail != 0):
+                    tl.store(suspects + n, 1)
 
 
 @jit
@@ -89,6 +114,8 @@ def flat_kernel(  # type: ignore[no-untyped-def]
     fine,
     outer,
     out,
+    exponents,
+    suspects,
     SOURCE: tl.constexpr,
     SOURCE_SIZE: tl.constexpr,
     TARGET: tl.constexpr,
@@ -97,6 +124,7 @@ def flat_kernel(  # type: ignore[no-untyped-def]
     CAST: tl.constexpr,
     COPY: tl.constexpr,
     SUM: tl.constexpr,
+    FINITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,6 +152,10 @@ def flat_kernel(  # type: ignore[no-untyped-def]
     shift = (column * SIZE % 8 * 8).to(tl.int64)
     acc = tl.zeros((BLOCK,), tl.int64)
     whole: tl.constexpr = (1 << (8 * SIZE)) - 1 if SIZE < 8 else -1
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    exponent = tl.full((), 0, tl.int64)
+    if FINITE:
+        exponent = tl.load(exponents + n, mask=n >= 0, other=0) & whole
     if num == ROWS * BLOCK:
         for r in range(ROWS):
             value = tl.load(read + (r * BLOCK + column))
@@ -134,6 +166,8 @@ def flat_kernel(  # type: ignore[no-untyped-def]
             if SUM:
                 bits = value.to(BITS, bitcast=True).to(tl.int64) & whole
                 acc += (bits << shift) * tl.load(outer + first // BLOCK + r)
+                if FINITE:
+                    wrong |= ((bits & exponent) == exponent).to(tl.int32)
     else:
         for r in range(ROWS):
             valid = r * BLOCK + column < num
@@ -146,10 +180,15 @@ def flat_kernel(  # type: ignore[no-untyped-def]
                 bits = value.to(BITS, bitcast=True).to(tl.int64) & whole
                 key = tl.load(outer + first // BLOCK + r, mask=r * BLOCK < num, other=0)
                 acc += tl.where(valid, bits << shift, 0) * key
+                if FINITE:
+                    wrong |= ((bits & exponent) == exponent).to(tl.int32)
     if SUM:
         if n >= 0:
             acc *= tl.load(fine + column * SIZE // 8)
             tl.atomic_add(out + n, tl.sum(acc, axis=0))
+            if FINITE:
+                if (tl.sum(wrong, axis=0) > 0) & (exponent != 0):
+                    tl.store(suspects + n, 1)
 
 
 @jit
@@ -161,6 +200,8 @@ def strided_kernel(  # type: ignore[no-untyped-def]
     fine,
     outer,
     out,
+    exponents,
+    suspects,
     SOURCE: tl.constexpr,
     SOURCE_SIZE: tl.constexpr,
     TARGET: tl.constexpr,
@@ -169,6 +210,7 @@ def strided_kernel(  # type: ignore[no-untyped-def]
     CAST: tl.constexpr,
     COPY: tl.constexpr,
     SUM: tl.constexpr,
+    FINITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -188,6 +230,10 @@ def strided_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.int64)
     whole: tl.constexpr = (1 << (8 * SIZE)) - 1 if SIZE < 8 else -1
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    exponent = tl.full((), 0, tl.int64)
+    if FINITE:
+        exponent = tl.load(exponents + n, mask=n >= 0, other=0) & whole
     for r in range(ROWS):
         e = first + r * BLOCK + column
         valid = e < end
@@ -215,6 +261,11 @@ def strided_kernel(  # type: ignore[no-untyped-def]
             key = tl.load(fine + word % 1024, mask=valid, other=0)
             key *= tl.load(outer + word // 1024, mask=valid, other=0)
             acc += tl.where(valid, bits << (byte % 8 * 8), 0) * key
+            if FINITE:
+                wrong |= ((bits & exponent) == exponent).to(tl.int32)
     if SUM:
         if n >= 0:
             tl.atomic_add(out + n, tl.sum(acc, axis=0))
+            if FINITE:
+                if (tl.sum(wrong, axis=0) > 0) & (exponent != 0):
+                    tl.store(suspects + n, 1)

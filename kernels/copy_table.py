@@ -34,6 +34,15 @@ from .launching import launching_on, tl
 _TILE_BYTES = fp.TILE_ROWS * fp.WIDE_ROW_BYTES
 _RUN_BYTES = 512
 """Least bytes of a strided piece's contiguous runs that are worth a program each."""
+_EXPONENTS = {
+    torch.float64: 0x7FF0_0000_0000_0000,
+    torch.float32: 0x7F80_0000,
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float8_e5m2: 0x7C,
+    torch.float8_e4m3fn: 0x7F,  # its NaN; it has no infinities
+}
+"""Bits that are all set in a number that is not finite."""
 
 
 class CopyTable:
@@ -58,7 +67,9 @@ class CopyTable:
         self._copy = copy
         self._alignment = _alignment(sources), _alignment(targets)
         self._addresses: dict[bool, tuple[list[int], torch.Tensor]] = {}
+        pieces = list(pieces)
         self._batches = _compile(pieces, sources, targets, device, copy=copy)
+        self._exponents, self._blank = _exponents_of(pieces, num_outputs, device)
         last_row = max((batch.last_row for batch in self._batches), default=0)
         self._outer = fp.outer_keys(last_row + 1, device)
 
@@ -71,14 +82,26 @@ class CopyTable:
         """Whether these addresses are aligned as those that it was compiled for."""
         return (_alignment(sources), _alignment(targets)) == self._alignment
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def run(self, sources: Sequence[int], targets: Sequence[int] = ()) -> torch.Tensor:
         """Issue everything on the current stream. The sums, (N,) int64 on the device, once it has run."""
-        out = torch.zeros(self.num_outputs, dtype=torch.int64, device=self.device)
+        return self._run(sources, targets, finite=False)[0]
+
+    def run_checked(self, sources: Sequence[int], targets: Sequence[int] = ()) -> torch.Tensor:
+        """As `run`; (2, N) int64: the sums, and in the second row 0 where all that was summed is certainly finite.
+
+        Integers are. Of a few rare dtypes it is not known, and they have 1.
+        """
+        return self._run(sources, targets, finite=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _run(self, sources: Sequence[int], targets: Sequence[int], *, finite: bool) -> torch.Tensor:
+        out = self._blank.clone()
         from_, to = self._upload(True, sources), self._upload(False, targets)
         for batch in self._batches:
-            batch.launch(from_, to, self._outer, out, copy=self._copy)
+            batch.launch(
+                from_, to, self._outer, out, self._exponents, copy=self._copy, finite=finite
+            )
         return out
 
     def _upload(self, is_source: bool, addresses: Sequence[int]) -> torch.Tensor:
@@ -88,6 +111,22 @@ class CopyTable:
             held = wanted, torch.tensor(wanted, dtype=torch.int64, device=self.device)
             self._addresses[is_source] = held
         return held[1]
+
+
+def _exponents_of(
+    pieces: Sequence[Piece], num_outputs: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exponents` of the kernels, (N,) int64, in each number of a word; and (2, N): no sums, and what is not known."""
+    masks = [0] * num_outputs
+    unknown = [0] * num_outputs
+    for piece in pieces:
+        if piece.output >= 0 and piece.target_dtype.is_floating_point:
+            bits = 8 * piece.target_dtype.itemsize
+            mask = _EXPONENTS.get(piece.target_dtype, 0)
+            masks[piece.output] = fp.signed(sum(mask << at for at in range(0, 64, bits)))
+            unknown[piece.output] = int(not mask)
+    blank = torch.tensor([[0] * num_outputs, unknown], dtype=torch.int64, device=device)
+    return torch.tensor(masks, dtype=torch.int64, device=device), blank
 
 
 def reference(
@@ -134,7 +173,17 @@ class _Words:
     last_row: int
     aligned: bool
 
-    def launch(self, sources: Any, targets: Any, outer: Any, out: Any, *, copy: bool) -> None:
+    def launch(
+        self,
+        sources: Any,
+        targets: Any,
+        outer: Any,
+        out: Any,
+        exponents: Any,
+        *,
+        copy: bool,
+        finite: bool,
+    ) -> None:
         with launching_on(out):
             words_kernel[(len(self.tiles),)](
                 self.tiles,
@@ -142,9 +191,12 @@ class _Words:
                 targets,
                 fp.fine_keys(out.device),
                 outer,
-                out,
+                out[0],
+                exponents,
+                out[1],
                 COPY=copy,
-                SUM=len(out) > 0,
+                SUM=out.numel() > 0,
+                FINITE=finite and out.numel() > 0,
                 ALIGNED=16 if self.aligned else 8,
                 ROWS=fp.TILE_ROWS,
                 COLUMNS=WORD_COLUMNS,
@@ -165,7 +217,17 @@ class _Elements:
 
     aligned: bool
 
-    def launch(self, sources: Any, targets: Any, outer: Any, out: Any, *, copy: bool) -> None:
+    def launch(
+        self,
+        sources: Any,
+        targets: Any,
+        outer: Any,
+        out: Any,
+        exponents: Any,
+        *,
+        copy: bool,
+        finite: bool,
+    ) -> None:
         size, cast = self.target.itemsize, self.source != self.target
         kernel = flat_kernel if self.flat else strided_kernel
         with launching_on(out):
@@ -176,7 +238,9 @@ class _Elements:
                 targets,
                 fp.fine_keys(out.device),
                 outer,
-                out,
+                out[0],
+                exponents,
+                out[1],
                 SOURCE=_triton_dtype(self.source, not cast),
                 SOURCE_SIZE=self.source.itemsize,
                 TARGET=_triton_dtype(self.target, not cast),
@@ -184,7 +248,8 @@ class _Elements:
                 SIZE=size,
                 CAST=cast,
                 COPY=copy,
-                SUM=len(out) > 0,
+                SUM=out.numel() > 0,
+                FINITE=finite and out.numel() > 0,
                 ALIGNED=self.aligned,
                 BLOCK=fp.WIDE_ROW_BYTES // size if self.flat else BLOCK,
                 ROWS=fp.TILE_ROWS,

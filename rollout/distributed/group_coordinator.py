@@ -88,6 +88,7 @@ class GroupCoordinator(Place):
                     rank=group.rank,
                     size=group.world_size,
                     name=group.name,
+                    join_timeout_s=timeout_s,
                     timeout_s=timeout_s,
                 )
         made = cls(

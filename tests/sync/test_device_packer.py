@@ -37,6 +37,7 @@ def interpreted() -> dict[str, str]:
         "the same again at other addresses",
         "fewer tensors than before",
         "other strides and dtypes",
+        "what is not finite",
         "a plan's copies",
         "resident parts in many allocations",
     ],
@@ -82,7 +83,10 @@ def main() -> None:
 
     def packs(tensors: dict[str, torch.Tensor]) -> str:
         rows = [manifest.index[name] for name in tensors]
-        found = packer.pack(rows, list(tensors.values()))
+        found, suspects = packer.pack(rows, list(tensors.values()))
+        wanted = [row for row, t in zip(rows, tensors.values(), strict=True) if t.isfinite().all()]
+        if suspects.tolist() != sorted(set(rows) - set(wanted)):
+            return f"suspects {suspects}"
         for row, (name, tensor) in zip(rows, tensors.items(), strict=True):
             if not torch.equal(manifest.view(buffer, row), tensor.to(manifest.tensors[row].dtype)):
                 return f"{name} differs"
@@ -97,6 +101,9 @@ def main() -> None:
     odd["norm.weight"] = odd["norm.weight"].float().bfloat16().float()
     odd["layers.0.q.weight"] = torch.cat([odd["layers.0.q.weight"]] * 2, 1)[:, 16:]
     print(f"other strides and dtypes={packs(odd)}")
+    odd["embed.weight"][2, 3] = float("-inf")
+    odd["layers.0.scale"] = torch.tensor(float("inf")).to(odd["layers.0.scale"].dtype)
+    print(f"what is not finite={packs(odd)}")
 
     weight_map = toy_map()
     plan = compile_plan(manifest, weight_map)

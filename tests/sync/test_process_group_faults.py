@@ -17,8 +17,9 @@ from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, gr
 
 from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.layout.manifest import TensorMeta
+from weight_sync.process_groups.backends import open_nccl
 from weight_sync.process_groups.calls import GRACE_S, CallThread
-from weight_sync.process_groups.communicator import Communicator
+from weight_sync.process_groups.communicator import Communicator, wait_for_aborts
 from weight_sync.process_groups.meeting import PROTOCOL_VERSION, GroupTerms, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.transports.group.process_group import UpdateGroup
@@ -362,7 +363,11 @@ def test_a_backend_whose_abort_takes_for_ever_holds_nobody_up():
     communicator.abort()
     communicator.close()
     assert time.monotonic() - started < 0.1 + SLACK_S and backend.num_aborts == 1
+    assert not wait_for_aborts(0.05)
+    with pytest.raises(DeadlineExceeded, match="has not ended an older group"):
+        open_nccl(None, rank=0, size=2, name="next", join_timeout_s=0.05, timeout_s=1)
     over.set()
+    assert wait_for_aborts(5)
 
 
 def test_a_call_whose_peer_is_known_to_be_gone_fails_long_before_its_deadline():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from ..errors import DeadlineExceeded, TransportError
-from .communicator import Communicator
+from .communicator import Communicator, wait_for_aborts
 from .rendezvous import first_line, left
 
 _ENVIRONMENT_LOCK = threading.Lock()
@@ -65,8 +65,16 @@ def open_gloo(
     return Communicator(backend, kind="gloo", rank=rank, size=size, name=name, timeout_s=timeout_s)
 
 
-def open_nccl(store: Store, *, rank: int, size: int, name: str, timeout_s: float) -> Communicator:
-    """A member of an NCCL group on the current CUDA device. It connects in its first operation, not here."""
+def open_nccl(
+    store: Store, *, rank: int, size: int, name: str, join_timeout_s: float, timeout_s: float
+) -> Communicator:
+    """A member of an NCCL group on the current CUDA device. It connects in its first operation, not here; and not
+    before communicators that this process has given up are gone."""
+    if not wait_for_aborts(join_timeout_s):
+        raise DeadlineExceeded(
+            f"group {name!r}, rank {rank} of {size}: NCCL has not ended an older group within {join_timeout_s:.1f} s, "
+            "expected its members to be reachable or dead; look for one that is stopped, or restart this process"
+        )
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(days=7)  # the deadlines here are the ones that count
     try:

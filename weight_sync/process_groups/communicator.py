@@ -5,6 +5,7 @@ Bytes are what travels: except in sums, tensors are handed over as uint8, so eve
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -126,8 +127,7 @@ class Communicator:
         self.timeout_s = timeout_s
         """Deadline of an operation that is given none."""
         self._held = _Held(backend)
-        self._aborting: threading.Thread | None = None
-        self._abort_lock = threading.Lock()
+        self._aborting = False
         weakref.finalize(self, self._held.drop_if_idle)
 
     def post_broadcast(self, tensor: torch.Tensor, *, root: int, timeout_s: float) -> Posted:
@@ -225,18 +225,26 @@ class Communicator:
     def abort(self) -> None:
         """Make operations that are under way fail, where the backend can (gloo's end at their deadlines). Never blocks.
 
-        NCCL's kernels end as soon as they see its flag; what comes after that, giving back what a dead member shares,
-        may take it any time, and is left to a thread of its own.
+        NCCL's kernels end as soon as they see its flag. What comes after that, giving back what a member shared that
+        may be dead, takes it seconds, and is left to a thread of its own; see `wait_for_aborts`.
         """
         backend = self._held.backend
         if backend is None or self.kind != "nccl":
             return
-        with self._abort_lock:
-            if self._aborting is None:
-                self._aborting = threading.Thread(
-                    target=_abort, args=(backend,), name=f"{self.name}-aborting", daemon=True
+        with _aborts_lock:
+            if not self._aborting:
+                self._aborting = True
+                if not _aborts:
+                    # A thread that is inside NCCL when the interpreter ends takes the process down with a signal.
+                    atexit.unregister(wait_for_aborts)
+                    atexit.register(wait_for_aborts, _EXIT_WAIT_S)
+                _aborts[:] = [thread for thread in _aborts if thread.is_alive()]
+                _aborts.append(
+                    threading.Thread(
+                        target=_abort, args=(backend,), name=f"{self.name}-aborting", daemon=True
+                    )
                 )
-                self._aborting.start()
+                _aborts[-1].start()
 
     def close(self) -> None:
         """Close the connections, so that peers fail; at once, or when what is under way has ended. Never blocks."""
@@ -303,6 +311,24 @@ class Communicator:
             f"{self._me}: {what} failed, got {text!r}, expected every member to live; look for one that died, and make "
             "a new group"
         )
+
+
+_aborts: list[threading.Thread] = []
+_aborts_lock = threading.Lock()
+_EXIT_WAIT_S = 10.0
+
+
+def wait_for_aborts(timeout_s: float) -> bool:
+    """Until no communicator of this process is being aborted any more; False when that takes longer.
+
+    Before a new one is made: NCCL frees memory of the GPU in both, which waits for the kernels of the other.
+    """
+    end = time.monotonic() + timeout_s
+    with _aborts_lock:
+        threads = list(_aborts)
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def _abort(backend: Any) -> None:

@@ -167,7 +167,12 @@ def connect(
     left_s = left(end).total_seconds()
     if member.backend == "nccl":
         return open_nccl(
-            store, rank=member.rank, size=member.world_size, name=member.name, timeout_s=left_s
+            store,
+            rank=member.rank,
+            size=member.world_size,
+            name=member.name,
+            join_timeout_s=left_s,
+            timeout_s=left_s,
         )
     return open_gloo(
         store,

@@ -1,7 +1,7 @@
 """Packing on a GPU: all tensors of an update into the arena, and fingerprints of what was packed, in a few launches.
 
-One pass over the bytes, casts and strides included, whatever the number of tensors. What is worked out from their
-layouts serves as long as the layouts stay; addresses may change from update to update.
+One pass over the bytes, casts, strides and the look for NaN and infinities included, whatever the number of tensors.
+What is worked out from their layouts serves as long as the layouts stay; addresses may change from update to update.
 """
 
 from __future__ import annotations
@@ -38,24 +38,29 @@ class DevicePacker:
         self._slow: list[int] = []
 
     @torch.no_grad()
-    def pack(self, rows: list[int], sources: Sequence[torch.Tensor]) -> np.ndarray:
-        """Copy `sources`, any of this process, to `rows` of the manifest; (N,) uint64 fingerprints, in that order.
+    def pack(
+        self, rows: list[int], sources: Sequence[torch.Tensor], *, check_finite: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Copy `sources`, any of this process, to `rows` of the manifest.
 
-        Issued on the calling thread's current stream; returns when all is packed.
+        Returns fingerprints, (N,) uint64, in the order of `rows`, and which of these (ascending, int64) may hold NaN
+        or infinities: all others certainly do not. Without `check_finite` there are none. Issued on the calling
+        thread's current stream; returns when all is packed.
         """
         addresses = [tensor.data_ptr() for tensor in sources]
         table = self._prepare(rows, sources, addresses)
-        values = table.run(self._read(addresses), [self._buffer.data_ptr()])
+        run = table.run_checked if check_finite else table.run
+        packed = run(self._read(addresses), [self._buffer.data_ptr()])
         for i in self._slow:
             self._manifest.view(self._buffer, rows[i]).copy_(sources[i])
-        if not self._slow:
-            return values.cpu().numpy().view(np.uint64)
-        found = np.empty(len(rows), dtype=np.uint64)
-        indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
-        slow = self._fingerprints.values(self._buffer, indices)
-        found[self._slow] = slow.numpy().view(np.uint64)
-        found[self._fast] = values.cpu().numpy().view(np.uint64)
-        return found
+        columns = np.zeros((2, len(rows)), dtype=np.int64)
+        if self._slow:
+            indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
+            columns[0, self._slow] = self._fingerprints.values(self._buffer, indices).numpy()
+            columns[1, self._slow] = check_finite
+        columns[: 1 + check_finite, self._fast] = packed.cpu().numpy()
+        suspects = np.sort(np.array(rows, dtype=np.int64)[columns[1] != 0])
+        return columns[0].view(np.uint64), suspects
 
     def _read(self, addresses: list[int]) -> list[int]:
         """Those that the table reads."""

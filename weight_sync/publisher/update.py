@@ -45,7 +45,7 @@ class Update(OpenSession):
     _buckets: list[tuple[Bucket, "Future[Any]"]] = field(default_factory=list)
     _sent: list["Future[None]"] = field(default_factory=list)
     _unchecked: list[np.ndarray] = field(default_factory=list)
-    """Rows that were packed, and may not be finite."""
+    """Rows that were packed and may not be finite, ascending."""
     _decoded: dict[int, int] = field(default_factory=dict)
     """Fingerprints of rows that are in the arena as something else."""
 
@@ -99,7 +99,9 @@ class Update(OpenSession):
             raise EngineDiedError(self.channel.dead)
         start = time.perf_counter()
         rows = sorted(sources)
-        values = packer.pack(rows, [sources[i] for i in rows])
+        values, suspects = packer.pack(
+            rows, [sources[i] for i in rows], check_finite=self.options.check_finite
+        )
         self.pack_s += time.perf_counter() - start
         pieces = [rows] if self.packed.seen else self._split(rows)
         packed, first = [], 0
@@ -107,6 +109,7 @@ class Update(OpenSession):
             last = first + len(piece)
             packed.append(self._counted(np.array(piece, dtype=np.int64), values[first:last]))
             first = last
+        self._unchecked.append(suspects)
         return packed
 
     def stage_window(self, window: Window, selection: Selection, deadline: Deadline) -> None:
@@ -116,7 +119,7 @@ class Update(OpenSession):
         for rows in window.split(sorted(sources)):
             place = self._next_half(window, deadline).place(rows)
             start = time.perf_counter()
-            values = place.pack([sources[i] for i in rows])
+            values = place.pack([sources[i] for i in rows], check_finite=self.options.check_finite)
             self.pack_s += time.perf_counter() - start
             self._announce_half(rows, values, place, deadline)
 
@@ -188,6 +191,8 @@ class Update(OpenSession):
             self.packed.buffer, None if everything else indices
         )
         packed = self._counted(indices, values.numpy().view(np.uint64))
+        if self.options.check_finite:
+            self._unchecked.append(indices)
         self.pack_s += time.perf_counter() - start
         return packed
 
@@ -233,8 +238,6 @@ class Update(OpenSession):
             decoded = np.array([self._decoded.pop(i) for i in indices.tolist()], dtype=np.uint64)
         packed = PackedRows(indices=indices, fingerprints=fingerprints, decoded=decoded)
         self._check_expected(packed)
-        if self.options.check_finite and self.packed.window is None:
-            self._unchecked.append(packed.indices)
         self.num_bytes += int(self.packed.num_bytes[indices].sum())
         return packed
 

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import TransportError
 from ..layout.fingerprints import ArenaFingerprints
-from ..layout.finite import refuse_non_finite
+from ..layout.finite import FiniteCheck
 from ..layout.manifest import ALIGNMENT, Manifest, align
 from ..plan.parallel_copy import copy_tensors
 from .packer import DevicePacker
@@ -35,22 +35,28 @@ class WindowPart:
         self._packer = (
             DevicePacker(manifest, self._buffer, self._fingerprints) if buffer.is_cuda else None
         )
+        self._finite = FiniteCheck(manifest)
+        self._everything = np.arange(len(manifest.tensors), dtype=np.int64)
+        self._suspects = self._everything
 
-    def pack(self, sources: Sequence[torch.Tensor]) -> np.ndarray:
-        """Copy all of them here; their fingerprints (N,) uint64."""
+    def pack(self, sources: Sequence[torch.Tensor], *, check_finite: bool) -> np.ndarray:
+        """Copy all of them here; their fingerprints (N,) uint64. `check_finite`: whether that is asked for then."""
         if self._packer is not None:
-            return self._packer.pack(list(range(len(sources))), sources)
+            values, self._suspects = self._packer.pack(
+                self._everything.tolist(), sources, check_finite=check_finite
+            )
+            return values
         copy_tensors(self._views, list(sources))
         return self.read()
 
     def read(self) -> np.ndarray:
         """The fingerprints of what lies here."""
+        self._suspects = self._everything
         return self._fingerprints.values(self._buffer).numpy().view(np.uint64)
 
     def check_finite(self) -> None:
         """`NonFiniteWeightsError` when what lies here has NaN or infinite values."""
-        names = [meta.name for meta in self._manifest.tensors]
-        refuse_non_finite(zip(names, self._views, strict=True))
+        self._finite.check(self._buffer, self._suspects)
 
 
 class Window:
