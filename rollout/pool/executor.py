@@ -359,12 +359,15 @@ class PoolExecutor:
 
     def _status(self, answers: Sequence[cmd.Status]) -> cmd.Status:
         served = self._fleet.served
-        sums = {
+        sums: dict[str, Any] = {
             name: sum(getattr(status, name) for status in answers)
             for name in ("num_running", "num_waiting", "num_free_blocks", "num_blocks")
         }
         for name in ("num_decoded_tokens", "num_prompt_tokens"):
             sums[name] = sum(getattr(status, name) for status in answers)
+        sums["step_s"] = sum(status.step_s for status in answers)
+        counts = zip(*(status.step_counts for status in answers), strict=True)
+        sums["step_counts"] = [sum(column) for column in counts]
         sums["num_waiting"] += self._dispatcher.num_waiting
         nobody = None if self._fleet.serving else f"no replica holds version {served.version}"
         return msgspec.structs.replace(

@@ -341,6 +341,13 @@ class SyncSeen(msgspec.Struct, frozen=True, kw_only=True):
     """From `Begin` until the resident bytes were found right."""
 
 
+STEP_EDGES_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+"""Upper edges of the classes in which steps are counted."""
+
+
 class Status(Message, frozen=True, kw_only=True):
     """Answer to `GetStatus`."""
 
@@ -374,6 +381,10 @@ class Status(Message, frozen=True, kw_only=True):
     """Tokens that running requests have drawn since the start; of a prompt's last step not."""
     num_prompt_tokens: int = 0
     """Tokens of prompts that were computed since the start."""
+    step_counts: list[int] = []
+    """Steps since the start by how long they took, one class for each of `STEP_EDGES_S`, and one for longer ones."""
+    step_s: float = 0.0
+    """Seconds of all these steps together."""
     syncs: list[SyncSeen] = []
     """The last updates, the newest first."""
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.utils import floatToGoString
 from starlette.responses import Response
 
 from ..errors import RolloutError
-from ..protocol.commands import SyncSeen
+from ..protocol.commands import STEP_EDGES_S, Status, SyncSeen
 from .record import Record, RequestEntry, SyncEntry
 from .routing import Ask, Route
 
@@ -33,7 +41,7 @@ class Metrics:
         )
         self._token_time = Histogram(
             "rollout_token_seconds",
-            "Time of a request over its tokens: the step as a client sees it",
+            "Time of a request over its tokens, waiting included",
             buckets=_SECONDS,
             **at,
         )
@@ -50,26 +58,15 @@ class Metrics:
             buckets=_SECONDS,
             **at,
         )
-        self._gauges = {
-            name: Gauge(f"rollout_{name}", text, **at)
-            for name, text in (
-                ("requests_running", "Requests that hold KV blocks"),
-                ("requests_waiting", "Requests in the queue"),
-                ("samples_in_flight", "Samples that clients of this server wait for"),
-                ("kv_usage", "Share of KV blocks in use"),
-                ("weight_version_number", "Number of the version that serves"),
-                ("paused", "1 while generation is paused"),
-                ("torn", "1 while the weights are a mixture"),
-                ("engine_decoded_tokens", "Tokens that the engine has drawn, for whomever"),
-                ("engine_prompt_tokens", "Prompt tokens that the engine has computed"),
-                ("up", "1 while the engine answers"),
-            )
-        }
         for result in ("committed", "refused"):
             self._updates.labels(result)
         self._seen_version = 0
         """Updates up to this number are counted, those that came by another way than this server included."""
+        self._status: Status | None = None
+        self.registry.register(self)
         record.listeners.append(self)
+
+    # ---- record.Listener ---------------------------------------------------------------------------------------------
 
     def on_request(self, entry: RequestEntry) -> None:
         """A sample was handed out."""
@@ -89,51 +86,82 @@ class Metrics:
             self._seen_version = entry.version
             self._count(entry.phases)
 
+    def on_failed_sync(self) -> None:
+        """An update call was refused, or failed."""
+        self._updates.labels("refused").inc()
+
     def _count(self, phases: dict[str, float]) -> None:
         self._updates.labels("committed").inc()
         for phase, seconds in phases.items():
             self._phases.labels(phase).observe(seconds)
 
-    def _on_syncs(self, syncs: Sequence[SyncSeen]) -> None:
+    # ---- what the engine says ----------------------------------------------------------------------------------------
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry: the families that come from the engine's last status."""
+        return _families(self._status, self._record)
+
+    def _on_syncs(self, status: Status) -> None:
         """The engine's own last updates: those by a publisher at its address are counted when they are seen here."""
-        for sync in reversed(syncs):
+        if status.version < self._seen_version:  # Another engine answers at this address.
+            self._seen_version = 0
+        for sync in reversed(status.syncs):
             if sync.version > self._seen_version:
                 self._seen_version = sync.version
-                self._count(
-                    {
-                        "stage": sync.stage_s,
-                        "copy": sync.copy_s,
-                        "verify": sync.verify_s,
-                        "pause": sync.pause_s,
-                        "total": sync.total_s,
-                    }
-                )
-
-    def on_failed_sync(self) -> None:
-        """An update call was refused, or failed."""
-        self._updates.labels("refused").inc()
+                self._count(_phases(sync))
 
     async def text(self, ask: Ask) -> bytes:
         """The exposition; an engine that does not answer has `rollout_up` 0."""
-        set_ = {name: gauge.set for name, gauge in self._gauges.items()}
-        set_["samples_in_flight"](self._record.num_in_flight)
         try:
-            status = await ask.state.engine.async_status()
+            self._status = await ask.state.engine.async_status()
         except (RolloutError, RuntimeError):
-            set_["up"](0)
-            return generate_latest(self.registry)
-        used = status.num_blocks - status.num_free_blocks
-        set_["up"](1)
-        set_["requests_running"](status.num_running)
-        set_["requests_waiting"](status.num_waiting)
-        set_["kv_usage"](used / status.num_blocks if status.num_blocks else 0.0)
-        set_["weight_version_number"](status.version)
-        set_["engine_decoded_tokens"](status.num_decoded_tokens)
-        set_["engine_prompt_tokens"](status.num_prompt_tokens)
-        self._on_syncs(status.syncs)
-        set_["paused"](status.paused is not None)
-        set_["torn"](status.torn is not None)
+            self._status = None
+        else:
+            self._on_syncs(self._status)
         return generate_latest(self.registry)
+
+
+def _phases(sync: SyncSeen) -> dict[str, float]:
+    names = ("stage", "copy", "verify", "pause", "total")
+    return {name: getattr(sync, f"{name}_s") for name in names}
+
+
+def _families(status: Status | None, record: Record) -> Iterable[Metric]:
+    """Of an engine; None: it does not answer, and nothing of it is shown that may be old."""
+    values = {
+        "up": ("1 while the engine answers", float(status is not None)),
+        "samples_in_flight": ("Samples that clients of this server wait for", record.num_in_flight),
+    }
+    if status is not None:
+        used = status.num_blocks - status.num_free_blocks
+        values |= {
+            "requests_running": ("Requests that hold KV blocks", status.num_running),
+            "requests_waiting": ("Requests in the queue", status.num_waiting),
+            "kv_usage": ("Share of KV blocks in use", used / max(1, status.num_blocks)),
+            "weight_version_number": ("Number of the version that serves", status.version),
+            "paused": ("1 while generation is paused", status.paused is not None),
+            "torn": ("1 while the weights are a mixture", status.torn is not None),
+        }
+    for name, (text, value) in values.items():
+        yield GaugeMetricFamily(f"rollout_{name}", text, value=float(value))
+    if status is None:
+        return
+    for name, text, count in (
+        ("decoded", "Tokens that the engine has drawn, for whomever", status.num_decoded_tokens),
+        ("prompt", "Prompt tokens that the engine has computed", status.num_prompt_tokens),
+    ):
+        yield CounterMetricFamily(f"rollout_engine_{name}_tokens", text, value=count)
+    yield _steps(status.step_counts, status.step_s)
+
+
+def _steps(counts: Sequence[int], seconds: float) -> Metric:
+    edges = [*(floatToGoString(edge) for edge in STEP_EDGES_S), "+Inf"]
+    return HistogramMetricFamily(
+        "rollout_step_seconds",
+        "Steps of the engine by how long they took",
+        buckets=list(zip(edges, itertools.accumulate(counts), strict=True)),
+        sum_value=seconds,
+    )
 
 
 async def metrics(ask: Ask) -> Response:

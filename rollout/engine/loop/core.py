@@ -86,7 +86,7 @@ class EngineCore:
             sampler=sampler,
             ahead=config.overlap,
             fail=self._fail_step,
-            note=lambda batch: self._throughput.note(batch),
+            note=lambda batch, seconds: self._throughput.note(batch, seconds),
         )
         self.memory = MemoryOccupation(runner)
         self.host = EngineWeightHost(
@@ -473,6 +473,8 @@ class EngineCore:
             engine_id=self.receiver.engine_id,
             num_decoded_tokens=self._throughput.num_decoded,
             num_prompt_tokens=self._throughput.num_prompt,
+            step_counts=list(self._throughput.step_counts),
+            step_s=self._throughput.step_s,
             syncs=syncs_seen(self.receiver.recent),
         )
 

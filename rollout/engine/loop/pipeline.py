@@ -34,8 +34,10 @@ class StepPipeline:
         sampler: TokenSampler,
         ahead: bool,
         fail: Callable[[ScheduledBatch, Exception], None],
-        note: Callable[[ScheduledBatch], None],
+        note: Callable[[ScheduledBatch, float], None],
     ) -> None:
+        """`note(batch, seconds)` hears of every step that was taken in, and how long after the one before, or after its
+        own beginning where none was under way."""
         self._scheduler = scheduler
         self._runner = runner
         self._post = post
@@ -45,6 +47,7 @@ class StepPipeline:
         self.ahead = ahead
         """Launch a step before the last one's tokens are known."""
         self._flight: Flight | None = None
+        self._began = 0.0
         self.named: Callable[[str], AbstractContextManager[Any]] = nullcontext
         """The context of a part of a step, by its name; a profiler's range while there is one."""
         self.delay_s = 0.0
@@ -52,6 +55,8 @@ class StepPipeline:
 
     def step(self) -> bool:
         """Launch one batch and take in the one before (or itself, when not ahead); False if there was nothing to do."""
+        if self._flight is None:
+            self._began = time.perf_counter()
         if self.delay_s:
             time.sleep(self.delay_s)
         with self.named("schedule"):
@@ -91,5 +96,7 @@ class StepPipeline:
                 self._post.land(flight)
         except Exception as error:
             self._fail(flight.batch, error)
-        self._note(flight.batch)
+        now = time.perf_counter()
+        self._note(flight.batch, now - self._began)
+        self._began = now
         return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
+from ...protocol.commands import STEP_EDGES_S
 from ...scheduling.batch import ScheduledBatch
 from ...scheduling.scheduler import Scheduler
 
@@ -30,14 +32,20 @@ class ThroughputLog:
         """Tokens that running requests have drawn."""
         self.num_prompt = 0
         """Tokens of prompts that were computed."""
+        self.step_counts = [0] * (len(STEP_EDGES_S) + 1)
+        """Steps by how long they took, as in `Status`."""
+        self.step_s = 0.0
+        """Seconds of all steps together."""
         self._began: float | None = None
         self._num_computed = 0
         self._num_decoded = 0
         if interval_s is not None:
             logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
 
-    def note(self, batch: ScheduledBatch) -> None:
-        """Count a step that was computed; logs a line when the last one is old enough, or there is no more work."""
+    def note(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Count a step that took `seconds`; logs a line when the last one is old enough, or there is no more work."""
+        self.step_counts[bisect_left(STEP_EDGES_S, seconds)] += 1
+        self.step_s += seconds
         self.num_decoded += batch.num_decodes
         self.num_prompt += batch.num_tokens - batch.num_decodes
         if self._interval_s is None:
