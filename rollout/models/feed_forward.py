@@ -16,7 +16,7 @@ from weight_sync.layout.fused import Fused
 from weight_sync.layout.weight_map import Placement
 
 from ..layers.experts import Experts
-from ..layers.linear import ColumnParallelLinear, RowParallelLinear, project
+from ..layers.linear import ColumnParallelLinear, Product, RowParallelLinear, project
 from ..layers.router import Router
 from ..layers.shards import OutputRows, split_evenly
 from ..layers.single_group import TensorParallelGroup, split_experts
@@ -115,6 +115,8 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         """`index`: the layer's."""
         super().__init__()
+        self.product: Product = project
+        """Of the shared expert's gate."""
         options, hidden_size = moe.router, config.hidden_size
         self.index, self.tp, self.family = index, tp, config.family
         self.counts: torch.Tensor | None = None
@@ -160,7 +162,7 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             every = self.shared.partial(x, step)
             if self.shared_gate is not None:
-                every = every * project(x, self.shared_gate, None).sigmoid()
+                every = every * self.product(x, self.shared_gate).sigmoid()
             total = total.add_(every)
         return total if self.tp.size == 1 else self.tp.all_reduce(total)
 

@@ -14,10 +14,12 @@ from weight_sync.layout.weight_map import WeightMap
 
 from ..layers.embedding import VocabParallelEmbedding
 from ..layers.linear import ColumnParallelLinear, RowParallelLinear
+from ..layers.router import Router
 from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
 from ..models.build import build_model
 from ..models.decoder import Decoder
+from ..models.feed_forward import MixtureOfExperts
 from ..models.loader import get_model_loader
 from ..models.loader_config import LoadConfig
 from ..models.model_config import ModelConfig
@@ -30,6 +32,15 @@ from .kv_pool import KVPool
 
 if TYPE_CHECKING:  # loads triton, which only CUDA needs
     from .cuda_graph_runner import CudaGraphRunner
+
+_MULTIPLYING = (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    Router,
+    MixtureOfExperts,
+)
+"""Modules with a `product` of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +132,7 @@ class ModelRunner:
         from rollout_kernels.invariant_matmul import invariant_linear
 
         for module in self.model.modules():
-            if isinstance(
-                module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
-            ):
+            if isinstance(module, _MULTIPLYING):
                 module.product = invariant_linear
 
     def load_model(self, model_path: str | Path, load_config: LoadConfig) -> None:

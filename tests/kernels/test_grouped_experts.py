@@ -78,6 +78,20 @@ def a_token_is_the_same_alone_and_in_a_batch(device: torch.device) -> None:
     torch.testing.assert_close(alone, together[5:6], rtol=1e-6, atol=1e-6)
 
 
+@CHECKS.add()
+def rows_of_one_shape_have_the_same_bits_in_any_batch(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 80, generator=generator).to(device)
+    gate_up = torch.randn(2, 2 * 72, 80, generator=generator).to(device)
+    down = torch.randn(2, 80, 72, generator=generator).to(device)
+    weights = torch.rand(150, 2, generator=generator).to(device)
+    ids = torch.rand(150, 2, generator=generator).argsort(-1).to(device)
+    together = grouped_experts(x, weights, ids, gate_up, down, config=EXACT)
+    for part in (slice(70, 71), slice(3, 90)):
+        alone = grouped_experts(x[part], weights[part], ids[part], gate_up, down, config=EXACT)
+        assert torch.equal(alone, together[part])
+
+
 @pytest.mark.parametrize("device", json.loads(expert_configs.FILE.read_text()))
 def test_every_call_has_a_shape(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_configs, "_name", lambda _: device)

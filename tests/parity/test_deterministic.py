@@ -28,6 +28,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+        "num_hidden_layers": 1,
+    },
+    "glm4_moe": {
+        "head_dim": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+    },
+}
 PROMPT = [5, 9, 2, 7, 1, 3, 8, 4, 6, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 STRANGERS = [[1, 2, 3], [4] * 40, PROMPT[:9]]
 
@@ -46,7 +65,7 @@ def make_model(family: str, dtype: torch.dtype, **options: Any) -> Any:
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,
             "initializer_range": 0.2,
-            **FAMILIES[family],
+            **(FAMILIES | MIXTURES)[family],
             **options,
         },
     )
@@ -84,9 +103,9 @@ def sample(
     return result["output_ids"], logprobs
 
 
-@CHECKS.add()
-def any_batch_chunk_or_prefix(device: torch.device) -> None:
-    with folder_of(make_model("qwen3", torch.float32)) as folder:
+@CHECKS.add(*({"family": family} for family in ("qwen3", *MIXTURES)))
+def any_batch_chunk_or_prefix(device: torch.device, family: str) -> None:
+    with folder_of(make_model(family, torch.float32)) as folder:
         alone = sample(folder, [PROMPT], device, enable_prefix_cache=False)
         for prompts, options in (
             ([PROMPT, *STRANGERS], {}),
@@ -173,7 +192,7 @@ def reference(model: Any, ids: list[int], temperature: float) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
+    return CHECKS.verdicts(__file__, timeout_s=600)
 
 
 @pytest.mark.parametrize("name", CHECKS)

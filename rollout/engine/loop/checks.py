@@ -56,7 +56,7 @@ def check_attention(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
 ) -> None:
     """`ConfigError` where the backend that was asked for cannot serve on `device`, or cannot hold what was."""
-    _check_deterministic(config, model, device)
+    _check_deterministic(config, device)
     block_size = config.block_size or default_block_size(device, config.attention_backend)
     check_backend(
         resolve_backend(config.attention_backend, device),
@@ -69,15 +69,10 @@ def check_attention(
     )
 
 
-def _check_deterministic(config: EngineConfig, model: ModelConfig, device: str) -> None:
+def _check_deterministic(config: EngineConfig, device: str) -> None:
     """`ConfigError` where `deterministic` was asked for and cannot be held on `device`."""
     if not config.deterministic:
         return
-    if model.moe is not None:
-        raise ConfigError(
-            f"deterministic: got a {model.family} model, expected one without experts: how their products are grouped "
-            "depends on the batch; leave it out"
-        )
     backend = resolve_backend(config.attention_backend, device)
     if backend != "triton" or config.tp_size > 1:
         raise ConfigError(
