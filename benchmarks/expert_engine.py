@@ -22,6 +22,8 @@ from weight_sync.wire.rpc import RpcServer
 class IdleHost:
     """`WeightHost` of an engine that never steps: every moment is between two steps."""
 
+    named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
     def between_steps(
         self, action: Callable[[], Any], timeout_s: float, name: str | None = None
     ) -> Any:

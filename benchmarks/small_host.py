@@ -47,6 +47,8 @@ def small_map(num_tensors: int, size: int) -> WeightMap:
 class IdleLoop:
     """A `WeightHost` whose loop has no steps to compute."""
 
+    named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
     def __init__(self) -> None:
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="idle-loop", daemon=True).start()

@@ -278,7 +278,8 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCal
 
     @asks
     def start_profile(self) -> Asking[None]:
-        """Record what the engine loops do until `stop_profile`. Raises `RolloutError` while a profile is under way."""
+        """Record what the engine's processes do until `stop_profile`: ranges for steps, kinds of layers, phases of an
+        update (docs/gpu.md). Raises `RolloutError` while a profile is under way there, be it one of torch's."""
         yield StartProfile()
 
     async_start_profile = awaitable(start_profile)

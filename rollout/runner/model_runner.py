@@ -29,6 +29,7 @@ from .attention_backend import AttentionBackend, BackendContext, DrawnTokens
 from .backend_registry import make_backend, resolve_backend
 from .capture_progress import Progress
 from .kv_pool import KVPool
+from .profile_ranges import LayerRanges, Named
 
 if TYPE_CHECKING:  # loads triton, which only CUDA needs
     from .cuda_graph_runner import CudaGraphRunner
@@ -96,6 +97,7 @@ class ModelRunner:
         """Decode steps in one piece; None: there are none."""
         self.counts_experts = False
         """`count_experts` has begun."""
+        self._ranges: LayerRanges | None = None
         self._init_device_sampler(max_batch)
 
     def init_memory_pool(self, num_blocks: int) -> KVPool:
@@ -229,7 +231,8 @@ class ModelRunner:
         )
         with torch.inference_mode():
             planned = self.backend.plan(batch, drawn)
-            states = self.model(planned.token_ids, planned.step)
+            step = planned.step if self._ranges is None else self._ranges.over(planned.step)
+            states = self.model(planned.token_ids, step)
             if planned.item_rows is None:
                 return hidden.copy_(states)
             return torch.index_select(states, 0, planned.item_rows, out=hidden)
@@ -262,6 +265,13 @@ class ModelRunner:
         self.model.count_experts(counts)
         self.counts_experts = counting
         return counts
+
+    def name_parts(self, named: Named | None) -> None:
+        """From now on, attention, ffn and norm of each layer that is launched run within `named` of that; None: no
+        more."""
+        if self._ranges is not None:
+            self._ranges.close()
+        self._ranges = None if named is None else LayerRanges(self.model, named)
 
     def refresh_derived_state(self) -> None:
         """Recompute what is a function of the parameters; to be called after every change of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -179,3 +180,25 @@ def test_bfloat16_rounds_where_transformers_rounds(
     # With a single key attention adds nothing up, so that every bit must agree; later sums may be in another order.
     assert torch.equal(ours[0], theirs[0])
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
+
+
+def test_parts_are_named_while_somebody_asks_and_nothing_is_left_of_it(
+    tiny_checkpoint, hand_driver
+):
+    driver = hand_driver(tiny_checkpoint("llama"))
+    entered = []
+
+    def named(name):
+        entered.append(name)
+        return nullcontext()
+
+    before = {name: dict(module.__dict__) for name, module in driver.runner.model.named_modules()}
+    driver.runner.name_parts(named)
+    driver.step([(driver.request([1, 2]), 2)])
+    one_layer = ["norm", "attention", "norm", "ffn"]
+    assert entered == [*one_layer, *one_layer, "norm"]
+    driver.runner.name_parts(None)
+    driver.step([(driver.request([1, 2]), 2)])
+    assert len(entered) == 9
+    for name, module in driver.runner.model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()

@@ -88,6 +88,8 @@ def toy_map(device: str = "cpu") -> WeightMap:
 class ToyHost:
     """An engine loop that steps all the time on a thread of its own, and writes down what it saw."""
 
+    named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
     def __init__(self, weight_map: WeightMap) -> None:
         self.events: list[Any] = []
         self.fail_in: str | None = None

@@ -1,8 +1,9 @@
 """One update on the trainer's side: the rows packed so far, the buckets under way, and the timings."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,18 +92,28 @@ class Update(OpenSession):
             packed.append(self.finish(rows))
         return packed
 
+    @contextmanager
+    def _packing(self) -> Iterator[None]:
+        """Counts as packing; a range, while this process is profiled."""
+        start = time.perf_counter()
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function("pack"):
+                yield
+        else:
+            yield
+        self.pack_s += time.perf_counter() - start
+
     def _pack_on_device(
         self, packer: DevicePacker, sources: Mapping[int, torch.Tensor]
     ) -> list[PackedRows]:
         """Everything in one go; announced in one piece where the engine sees the arena, else bucket by bucket."""
         if self.channel.dead is not None:
             raise EngineDiedError(self.channel.dead)
-        start = time.perf_counter()
-        rows = sorted(sources)
-        values, suspects = packer.pack(
-            rows, [sources[i] for i in rows], check_finite=self.options.check_finite
-        )
-        self.pack_s += time.perf_counter() - start
+        with self._packing():
+            rows = sorted(sources)
+            values, suspects = packer.pack(
+                rows, [sources[i] for i in rows], check_finite=self.options.check_finite
+            )
         pieces = [rows] if self.packed.seen else self._split(rows)
         packed, first = [], 0
         for piece in pieces:
@@ -118,9 +129,10 @@ class Update(OpenSession):
         sources = selection.sources
         for rows in window.split(sorted(sources)):
             place = self._next_half(window, deadline).place(rows)
-            start = time.perf_counter()
-            values = place.pack([sources[i] for i in rows], check_finite=self.options.check_finite)
-            self.pack_s += time.perf_counter() - start
+            with self._packing():
+                values = place.pack(
+                    [sources[i] for i in rows], check_finite=self.options.check_finite
+                )
             self._announce_half(rows, values, place, deadline)
 
     def stage_items(
@@ -174,27 +186,24 @@ class Update(OpenSession):
             raise EngineDiedError(self.channel.dead)
         if not rows:
             return
-        start = time.perf_counter()
-        layout, views = self.packed.layout, self.packed.views
-        arena = [views[i] for i in rows]
-        values = layout.encoding.encode(layout.manifest, rows, sources, arena)
-        if values is not None:
-            self._decoded.update(zip(rows, values.tolist(), strict=True))
-        self.pack_s += time.perf_counter() - start
+        with self._packing():
+            layout, views = self.packed.layout, self.packed.views
+            arena = [views[i] for i in rows]
+            values = layout.encoding.encode(layout.manifest, rows, sources, arena)
+            if values is not None:
+                self._decoded.update(zip(rows, values.tolist(), strict=True))
 
     def finish(self, rows: list[int]) -> PackedRows:
         """Fingerprint rows that are complete in the arena."""
-        start = time.perf_counter()
-        indices = np.array(sorted(rows), dtype=np.int64)
-        everything = len(rows) == len(self.packed.views)
-        values = self.packed.fingerprints.values(
-            self.packed.buffer, None if everything else indices
-        )
-        packed = self._counted(indices, values.numpy().view(np.uint64))
-        if self.options.check_finite:
-            self._unchecked.append(indices)
-        self.pack_s += time.perf_counter() - start
-        return packed
+        with self._packing():
+            indices = np.array(sorted(rows), dtype=np.int64)
+            everything = len(rows) == len(self.packed.views)
+            values = self.packed.fingerprints.values(
+                self.packed.buffer, None if everything else indices
+            )
+            if self.options.check_finite:
+                self._unchecked.append(indices)
+            return self._counted(indices, values.numpy().view(np.uint64))
 
     def announce(self, packed: PackedRows, deadline: Deadline) -> None:
         """Tell the engine that rows are complete, without waiting for its answer."""

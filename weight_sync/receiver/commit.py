@@ -145,7 +145,7 @@ class WeightCommit:
 
     def _replay(self) -> None:
         start = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), self.host.named("commit"):
             self.session.stage.write(self.session.indices)
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
@@ -155,11 +155,12 @@ class WeightCommit:
         session = self.session
         indices = session.indices
         regions = session.known.regions
-        found = whole_values(
-            self.agreement,
-            lambda: as_uint64(session.plan.resident_fingerprints(indices)),
-            regions if indices is None else regions[indices],
-        )
+        with self.host.named("verify"):
+            found = whole_values(
+                self.agreement,
+                lambda: as_uint64(session.plan.resident_fingerprints(indices)),
+                regions if indices is None else regions[indices],
+            )
         declared = session.decoded if indices is None else session.decoded[indices]
         session.compare(found, indices, declared, "resident")
         self.verified_at = time.perf_counter()

@@ -11,8 +11,11 @@ class WeightHost(Protocol):
     """Implemented by the engine. The receiver calls `between_steps` from its own thread, and everything else from
     inside such an action (on the engine loop's thread, between two steps). Two exceptions come from the receiver's
     thread: `release_outputs(True)` after an overlapped verification, and `weights_torn` with `release_outputs(False)`
-    when that verification failed and no step boundary came to undo the update.
+    when that verification failed and no step boundary came to undo the update. `named` may be called on both.
     """
+
+    named: Callable[[str], AbstractContextManager[Any]]
+    """The context of a phase of an update: "receive", "stage", "commit" or "verify"; a range in a profile."""
 
     def between_steps(
         self, action: Callable[[], T], timeout_s: float, name: str | None = None

@@ -241,7 +241,7 @@ class WeightReceiver:
                 raise SessionError(
                     "a bucket after the vote: expected Commit or Abort; send everything before the commit"
                 )
-            with session.awaiting_bytes():
+            with session.awaiting_bytes(), self._host.named("stage"):
                 session.stage_bucket(bucket)
         except Exception as error:
             try:
@@ -265,13 +265,14 @@ class WeightReceiver:
         with left_on_error(group):
             session = self._require(message.session_id, message.epoch)
         try:
-            with left_on_error(group), session.awaiting_bytes():
+            with left_on_error(group), session.awaiting_bytes(), self._host.named("receive"):
                 check_can_receive(session, self._canonical)
                 session.take_from_groups(self.stage_memory, group)
                 timeout_s = min(message.timeout_s, session.request.lease_s)
                 tensors = receive(group, message, timeout_s, session)
             before = session.present.copy()
-            values = stage_received(session, self.info(), tensors)
+            with self._host.named("stage"):
+                values = stage_received(session, self.info(), tensors)
             received = self._resident.combined(values, session.present & ~before)
         except Exception as error:
             self._fail(session, error)

@@ -137,7 +137,7 @@ class EngineCore:
                 self.memory, runner, scheduler, self.receiver, ranks.order, self._watch.moved
             ).handlers(),
             **Tuning(self.pipeline, scheduler).handlers(),
-            **observers(self.pipeline, runner, ranks.spec.rank),
+            **observers(self.pipeline, runner, self.host, ranks.spec.rank),
         }
 
     # ---- any thread ----------------------------------------------------------------------------------------------

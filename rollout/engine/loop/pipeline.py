@@ -65,7 +65,7 @@ class StepPipeline:
             return self.drain()
         flight = self._flight
         drawn = None if flight is None else flight.drawn(self._sampler)
-        what = f"launch {len(batch.items)} requests, {batch.num_tokens} tokens"
+        what = f"{batch.forward_mode.value}: {len(batch.items)} requests, {batch.num_tokens} tokens"
         try:
             with self.named(what):
                 launched = self._runner.launch(batch, drawn)
@@ -75,8 +75,8 @@ class StepPipeline:
             return True
         self.drain()
         try:
-            with self.named("complete, draw"):
-                rows = self._scheduler.complete(batch)
+            rows = self._scheduler.complete(batch)
+            with self.named("sampler"):
                 if launched.hidden is not None:
                     self._post.input_logprobs(batch, launched.hidden)
                 self._flight = self._post.sample(batch, launched, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -56,6 +56,8 @@ class EngineWeightHost:
         kv_policy: KvPolicy,
         awaits_update: bool = False,
     ) -> None:
+        self.named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        """The context of a phase of an update; a profiler's range while there is one."""
         self._loop = loop
         self._runner = runner
         self._scheduler = scheduler
