@@ -56,6 +56,7 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
             disable_custom_all_reduce=settings.disable_custom_all_reduce,
         ) as engine:
             numbers["start_s"] = time.perf_counter() - start
+            screen.say(f"started in {numbers['start_s']:.1f} s")
             workload = Workload(engine, settings)
             workload.decode(min(settings.batch_sizes))  # compiles what is not compiled yet
             with screen.progress("decode, prefill, RL", len(settings.batch_sizes) + 2) as advance:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.distributed import Store
+from torch.distributed import ProcessGroup, Store
 
 from .frames import decode, encode
 
@@ -65,11 +65,13 @@ class Group(Protocol):
 class SmallSums:
     """One rank's end; one thread and one stream at a time, every rank in the same order."""
 
-    def __init__(self, buffer: torch.Tensor, handle: Any, group_name: str, limits: Limits) -> None:
+    def __init__(
+        self, buffer: torch.Tensor, group_name: str, limits: Limits, kept: Any = None
+    ) -> None:
         self._buffer = buffer
-        self._handle = handle
         self._name = group_name
         self._limits = limits
+        self._kept = kept
 
     @classmethod
     def open(cls, group: Group, store: Store, device: torch.device) -> SmallSums | None:
@@ -99,15 +101,17 @@ class SmallSums:
 
     @classmethod
     def _open(cls, group: Group, store: Store, device: torch.device) -> SmallSums:
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
         forbid_multicast()
         limits, name = LIMITS[group.size], f"rollout-{group.name}-{next(_numbers)}"
-        _SymmetricMemory.set_group_info(name, group.rank, group.size, store)
+        # torch looks for rank, size and store under the name; this group has nothing else.
+        named = ProcessGroup(store, group.rank, group.size)
+        _register_process_group(name, named)  # type: ignore[arg-type]
         size = max(limits.one_shot, limits.two_shot)
         buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
         handle = _SymmetricMemory.rendezvous(buffer, name)
-        sums = cls(buffer, handle, name, limits)
+        sums = cls(buffer, name, limits, (named, handle))
         sums._try(group, device)
         return sums
 

@@ -26,7 +26,7 @@ class Others:
 
 
 def sums(**limits: int) -> SmallSums:
-    return SmallSums(torch.zeros(1024, dtype=torch.uint8), None, "toy", Limits(**limits))
+    return SmallSums(torch.zeros(1024, dtype=torch.uint8), "toy", Limits(**limits))
 
 
 def test_room_is_for_small_tensors_of_dtypes_that_can_be_added() -> None:

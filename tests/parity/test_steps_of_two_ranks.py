@@ -61,10 +61,8 @@ def interpreted(folder: Path) -> Iterator[Engine]:
             yield engine
 
 
-@pytest.fixture(scope="module", params=[{}, {"disable_cuda_graph": True}], ids=str)
-def graphed(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
-    """Two GPUs."""
-    with Engine(
+def on_two_gpus(folder: Path, **options: Any) -> Engine:
+    return Engine(
         folder,
         executor="local",
         tp_size=2,
@@ -72,16 +70,30 @@ def graphed(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
         dtype="float32",
         kv_cache_bytes=8 << 20,
         seed=0,
-        **request.param,
-    ) as engine:
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def graphed(folder: Path) -> Iterator[Engine]:
+    """Two GPUs, decode steps as graphs."""
+    with on_two_gpus(folder) as engine:
         yield engine
 
 
-def both(function: Callable[..., None]) -> Any:
-    """The same check for the two engines of two ranks."""
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> Iterator[Engine]:
+    """Two GPUs, decode steps kernel by kernel, sums by NCCL."""
+    with on_two_gpus(folder, disable_cuda_graph=True, disable_custom_all_reduce=True) as engine:
+        yield engine
+
+
+def each(function: Callable[..., None]) -> Any:
+    """The same check for all engines of two ranks."""
     cases = [
         pytest.param("interpreted", id="cpu"),
         pytest.param("graphed", id="cuda", marks=[pytest.mark.gpu, two_gpus]),
+        pytest.param("launched", id="cuda kernel by kernel", marks=[pytest.mark.gpu, two_gpus]),
     ]
     return pytest.mark.parametrize("name", cases)(function)
 
@@ -118,7 +130,7 @@ def start_long(engine: Engine, prompt: list[int]) -> Callable[[], dict[str, Any]
     return end
 
 
-@both
+@each
 def test_tokens_and_logprobs_are_those_of_one_rank(
     name: str, one: Engine, request: pytest.FixtureRequest
 ) -> None:
@@ -135,7 +147,7 @@ def test_tokens_and_logprobs_are_those_of_one_rank(
         assert output_logprobs(b) == pytest.approx(output_logprobs(a), abs=10 * TOLERANCE)
 
 
-@both
+@each
 def test_each_token_has_the_logprob_of_its_version_while_updates_come(
     name: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -158,7 +170,7 @@ def test_each_token_has_the_logprob_of_its_version_while_updates_come(
     engine.update_weights_from_tensor(version_weights(folder, 0))
 
 
-@both
+@each
 def test_aborts_and_memory_that_comes_back_leave_the_ranks_in_step(
     name: str, one: Engine, request: pytest.FixtureRequest
 ) -> None:
