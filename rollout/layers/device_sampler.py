@@ -21,8 +21,10 @@ from rollout_kernels.sampling import SampledTokens, SamplingRows, SamplingScratc
 
 from ..scheduling.request import Request
 from ..types import RequestStatus
+from .device_scores import DeviceScores
 from .logit_edits import is_editable
 from .sampler import PendingSample, SampleOutput
+from .scores import Asked, PendingScores
 
 Array = npt.NDArray[Any]
 Upload = Callable[[Sequence[Array]], list[torch.Tensor]]
@@ -213,6 +215,12 @@ class DeviceSampler:
             edits=self._edits(uploaded[_NUM_COLUMNS + 1 :]) if edits else None,
         )
         return self.fetch(requests)
+
+    def score(
+        self, logits: torch.Tensor, asked: Sequence[Asked], rows: Sequence[int] | None = None
+    ) -> PendingScores:
+        """Launch the kernels that score logits in any dtype: asked[i] of row i, or of row rows[i]."""
+        return DeviceScores(logits, asked, rows, self._upload)
 
     def _edit_arrays(self, requests: list[Request]) -> list[Array]:
         """Columns of `LogitEdits` but for the counts, which are brought up to date."""

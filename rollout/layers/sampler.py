@@ -30,6 +30,7 @@ from .logprobs import (
     token_logprobs,
 )
 from .sampling_filters import lower_bounds
+from .scores import Asked, PendingScores, score
 from .selection import argmax, chunk_sums
 
 
@@ -74,6 +75,11 @@ class TokenSampler(Protocol):
         self, logits: Tensor, requests: Sequence[Request], rows: Sequence[int] | None = None
     ) -> PendingSample:
         """As `Sampler.sample`, but bad rows are listed in the result instead of raised."""
+
+    def score(
+        self, logits: Tensor, asked: Sequence[Asked], rows: Sequence[int] | None = None
+    ) -> PendingScores:
+        """Start to compute log-probabilities: asked[i] of row i of `logits`, or of row rows[i]."""
 
 
 _KEPT_BATCHES = 16
@@ -134,6 +140,12 @@ class Sampler:
                 bad=tuple(step.bad.nonzero().squeeze(1).tolist()),
             )
         )
+
+    def score(
+        self, logits: Tensor, asked: Sequence[Asked], rows: Sequence[int] | None = None
+    ) -> PendingScores:
+        """Compute log-probabilities from float32 logits: asked[i] of row i, or of row rows[i]."""
+        return score(logits, asked, rows)
 
     def _what_is_asked(self, requests: Sequence[Request], device: torch.device) -> _Asked:
         requests = list(requests)

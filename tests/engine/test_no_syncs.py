@@ -5,6 +5,7 @@ On a CPU the kernels are left out and what the host does around them is counted;
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from rollout import Engine
 from rollout.config import EngineConfig
 from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop.build import build_core
+from rollout.engine.loop.core import EngineCore
 from rollout.engine.prepare import prepare
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,14 +54,87 @@ class CountingMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def core_without_kernels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> EngineCore:
+    """An engine loop, one step ahead, that does everything but launch what a device computes."""
+    from rollout.layers import device_scores
+    from rollout.layers.device_sampler import DeviceSampler
+    from rollout.runner.model_runner import ModelRunner
+
+    # Kernels that are imported before stay those of a GPU, for tests that follow.
+    importlib.import_module("rollout.runner.cuda_graph_runner")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def hidden(self: ModelRunner, batch: Any, drawn: Any = None) -> torch.Tensor:
+        return torch.zeros(batch.num_tokens, self.model_config.hidden_size)
+
+    monkeypatch.setattr(ModelRunner, "forward", hidden)
+    monkeypatch.setattr(DeviceSampler, "run", lambda self, *args, **kwargs: None)
+    for kernel in ("compute_stats", "gather_logprobs", "top_logprobs"):
+        monkeypatch.setattr(device_scores, kernel, lambda *args, **kwargs: None)
+    core = build_core(
+        EngineConfig(
+            model_path=str(folder),
+            device="cpu",
+            attention_backend="triton",
+            overlap=True,
+            kv_cache_bytes=4 << 20,
+            **options,
+        )
+    )
+    core._thread = threading.current_thread()
+    return core
+
+
+SCORED: dict[str, dict[str, Any]] = {
+    "prompt": {"logprob_start_len": 0},
+    "most likely": {"logprob_start_len": 0, "top_logprobs_num": 3},
+    "chosen": {"logprob_start_len": 0, "token_ids_logprob": [7, 8]},
+}
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_scores_of_prompts_are_read_after_the_next_step_is_launched(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from rollout.layers.device_scores import DeviceScores
+    from rollout.runner.model_runner import ModelRunner
+
+    news: list[str] = []
+    asked, read, launch = DeviceScores.__init__, DeviceScores.result, ModelRunner.launch
+
+    def noted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            news.append(what)
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(DeviceScores, "__init__", noted("ask", asked))
+    monkeypatch.setattr(DeviceScores, "result", noted("read", read))
+    monkeypatch.setattr(ModelRunner, "launch", noted("launch", launch))
+    core = core_without_kernels(folder, monkeypatch, chunked_prefill_size=16)
+    core.submit(generate_call([[4] * 60], {"max_new_tokens": 1}, **SCORED[kind]))
+    core.turn()
+    with CountingMode() as mode:
+        for _ in range(3):
+            assert core.step()
+    assert not mode.reads
+    # The last piece also draws a token, whose own scores are asked for where the prompt's are more than values.
+    last = ["ask"] if kind == "prompt" else ["ask", "ask"]
+    assert news == ["launch", "ask", *["launch", "read", "ask"] * 2, "launch", "read", *last]
+    core.step()
+    assert news[-len(last) :] == ["read"] * len(last)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decode_step_reads_nothing_and_uploads_once(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from rollout.layers.device_sampler import DeviceSampler
     from rollout.runner.cuda_graph_runner import CudaGraphRunner
-    from rollout.runner.model_runner import ModelRunner
     from rollout.runner.staging import Staging
 
     uploads = Counter[str]()
@@ -69,23 +144,9 @@ def test_a_decode_step_reads_nothing_and_uploads_once(
         uploads["all"] += 1
         return upload(self, *args, **kwargs)
 
-    def hidden(self: ModelRunner, batch: Any, drawn: Any = None) -> torch.Tensor:
-        return torch.zeros(batch.num_tokens, self.model_config.hidden_size)
-
     monkeypatch.setattr(Staging, "upload", counted)
-    monkeypatch.setattr(ModelRunner, "forward", hidden)
     monkeypatch.setattr(CudaGraphRunner, "_body", lambda self, kind, inputs: None)
-    monkeypatch.setattr(DeviceSampler, "run", lambda self, *args, **kwargs: None)
-    core = build_core(
-        EngineConfig(
-            model_path=str(folder),
-            device="cpu",
-            attention_backend="triton",
-            overlap=True,
-            kv_cache_bytes=4 << 20,
-        )
-    )
-    core._thread = threading.current_thread()
+    core = core_without_kernels(folder, monkeypatch)
     call = generate_call(
         [[1, 2, 3], [4] * 40], {"max_new_tokens": 60, "ignore_eos": True, **KINDS[kind]}
     )
@@ -101,7 +162,7 @@ def test_a_decode_step_reads_nothing_and_uploads_once(
     assert uploads["all"] <= (40 if kind in ("penalties", "bias") else 20)
 
 
-def generate_call(prompts: list[list[int]], params: dict[str, Any]) -> InlineCall:
+def generate_call(prompts: list[list[int]], params: dict[str, Any], **options: Any) -> InlineCall:
     """A command as the engine's client makes it."""
     prepared = prepare(
         None,
@@ -118,20 +179,24 @@ def generate_call(prompts: list[list[int]], params: dict[str, Any]) -> InlineCal
             "top_logprobs_num": 0,
             "token_ids_logprob": None,
             "return_token_times": False,
+            **options,
         },
     )
     return InlineCall(prepared.command, time.monotonic() + 60, None)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *SCORED])
 def test_torch_finds_nothing_on_a_gpu_that_waits(kind: str, folder: Path) -> None:
-    params = {"max_new_tokens": 40, "ignore_eos": True, **KINDS[kind]}
+    params = {"max_new_tokens": 40, "ignore_eos": True, **KINDS.get(kind, {})}
     with Engine(folder, device="cuda", dtype="bfloat16", kv_cache_bytes=8 << 20) as engine:
 
         def run() -> None:
             engine.generate(
-                input_ids=[[1, 2, 3], [4] * 40], sampling_params=params, return_logprob=True
+                input_ids=[[1, 2, 3], [4] * 40],
+                sampling_params=params,
+                return_logprob=True,
+                **SCORED.get(kind, {}),
             )
 
         run()  # compiles

@@ -148,6 +148,41 @@ def test_tokens_and_logprobs_are_those_of_one_rank(
 
 
 @each
+def test_scores_of_prompts_and_of_other_tokens_are_those_of_one_rank(
+    name: str, one: Engine, request: pytest.FixtureRequest
+) -> None:
+    alone, together = (
+        engine.generate(
+            input_ids=PROMPTS[2:],
+            sampling_params={"max_new_tokens": 2, "temperature": 0.0, "ignore_eos": True},
+            return_logprob=True,
+            logprob_start_len=[0, 9],
+            top_logprobs_num=[3, 0],
+            token_ids_logprob=[[3], [7, 250]],
+        )
+        for engine in (one, request.getfixturevalue(name))
+    )
+    for a, b in zip(alone, together, strict=True):
+        for key in ("input_token_logprobs", "output_token_logprobs"):
+            check_same(a["meta_info"][key], b["meta_info"][key])
+        for side in ("input", "output"):
+            for key in (f"{side}_top_logprobs", f"{side}_token_ids_logprobs"):
+                wanted = a["meta_info"].get(key) or []
+                got = b["meta_info"].get(key) or []
+                assert len(got) == len(wanted)
+                for x, y in zip(wanted, got, strict=True):
+                    check_same(x or [], y or [])
+
+
+def check_same(wanted: list[Any], got: list[Any]) -> None:
+    """(log-probability, token, text) each."""
+    assert [token for _, token, *_ in got] == [token for _, token, *_ in wanted]
+    for (x, *_), (y, *_) in zip(wanted, got, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or y == pytest.approx(x, abs=10 * TOLERANCE)
+
+
+@each
 def test_each_token_has_the_logprob_of_its_version_while_updates_come(
     name: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -77,8 +77,6 @@ class StepPipeline:
         try:
             rows = self._scheduler.complete(batch)
             with self.named("sampler"):
-                if launched.hidden is not None:
-                    self._post.input_logprobs(batch, launched.hidden)
                 self._flight = self._post.sample(batch, launched, rows)
         except Exception as error:
             self._fail(batch, error)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...layers.logprobs import token_logprobs, top_logprobs
 from ...layers.sampler import (
     PendingSample,
     SampleOutput,
@@ -16,7 +15,9 @@ from ...layers.sampler import (
     TokenSampler,
     non_finite,
 )
-from ...protocol.commands import FinishReason, SampleUpdate, TopLogprobs
+from ...layers.scores import Asked, PendingScores
+from ...layers.to_host import ToHost
+from ...protocol.commands import FinishReason, SampleUpdate
 from ...runner.attention_backend import DrawnTokens
 from ...runner.model_runner import LaunchedStep, ModelRunner
 from ...scheduling.batch import SampleRow, ScheduledBatch
@@ -27,15 +28,7 @@ from .routes import RouteReader
 from .sample_state import GenerateGroup, SampleState
 
 LOGITS_BYTES = 64 << 20
-"""Prompt log-probabilities are computed in pieces of at most this many bytes of logits."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tables:
-    """Extra log-probabilities of some rows of logits, by row."""
-
-    top: dict[int, TopLogprobs]
-    selected: dict[int, TopLogprobs]
+"""Prompt log-probabilities are computed in pieces of so many rows that float32 logits have at most this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +41,7 @@ class DrawnPart:
     """Where in the sample each one's token is."""
     sample: PendingSample
     """Tokens and log-probabilities, perhaps not computed yet."""
-    tables: _Tables | None
+    scores: PendingScores | None
     """Extra log-probabilities, by position in `requests`; None: nobody asked."""
 
 
@@ -66,8 +59,10 @@ class Flight:
     """Requests that wanted no token; they end with it."""
     parts: list[DrawnPart]
     """What it draws."""
-    pooled: list[tuple[SampleState, torch.Tensor]] = field(default_factory=list)
-    """What is wanted of a last position, each a vector, perhaps not computed yet."""
+    inputs: list[tuple[list[tuple[Request, int]], PendingScores]] = field(default_factory=list)
+    """Log-probabilities of prompts: whose, after which of its positions, and the scores, perhaps not computed yet."""
+    pooled: list[tuple[list[SampleState], ToHost]] = field(default_factory=list)
+    """What is wanted of last positions: whose, and a vector for each, perhaps not computed yet."""
     tokens: list[torch.Tensor] = field(default_factory=list)
     """Of each part, the drawn tokens on the device; empty where one sampler's buffer holds them all."""
 
@@ -104,32 +99,40 @@ class Postprocessor:
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
-    def input_logprobs(self, batch: ScheduledBatch, hidden: torch.Tensor) -> None:
-        """Log-probabilities of prompt tokens that this batch's logits give; position p gives token p + 1."""
-        rows, owners = [], []
-        offset = 0
-        for item in batch.items:
+    def _score_inputs(self, flight: Flight, hidden: torch.Tensor) -> None:
+        """Start to score the prompt tokens that this batch's logits give; position p gives token p + 1."""
+        rows, owners, offset = [], [], 0
+        for item in flight.batch.items:
             if item.input_logprobs is not None:
                 rows += [offset + position - item.start for position in item.input_logprobs]
                 owners += [(item.request, position) for position in item.input_logprobs]
             offset += item.length
         for first in range(0, len(rows), self._max_logit_rows):
             piece = slice(first, first + self._max_logit_rows)
-            logits = self._runner.compute_logits(hidden[self._runner.index(rows[piece])])
-            self._note_inputs(logits, owners[piece])
+            picked = hidden.index_select(0, self._runner.index(rows[piece]))
+            asked = [
+                Asked(
+                    tokens=(request.token_ids[position + 1], *request.token_ids_logprob),
+                    num_top=request.top_logprobs_num,
+                )
+                for request, position in owners[piece]
+            ]
+            scores = self._sampler.score(self._runner.sampling_logits(picked), asked)
+            flight.inputs.append((owners[piece], scores))
 
-    def _note_inputs(self, logits: torch.Tensor, owners: Sequence[tuple[Request, int]]) -> None:
-        targets = [request.token_ids[position + 1] for request, position in owners]
-        values = token_logprobs(logits, 1.0, torch.tensor(targets)).tolist()
-        tables = self._tables(logits, [request for request, _ in owners], temperature=1.0)
-        for row, ((request, position), value) in enumerate(zip(owners, values, strict=True)):
+    @staticmethod
+    def _take_in_inputs(owners: Sequence[tuple[Request, int]], scores: PendingScores) -> None:
+        for (request, position), found in zip(owners, scores.result(), strict=True):
             inputs = request.outputs.inputs
             index = position + 1 - inputs.start
             if index < 0:
                 continue
-            inputs.values[index] = value
-            inputs.top[index] = tables.top.get(row)
-            inputs.selected[index] = tables.selected.get(row)
+            inputs.values[index] = found.given[0]
+            if request.top_logprobs_num:
+                inputs.top[index] = found.top
+            if request.token_ids_logprob:
+                wanted = request.token_ids_logprob
+                inputs.selected[index] = list(zip(found.given[1:], wanted, strict=True))
 
     def sample(
         self, batch: ScheduledBatch, launched: LaunchedStep, rows: Sequence[SampleRow]
@@ -146,6 +149,7 @@ class Postprocessor:
         for item in batch.items:
             offset += item.length
             last_rows.append(offset - 1)
+        self._score_inputs(flight, launched.hidden)
         self._pool(flight, launched.hidden, rows, last_rows)
         for first in range(0, len(drawing), self._max_rows):
             piece = drawing[first : first + self._max_rows]
@@ -179,7 +183,7 @@ class Postprocessor:
             states = hidden.index_select(0, picked)
             vectors = self._runner.compute_logits(states) if kind == "score" else states.float()
             owners = [row.request.outputs for row in wanted]
-            flight.pooled.extend(zip(owners, vectors, strict=True))
+            flight.pooled.append((owners, ToHost(vectors)))
 
     def _draw_decoded(
         self, flight: Flight, launched: LaunchedStep, drawing: Sequence[SampleRow]
@@ -204,17 +208,26 @@ class Postprocessor:
         shared: Sequence[int] | None,
     ) -> None:
         sample = self._sampler.launch(logits, requests, shared)
-        tables = self._output_tables(logits, requests, shared)
+        scores = None
+        if any(request.top_logprobs_num or request.token_ids_logprob for request in requests):
+            asked = [
+                Asked(r.token_ids_logprob, r.top_logprobs_num, r.params.logprob_temperature)
+                for r in requests
+            ]
+            scores = self._sampler.score(logits, asked, shared)
         rows = list(range(len(requests)))
-        flight.parts.append(DrawnPart(requests, rows, sample, tables))
+        flight.parts.append(DrawnPart(requests, rows, sample, scores))
         flight.tokens.append(self._sampler.tokens)
         for request in requests:
             self._scheduler.append_token(request, PENDING)
 
     def land(self, flight: Flight) -> None:
         """Take in the tokens of a step, and finish those that end with it. Waits until the step is computed."""
-        for state, vector in flight.pooled:
-            state.pooled = vector.tolist()
+        for owners, scores in flight.inputs:
+            self._take_in_inputs(owners, scores)
+        for states, vectors in flight.pooled:
+            for state, vector in zip(states, vectors.result().tolist(), strict=True):
+                state.pooled = vector
         for request in flight.undrawn:
             if not request.outputs.finished:
                 self._finish(request, FinishReason(type="length", length=0))
@@ -229,7 +242,8 @@ class Postprocessor:
             self._take_in(part, output, flight.version, flight.number)
 
     def _take_in(self, part: DrawnPart, output: SampleOutput, version: str, number: int) -> None:
-        token_ids, tables, now = output.token_ids, part.tables, time.time()
+        token_ids, now = output.token_ids, time.time()
+        scores = None if part.scores is None else part.scores.result()
         logprobs = [] if output.logprobs is None else output.logprobs.tolist()
         for i, (request, row) in enumerate(zip(part.requests, part.rows, strict=True)):
             state: SampleState = request.outputs
@@ -239,9 +253,10 @@ class Postprocessor:
             state.note_token(request.num_output_tokens - 1, version, number)
             if request.return_logprob:
                 state.logprobs.append(logprobs[row])
-                if tables is not None:
-                    state.top.append(tables.top.get(i, []))
-                    state.selected.append(tables.selected.get(i, []))
+                if scores is not None:
+                    wanted = request.token_ids_logprob
+                    state.top.append(scores[i].top)
+                    state.selected.append(list(zip(scores[i].given, wanted, strict=True)))
             if state.spec.return_token_times:
                 state.token_times.append(now)
             reason = state.finish_reason(request)
@@ -249,41 +264,6 @@ class Postprocessor:
                 self._finish(request, reason)
             elif state.group.stream:
                 self._send(state.group, state.update(request, None, version, number))
-
-    def _output_tables(
-        self, logits: torch.Tensor, requests: Sequence[Request], shared: Sequence[int] | None
-    ) -> _Tables | None:
-        if not any(request.top_logprobs_num or request.token_ids_logprob for request in requests):
-            return None
-        if shared is not None:
-            logits = logits.index_select(0, torch.tensor(list(shared), device=logits.device))
-        temperature = torch.tensor([request.params.logprob_temperature for request in requests])
-        return self._tables(logits, requests, temperature)
-
-    @staticmethod
-    def _tables(
-        logits: torch.Tensor, requests: Sequence[Request], temperature: float | torch.Tensor
-    ) -> _Tables:
-        """Most likely and selected tokens of the rows that asked for them, by row."""
-        top: dict[int, TopLogprobs] = {}
-        selected: dict[int, TopLogprobs] = {}
-        most = max(request.top_logprobs_num for request in requests)
-        if most:
-            values, ids = (part.tolist() for part in top_logprobs(logits, temperature, most))
-            for row, request in enumerate(requests):
-                num = request.top_logprobs_num
-                top[row] = list(zip(values[row][:num], ids[row][:num], strict=True))
-        for row, request in enumerate(requests):
-            wanted = request.token_ids_logprob
-            if wanted:
-                divisor = (
-                    temperature[row : row + 1]
-                    if isinstance(temperature, torch.Tensor)
-                    else temperature
-                )
-                found = token_logprobs(logits[row : row + 1], divisor, torch.tensor([wanted]))
-                selected[row] = list(zip(found[0].tolist(), wanted, strict=True))
-        return _Tables(top, selected)
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 
