@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_support import NUM_RANKS, Meeting, ThreadAgreement
 from sync_support import ToyHost, eventually, toy_map, weights
 
-from weight_sync.errors import ERRORS, EngineDiedError, SessionBusy, SyncError
+from weight_sync.errors import ERRORS, SessionBusy, SyncError
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.receiver.agreement import together
 from weight_sync.receiver.local_channel import LocalChannel
@@ -24,45 +24,7 @@ from weight_sync.wire.channel import RpcChannel
 from weight_sync.wire.messages import Vote, WeightReply, WeightRequest
 from weight_sync.wire.rpc import RpcClient, RpcServer
 
-NUM_RANKS = 2
 POINTS = ("begin", "stage", "vote", "write", "read", "host")
-PATIENCE_S = 5.0
-
-
-class Meeting:
-    """Where the ranks exchange things; a rank that waits here alone is what must never be."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(NUM_RANKS)
-        self._slots: list[Any] = [None] * NUM_RANKS
-        self.alone = False
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self._slots[rank] = value
-        try:
-            self._barrier.wait(PATIENCE_S)
-            found = list(self._slots)
-            self._barrier.wait(PATIENCE_S)
-        except threading.BrokenBarrierError:
-            self.alone = True
-            raise EngineDiedError("a rank waited alone") from None
-        return found
-
-
-class ThreadAgreement:
-    """`RankAgreement` of ranks that are threads."""
-
-    size = NUM_RANKS
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank = rank
-        self._meeting = meeting
-
-    def gather(self, values: np.ndarray) -> np.ndarray:
-        return np.stack(self._meeting.exchange(self.rank, values))
-
-    def gather_text(self, text: str) -> list[str]:
-        return self._meeting.exchange(self.rank, text)
 
 
 class Faulty(WeightReceiver):

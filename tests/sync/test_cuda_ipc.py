@@ -26,6 +26,7 @@ from weight_sync.errors import (
     ProtocolError,
     SessionBusy,
     StaleVersionError,
+    SyncError,
     TransportError,
 )
 from weight_sync.publisher.update import Update
@@ -322,6 +323,47 @@ def test_an_arena_of_two_buckets_is_filled_and_read_in_turn(
         pytest.raises(TransportError, match="expected at least 1536"),
     ):
         small.publish(weights(6.0))
+
+
+class Elsewhere(MemoryFiles):
+    """The memory of another GPU of the machine."""
+
+    device_id = "1" * 32
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_arena_on_another_gpu_is_read_once_into_a_stage_where_there_is_room(
+    make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    from weight_sync.receiver import service
+    from weight_sync.transports import cuda_ipc
+    from weight_sync.transports.group import shadow_stage
+
+    stand_in(monkeypatch)
+    monkeypatch.setattr(service, "ipc_memory_of", lambda device: Elsewhere())
+    monkeypatch.setattr(cuda_ipc, "_check_owner", lambda handle: None)  # the trainer is here too
+    monkeypatch.setattr(shadow_stage, "can_spare", lambda device, num_bytes: room)
+    engine = make_engine(serve=True)
+    with WeightPublisher(engine.address, transport="cuda_ipc", timeout_s=10) as publisher:
+        for value in (1.0, 2.0):
+            report = publisher.publish(weights(value))
+            assert engine.values() == {value}
+            assert report.fingerprint == weight_sync.fingerprint(weights(value))
+        assert (engine.receiver.stage_memory.num_bytes > 0) is room
+        packed = publisher._endpoint._packed
+        assert packed is not None
+        publisher.begin()
+        publisher.send(weights(3.0))
+        packed.buffer[0] ^= 1  # after it was announced: a stage has the bytes already
+        if room:
+            publisher.commit()
+            assert engine.values() == {3.0}
+        else:
+            with pytest.raises(SyncError, match="not what the trainer sent"):
+                publisher.commit()
+            publisher.publish(weights(3.0))
+    assert eventually(lambda: engine.receiver.stage_memory.num_bytes == 0)
+    assert len(engine.service._allocations) == 0
 
 
 def test_a_place_of_its_own_is_for_buckets_of_a_window_alone(

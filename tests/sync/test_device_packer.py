@@ -108,7 +108,7 @@ def main() -> None:
     weight_map = toy_map()
     plan = compile_plan(manifest, weight_map)
     packs(noise(names, 5))
-    batch = plan._replay._all
+    batch = plan._decoder._all
     DeviceCopies(manifest, buffer, batch.sources, batch.targets, batch.strided).run(buffer)
     wrong = [
         name

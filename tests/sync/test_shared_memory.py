@@ -27,7 +27,7 @@ from sync_support import (
 from weight_sync import WeightPublisher
 from weight_sync.errors import TransportError
 from weight_sync.receiver import service
-from weight_sync.transports import uploaded_arena
+from weight_sync.transports.group import shadow_stage
 from weight_sync.transports.shared_memory import (
     HEADER_BYTES,
     OpenedSharedMemoryArena,
@@ -191,8 +191,8 @@ def test_an_engine_whose_gpu_can_spare_nothing_writes_from_the_hosts_memory(
     engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(service, "needs_upload", lambda device: True)
-    monkeypatch.setattr(uploaded_arena, "can_spare", lambda device, num_bytes: False)
+    monkeypatch.setattr(shadow_stage, "can_spare", lambda device, num_bytes: False)
     with WeightPublisher(engine, transport="shared_memory") as publisher:
         publisher.publish(weights(1.0))
-        assert engine.values() == {1.0} and not engine.receiver.stage_memory.held
+        assert engine.values() == {1.0} and not engine.receiver.stage_memory.num_bytes
     assert "out of the host's memory" in caplog.text

@@ -84,8 +84,10 @@ class Plan:
         """The arena's layout: what travels."""
         self.encoding = encoding
         """How it becomes the parameters."""
+        self.placements = tuple(here.placements for here in located)
+        """Where the parts of each tensor are that this rank holds."""
         self._staged = ArenaFingerprints(manifest)
-        self._resident = _ResidentSums(located)
+        self._resident = PlacedSums(self.placements)
         self.copies = tuple(
             Copy(index=i, region=placement.region, destination=memory, resident=memory)
             for i, here in enumerate(located)
@@ -118,16 +120,17 @@ class Plan:
         return self._resident.values(indices)
 
 
-class _ResidentSums:
-    """The fingerprints of parameters where they are: a table per allocation, and the exact way for odd parts."""
+class PlacedSums:
+    """The fingerprints of parts where they are: a table per allocation, and the exact way for odd ones."""
 
-    def __init__(self, located: Sequence[Located]) -> None:
-        self._num = len(located)
+    def __init__(self, placements: Sequence[Sequence[Placement]]) -> None:
+        """`placements`: the parts of each tensor."""
+        self._num = len(placements)
         self._exact: list[tuple[int, Placement]] = []
         spans: defaultdict[Storage, list[ByteSpan]] = defaultdict(list)
         words: dict[Storage, torch.Tensor] = {}
-        for i, here in enumerate(located):
-            for placement in here.placements:
+        for i, parts in enumerate(placements):
+            for placement in parts:
                 if not placement.destination.numel():
                     continue
                 key = storage_key(placement.destination)

@@ -27,6 +27,11 @@ Fill = Callable[[torch.Tensor], "Future[Any]"]
 class Stage(Protocol):
     """Used by the receiver's thread; `write` by the engine loop's, while the other waits."""
 
+    @property
+    def in_parts(self) -> bool:
+        """This rank has staged the parts that it keeps, and checked nothing: all ranks do together, before the write.
+        The same on all of them."""
+
     def accept(
         self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
     ) -> float:
@@ -40,6 +45,10 @@ class Stage(Protocol):
 
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         """Take tensors by row, cast to the manifest's dtypes; their fingerprints (N,) uint64, rows ascending."""
+
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        """This rank's summands of the fingerprints of these rows (None: all), as they are staged, (N,) uint64; where it
+        stages in parts."""
 
     def write(self, rows: np.ndarray | None) -> None:
         """Write these rows (None: all of the manifest) into the parameters. Returns when every copy was issued."""
@@ -81,6 +90,8 @@ class ArenaStage:
     The trainer could still change it after the check, which is what the check of the resident bytes is for.
     """
 
+    in_parts = False
+
     def __init__(self, buffer: torch.Tensor, plan: Plan) -> None:
         check_size(buffer.numel(), plan)
         self.plan = plan
@@ -117,6 +128,9 @@ class ArenaStage:
             "Receive needs a session whose arena belongs to a group: got one that trainer and engine share; open an "
             "arena with a GroupHandle"
         )
+
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        raise AssertionError("whole tensors were checked")
 
     def write(self, rows: np.ndarray | None) -> None:
         self.plan.replay(self._buffer, rows)

@@ -115,6 +115,7 @@ class WeightCommit:
         unwritable = self.host.unwritable()
         if unwritable is not None:  # on all ranks or on none
             raise WeightUpdateError(f"the parameters cannot be written: {unwritable}")
+        self._compare_staged()
         overlapped = session.request.verify == "overlapped"
         if overlapped:
             self.host.hold_outputs()
@@ -149,6 +150,17 @@ class WeightCommit:
             self.session.stage.write(self.session.indices)
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
+
+    def _compare_staged(self) -> None:
+        """Where no rank has seen whole tensors yet: nothing has been written so far, so a mismatch costs nothing."""
+        session = self.session
+        if not session.stage.in_parts:
+            return
+        indices = session.indices
+        regions = session.known.regions if indices is None else session.known.regions[indices]
+        found = whole_values(self.agreement, lambda: session.stage.summands(indices), regions)
+        declared = session.decoded if indices is None else session.decoded[indices]
+        session.compare(found, indices, declared, "staged")
 
     def _compare(self) -> None:
         start = time.perf_counter()

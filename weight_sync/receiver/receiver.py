@@ -87,6 +87,7 @@ class WeightReceiver:
         self._weight_map = weight_map
         self._host = host
         self._agreement = agreement or SoloAgreement()
+        self.num_ranks = self._agreement.size
         self._canonical = Manifest(tensors=weight_map.metas(), bucket_bytes=bucket_bytes)
         self._wire = self._canonical.to_wire()
         self._plans = PlanCache(self._canonical, weight_map, encodings)

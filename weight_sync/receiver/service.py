@@ -196,7 +196,12 @@ class WeightService:
         if isinstance(handle, GroupHandle):
             return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
         if isinstance(handle, CudaIpcHandle):
-            return OpenedCudaIpcArena(handle, self._allocations, self.receiver.stage_memory)
+            return OpenedCudaIpcArena(
+                handle,
+                self._allocations,
+                self.receiver.stage_memory,
+                in_parts=self.receiver.num_ranks > 1,
+            )
         if not isinstance(handle, LocalHandle):
             return self._open_shared_memory(handle)
         buffer = self._lent.pop(handle.key, None)

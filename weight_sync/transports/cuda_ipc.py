@@ -1,7 +1,8 @@
 """Trainer and engine on GPUs of one machine: the engine reads the trainer's arena where it is.
 
-On one GPU nothing crosses anything. Between GPUs every rank reads what it keeps out of the trainer's memory, over the
-link between them, all ranks at once and without a group.
+On one GPU nothing crosses anything: the arena is the stage. Between GPUs the bytes cross the link once, while
+generation goes on, into a stage on the engine's GPU; each of several ranks reads what it keeps, all at once and without
+a group.
 
 The engine opens an allocation once and keeps it. It believes nothing: the machine, the process, the size and a random
 nonce in front of the tensors are checked before the first byte is used. No event has to order the two processes: when a
@@ -10,6 +11,7 @@ bucket is announced, its fingerprints have been read on the trainer's host, so e
 
 from __future__ import annotations
 
+import logging
 import secrets
 import struct
 import time
@@ -19,13 +21,16 @@ import torch
 
 from ..errors import TransportError
 from ..plan.plan import Plan
-from ..plan.stage import ArenaStage
+from ..plan.stage import ArenaStage, check_size
 from ..wire.messages import CudaIpcHandle, ProcessRef
 from ..wire.process import current_process, host_id, why_dead
 from .arena import SharedBytes
-from .group.shadow_stage import StageMemory
+from .group.shadow_stage import NoStageMemory, StageMemory
 from .ipc_memory import Allocation, IpcMemory
+from .parts_stage import PartsStage
 from .uploaded_arena import UploadedStage
+
+logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 4096
 """In front of the tensors."""
@@ -76,11 +81,18 @@ class OpenedCudaIpcArena(SharedBytes):
     """An engine rank's end; `TransportError` when the handle does not lead to an arena."""
 
     def __init__(
-        self, handle: CudaIpcHandle, table: OpenedAllocations, stages: StageMemory | None = None
+        self,
+        handle: CudaIpcHandle,
+        table: OpenedAllocations,
+        stages: StageMemory | None = None,
+        *,
+        in_parts: bool = False,
     ) -> None:
-        """`stages`: where a session's bytes wait that do not stay in a window."""
+        """`stages`: where a session's bytes wait that do not stay in the arena. `in_parts`: this is one rank of several
+        that each read what they keep."""
         _check_owner(handle)
         self._stages: StageMemory | None = None
+        self._is_window, self._in_parts = handle.is_window, in_parts
         self._owner = handle.owner
         self._table = table
         self._key: _Key | None
@@ -102,14 +114,20 @@ class OpenedCudaIpcArena(SharedBytes):
             self.close()
             raise
         self._buffer = allocation.tensor[handle.offset + HEADER_BYTES : end]
-        if handle.is_window:
+        needed = handle.is_window or in_parts
+        if needed or handle.device != table.device_id:
             assert stages is not None, "an engine has it"
             try:
-                stages.hold()
+                stages.hold(sparing=not needed)
+                self._stages = stages
+            except NoStageMemory as error:
+                if needed:
+                    self.close()
+                    raise
+                logger.warning("every update is read twice over the GPUs' link: %s", error)
             except BaseException:
                 self.close()
                 raise
-            self._stages = stages
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -121,9 +139,12 @@ class OpenedCudaIpcArena(SharedBytes):
         return self._owner
 
     def stage(self, plan: Plan) -> ArenaStage | UploadedStage:
-        if self._stages is not None:
-            return UploadedStage(self._stages, self._buffer, plan, is_window=True)
-        return ArenaStage(self._buffer, plan)
+        if self._stages is None:
+            return ArenaStage(self._buffer, plan)
+        if not self._is_window:
+            check_size(self._buffer.numel(), plan)
+        kind = PartsStage if self._in_parts else UploadedStage
+        return kind(self._stages, self._buffer, plan, is_window=self._is_window)
 
     def close(self) -> None:
         stages, self._stages = self._stages, None
@@ -152,6 +173,13 @@ class OpenedAllocations:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def device_id(self) -> str:
+        """The GPU of the rank that reads, as handles name it."""
+        if self._memory is None:
+            self._memory = self._make_memory()
+        return self._memory.device_id
 
     def open(self, handle: CudaIpcHandle) -> tuple[_Key, Allocation]:
         """The allocation of `handle`, opened or already open, and what `close` calls it."""

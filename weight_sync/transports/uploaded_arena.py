@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from ..devices.registration import Registration
-from ..devices.room import can_spare
 from ..errors import DeadlineExceeded, ProtocolError
 from ..layout.memory import Range
 from ..plan.plan import Plan
 from ..plan.stage import ArenaStage, Check, WriteMark, check_size, refuse_window
 from ..wire.messages import SharedMemoryHandle
 from .group.shadow_plan import Chunk, ShadowPlan
-from .group.shadow_stage import NoStageMemory, StageMemory
+from .group.shadow_stage import StageMemory
 from .shared_memory import OpenedSharedMemoryArena
 from .spans import chunks_of, ranges_of
 
@@ -37,20 +36,15 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
     _writable = True  # what is registered must be
 
     def __init__(self, handle: SharedMemoryHandle, memory: StageMemory) -> None:
-        if not memory.held and not can_spare(memory.device, memory.shadow_bytes):
-            raise NoStageMemory(
-                f"no memory on {memory.device} to stage an update: got too little for {memory.shadow_bytes} bytes, "
-                "expected that and some for the steps; lower kv_cache_bytes or mem_fraction_static"
-            )
-        super().__init__(handle)
-        self._memory: StageMemory | None = None
-        self._registration = Registration.of(self.buffer, memory.device)
+        memory.hold(sparing=True)
+        self._memory: StageMemory | None = memory
+        self._registration: Registration | None = None
         try:
-            memory.hold()
+            super().__init__(handle)
+            self._registration = Registration.of(self.buffer, memory.device)
         except BaseException:
-            self.close()
+            self._let_go()
             raise
-        self._memory = memory
 
     def stage(self, plan: Plan) -> UploadedStage:
         assert self._memory is not None, "the arena was closed"
@@ -60,14 +54,19 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
     def close(self) -> None:
         if self._registration is not None:
             self._registration.end()
+        self._let_go()
+        super().close()
+
+    def _let_go(self) -> None:
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.let_go()
-        super().close()
 
 
 class UploadedStage:
     """The stage of a session whose bytes do not stay where they are: in memory of the host, or in a window."""
+
+    in_parts = False
 
     def __init__(
         self, memory: StageMemory, buffer: torch.Tensor, plan: Plan, *, is_window: bool = False
@@ -88,13 +87,7 @@ class UploadedStage:
     def accept(
         self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
     ) -> float:
-        if not self._is_window:
-            refuse_window(at)
-        elif at is None or (np.diff(rows.astype(np.int64)) <= 0).any():
-            raise ProtocolError(
-                f"a bucket of a window has a place and ascending indices: got at={at} and {len(rows)} indices; both "
-                "sides must run the same release"
-            )
+        self._check_place(rows, at)
         start = time.perf_counter()
         for chunk, incoming, arrived in self._uploaded(rows, at):
             with torch.cuda.stream(self._checks):
@@ -117,6 +110,9 @@ class UploadedStage:
     def put(self, sources: object) -> np.ndarray:
         raise ArenaStage.not_over_a_group()
 
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        raise AssertionError("whole tensors were checked")
+
     def write(self, rows: np.ndarray | None) -> None:
         assert self._plan is not None, "the session has ended"
         self._plan.write(rows)
@@ -131,6 +127,24 @@ class UploadedStage:
             self._uploads.synchronize()
         self._plan, self._buffer = None, torch.empty(0, dtype=torch.uint8)
 
+    def _check_place(self, rows: np.ndarray, at: int | None) -> None:
+        """`ProtocolError` unless a bucket has a place of its own exactly where the arena is a window."""
+        if not self._is_window:
+            refuse_window(at)
+        elif at is None or (np.diff(rows.astype(np.int64)) <= 0).any():
+            raise ProtocolError(
+                f"a bucket of a window has a place and ascending indices: got at={at} and {len(rows)} indices; both "
+                "sides must run the same release"
+            )
+
+    def _check_range(self, end: int) -> None:
+        """`ProtocolError` where a bucket ends behind the arena."""
+        if end > self._buffer.numel():
+            raise ProtocolError(
+                f"a bucket reaches out of its arena: got bytes to {end}, expected at most {self._buffer.numel()}; both "
+                "sides must run the same release"
+            )
+
     def _uploaded(
         self, rows: np.ndarray, at: int | None
     ) -> Iterator[tuple[Chunk, torch.Tensor, torch.cuda.Event | None]]:
@@ -141,11 +155,8 @@ class UploadedStage:
             chunk = self._plan.chunk(part)
             size = chunk.manifest.arena_bytes
             ranges = ranges_of(self._manifest, part) if at is None else [(at, at + size)]
-            if ranges and ranges[-1][1] > self._buffer.numel():
-                raise ProtocolError(
-                    f"a bucket reaches out of its arena: got bytes to {ranges[-1][1]}, expected at most "
-                    f"{self._buffer.numel()}; both sides must run the same release"
-                )
+            if ranges:
+                self._check_range(ranges[-1][1])
             incoming = chunk.home
             if incoming is None:
                 incoming = self._memory.incoming(number % 2, size)

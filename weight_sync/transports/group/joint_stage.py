@@ -50,6 +50,13 @@ class JointStage:
     def put(self, sources: Mapping[int, torch.Tensor]) -> np.ndarray:
         return self._kept.put(sources)
 
+    @property
+    def in_parts(self) -> bool:
+        return self._arena.in_parts
+
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        return self._arena.summands(rows)
+
     def write(self, rows: np.ndarray | None) -> None:
         self._kept.write(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...layout.manifest import Manifest
 from ...layout.memory import byte_range, storage_key
 from ...plan.copies import Copy, Occupied, copy_ranges
 from ...plan.encoding import Encoding
-from ...plan.plan import Plan
+from ...plan.plan import PlacedSums, Plan
 from ...plan.stage import as_uint64
 from ..spans import lengths_of
 from .shadow import Pairs, Shadow
@@ -36,6 +37,8 @@ class ShadowPlan:
         self._copies: defaultdict[int, list[Copy]] = defaultdict(list)
         for copy in plan.copies:
             self._copies[copy.index].append(copy)
+        self._placements = plan.placements
+        self._sums: PlacedSums | None = None
         self._all: Pairs | None = None
         self._some: OrderedDict[bytes, Pairs] = OrderedDict()
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()
@@ -54,6 +57,17 @@ class ShadowPlan:
                 self._chunk_bytes -= self._chunks.popitem(last=False)[1].manifest.arena_bytes
         self._chunks.move_to_end(key)
         return chunk
+
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        """Of the fingerprints of these tensors (None: all), the parts that are in the shadow; (N,) uint64."""
+        if self._sums is None:
+            self._sums = PlacedSums(
+                [
+                    [replace(part, destination=self._shadow.of(part.destination)) for part in parts]
+                    for parts in self._placements
+                ]
+            )
+        return as_uint64(self._sums.values(rows))
 
     @torch.no_grad()
     def write(self, rows: np.ndarray | None) -> None:
@@ -124,7 +138,11 @@ class Chunk:
     def move(self, incoming: torch.Tensor) -> None:
         """Into the shadow: this rank's parts, at their places."""
         if self.home is None:
-            self._decoder.run(incoming, None)
+            self.take(incoming)
+
+    def take(self, source: torch.Tensor) -> None:
+        """The same out of memory that has the layout of a receive buffer, and is none: nothing else is read of it."""
+        self._decoder.run(source, None)
 
     def _find_home(
         self, moved: Sequence[Copy], shadow: Shadow, occupied: Occupied

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...devices.room import can_spare
 from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
@@ -66,13 +67,13 @@ class StageMemory:
         """What it takes at least: this rank's parameters once."""
         return sum(tensor.nbytes for tensor in self._weight_map.parameters.values())
 
-    @property
-    def held(self) -> bool:
-        """Somebody needs it now."""
-        return self._num_holders > 0
-
-    def hold(self) -> None:
-        """Somebody needs it from now on."""
+    def hold(self, *, sparing: bool = False) -> None:
+        """Somebody needs it from now on; `NoStageMemory`. `sparing`: who can do without it leaves some for steps."""
+        if sparing and self._shadow is None and not can_spare(self._device, self.shadow_bytes):
+            raise NoStageMemory(
+                f"no memory on {self._device} to stage an update: got too little for {self.shadow_bytes} bytes, "
+                "expected that and some for the steps; lower kv_cache_bytes or mem_fraction_static"
+            )
         self._existing_shadow()
         self._num_holders += 1
 
@@ -129,6 +130,7 @@ class StageMemory:
         if self._shadow is None:
             with _no_memory_is_an_answer(self.shadow_bytes, self._device):
                 self._shadow = Shadow(self._weight_map)
+            self.settle()  # its zeros are written before any other stream writes there
         return self._shadow
 
 
@@ -145,6 +147,8 @@ def _no_memory_is_an_answer(num_bytes: int, device: torch.device) -> Iterator[No
 
 class ShadowStage:
     """The stage of a session that `group` fills."""
+
+    in_parts = False
 
     def __init__(self, memory: StageMemory, group: UpdateGroup, num_bytes: int, plan: Plan) -> None:
         check_size(num_bytes, plan)
@@ -199,6 +203,9 @@ class ShadowStage:
             chunk.move(incoming)
         self._memory.settle()
         return np.concatenate(found)
+
+    def summands(self, rows: np.ndarray | None) -> np.ndarray:
+        raise AssertionError("whole tensors were checked")
 
     def write(self, rows: np.ndarray | None) -> None:
         assert self._plan is not None, "the session has ended"
