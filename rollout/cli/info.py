@@ -45,7 +45,8 @@ def info(
 ) -> None:
     """Show a checkpoint's options, its tensors, the resolved configuration of an engine for it, and what fits.
 
-    The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine.
+    The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine, or for a GPU
+    with that much memory.
     """
     path = as_overrides({"engine.model_path": str(model)})
     settings = load_settings(GenerateSettings, config, [*(overrides or ()), *path])
@@ -67,7 +68,7 @@ def info(
 def checkpoint_facts(settings: GenerateSettings, memory: float | None = None) -> dict[str, Any]:
     """The model's options and sizes, the engine's resolved configuration, what fits, and the shape of every tensor.
 
-    memory: bytes of a device that is to be imagined; None: this machine's.
+    memory: free bytes of a GPU that is to be imagined; None: this machine as it is.
     """
     import torch
 
@@ -79,9 +80,11 @@ def checkpoint_facts(settings: GenerateSettings, memory: float | None = None) ->
 
     check_config(settings.engine)
     model_config = ModelConfig.from_folder(settings.engine.model_path)
-    device = device_of(RankSpec(), settings.engine.device)
-    imagined = None if memory is None else int(memory)
-    settled = resolve(settings.engine, model_config, device, imagined)
+    if memory is None:
+        device = device_of(RankSpec(), settings.engine.device)
+        settled = resolve(settings.engine, model_config, device)
+    else:
+        settled = resolve(settings.engine, model_config, "cuda", int(memory))
     resolved = _fields(settled)
     user = _fields(resolved.pop("user"))
     # On the meta device there is a structure and no storage.

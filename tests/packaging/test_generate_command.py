@@ -147,6 +147,8 @@ def test_info_says_what_fits_on_a_gpu_that_is_not_there(rollout, checkpoint):
     facts = json.loads(result.stdout)
     memory, engine = facts["memory of each rank"], facts["engine"]
     assert memory["weight_bytes"] == facts["model"]["parameter_bytes"]
+    assert (engine["device"], engine["attention_backend"]) == ("cuda", "triton")
+    assert (engine["block_size"], engine["overlap"]) == (64, True)
     budget = int(0.85 * 2e6) - memory["weight_bytes"]
     assert (
         0 <= budget - memory["kv_cache_bytes"] < engine["block_size"] * memory["kv_bytes_per_token"]
@@ -159,7 +161,9 @@ def test_info_says_what_fits_on_a_gpu_that_is_not_there(rollout, checkpoint):
     assert memory[f"requests of {context:,} tokens"] == memory["kv_tokens"] // context
     refused = rollout("info", checkpoint, "--memory", "1e5")
     assert refused.returncode == 1
-    assert "KV pool: got" in refused.stderr and len(refused.stderr.splitlines()) <= 3
+    assert "KV pool: got 0 bytes beside" in refused.stderr
+    assert "with 100,000 free on the GPU" in refused.stderr
+    assert len(refused.stderr.splitlines()) <= 3
 
 
 def product(shape) -> int:

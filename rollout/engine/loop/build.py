@@ -170,9 +170,11 @@ def _num_blocks(
     gpu_bytes: what is free on the GPU; None: the model is on a CPU.
     """
     budget = config.kv_cache_bytes
+    beside = ""
     if budget is None:
         if gpu_bytes is not None:
             budget = int((config.mem_fraction_static or 0.85) * gpu_bytes) - weight_bytes
+            beside = f" beside {weight_bytes:,} of weights, with {gpu_bytes:,} free on the GPU"
         else:
             budget = int((config.mem_fraction_static or 0.25) * free_memory_bytes())
         useful = config.max_running_requests * longest * block_bytes
@@ -180,7 +182,7 @@ def _num_blocks(
     num = budget // block_bytes
     if num < 2:
         raise ConfigError(
-            f"KV pool: got {budget} bytes, expected at least two blocks of {block_bytes} bytes; raise kv_cache_bytes "
-            "or mem_fraction_static"
+            f"KV pool: got {max(0, budget):,} bytes{beside}, expected at least two blocks of {block_bytes:,} bytes; "
+            "raise kv_cache_bytes, mem_fraction_static or tp_size"
         )
     return num
