@@ -85,6 +85,14 @@ class NonFiniteLogitsError(EngineStepError):
     """Which rows of the step; known where the step was computed."""
 
 
+class RequestAbortedError(RolloutError):
+    """What was asked for was ended early, and a part of it is worth nothing: a score, an embedding. Ask again."""
+
+
+class UnexpectedError(RolloutError):
+    """The engine failed where it should not; the message names the error, the engine's log says where it came from."""
+
+
 #: Error codes on the wire, by class name.
 ERRORS: dict[str, type[Exception]] = {
     **SYNC_ERRORS,
@@ -102,17 +110,19 @@ ERRORS: dict[str, type[Exception]] = {
             NoUpdateYetError,
             NonFiniteLogitsError,
             EngineStepError,
+            RequestAbortedError,
+            UnexpectedError,
         )
     },
 }
 
 
 def typed(error: BaseException, what: str) -> Exception:
-    """`error` where callers know its type, else a `RolloutError` that names it: what a caller in another process gets,
-    one in the engine's gets too."""
+    """`error` where callers know its type, else an `UnexpectedError` that names it: what a caller in another process
+    gets, one in the engine's gets too."""
     if isinstance(error, Exception) and ERRORS.get(type(error).__name__) is type(error):
         return error
-    found = RolloutError(
+    found = UnexpectedError(
         f"{what} failed with {type(error).__name__}: {error}; look at the engine's log"
     )
     found.__cause__ = error
@@ -143,6 +153,7 @@ __all__ = [
     "PayloadRefused",
     "ProtocolError",
     "RemoteError",
+    "RequestAbortedError",
     "RolloutError",
     "SessionBusy",
     "SessionError",
@@ -152,6 +163,7 @@ __all__ = [
     "TrainerDiedError",
     "TransportError",
     "UnauthorizedError",
+    "UnexpectedError",
     "WeightUpdateError",
     "typed",
 ]

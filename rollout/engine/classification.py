@@ -9,7 +9,7 @@ from .generation import GenerationCalls, is_empty, whole_results
 from .prepare import PreparedGenerate, prepare
 from .twins import Asking, asks, awaitable
 
-Scores = list[float] | list[list[float]]
+Scores = list[float] | list[list[float]] | list[dict[str, Any]] | dict[str, Any]
 """One number for each sequence, or one list of `num_labels` numbers where there are several labels."""
 
 
@@ -26,6 +26,8 @@ class ClassificationCalls(GenerationCalls):
         add_special_tokens: bool | None = None,
         min_weight_version: int | None = None,
         timeout_s: float | None = None,
+        rid: str | Sequence[str] | None = None,
+        return_meta_info: bool = False,
     ) -> Asking[Scores]:
         """Score each sequence with a `...ForSequenceClassification` checkpoint: what its head says of the last token.
 
@@ -33,7 +35,8 @@ class ClassificationCalls(GenerationCalls):
         that the tokenizer adds. Returns a list with one entry for each sequence: a number where the checkpoint has one
         label, as reward models do, else `num_labels` numbers. They are the head's float32 outputs, before any softmax
         or sigmoid. The weights, head included, are updated like a policy's; nothing is computed before version
-        `min_weight_version` serves.
+        `min_weight_version` serves. With `return_meta_info` each entry is {"scores": num_labels numbers,
+        "meta_info": as of `generate`}, and one sequence that is not in a list has one without a list.
 
         Raises `InvalidRequestError` for what cannot be scored, also where the checkpoint generates instead, and
         `DeadlineExceeded` unless all scores are there in `timeout_s` seconds (None: no deadline).
@@ -42,13 +45,13 @@ class ClassificationCalls(GenerationCalls):
             return []
         prepared = self._prepare_scores(locals())
         answer = yield from self._whole(prepared, timeout_s, "classify")
-        return _scores(prepared, answer)
+        return _scores(prepared, answer, return_meta_info)
 
     async_classify = awaitable(classify)
 
     def _prepare_scores(self, arguments: dict[str, Any]) -> PreparedGenerate:
         """`arguments`: the local names of `classify` at its beginning."""
-        options = ("attention_mask", "add_special_tokens", "min_weight_version")
+        options = ("attention_mask", "add_special_tokens", "min_weight_version", "rid")
         return self._prepare_pooled(
             "classify",
             "score",
@@ -93,7 +96,10 @@ class ClassificationCalls(GenerationCalls):
         )
 
 
-def _scores(prepared: PreparedGenerate, answer: Any) -> Scores:
-    results = [answer] if prepared.single else answer
-    rows = [result["pooled"] for result in whole_results("classify", results)]
+def _scores(prepared: PreparedGenerate, answer: Any, return_meta_info: bool) -> Scores:
+    results = whole_results("classify", [answer] if prepared.single else answer)
+    if return_meta_info:
+        whole = [{"scores": r["pooled"], "meta_info": r["meta_info"]} for r in results]
+        return whole[0] if prepared.single else whole
+    rows = [result["pooled"] for result in results]
     return [row[0] for row in rows] if len(rows[0]) == 1 else rows

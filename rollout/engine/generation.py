@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import DeadlineExceeded, InvalidRequestError, RolloutError
+from ..errors import DeadlineExceeded, InvalidRequestError, RequestAbortedError
 from ..protocol.commands import ENDED_LATE, AbortRequests, SampleUpdate
 from ..tokenizer import pad_token_id
 from .client import EngineClient
@@ -335,5 +335,5 @@ def whole_results(what: str, results: list[Result]) -> list[Result]:
         if reason["type"] == "abort":
             message = f"{what}: not all was computed: {reason['message']}"
             late = reason["message"].startswith(ENDED_LATE)
-            raise DeadlineExceeded(message) if late else RolloutError(message)
+            raise DeadlineExceeded(message) if late else RequestAbortedError(message)
     return results

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import control, dashboard, generate, inference, info, metrics, openai, weights
+from . import control, dashboard, generate, inference, info, metrics, openai, pooling, weights
 from .access import Access
 from .replies import HttpError, error_reply
 from .routing import Route, add_routes
@@ -24,6 +24,7 @@ ROUTES: tuple[Route, ...] = (
     *weights.ROUTES,
     *openai.ROUTES,
     *inference.ROUTES,
+    *pooling.ROUTES,
     *metrics.ROUTES,
     *dashboard.ROUTES,
 )

@@ -30,6 +30,7 @@ E = TypeVar("E", bound=BaseException)
 _LONG_TEXT = 1 << 16
 """Characters from which on text is made into tokens on a thread, so that others are not kept waiting."""
 MAX_RID_CHARS = 200
+GENERATE = "async_generate"
 
 
 @dataclass(eq=False, slots=True)
@@ -38,10 +39,12 @@ class Call:
 
     client: Client
     arguments: dict[str, Any]
-    """Of `Engine.async_generate`."""
+    """Of `method`."""
     num_samples: int
     given: dict[str, str | None] = field(default_factory=dict)
     """The engine's id of each prompt -> the client's, None where it gave none."""
+    method: str = GENERATE
+    """The engine's call: this, or another one that answers with results in the same form."""
 
     def named(self, result: Result) -> Result:
         """`result` under the id that the client gave."""
@@ -91,9 +94,11 @@ class Calls:
 
     # ---- what routes call ------------------------------------------------------------------------------------------
 
-    async def whole(self, request: Request, client: Client, arguments: dict[str, Any]) -> Any:
-        """As `Engine.async_generate`; the requests end when the client goes."""
-        call = await self._admitted(client, arguments)
+    async def whole(
+        self, request: Request, client: Client, arguments: dict[str, Any], method: str = GENERATE
+    ) -> Any:
+        """As `Engine.async_generate`, or another call of its kind; the requests end when the client goes."""
+        call = await self._admitted(client, arguments, method)
         try:
             found = await unless_gone(request, self._generate(call))
         except Exception as error:
@@ -186,7 +191,9 @@ class Calls:
 
     # ---- one call --------------------------------------------------------------------------------------------------
 
-    async def _admitted(self, client: Client, arguments: dict[str, Any]) -> Call:
+    async def _admitted(
+        self, client: Client, arguments: dict[str, Any], method: str = GENERATE
+    ) -> Call:
         """Check the limits and give the prompts ids of the engine's."""
         if self.ending is not None:
             raise HttpError(503, f"{self.ending}; ask another one", {"retry-after": "5"})
@@ -197,11 +204,11 @@ class Calls:
                 413,
                 f"got {len(prompts):,} prompts, expected at most {self._config.max_prompts:,}; send several requests",
             )
-        num_samples = await self._check_size(arguments, prompts)
+        num_samples = await self._check_size(arguments, prompts, 128 if method == GENERATE else 0)
         await self._open.wait()
         if self.num_samples + num_samples > self._config.max_running_samples:
             raise self._too_many(num_samples)
-        call = Call(client, arguments, num_samples)
+        call = Call(client, arguments, num_samples, method=method)
         rids = _rids(arguments.get("rid"), len(prompts), is_list)
         ids = [uuid.uuid4().hex for _ in prompts]
         call.given = dict(zip(ids, rids, strict=True))
@@ -226,6 +233,8 @@ class Calls:
             rows = await self.token_ids(
                 prompt if is_list else [prompt], arguments.pop("add_special_tokens", None)
             )
+            if is_list and not rows:  # No prompts, no results.
+                return [], True
             del arguments["prompt"]
             arguments["input_ids"] = rows if is_list else rows[0]
             return rows, is_list
@@ -234,8 +243,13 @@ class Calls:
         is_list = isinstance(ids[0], list)
         return (ids if is_list else [ids]), is_list
 
-    async def _check_size(self, arguments: dict[str, Any], prompts: list[Any]) -> int:
-        """Samples of the call; 413 where its tokens are too many. What is ill-typed is left to the engine's check."""
+    async def _check_size(
+        self, arguments: dict[str, Any], prompts: list[Any], new_tokens: int
+    ) -> int:
+        """Samples of the call, of `new_tokens` where it says nothing else; 413 where its tokens are too many.
+
+        What is ill-typed is left to the engine's check.
+        """
         context = await self.context_length()
         params = arguments.get("sampling_params")
         each = params if isinstance(params, list) else [params] * len(prompts)
@@ -245,7 +259,7 @@ class Calls:
             n = _count(asked.get("n"), 1)
             length = len(ids) if isinstance(ids, list) else 0
             new = min(
-                _count(asked.get("max_new_tokens", asked.get("max_tokens")), 128),
+                _count(asked.get("max_new_tokens", asked.get("max_tokens")), new_tokens),
                 max(0, context - length),
             )
             samples += n
@@ -273,7 +287,7 @@ class Calls:
         )
 
     async def _generate(self, call: Call) -> Any:
-        return await self._engine.async_generate(**call.arguments)
+        return await getattr(self._engine, call.method)(**call.arguments)
 
     async def _rest(
         self, call: Call, chunks: AsyncGenerator[Result, None], first: Result | None

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
-from ..errors import RolloutError
 from ..protocol.commands import MemoryTag, PauseMode
 from .bodies import Body
 from .replies import HttpError, done, not_implemented
@@ -70,10 +69,7 @@ async def abort_request(ask: Ask) -> Response:
 
 async def flush_cache(ask: Ask) -> Response:
     """Drop all cached prefixes; 400 while requests are pending."""
-    try:
-        await ask.state.engine.async_flush_cache()
-    except RolloutError as error:
-        raise HttpError(400, str(error)) from None
+    await ask.state.engine.async_flush_cache()
     return done("the prefix cache is empty")
 
 
@@ -126,19 +122,13 @@ async def start_profile(ask: Ask) -> Response:
     given = [name for name, value in msgspec.structs.asdict(ask.body).items() if value is not None]
     if given:
         raise HttpError(400, f"{given[0]}: cannot be chosen; leave it out, and stop by hand")
-    try:
-        await ask.state.engine.async_start_profile()
-    except RolloutError as error:
-        raise HttpError(400, str(error)) from None
+    await ask.state.engine.async_start_profile()
     return done("profiling")
 
 
 async def stop_profile(ask: Ask) -> Response:
     """Write the trace; `path` is rank 0's file on the engine's host."""
-    try:
-        path = await ask.state.engine.async_stop_profile()
-    except RolloutError as error:
-        raise HttpError(400, str(error)) from None
+    path = await ask.state.engine.async_stop_profile()
     return done(f"written to {path}", path=path)
 
 

@@ -24,13 +24,16 @@ async def health(ask: Ask) -> Response:
 
 
 async def health_generate(ask: Ask) -> Response:
-    """200 once the engine has generated a token; 503 where it cannot, a pause included."""
-    arguments = {
-        "input_ids": [0],
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True},
-        "timeout_s": _HEALTH_PATIENCE_S,
-    }
-    result = await ask.state.calls.whole(ask.request, ask.client, arguments)
+    """200 once the engine has generated a token (or scored one, a classifier); 503 where it cannot, in a pause too."""
+    ask_for = {"input_ids": [0], "timeout_s": _HEALTH_PATIENCE_S}
+    calls = ask.state.calls
+    status = await _status(ask)
+    if status.resolved["num_labels"] is None:
+        ask_for["sampling_params"] = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        result = await calls.whole(ask.request, ask.client, ask_for)
+    else:
+        ask_for["return_meta_info"] = True
+        result = await calls.whole(ask.request, ask.client, ask_for, "async_classify")
     reason = result["meta_info"]["finish_reason"]
     if reason["type"] == "abort":
         raise HttpError(503, f"no token came: {reason['message']}")

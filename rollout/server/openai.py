@@ -81,26 +81,34 @@ async def completions(ask: Ask) -> Response:
         raise HttpError(400, f"best_of: got {body.best_of}, expected n ({body.n}); leave it out")
     shape = _shape(ask, body, is_chat=False, num_logprobs=body.logprobs, echo=body.echo)
     arguments = _arguments(body, shape, body.max_tokens)
-    arguments |= await _prompt(ask, body)
-    if isinstance(arguments["input_ids"][0], list) and arguments["rid"] is not None:
-        rid, num = arguments["rid"], len(arguments["input_ids"])
-        arguments["rid"] = [rid] if num == 1 else [f"{rid}.{i}" for i in range(num)]
+    arguments |= await prompt_ids(
+        ask, "prompt", body.prompt, body.add_special_tokens, arguments["rid"]
+    )
     return await _answer(ask, body, shape, arguments)
 
 
-async def _prompt(ask: Ask, body: CompletionBody) -> dict[str, Any]:
-    prompt = body.prompt
-    rows: list[Any] = prompt if isinstance(prompt, list) else [prompt]
-    if prompt is None or not rows:
-        raise HttpError(400, "prompt: got none, expected text or token ids")
+async def prompt_ids(
+    ask: Ask, name: str, given: Any, add_special_tokens: bool | None, rid: str | None
+) -> dict[str, Any]:
+    """`input_ids`, and the `rid` of each of several prompts, for text or token ids, one prompt or several.
+
+    name: of the field, for errors.
+    """
+    rows: list[Any] = given if isinstance(given, list) else [given]
+    if given is None or not rows:
+        raise HttpError(400, f"{name}: got none, expected text or token ids")
     kinds = {type(row) for row in rows}
     if kinds == {int}:
-        return {"input_ids": prompt}
-    if kinds == {list}:
-        return {"input_ids": prompt}
-    if kinds != {str}:
-        raise HttpError(400, "prompt: got a mixture, expected texts, or token ids, or lists of ids")
-    return {"input_ids": await ask.state.calls.token_ids(rows, body.add_special_tokens)}
+        return {"input_ids": rows, "rid": rid}
+    if kinds == {str}:
+        rows = await ask.state.calls.token_ids(rows, add_special_tokens)
+    elif kinds != {list}:
+        raise HttpError(
+            400, f"{name}: got a mixture, expected texts, or token ids, or lists of ids"
+        )
+    several = rid is not None and len(rows) > 1
+    rids = [f"{rid}.{i}" for i in range(len(rows))] if several else [rid]
+    return {"input_ids": rows, "rid": None if rid is None else rids}
 
 
 async def chat_completions(ask: Ask) -> Response:

@@ -9,16 +9,18 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from weight_sync.errors import ProtocolError, SyncError
+from weight_sync.errors import RemoteError, SyncError
 
 from ..errors import (
     ConnectionLostError,
     DeadlineExceeded,
     EngineClosedError,
     EngineDiedError,
-    InvalidRequestError,
+    EngineStepError,
+    RequestAbortedError,
     RolloutError,
     TornWeightsError,
+    UnexpectedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,17 @@ class HttpError(RolloutError):
         self.headers = headers
 
 
+_STATUSES: tuple[tuple[Any, int], ...] = (
+    (HttpError, 0),
+    (TornWeightsError | EngineDiedError | EngineClosedError | ConnectionLostError, 503),
+    (RequestAbortedError, 503),
+    (DeadlineExceeded, 504),
+    (UnexpectedError | EngineStepError | RemoteError, 500),
+    (RolloutError | SyncError | ValueError | TypeError, 400),
+)
+"""The first that fits counts."""
+
+
 def not_implemented(what: str) -> HttpError:
     """501: the route is known, and the engine cannot do it."""
     return HttpError(501, f"{what}; this engine has no such thing yet")
@@ -63,17 +76,10 @@ def done(message: str, **more: Any) -> Response:
 
 
 def status_of(error: BaseException) -> int:
-    """HTTP status that stands for an engine's error."""
-    if isinstance(error, HttpError):
-        return error.status
-    if isinstance(error, TornWeightsError | EngineDiedError | EngineClosedError):
-        return 503
-    if isinstance(error, ConnectionLostError):
-        return 503
-    if isinstance(error, DeadlineExceeded):
-        return 504
-    if isinstance(error, InvalidRequestError | ProtocolError | ValueError | TypeError):
-        return 400
+    """HTTP status that stands for an engine's error: its word against what was asked is 400, its own failure 500."""
+    for kinds, status in _STATUSES:
+        if isinstance(error, kinds):
+            return error.status if isinstance(error, HttpError) else status
     return 500
 
 

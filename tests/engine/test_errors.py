@@ -51,7 +51,7 @@ def test_rows_of_bad_logits_survive_pickle() -> None:
 def test_an_error_that_callers_do_not_know_is_named_in_one_that_they_do() -> None:
     known = RolloutError("known")
     assert typed(known, "Generate") is known
-    assert type(typed(KeyError("x"), "Generate")) is RolloutError
+    assert type(typed(KeyError("x"), "Generate")) is rollout.errors.UnexpectedError
     assert "Generate failed with KeyError: 'x'" in str(typed(KeyError("x"), "Generate"))
 
 
