@@ -59,7 +59,8 @@ class Peer:
 
     def receive(self, num_bytes: int, seed: int, spans: Any = None, timeout_s: float = 10) -> bool:
         assert self.group is not None
-        buffer = torch.zeros(num_bytes, dtype=torch.uint8)
+        buffer = self.group.landing(num_bytes)
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8) if buffer is None else buffer
         self.group.receive_into(buffer, spans, timeout_s=timeout_s).result()
         return torch.equal(buffer, content(num_bytes, seed))
 

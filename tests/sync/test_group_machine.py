@@ -25,11 +25,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from plain_group import PlainGroup
 
 from rollout import Engine, RolloutPool
 from weight_sync.errors import SyncError, TransportError
 from weight_sync.publisher.publisher import WeightPublisher
-from weight_sync.transports.group.process_group import UpdateGroup
 
 NAME, TENSOR, SIZE = "machine", "model.norm.weight", 64
 SOUND: dict[str, Any] = {"names": [TENSOR], "dtypes": ["float32"], "shapes": [[SIZE]]}
@@ -56,7 +56,7 @@ class Updates(RuleBasedStateMachine):
     def __init__(self, engine: Any, pool: ThreadPoolExecutor) -> None:
         super().__init__()
         self.engine, self.pool = engine, pool
-        self.group: UpdateGroup | None = None
+        self.group: PlainGroup | None = None
         self.others: WeightPublisher | None = None
         self.session: str | None = None
         self.staged = 0.0
@@ -72,7 +72,7 @@ class Updates(RuleBasedStateMachine):
         if self.group is not None:
             self.group.destroy(wait_s=5.0)
         world = 1 + self.engine.num_members
-        self.group = UpdateGroup.serve(world_size=world, group_name=NAME, timeout_s=20)
+        self.group = PlainGroup.serve(world_size=world, group_name=NAME, timeout_s=20)
         self.engine.init_weights_update_group(
             *("127.0.0.1", self.group.master_port, 1, world, NAME, "gloo"), timeout_s=20
         )

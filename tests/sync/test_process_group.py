@@ -25,18 +25,17 @@ from process_group_support import (
     num_threads,
 )
 
-from weight_sync.errors import ManifestMismatch, TransportError
-from weight_sync.layout.manifest import TensorMeta
+from weight_sync.errors import TransportError
+from weight_sync.layout.manifest import TensorMeta, align
 from weight_sync.process_groups.backends import open_gloo
 from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.expected import (
+    BEHIND_BYTES,
     ExpectedMessage,
-    forwards,
-    receive_buffer,
     telling_bytes,
 )
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
-from weight_sync.process_groups.streams import receive_parts, send_parts
+from weight_sync.process_groups.streams import receive_expected, send_parts
 from weight_sync.transports.group.process_group import UpdateGroup
 
 MIB = 1 << 20
@@ -74,6 +73,20 @@ def assert_arrived(tensors: list[torch.Tensor]) -> None:
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), sent)
 
 
+def receive_tensors(group: UpdateGroup, metas: list[TensorMeta]) -> list[torch.Tensor]:
+    spans, end = [], 0
+    for meta in metas:
+        spans.append((end, end + meta.num_bytes))
+        end += align(meta.num_bytes)
+    buffer = group.landing(end)
+    assert buffer is not None
+    group.receive_into(buffer, spans, timeout_s=10).result()
+    return [
+        buffer[start:stop].view(meta.dtype).view(meta.shape)
+        for meta, (start, stop) in zip(metas, spans, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("how", ["helper", "constructor", "default group"])
 def test_a_plain_trainer_reaches_the_engine_however_it_makes_its_group(peers, how):
     [trainer] = peers(1)
@@ -84,14 +97,10 @@ def test_a_plain_trainer_reaches_the_engine_however_it_makes_its_group(peers, ho
             group.joined.result()
             trainer.finish()
             assert not group.peer_is_ours
-            trainer.start("plain_broadcast", tensors=TENSORS)
-            assert_arrived(group.receive_tensors(METAS, timeout_s=10).result())
-            trainer.finish()
-            into = [torch.zeros(meta.shape, dtype=meta.dtype) for meta in METAS]
-            trainer.start("plain_broadcast", tensors=TENSORS)
-            group.receive_tensors(METAS, into=into, timeout_s=10).result()
-            assert_arrived(into)
-            trainer.finish()
+            for _ in range(2):
+                trainer.start("plain_broadcast", tensors=TENSORS)
+                assert_arrived(receive_tensors(group, METAS))
+                trainer.finish()
         trainer.do("plain_destroy")
 
 
@@ -106,7 +115,7 @@ def test_a_plain_trainer_reaches_several_engine_ranks_with_a_flattened_bucket(pe
         other.finish()
         other.start("receive", num_bytes=MIB, seed=7)
         trainer.start("plain_broadcast", tensors=[("int64", [MIB // 8], 7)])
-        buffer = torch.zeros(MIB, dtype=torch.uint8)
+        buffer = group.landing(MIB)
         group.receive_into(buffer, timeout_s=10).result()
         assert torch.equal(buffer, content(MIB, 7))
         trainer.finish()
@@ -214,22 +223,9 @@ def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():
             group.broadcast(torch.zeros(4), timeout_s=1)
         with pytest.raises(TransportError, match="bytes 2 to 9"):
             group.broadcast(torch.zeros(8, dtype=torch.uint8), [(2, 9)], timeout_s=1)
-        with pytest.raises(ManifestMismatch, match="t0"):
-            group.receive_tensors(METAS[:1], into=[torch.zeros(3, 5)], timeout_s=1)
         group.broadcast(
             torch.zeros(8, dtype=torch.uint8), timeout_s=1
         ).result()  # nobody to send to
-
-
-def test_a_receive_buffer_costs_only_what_is_written():
-    def resident_bytes() -> int:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * 4096
-
-    before = resident_bytes()
-    buffer = receive_buffer(16 * MIB)
-    assert buffer.untyped_storage().nbytes() >= 80 * MIB
-    assert resident_bytes() - before < 24 * MIB
 
 
 class Tree:
@@ -265,11 +261,11 @@ class Tree:
             end = time.monotonic() + 10
             if rank == 0:
                 return send_parts(self.members[0], sent, depth=2, end=end)
-            buffer = receive_buffer(sum(expected))
-            parts = list(buffer.split(expected))
+            buffer = torch.zeros(sum(expected) + BEHIND_BYTES, dtype=torch.uint8)
+            parts = list(buffer[:-BEHIND_BYTES].split(expected))
             try:
                 tells = [telling] * len(parts)
-                receive_parts(self.members[rank], parts, depth=2, end=end, telling=tells)
+                receive_expected(self.members[rank], parts, end=end, telling=tells)
             except TransportError as error:
                 return error
             return parts
@@ -290,9 +286,10 @@ def test_every_member_proves_the_length_of_what_it_takes(size):
     draw = random.Random(size)
     lengths = [0, 1, 2, 4, 12, 16, 100, 4096, 70_000, 3 << 20]
     for i in range(40):
-        expected, sent = draw.choice(lengths), draw.choice(lengths)
-        if draw.random() < 0.3:
-            sent = max(0, expected + draw.choice([-8, -4, -2, 0, 2, 4, 8]))
+        expected = draw.choice(lengths)
+        sent = draw.choice([length for length in lengths if length <= expected])
+        if draw.random() < 0.5:  # what is longer by more ends a process: see below
+            sent = max(0, expected + draw.choice([-8, -4, -2, 0, 2, 4, 8, 16]))
         data = content(sent, i)
         data[-1:] = 0x3C  # the end of a number
         got = tree.broadcast([data], [expected], telling=2)
@@ -303,9 +300,6 @@ def test_every_member_proves_the_length_of_what_it_takes(size):
             assert all(isinstance(error, TransportError) for error in got), (sent, expected, got)
             assert all(f"{words} bytes than announced" in str(error) for error in got)
     tree.close()
-    assert [r for r in range(size) if forwards(r, size)] == {4: [1], 5: [1], 7: [1, 2]}.get(
-        size, []
-    )
 
 
 def test_parts_behind_one_another_come_whole_through_every_member():
@@ -320,7 +314,7 @@ def test_parts_behind_one_another_come_whole_through_every_member():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn"])
 def test_no_number_looks_like_bytes_that_never_came(dtype):
     dtype = getattr(torch, dtype)
-    part = receive_buffer(64)
+    part = torch.zeros(64 + BEHIND_BYTES, dtype=torch.uint8)[:64]
     ExpectedMessage(part)  # marks the end
     told = telling_bytes(dtype)
     for missing in range(told, 16 + 1):

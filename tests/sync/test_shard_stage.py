@@ -25,7 +25,7 @@ from weight_sync.layout.fingerprints import ArenaFingerprints
 from weight_sync.layout.manifest import Manifest
 from weight_sync.layout.weight_map import WeightMap
 from weight_sync.plan.plan import Plan, compile_plan
-from weight_sync.process_groups.expected import receive_buffer
+from weight_sync.process_groups.parts import receive_buffer
 from weight_sync.publisher.update import Update
 from weight_sync.transports.group.shadow_stage import ShadowStage, StageMemory
 from weight_sync.transports.spans import chunks_of, spans_of
@@ -54,6 +54,9 @@ class Wire:
 
     def destroy(self, *, wait_s: float) -> None:
         self.destroyed = True
+
+    def landing(self, num_bytes: int) -> None:
+        """It takes any memory."""
 
     def announce(self, rows: np.ndarray) -> None:
         self._coming += spans_of(self._manifest, rows)

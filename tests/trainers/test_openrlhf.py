@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from plain_group import PlainGroup
 from versions import TOLERANCE, Reference, version_weights
 
 from rollout.errors import InvalidRequestError
 from trainers_integration.openrlhf.engines import OpenRLHFEngine, opened
 from weight_sync.errors import ManifestMismatch, TransportError, WeightUpdateError
-from weight_sync.transports.group.process_group import UpdateGroup
 
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(self, actor: OpenRLHFEngine) -> None:
         self.actor = actor
-        self.group = UpdateGroup.serve(world_size=2, group_name="openrlhf", timeout_s=30)
+        self.group = PlainGroup.serve(world_size=2, group_name="openrlhf", timeout_s=30)
 
     async def connect(self) -> None:
         await self.actor.init_process_group(

@@ -1,16 +1,14 @@
-"""Memory for messages whose sender may have announced the wrong length: every member proves that of what it took.
+"""Messages whose sender may have announced the wrong length: every member proves that of what it took.
 
-gloo ends the whole process when a message is longer than the memory that was posted for it, and says nothing when one
-is shorter. So a member posts more than it expects, and puts marks over the last expected bytes and right behind them:
-a mark that is still there was not reached, one that is gone was written over.
+gloo says nothing when a message is shorter than the memory that was posted for it, and ends the process when it is
+longer (see `receiving_process`). So a member puts marks over the last expected bytes and posts a few more behind them,
+marked too: a mark that is still there was not reached, one that is gone was written over.
 
 The marks are the same in every member. gloo broadcasts along a tree, whose inner members pass on all that they posted,
 marks and all: whoever gets bytes through others sees the same marks as they do, and all come to the same answer.
 """
 
 from __future__ import annotations
-
-import mmap
 
 import torch
 
@@ -20,53 +18,8 @@ _TAIL = bytes(range(0x51, 0x5F)) + b"\xfb\xff"
 """Over the last expected bytes. Its end is no number in any floating-point format: two bytes of it tell enough."""
 _BEHIND = bytes(range(0xA1, 0xB1))
 """Right behind them."""
-_FORWARDED_SPARE_BYTES = 8 << 20
-_MAP_NORESERVE = 0x4000
-_MADV_POPULATE_WRITE = 23
-_SPARE_BYTES = 64 << 20
-
-
-def receive_buffer(num_bytes: int) -> torch.Tensor:
-    """`num_bytes` of uint8 on the CPU whose allocation goes on behind them, in address space that costs no memory.
-
-    The room is four times the size: a tensor that was announced as bfloat16 and sent as float64 still fits.
-    """
-    room = max(num_bytes, 1) * 5 + _SPARE_BYTES
-    try:
-        memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    except (OSError, ValueError):
-        return torch.empty(num_bytes, dtype=torch.uint8)  # address space is limited: no room
-    if num_bytes:
-        for advice, length in ((mmap.MADV_HUGEPAGE, room), (_MADV_POPULATE_WRITE, num_bytes)):
-            try:
-                memory.madvise(advice, 0, length)
-            except (OSError, ValueError):
-                pass  # hints
-    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
-
-
-def forwards(rank: int, size: int) -> bool:
-    """Whether gloo's broadcast from rank 0 makes `rank` pass on what it gets; it then passes on all that it posted."""
-    return rank > 0 and rank + (1 << rank.bit_length()) < size
-
-
-def post(part: torch.Tensor, *, rank: int, size: int, telling: int) -> ExpectedMessage:
-    """Mark `part` for a broadcast from rank 0 to member `rank` of `size`. Raises `TransportError` where it must not be.
-
-    What is forwarded travels, so whoever forwards posts less than there is: room for elements of twice the width, or
-    for 8 MiB. Whoever is behind another must have room for as much.
-    """
-    forwarded = max(part.numel(), _FORWARDED_SPARE_BYTES)
-    message = ExpectedMessage(
-        part, spare=forwarded if forwards(rank, size) else None, telling=telling
-    )
-    spare = message.posted.numel() - part.numel()
-    if forwards(1, size) and spare < forwarded:
-        raise TransportError(
-            f"cannot receive {part.numel()} bytes in a group of {size}: got address space for {spare} more, expected "
-            f"{forwarded}, because members pass on marks; raise the limit on address space (ulimit -v)"
-        )
-    return message
+BEHIND_BYTES = len(_BEHIND)
+"""How many bytes behind an expected message are scratch."""
 
 
 def telling_bytes(dtype: torch.dtype) -> int:
@@ -83,27 +36,23 @@ def telling_bytes(dtype: torch.dtype) -> int:
 class ExpectedMessage:
     """One expected message: `posted` is what to receive into, `check` says whether exactly `part` was filled.
 
-    What follows `part` in its allocation is scratch.
+    `BEHIND_BYTES` behind `part` are scratch.
     """
 
-    def __init__(self, part: torch.Tensor, *, spare: int | None = None, telling: int = 4) -> None:
-        """`part`: uint8 on the CPU. `spare`: how much more to post at most; `telling`: see `telling_bytes`."""
+    def __init__(self, part: torch.Tensor, *, telling: int = 4) -> None:
+        """`part`: uint8 on the CPU, not at the end of its allocation. `telling`: see `telling_bytes`."""
         self._part = part
         self._telling = telling
-        storage = part.untyped_storage()
-        start = part.storage_offset()
-        room = storage.nbytes() - start - part.numel()
-        room = room if spare is None else min(room, spare)
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage, start, (part.numel() + room,))  # type: ignore[call-overload]
-        self.posted: torch.Tensor = whole
-        self._inside = part[max(0, part.numel() - len(_TAIL)) :]
-        self._behind = whole[part.numel() : part.numel() + len(_BEHIND)]
+        size = part.numel()
+        self.posted: torch.Tensor = part.as_strided((size + BEHIND_BYTES,), (1,))
+        self._inside = part[max(0, size - len(_TAIL)) :]
+        self._behind = self.posted[size:]
         self._inside.copy_(_mark(_TAIL)[len(_TAIL) - self._inside.numel() :])
-        self._behind.copy_(_mark(_BEHIND)[: self._behind.numel()])
+        self._behind.copy_(_mark(_BEHIND))
 
     def check(self, what: str) -> None:
         """`TransportError` unless as many bytes came as `part` has."""
-        longer = not torch.equal(self._behind, _mark(_BEHIND)[: self._behind.numel()])
+        longer = not torch.equal(self._behind, _mark(_BEHIND))
         missing = self._missing()
         if longer or missing >= self._telling:
             raise TransportError(

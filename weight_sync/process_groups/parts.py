@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 
 import torch
 
 from ..errors import TransportError
-from ..layout.manifest import TensorMeta, align, mismatch
 from ..layout.memory import Range
-from .expected import receive_buffer
 
+_MADV_POPULATE_WRITE = 23
 DEFAULT_PART_BYTES = 64 << 20
 """With several of these under way at once, a loopback or a fast network is busy all the time."""
 
@@ -35,27 +36,15 @@ def cut(buffer: torch.Tensor, spans: Sequence[Range] | None) -> list[torch.Tenso
     return [buffer[start:stop] for start, stop in spans]
 
 
-def allocate(metas: Sequence[TensorMeta], device: torch.device) -> list[torch.Tensor]:
-    """New tensors in one allocation, with scratch behind the last one on the CPU."""
-    sizes = [align(meta.num_bytes) for meta in metas]
-    if device.type == "cpu":
-        buffer = receive_buffer(sum(sizes))
-    else:
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    tensors, start = [], 0
-    for meta, size in zip(metas, sizes, strict=True):
-        tensors.append(buffer[start : start + meta.num_bytes].view(meta.dtype).view(meta.shape))
-        start += size
-    return tensors
-
-
-def check_tensors(metas: Sequence[TensorMeta], tensors: Sequence[torch.Tensor]) -> None:
-    """`ManifestMismatch` unless there is one contiguous tensor for each of `metas`."""
-    problems = [f"got {len(tensors)} tensors for {len(metas)} metas"] * (len(tensors) != len(metas))
-    for meta, tensor in zip(metas, tensors, strict=False):
-        if (tensor.dtype, tuple(tensor.shape)) != (meta.dtype, tuple(meta.shape)):
-            problems.append(f"{meta}: got {tensor.dtype} {tuple(tensor.shape)}")
-        elif not tensor.is_contiguous():
-            problems.append(f"{meta}: got a strided tensor, expected a contiguous one")
-    if problems:
-        raise mismatch("cannot receive into these tensors", problems, "pass one for each meta")
+def receive_buffer(num_bytes: int) -> torch.Tensor:
+    """New memory for `num_bytes` that arrive, uint8 on the CPU: large pages where the system has them, all there."""
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError) as error:
+        raise torch.OutOfMemoryError(str(error)) from error
+    for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
+        with contextlib.suppress(OSError, ValueError):  # hints
+            memory.madvise(advice)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import TransportError
 from .communicator import Communicator, Posted
-from .expected import ExpectedMessage, post
+from .expected import ExpectedMessage
 
 
 def send_parts(
@@ -30,45 +31,40 @@ def send_parts(
 
 
 def receive_parts(
+    communicator: Communicator, parts: Sequence[torch.Tensor], *, depth: int, end: float
+) -> None:
+    """Fill uint8 `parts`, which share no memory, with what rank 0 sends, in order."""
+    window: deque[Posted] = deque()
+    try:
+        for part in parts:
+            if len(window) >= depth:
+                window.popleft().wait()
+            left_s = end - time.monotonic()
+            window.append(communicator.post_broadcast(part, root=0, timeout_s=left_s))
+        while window:
+            window.popleft().wait()
+    finally:
+        window.clear()  # what is under way holds connections open
+
+
+def receive_expected(
     communicator: Communicator,
     parts: Sequence[torch.Tensor],
     *,
-    depth: int,
     end: float,
-    telling: Sequence[int] | None = None,
+    telling: Sequence[int],
 ) -> None:
-    """Fill uint8 `parts`, which share no memory, with what rank 0 sends, in order.
+    """`receive_parts` over gloo, one at a time, each with a proof of its length; see `expected`.
 
-    With `telling`, one number for each part, what is behind a part in its allocation is scratch, and over gloo lengths
-    are proved, one part at a time (see `expected`).
+    `telling`: one number for each part. What is behind a part is scratch until the next one comes.
     """
-    guarded = telling is not None and communicator.kind == "gloo"
-    if guarded:
-        depth = 1  # what is behind a part is scratch until it has been checked
-    window: deque[tuple[int, Posted, ExpectedMessage | None]] = deque()
-
-    def complete_first() -> None:
-        i, posted, message = window.popleft()
-        posted.wait()
-        if message is not None:
-            message.check(f"group {communicator.name!r}, part {i}")
-
-    try:
-        for i, part in enumerate(parts):
-            if len(window) >= depth:
-                complete_first()
-            message = None
-            if guarded and telling is not None:
-                message = post(
-                    part, rank=communicator.rank, size=communicator.size, telling=telling[i]
-                )
-            posted = communicator.post_broadcast(
-                part if message is None else message.posted,
-                root=0,
-                timeout_s=end - time.monotonic(),
-            )
-            window.append((i, posted, message))
-        while window:
-            complete_first()
-    finally:
-        window.clear()  # what is under way holds connections open
+    for i, (part, tells) in enumerate(zip(parts, telling, strict=True)):
+        message = ExpectedMessage(part, telling=tells)
+        left_s = end - time.monotonic()
+        try:
+            communicator.post_broadcast(message.posted, root=0, timeout_s=left_s).wait()
+        except TransportError as error:
+            raise TransportError(
+                f"{error} (a member ends, too, when it gets more bytes than announced)"
+            ) from error
+        message.check(f"group {communicator.name!r}, part {i}")

@@ -7,7 +7,6 @@ received first, also what is refused afterwards: the group stays in step, and th
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +57,14 @@ def receive(
 ) -> list[NamedTensor]:
     """What the trainer broadcasts for `message`, in memory of the session's stage.
 
-    `ManifestMismatch`, and nothing is received, for what cannot be a broadcast of this model's trainer.
+    `ManifestMismatch`, and nothing is received, for what cannot be a broadcast of this model's trainer;
+    `ProtocolError` in a group of a publisher.
     """
+    if group.peer_is_ours:
+        raise ProtocolError(
+            f"group {group.name!r}: got a call that takes undeclared tensors, expected a group of a plain "
+            "torch.distributed trainer; send through the publisher whose group it is"
+        )
     if not len(message.names) == len(message.dtypes) == len(message.shapes):
         raise ManifestMismatch(
             f"got {len(message.names)} names, {len(message.dtypes)} dtypes and {len(message.shapes)} shapes, expected "
@@ -94,16 +99,20 @@ def _check_sizes(metas: Sequence[TensorMeta], manifest: Manifest) -> None:
 def _receive_tensors(
     group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
 ) -> list[NamedTensor]:
-    sizes = [align(meta.num_bytes) for meta in metas]
-    tensors: list[torch.Tensor] = []
+    spans, end = [], 0
+    for meta in metas:
+        spans.append((end, end + meta.num_bytes))
+        end += align(meta.num_bytes)
+    telling = [telling_bytes(meta.dtype) for meta in metas]
 
-    def fill(incoming: torch.Tensor) -> Future[Any]:
-        for meta, raw in zip(metas, incoming.split(sizes), strict=True):
-            tensors.append(raw[: meta.num_bytes].view(meta.dtype).view(meta.shape))
-        return group.receive_tensors(metas, timeout_s=timeout_s, into=tensors, scratch_behind=True)
+    def fill(incoming: torch.Tensor) -> Future[None]:
+        return group.receive_into(incoming, spans, timeout_s=timeout_s, telling=telling)
 
-    stage.receive(sum(sizes), fill)
-    return [(meta.name, tensor) for meta, tensor in zip(metas, tensors, strict=True)]
+    buffer = stage.receive(end, fill)
+    return [
+        (meta.name, buffer[start:stop].view(meta.dtype).view(meta.shape))
+        for meta, (start, stop) in zip(metas, spans, strict=True)
+    ]
 
 
 def _receive_bucket(
@@ -129,9 +138,9 @@ def _receive_bucket(
         )
         end = align(end) if aligned else end
 
-    def fill(incoming: torch.Tensor) -> Future[Any]:
+    def fill(incoming: torch.Tensor) -> Future[None]:
         spans = [(0, end)] if end else []
-        telling = telling_bytes(metas[-1].dtype) if metas else 0
+        telling = [telling_bytes(meta.dtype) for meta in metas[-1:] if end]
         return group.receive_into(incoming, spans, timeout_s=timeout_s, telling=telling)
 
     buffer = stage.receive(end, fill)

@@ -21,6 +21,8 @@ import time
 
 import msgspec
 
+from weight_sync.process_groups.children import life_of
+
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
 from .rank_server import RankServer, failure_report, log_level
@@ -79,7 +81,7 @@ def _terminated() -> int:
 def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, terminated: int) -> None:
     """Block until the owner ends or lets go, or a SIGTERM; then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
-    ready = select.select([0, terminated, *_life_of(owner)], [], [])[0]
+    ready = select.select([0, terminated, *life_of(owner)], [], [])[0]
     for server in servers:
         server.close_socket()
     if spec.socket_folder:
@@ -87,20 +89,6 @@ def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, termi
     if spec.owner_folder and _has_died(owner):  # Else it has only let go of this rank.
         shutil.rmtree(spec.owner_folder, ignore_errors=True)
     os._exit(128 + signal.SIGTERM if terminated in ready else 0)
-
-
-def _life_of(owner: int) -> list[int]:
-    """A descriptor that is readable once the owner has ended; none where the system has no such thing.
-
-    The end of standard input does not tell: a process that the owner has forked holds its other end as well.
-    """
-    try:
-        life = [os.pidfd_open(owner)]
-    except (AttributeError, OSError):
-        return []
-    if os.getppid() != owner:  # It ended before, and the number may be another process's.
-        os._exit(0)
-    return life
 
 
 def _has_died(owner: int) -> bool:

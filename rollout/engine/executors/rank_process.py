@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from weight_sync.errors import EngineDiedError
+from weight_sync.process_groups.children import exit_words, module_path
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
@@ -83,7 +82,7 @@ class RankProcess:
 
     def _end_words(self) -> str:
         try:
-            return _exit_words(self._process.wait(timeout=10.0))
+            return exit_words(self._process.wait(timeout=10.0))
         except subprocess.TimeoutExpired:
             return "it reports nothing any more, and still runs"
 
@@ -96,7 +95,7 @@ class RankProcess:
         code = self._process.poll()
         if code is None:
             return None
-        words = _exit_words(code)
+        words = exit_words(code)
         return (
             f"rank {self._rank} of the engine (process {self._process.pid}) is gone: {words}; "
             f"start a new Engine{self._output.last_words()}"
@@ -150,25 +149,6 @@ def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
                     selector.unregister(key.data)
                     key.data.close_report()
     return [addresses[rank] for rank in ranks]
-
-
-def module_path() -> list[str]:
-    """Where a child looks for modules: where this process does, but not in its working folder before all else.
-
-    The folder of this package comes last where the working folder is the only way to it, as in a checkout.
-    """
-    ours = str(Path(__file__).resolve().parents[3])
-    here = os.getcwd()
-    path = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
-    return path if ours in map(os.path.abspath, path) else [*path, ours]
-
-
-def _exit_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"killed by signal {-code}, {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

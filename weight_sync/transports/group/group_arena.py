@@ -12,6 +12,7 @@ import torch
 from ...errors import TransportError
 from ...layout.memory import Range
 from ...plan.plan import Plan
+from ...process_groups.receiving_process import ReceivingProcesses
 from ...wire.messages import GroupHandle, ProcessRef
 from ...wire.process import current_process
 from .process_group import UpdateGroup
@@ -98,6 +99,7 @@ class GroupTable:
         self._tp_rank = tp_rank
         self._device = device
         self._groups: dict[str, UpdateGroup] = {}
+        self._processes = ReceivingProcesses()
 
     def join(
         self,
@@ -123,6 +125,7 @@ class GroupTable:
             backend=backend,
             device=self._device if backend == "nccl" else "cpu",
             timeout_s=timeout_s,
+            processes=self._processes,
         )
         self._groups[group_name] = group
         return group.joined
@@ -156,3 +159,4 @@ class GroupTable:
         """Leave all groups."""
         while self._groups:
             self._groups.popitem()[1].destroy()
+        self._processes.close()

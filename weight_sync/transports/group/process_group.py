@@ -18,10 +18,9 @@ from typing import Self, TypeVar
 import torch
 
 from ...errors import TransportError
-from ...layout.manifest import TensorMeta
 from ...layout.memory import Range
 from ...process_groups.calls import CallThread
-from ...process_groups.communicator import Communicator, as_bytes
+from ...process_groups.communicator import Communicator
 from ...process_groups.expected import telling_bytes
 from ...process_groups.joining import (
     BACKENDS,
@@ -29,13 +28,15 @@ from ...process_groups.joining import (
     RendezvousPlace,
     check_member,
     connect,
+    connect_command,
     gpu_name,
     meet,
     meet_as_engine,
     meet_as_trainer,
 )
 from ...process_groups.meeting import PROTOCOL_VERSION, GroupTerms
-from ...process_groups.parts import allocate, check_tensors, cut
+from ...process_groups.parts import cut
+from ...process_groups.receiving_process import ReceivingProcess, ReceivingProcesses
 from ...process_groups.rendezvous import StoreServer
 from ...process_groups.streams import receive_parts, send_parts
 
@@ -56,7 +57,9 @@ class UpdateGroup:
     master_port: int
     """Where the rendezvous is; the trainer tells it to the engines."""
 
-    def __init__(self, member: Joiner, device: torch.device) -> None:
+    def __init__(
+        self, member: Joiner, device: torch.device, processes: ReceivingProcesses | None = None
+    ) -> None:
         check_member(member, device)
         self.name = member.name
         """What members and errors call the group."""
@@ -72,7 +75,9 @@ class UpdateGroup:
         self._server: StoreServer | None = None
         self._place: RendezvousPlace | None = None
         self._offer: GroupTerms | None = None
-        self._communicator: Communicator | None = None
+        self._connection: Communicator | ReceivingProcess | None = None
+        self._processes = processes
+        self._owns_processes = processes is None
         self._stream: torch.cuda.Stream | None = None
         self._broken: str | None = None
         self._thread = CallThread(
@@ -128,10 +133,12 @@ class UpdateGroup:
         backend: str = "gloo",
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
+        processes: ReceivingProcesses | None = None,
     ) -> Self:
         """Engine rank: join the group of the trainer at that address, and return at once; see `joined`.
 
-        The trainer may be ours, or any that makes its group as `torch.distributed` trainers do.
+        The trainer may be ours, or any that makes its group as `torch.distributed` trainers do: over gloo, one of
+        `processes` is the member then (None: one of the group's own).
         """
         if rank == 0:
             raise TransportError(
@@ -145,7 +152,7 @@ class UpdateGroup:
             )
         port = int(master_port)
         member = Joiner(name=group_name, rank=rank, world_size=world_size, backend=backend)
-        group = cls(member, torch.device(device))
+        group = cls(member, torch.device(device), processes)
         group.master_port = port
         group.joined = group._submit(
             "joining", timeout_s, lambda end: group._sit_as_engine(master_address, port, end)
@@ -174,8 +181,16 @@ class UpdateGroup:
         return self._submit(
             f"a broadcast of {sum(part.numel() for part in parts)} bytes",
             timeout_s,
-            lambda end: send_parts(self._connected(end), parts, depth=self._depth, end=end),
+            lambda end: send_parts(self._in_step(end), parts, depth=self._depth, end=end),
         )
+
+    def landing(self, num_bytes: int) -> torch.Tensor | None:
+        """Memory to receive into from a plain trainer, uint8 (see `ReceivingProcess`); None where any memory will do.
+
+        What was in it may be gone. `torch.OutOfMemoryError` when there is none.
+        """
+        connection = self._connection
+        return connection.landing(num_bytes) if isinstance(connection, ReceivingProcess) else None
 
     def receive_into(
         self,
@@ -183,61 +198,29 @@ class UpdateGroup:
         spans: Sequence[Range] | None = None,
         *,
         timeout_s: float,
-        telling: int | None = None,
+        telling: Sequence[int] | None = None,
     ) -> Future[None]:
         """Engine rank: fill the `spans` of a uint8 `buffer` with what the trainer broadcasts, one part each.
 
         The spans must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
-        trainer is ours, and the whole buffer in one part if it is not. `telling` (see `telling_bytes`) says that what
-        follows a span in the buffer's allocation may be overwritten (see `receive_buffer`): then a part of another
-        length than announced is an error, on all members alike, and no crash.
+        trainer is ours, and the whole buffer in one part if it is not. A plain trainer's parts over gloo must come into
+        a buffer of `landing`; one of another length than announced is an error then, on all members alike. `telling`:
+        how many bytes at the end of each span tell that they never came (see `telling_bytes`), None where any might.
         """
         whole = [(0, buffer.numel())]
 
         def receive(end: float) -> None:
-            communicator = self._connected(end)
-            default = None if self.peer_is_ours else whole
-            parts = cut(buffer, default if spans is None else spans)
-            receive_parts(
-                communicator,
-                parts,
-                depth=self._depth,
-                end=end,
-                telling=None if telling is None else [telling] * len(parts),
-            )
+            connection = self._connected(end)
+            known = spans if spans is not None or self.peer_is_ours else whole
+            parts = cut(buffer, known)
+            if isinstance(connection, Communicator):
+                receive_parts(connection, parts, depth=self._depth, end=end)
+                return
+            assert known is not None
+            tells = [telling_bytes(torch.uint8)] * len(known) if telling is None else telling
+            connection.receive(buffer, known, telling=tells, end=end)
 
         return self._submit(f"a receive of {buffer.numel()} bytes", timeout_s, receive)
-
-    def receive_tensors(
-        self,
-        metas: Sequence[TensorMeta],
-        *,
-        timeout_s: float,
-        into: Sequence[torch.Tensor] | None = None,
-        scratch_behind: bool = False,
-    ) -> Future[list[torch.Tensor]]:
-        """Engine rank: one broadcast for each of `metas`, in that order, as a plain trainer sends them.
-
-        Received into new memory, or into the contiguous tensors `into` (dtype and shape of the metas). The rest is as
-        in `receive_into`; new memory has scratch behind it.
-        """
-        tensors = list(into) if into is not None else allocate(metas, self.device)
-        check_tensors(metas, tensors)
-        parts = [as_bytes(tensor) for tensor in tensors]
-        guarded = scratch_behind or into is None
-        telling = [telling_bytes(meta.dtype) for meta in metas] if guarded else None
-
-        def receive(end: float) -> list[torch.Tensor]:
-            receive_parts(
-                self._connected(end),
-                parts,
-                depth=self._depth,
-                end=end,
-                telling=telling,
-            )
-            return tensors
-
-        return self._submit(f"a receive of {len(parts)} tensors", timeout_s, receive)
 
     def destroy(self, *, wait_s: float = 1.0) -> None:
         """Leave the group: what is under way fails at once, and peers that wait for this member fail too.
@@ -293,23 +276,34 @@ class UpdateGroup:
         if self._place.meeting is not None:
             self._connected(end)
 
-    def _connected(self, end: float) -> Communicator:
-        """The communicator, made when it is first needed."""
-        if self._communicator is None:
+    def _connected(self, end: float) -> Communicator | ReceivingProcess:
+        """This member's end, made when it is first needed."""
+        if self._connection is None:
             assert self._place is not None, "joining comes first, and a failed one breaks the group"
             meeting = self._place.meeting or meet(
                 self._member, self._place.store, end=end, abandoned=self._is_abandoned
             )
             assert meeting is not None
             self._offer = meeting.offer
-            self._communicator = connect(self._member, self._place, meeting, end=end)
+            if self._offer is None and self.backend == "gloo":
+                processes = self._processes = self._processes or ReceivingProcesses()
+                process = processes.start(self.name, rank=self.rank, size=self.world_size)
+                self._connection = process  # `destroy` ends it while it waits for the others
+                process.connect(connect_command(self._member, self._place, meeting, end=end))
+                return process
+            communicator = connect(self._member, self._place, meeting, end=end)
+            self._connection = communicator
             if self.backend == "nccl" and self._offer is not None:
                 # NCCL connects in its first operation; here a member that cannot still fails the joining.
                 first = torch.zeros(1, dtype=torch.uint8, device=self.device)
-                self._communicator.post_broadcast(
-                    first, root=0, timeout_s=end - time.monotonic()
-                ).wait()
-        return self._communicator
+                communicator.post_broadcast(first, root=0, timeout_s=end - time.monotonic()).wait()
+        return self._connection
+
+    def _in_step(self, end: float) -> Communicator:
+        """This member's end where both ends know what comes."""
+        connected = self._connected(end)
+        assert isinstance(connected, Communicator)
+        return connected
 
     def _is_abandoned(self) -> bool:
         return self._thread.over
@@ -338,16 +332,18 @@ class UpdateGroup:
 
     def _abort(self) -> None:
         """From any thread: free the group's thread where the backend can."""
-        communicator = self._communicator
-        if communicator is not None:
-            communicator.abort()
+        connection = self._connection
+        if connection is not None:
+            connection.abort()
 
     def _release(self) -> None:
         """On the group's thread: close the connections, and the rendezvous with them."""
-        if self._communicator is not None:
-            self._communicator.close()
+        if self._connection is not None:
+            self._connection.close()
+        if self._processes is not None and self._owns_processes:
+            self._processes.close()
         if self._server is not None:
             self._server.close()
         if self._place is not None and self._place.lifeline is not None:
             self._place.lifeline.close()
-        self._communicator = self._place = self._server = None
+        self._connection = self._place = self._server = None

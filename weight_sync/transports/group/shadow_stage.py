@@ -25,7 +25,7 @@ from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
 from ...plan.stage import Check, Fill, WriteMark, check_size, refuse_window
-from ...process_groups.expected import receive_buffer
+from ...process_groups.parts import receive_buffer
 from ..spans import chunks_of
 from .process_group import UpdateGroup
 from .shadow import Shadow
@@ -46,7 +46,7 @@ class StageMemory:
         self._device = device
         self._num_holders = 0
         self._shadow: Shadow | None = None
-        self._incoming: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._incoming: dict[int, torch.Tensor] = {}
         self._plans: OrderedDict[str, ShadowPlan] = OrderedDict()
         self.wait: Callable[[Future[Any]], Any] = Future.result
         """How this thread waits for a trainer's bytes: the result of a future. It may do other things meanwhile."""
@@ -83,24 +83,20 @@ class StageMemory:
         if not self._num_holders:
             self.forget()
 
-    def incoming(
-        self, which: int, num_bytes: int, device: torch.device | None = None
-    ) -> torch.Tensor:
+    def incoming(self, which: int, num_bytes: int) -> torch.Tensor:
         """Receive buffer 0 or 1, uint8, cut to `num_bytes`; what was in it may be gone.
 
-        `device`: None for the rank's own. `TransportError` when there is no memory for it.
+        `TransportError` when there is no memory for it.
         """
-        device = self._device if device is None else device
-        key = which, device
-        buffer = self._incoming.get(key)
+        buffer = self._incoming.get(which)
         if buffer is None or buffer.numel() < num_bytes:
-            self._incoming.pop(key, None)
+            self._incoming.pop(which, None)
             del buffer  # before there is another one
-            with _no_memory_is_an_answer(num_bytes, device):
-                self._incoming[key] = buffer = (
+            with _no_memory_is_an_answer(num_bytes, self._device):
+                self._incoming[which] = buffer = (
                     receive_buffer(num_bytes)
-                    if device.type == "cpu"
-                    else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+                    if self._device.type == "cpu"
+                    else torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
                 )
         return buffer[:num_bytes]
 
@@ -184,8 +180,9 @@ class ShadowStage:
         return work_s
 
     def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
-        # Where the group guards against messages that are longer than announced: gloo's are on the CPU.
-        incoming = self._memory.incoming(0, num_bytes, self._group.device)
+        with _no_memory_is_an_answer(num_bytes, self._group.device):
+            landing = self._group.landing(num_bytes)
+        incoming = self._memory.incoming(0, num_bytes) if landing is None else landing
         self._receiving = True
         self._memory.wait(fill(incoming))
         self._receiving = False

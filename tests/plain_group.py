@@ -1,0 +1,28 @@
+"""A trainer that knows nothing of this package's groups, with the deadlines and futures of one that does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weight_sync.process_groups.backends import open_gloo
+from weight_sync.process_groups.joining import RendezvousPlace
+from weight_sync.process_groups.rendezvous import left, under
+from weight_sync.transports.group.process_group import UpdateGroup
+
+
+class PlainGroup(UpdateGroup):
+    """Rank 0 of a gloo group that is made under the keys of `torch.distributed`, and offers nothing else."""
+
+    def _sit_as_trainer(self, server: Any, offer: Any, end: float) -> None:
+        self._place = RendezvousPlace(
+            store=server.store, address=server.host, lifeline=None, meeting=None
+        )
+        self._connection = open_gloo(
+            under(server.store, self.name),
+            rank=0,
+            size=self.world_size,
+            name=self.name,
+            address=server.host,
+            join_timeout_s=left(end).total_seconds(),
+            timeout_s=left(end).total_seconds(),
+        )

@@ -1,0 +1,44 @@
+"""What a process and a child that it starts need from each other, whatever the child does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def module_path() -> list[str]:
+    """Where a child looks for modules: where this process does, but not in its working folder before all else.
+
+    The folder of this package comes last where the working folder is the only way to it, as in a checkout.
+    """
+    ours = str(Path(__file__).resolve().parents[2])
+    here = os.getcwd()
+    path = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
+    return path if ours in map(os.path.abspath, path) else [*path, ours]
+
+
+def life_of(owner: int) -> list[int]:
+    """In a child: a descriptor that is readable once `owner`, its parent, has ended; none where there is no such thing.
+
+    The end of a pipe does not tell: a process that the owner has forked holds its other end as well. Ends this process
+    at once when the owner is gone already.
+    """
+    try:
+        life = [os.pidfd_open(owner)]
+    except (AttributeError, OSError):
+        return []
+    if os.getppid() != owner:  # It ended before, and the number may be another process's.
+        os._exit(0)
+    return life
+
+
+def exit_words(code: int) -> str:
+    """How a child ended, from what `subprocess` says of it."""
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by signal {-code}, {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"
