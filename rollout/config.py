@@ -49,7 +49,8 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None: from `mem_fraction_static`."""
     mem_fraction_static: float | None = None
-    """Share of free memory: for weights and KV pool on a GPU (None: 0.85), for the pool alone on a CPU (None: 0.25)."""
+    """Share of free memory: for weights and KV pool on a GPU (None: what the largest step leaves, which is measured at
+    start), for the pool alone on a CPU (None: 0.25)."""
     block_size: int | None = None
     """Tokens per KV block; None: 16 on a CPU, 64 on a GPU, whose kernels fetch whole blocks, and 256 for "flash"."""
     chunked_prefill_size: int | None = None

@@ -41,6 +41,14 @@ class KVPool:
             routes = (num_blocks * block_size + 1, num_layers, experts_per_token)
             self.routes = torch.full(routes, -1, dtype=torch.int16, device=device)
 
+    def free(self) -> None:
+        """Give the memory back, after all work that uses it; the pool is of no more use."""
+        if self.mapped is not None:
+            torch.cuda.synchronize(self.memory.device)
+            self.mapped.free()
+        self.memory = self.memory.new_empty(0)
+        self.layers, self.routes = (), None
+
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy block to block, (source, destination), in all layers; all sources are read before any is written."""
         if not pairs:

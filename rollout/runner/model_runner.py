@@ -24,7 +24,9 @@ from ..models.loader import get_model_loader
 from ..models.loader_config import LoadConfig
 from ..models.model_config import ModelConfig
 from ..models.sharded_state import ShardedStateLoader, copy_companions
-from ..scheduling.batch import ScheduledBatch
+from ..sampling_params import SamplingParams
+from ..scheduling.batch import ScheduledBatch, ScheduledItem
+from ..scheduling.request import Request
 from .attention_backend import AttentionBackend, BackendContext, DrawnTokens
 from .backend_registry import make_backend, resolve_backend
 from .capture_progress import Progress
@@ -89,6 +91,8 @@ class ModelRunner:
         if deterministic:
             self._use_invariant_products()
         self._keep_routes = keep_routes
+        self._attention_backend = attention_backend
+        self._max_batch = max_batch
         self.kv_pool = self.init_memory_pool(num_blocks)
         self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
@@ -113,6 +117,31 @@ class ModelRunner:
             device=self.device,
             experts_per_token=moe.router.top_k if moe is not None and self._keep_routes else 0,
         )
+
+    def resize_memory_pool(self, num_blocks: int) -> None:
+        """Another pool, whose predecessor was freed; what knows that one is made anew. Comes before graphs."""
+        assert self.graphs is None, "graphs read the pool at its address"
+        self.kv_pool = self.init_memory_pool(num_blocks)
+        self.backend = self.init_attention_backend(self._attention_backend, self._max_batch)
+        self._init_device_sampler(self._max_batch)
+
+    def run_largest_step(self, num_tokens: int, num_rows: int, context_length: int) -> None:
+        """Compute prompts of `num_tokens` in all, as far as the pool holds them, and logits of `num_rows` of them.
+
+        Keys and values go into the first blocks; nothing may be in them. All ranks call it.
+        """
+        size, items, first = self.block_size, [], 0
+        num_blocks = self.kv_pool.memory.shape[1]
+        while num_tokens > 0 and first < num_blocks:
+            length = min(num_tokens, context_length, (num_blocks - first) * size)
+            request = Request(rid=f"{first}", prompt_ids=[0] * length, params=SamplingParams())
+            end = first - (-length // size)
+            request.block_ids.extend(range(first, end))
+            items.append(ScheduledItem(request, 0, length, True))
+            first, num_tokens = end, num_tokens - length
+        total = sum(item.length for item in items)
+        hidden = self.forward(ScheduledBatch(items, [], total, 0))
+        self.sampling_logits(hidden[:num_rows])
 
     def init_attention_backend(self, name: str, max_batch: int) -> AttentionBackend:
         """The backend of that name ("auto": the device's), for decode batches of up to `max_batch` requests."""

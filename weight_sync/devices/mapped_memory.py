@@ -57,6 +57,11 @@ class MappedMemory:
             self._driver.unmap(self._address, self.num_bytes)
             self._mapped = False
 
+    def free(self) -> None:
+        """Give back the addresses too; `tensor` must not be used any more."""
+        self.release()
+        self._driver.unreserve(self._address, self.num_bytes)
+
     def resume(self) -> None:
         """Put memory behind the addresses again; it holds anything. `DeviceOutOfMemory` changes nothing."""
         if not self._mapped:

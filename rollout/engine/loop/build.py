@@ -26,6 +26,8 @@ from ...tokenizer import Tokenizer, end_token_ids
 from .admission import Admission
 from .checks import DTYPES, check_attention, check_config, check_dtype, kv_block
 from .core import EngineCore
+from .kv_size import DeviceMemory, blocks_that_fit, device_memory, in_memory, measured
+from .postprocess import LOGITS_BYTES
 from .ranks import RankGroups, RankSpec, check_whole_model, device_of
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,14 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
         small_sums=not config.disable_custom_all_reduce,
     )
     # Free memory differs between ranks, and random seeds do; their block tables and draws must not.
-    num_blocks = ranks.order.broadcast_object(resolved.num_blocks, type=int)
+    num_blocks = least(resolved.num_blocks, ranks)
     seed = ranks.order.broadcast_object(resolved.seed, type=int)
-    resolved = dataclasses.replace(resolved, num_blocks=num_blocks, seed=seed)
+    resolved = _with_blocks(dataclasses.replace(resolved, seed=seed), model_config, num_blocks)
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
     runner = _runner(config, resolved, model_config, ranks)
+    resolved = _with_blocks(resolved, model_config, runner.kv_pool.memory.shape[1])
     scheduler = Scheduler(
         SchedulerConfig(
             max_running_requests=config.max_running_requests,
@@ -86,14 +89,24 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
 def _runner(
     config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, ranks: RankGroups
 ) -> ModelRunner:
-    """The runner with its weights, and decode steps in one piece where the device has graphs."""
-    try:
+    """The runner with its weights and a pool that fits, and decode steps in one piece where the device has graphs."""
+    device, memory = resolved.device, device_memory(resolved.device)
+    before = memory.free_bytes() if memory is not None else 0
+    num_blocks = resolved.num_blocks
+    if (
+        memory is not None
+    ):  # As many as the largest step fills; the others come when it has been seen.
+        num_blocks = min(num_blocks, _blocks_of_a_step(resolved))
+    weights = model.num_parameters * DTYPES[resolved.dtype].itemsize // config.tp_size
+    with in_memory(
+        f"{weights:,} bytes of weights", device, "raise tp_size, or have others give memory back"
+    ):
         runner = ModelRunner(
             model,
             dtype=DTYPES[resolved.dtype],
-            device=resolved.device,
+            device=device,
             block_size=resolved.block_size,
-            num_blocks=resolved.num_blocks,
+            num_blocks=num_blocks,
             tp=ranks.tp,
             ep_size=config.ep_size,
             keep_routes=config.enable_return_routed_experts,
@@ -110,17 +123,82 @@ def _runner(
                 num_threads=min(16, os.cpu_count() or 1),
             ),
         )
+    if memory is not None:
+        _fit_pool(runner, resolved, ranks, memory, before)
+    with in_memory(
+        f"graphs of steps of up to {config.max_running_requests} requests",
+        device,
+        "lower mem_fraction_static, kv_cache_bytes or max_running_requests, or set disable_cuda_graph=True",
+    ):
         if not config.disable_cuda_graph:
             with capture_progress() as progress:
                 runner.init_device_graphs(resolved.context_length, progress)
-    except torch.OutOfMemoryError as error:
-        weights = model.num_parameters * DTYPES[resolved.dtype].itemsize // config.tp_size
-        raise ConfigError(
-            f"{resolved.device} has too little memory: got {weights / 1e9:.1f} GB of weights and a KV pool of "
-            f"{resolved.kv_cache_bytes / 1e9:.1f} GB, expected room for both and for a step; lower kv_cache_bytes, "
-            f"mem_fraction_static, max_running_requests or chunked_prefill_size ({error})"
-        ) from error
     return runner
+
+
+def _fit_pool(
+    runner: ModelRunner,
+    resolved: ResolvedConfig,
+    ranks: RankGroups,
+    memory: DeviceMemory,
+    before: int,
+) -> None:
+    """Watch the largest step, then give the runner a pool of what is left; all ranks do it together."""
+    config, device, num_tokens = resolved.user, resolved.device, resolved.chunked_prefill_size
+    block_bytes = resolved.kv_cache_bytes // resolved.num_blocks
+    num_rows = max(config.max_running_requests, LOGITS_BYTES // (4 * resolved.vocab_size))
+    with in_memory(
+        f"a step of {num_tokens} tokens",
+        device,
+        "lower chunked_prefill_size or max_running_requests, or raise tp_size",
+    ):
+        transient = measured(
+            memory,
+            lambda: runner.run_largest_step(num_tokens, num_rows, resolved.context_length),
+        )
+    runner.kv_pool.free()
+    free = memory.free_bytes()
+    num_blocks = blocks_that_fit(
+        config,
+        device=device,
+        before=before,
+        free=free,
+        transient=transient,
+        block_bytes=block_bytes,
+        longest=-(-resolved.context_length // resolved.block_size),
+    )
+    num_blocks = least(num_blocks, ranks)
+    logger.info(
+        "memory of %s: %d bytes taken by weights and libraries, %d by the largest step, %d for the KV pool, %d left",
+        *(device, before - free, transient, num_blocks * block_bytes),
+        free - transient - num_blocks * block_bytes,
+    )
+    with in_memory(
+        f"a KV pool of {num_blocks * block_bytes:,} bytes",
+        device,
+        "lower kv_cache_bytes or mem_fraction_static",
+    ):
+        runner.resize_memory_pool(num_blocks)
+
+
+def _blocks_of_a_step(resolved: ResolvedConfig) -> int:
+    """Blocks that the prompts of the largest step fill, each of them at most as long as a context."""
+    longest = min(resolved.context_length, resolved.chunked_prefill_size)
+    num_prompts = -(-resolved.chunked_prefill_size // longest)
+    return max(2, num_prompts * -(-longest // resolved.block_size))
+
+
+def _with_blocks(resolved: ResolvedConfig, model: ModelConfig, num_blocks: int) -> ResolvedConfig:
+    """The same with another number of blocks."""
+    _, block_bytes = kv_block(resolved.user, model, DTYPES[resolved.dtype], resolved.device)
+    return dataclasses.replace(
+        resolved, num_blocks=num_blocks, kv_cache_bytes=num_blocks * block_bytes
+    )
+
+
+def least(value: int, ranks: RankGroups) -> int:
+    """The least of all ranks' values; each of them calls it."""
+    return int(ranks.order.all_gather(torch.tensor([value]), dim=0).min())
 
 
 def resolve(
