@@ -99,6 +99,7 @@ class _Run:
             num_threads=config.engine_threads,
             max_running_requests=config.max_running_requests,
             context_length=config.model.max_position_embeddings,
+            enable_return_routed_experts=config.grpo.replay_experts,
         )
         self.screen.say(f"engine    runs in process {engine.status().pid}, at {engine.address}")
         return engine

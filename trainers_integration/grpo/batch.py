@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..replay import padded_routes
 from .rollouts import Completion
 
 
@@ -29,6 +30,8 @@ class TrainBatch:
     """(B,) one per completion."""
     own: torch.Tensor
     """(B,) true where the trainer's present version sampled the whole completion."""
+    routes: torch.Tensor | None = None
+    """(B, T, layers, k) int16: experts that the engine sent each input to, -1: padding; None: the model chooses."""
 
     @property
     def num_sequences(self) -> int:
@@ -36,7 +39,8 @@ class TrainBatch:
 
     def select(self, rows: torch.Tensor) -> TrainBatch:
         """The sequences `rows`, as a batch of their own."""
-        return TrainBatch(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TrainBatch(**{name: p[rows] for name, p in parts.items() if p is not None})
 
 
 def make_batch(
@@ -56,6 +60,7 @@ def make_batch(
         ids[row, :end] = torch.tensor(completion.prompt_ids + completion.output_ids)
         mask[row, start:end] = True
         behaviour[row, start:end] = torch.tensor(completion.logprobs)
+    routes = [c.routes for c in completions if c.routes is not None]
     return TrainBatch(
         inputs=ids[:, :-1],
         targets=ids[:, 1:],
@@ -63,4 +68,5 @@ def make_batch(
         behaviour=behaviour[:, 1:],
         advantages=advantages.float(),
         own=torch.tensor([{span.version for span in c.spans} == {version} for c in completions]),
+        routes=padded_routes(routes, shape[1] - 1) if routes else None,
     )

@@ -47,6 +47,9 @@ class GrpoConfig:
     """Divide advantages by the group's standard deviation."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    replay_experts: bool = False
+    """Of a mixture: the trainer sends each token to the experts that the engine sent it to. The engine has to keep them
+    (`enable_return_routed_experts`)."""
 
     @property
     def sampling_params(self) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..replay import replayed_experts
 from .batch import TrainBatch
 from .config import GrpoConfig
 from .losses import LossParts, masked_mean, policy_loss, token_logprobs
@@ -135,7 +137,9 @@ class Learner:
         return norm.item()
 
     def _logprobs(self, model: Any, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = model(input_ids=batch.inputs, use_cache=False).logits
+        routes = batch.routes if model is self.model else None
+        with nullcontext() if routes is None else replayed_experts(model, routes):
+            logits = model(input_ids=batch.inputs, use_cache=False).logits
         return token_logprobs(logits, batch.targets, self.config.temperature)
 
     def _minibatches(self, num_sequences: int) -> Iterator[torch.Tensor]:

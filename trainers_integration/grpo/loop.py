@@ -94,6 +94,7 @@ class GrpoLoop:
             max_in_flight=config.prompts_per_step + config.prompts_in_flight,
             return_logprob=True,
             return_token_times=True,
+            return_routed_experts=config.replay_experts,
         )
         with closing(stream):
             for _ in range(steps):
@@ -136,7 +137,9 @@ class GrpoLoop:
         """A group of completions for every problem, from the engine."""
         started = time.perf_counter()
         prompts = [problem.prompt_ids for problem in problems]
-        groups = sample(self.engine, prompts, self.config.sampling_params)
+        groups = sample(
+            self.engine, prompts, self.config.sampling_params, routes=self.config.replay_experts
+        )
         return _Sampled(problems=problems, groups=groups, seconds=time.perf_counter() - started)
 
     def _generate_in_flight(self, problems: Sequence[Problem]) -> _Sampled:
@@ -145,7 +148,11 @@ class GrpoLoop:
         prompts = [problem.prompt_ids for problem in problems]
         limit = self.config.prompts_in_flight
         call = sample_in_flight(
-            self.engine, prompts, self.config.sampling_params, prompts_in_flight=limit
+            self.engine,
+            prompts,
+            self.config.sampling_params,
+            prompts_in_flight=limit,
+            routes=self.config.replay_experts,
         )
         groups = asyncio.run(call)
         return _Sampled(problems=problems, groups=groups, seconds=time.perf_counter() - started)

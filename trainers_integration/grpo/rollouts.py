@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
@@ -35,6 +37,8 @@ class Completion:
     """From the request's arrival in the engine to its last token."""
     token_times: tuple[float, ...]
     """Unix time of each output token."""
+    routes: np.ndarray[Any, Any] | None = None
+    """Experts of each token but the last in the engine, (tokens - 1, layers, k); None: they were not asked for."""
 
 
 def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Completion:
@@ -58,19 +62,28 @@ def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Compl
         finish_reason=(meta.get("finish_reason") or {}).get("type", "abort"),
         latency_s=float(meta["e2e_latency"]),
         token_times=tuple(meta["token_times"]),
+        routes=meta.get("routed_experts"),
     )
 
 
 def sample(
-    engine: Any, prompts: Sequence[Sequence[int]], sampling_params: dict[str, Any]
+    engine: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling_params: dict[str, Any],
+    *,
+    routes: bool = False,
 ) -> list[list[Completion]]:
-    """`sampling_params["n"]` completions of every prompt, grouped by prompt; all run at once."""
+    """`sampling_params["n"]` completions of every prompt, grouped by prompt; all run at once.
+
+    routes: with the experts of each token.
+    """
     num_samples = sampling_params["n"]
     results = engine.generate(
         input_ids=[list(ids) for ids in prompts],
         sampling_params=sampling_params,
         return_logprob=True,
         return_token_times=True,
+        return_routed_experts=routes,
     )
     return [
         [parse_completion(ids, r) for r in results[i * num_samples : (i + 1) * num_samples]]
@@ -84,6 +97,7 @@ async def sample_in_flight(
     sampling_params: dict[str, Any],
     *,
     prompts_in_flight: int,
+    routes: bool = False,
 ) -> list[list[Completion]]:
     """As `sample`, with a call per prompt, of which `prompts_in_flight` run at once."""
     room = asyncio.Semaphore(prompts_in_flight)
@@ -95,6 +109,7 @@ async def sample_in_flight(
                 sampling_params=sampling_params,
                 return_logprob=True,
                 return_token_times=True,
+                return_routed_experts=routes,
             )
         return [parse_completion(ids, result) for result in results]
 
