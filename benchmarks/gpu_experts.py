@@ -53,7 +53,7 @@ def run_gpu_experts(settings: GpuExpertsBench, screen: Screen) -> BenchResult:
             numbers["start_s"] = time.perf_counter() - start
             workload = Workload(engine, settings)
             engine.start_expert_distribution_record()
-            workload.decode(min(_RECORDED, *settings.batch_sizes))
+            workload.decode(min(_RECORDED, max(settings.batch_sizes)))
             counts = engine.dump_expert_distribution_record()
             engine.stop_expert_distribution_record()
             with screen.progress("decode, prefill", len(settings.batch_sizes) + 1) as advance:

@@ -16,8 +16,8 @@ import torch
 
 from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
 
-_BLOCK = 1024
-"""Rows that a program of `sort_rows` looks at at once."""
+_BLOCK = 4096
+"""Rows that a program of `sort_rows` looks at; more are counted by a launch before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +208,29 @@ def _local(ids, row, num_rows, first_expert, num_experts):  # type: ignore[no-un
 
 
 @jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    ids,
+    counts,
+    num_rows,
+    first_expert,
+    num_experts,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """How many of BLOCK rows go to each expert."""
+    if CHAINED:
+        take_turn()
+    chunk = tl.program_id(0)
+    row = chunk * BLOCK + tl.arange(0, BLOCK)
+    found = tl.histogram(_local(ids, row, num_rows, first_expert, num_experts), BINS)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), found)
+
+
+@jit
 def _sort_kernel(  # type: ignore[no-untyped-def]
     ids,
+    counts,
     order,
     tile_experts,
     tile_first,
@@ -218,43 +239,48 @@ def _sort_kernel(  # type: ignore[no-untyped-def]
     num_tiles,
     first_expert,
     num_experts,
+    num_chunks,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """The rows and tiles of one expert; the last program has the tiles that are not needed."""
+    """One expert's rows among BLOCK, and with the first of them its tiles; the last programs' are those not needed."""
     if CHAINED:
         take_turn()
     expert = tl.program_id(0)
+    chunk = tl.program_id(1)
     bins = tl.arange(0, BINS)
-    place = tl.arange(0, BLOCK)
-    counts = tl.zeros((BINS,), tl.int32)
-    for begin in range(0, num_rows, BLOCK):
-        # Rows beyond the last and rows of other ranks are counted in the bin after all.
-        counts += tl.histogram(_local(ids, begin + place, num_rows, first_expert, num_experts), BINS)  # fmt: skip
-    tiles = tl.where(bins < num_experts, (counts + ROWS - 1) // ROWS, 0)
+    row = chunk * BLOCK + tl.arange(0, BLOCK)
+    # Rows beyond the last and rows of other ranks have a bin after all others.
+    local = _local(ids, row, num_rows, first_expert, num_experts)
+    if CHUNKS == 1:
+        found = tl.histogram(local, BINS)
+        earlier = tl.zeros((BINS,), tl.int32)
+    else:
+        line = tl.arange(0, CHUNKS)[:, None]
+        table = tl.load(counts + line * BINS + bins[None, :], mask=line < num_chunks, other=0)
+        found = tl.sum(table, 0)
+        earlier = tl.sum(tl.where(line < chunk, table, 0), 0)
+    tiles = tl.where(bins < num_experts, (found + ROWS - 1) // ROWS, 0)
     tile = tl.sum(tl.where(bins < expert, tiles, 0), 0)
     if expert < num_experts:
-        count = tl.sum(tl.where(bins == expert, counts, 0), 0)
-        first = tl.sum(tl.where(bins < expert, counts, 0), 0)
-        end = first + count
-        for number in range((count + ROWS - 1) // ROWS):
-            tl.store(tile_experts + tile + number, expert)
-            tl.store(tile_first + tile + number, first + number * ROWS)
-            tl.store(tile_end + tile + number, end)
+        count = tl.sum(tl.where(bins == expert, found, 0), 0)
+        first = tl.sum(tl.where(bins < expert, found, 0), 0)
         if count > 0:
-            for begin in range(0, num_rows, BLOCK):
-                row = begin + place
-                mine = _local(ids, row, num_rows, first_expert, num_experts) == expert
-                ones = mine.to(tl.int32)
-                tl.store(order + first + tl.cumsum(ones, 0) - 1, row, mask=mine)
-                first += tl.sum(ones, 0)
-    else:
-        for begin in range(0, num_tiles, BLOCK):
-            number = begin + place
-            mask = (number >= tile) & (number < num_tiles)
-            tl.store(tile_experts + number, num_experts, mask=mask)
+            mine = local == expert
+            place = first + tl.sum(tl.where(bins == expert, earlier, 0), 0)
+            tl.store(order + place + tl.cumsum(mine.to(tl.int32), 0) - 1, row, mask=mine)
+            if chunk == 0:
+                for number in range((count + ROWS - 1) // ROWS):
+                    tl.store(tile_experts + tile + number, expert)
+                    tl.store(tile_first + tile + number, first + number * ROWS)
+                    tl.store(tile_end + tile + number, first + count)
+    elif chunk == 0:
+        for begin in range(0, num_tiles, BINS):
+            mask = (begin + bins >= tile) & (begin + bins < num_tiles)
+            tl.store(tile_experts + begin + bins, num_experts, mask=mask)
 
 
 def sort_rows(ids: torch.Tensor, first_expert: int, num_experts: int, rows: int) -> Tiles:
@@ -266,18 +292,29 @@ def sort_rows(ids: torch.Tensor, first_expert: int, num_experts: int, rows: int)
     num_rows = ids.numel()
     used = min(num_experts, num_rows)
     num_tiles = min((num_rows + used * (rows - 1)) // rows, num_rows)
-    numbers = torch.empty(num_rows + 3 * num_tiles, dtype=torch.int32, device=ids.device)
-    order, experts, first, end = numbers.split([num_rows, num_tiles, num_tiles, num_tiles])
-    kernel: Any = _sort_kernel
+    bins = next_power_of_two(num_experts + 1)
+    block = min(_BLOCK, max(128, next_power_of_two(num_rows)))
+    chunks = -(-num_rows // block)
+    sizes = [num_rows, num_tiles, num_tiles, num_tiles, chunks * bins]
+    numbers = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
+    order, experts, first, end, counts = numbers.split(sizes)
+    kernels: Any = (_count_kernel, _sort_kernel)
     if num_rows:
+        ids, shared = ids.contiguous(), {"BINS": bins, "BLOCK": block, **chaining(ids)}
+        num_warps = 4 if block <= 1024 else 8
         with launching_on(ids):
-            kernel[(num_experts + 1,)](
-                *(ids.contiguous(), order, experts, first, end),
-                *(num_rows, num_tiles, first_expert, num_experts),
+            if chunks > 1:
+                kernels[0][(chunks,)](
+                    *(ids, counts, num_rows, first_expert, num_experts),
+                    num_warps=num_warps,
+                    **shared,
+                )
+            kernels[1][(num_experts + 1, chunks)](
+                *(ids, counts, order, experts, first, end),
+                *(num_rows, num_tiles, first_expert, num_experts, chunks),
                 ROWS=rows,
-                BINS=next_power_of_two(num_experts + 1),
-                BLOCK=min(_BLOCK, max(128, next_power_of_two(num_rows))),
-                num_warps=4,
-                **chaining(ids),
+                CHUNKS=next_power_of_two(chunks),
+                num_warps=num_warps,
+                **shared,
             )
     return Tiles(order=order, experts=experts, first=first, end=end, top_k=ids.shape[1])

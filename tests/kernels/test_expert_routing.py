@@ -77,7 +77,12 @@ def what_is_no_number_goes_to_experts_that_exist(device: torch.device) -> None:
     assert 0 <= int(ids.min()) and int(ids.max()) < 5
 
 
-@CHECKS.add({"rows": 2, "num": 4}, {"rows": 16, "num": 700}, {"rows": 1, "num": 1})
+@CHECKS.add(
+    {"rows": 2, "num": 4},
+    {"rows": 16, "num": 700},
+    {"rows": 64, "num": 4500},
+    {"rows": 1, "num": 1},
+)
 def rows_are_sorted_into_tiles_of_one_expert_each(
     device: torch.device, rows: int, num: int
 ) -> None:

@@ -5,114 +5,30 @@ Triton's interpreter is chosen when triton is imported, so the checks run in a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from deterministic_support import (
+    FAMILIES,
+    PROMPT,
+    STRANGERS,
+    check_any_batch_chunk_or_prefix,
+    folder_of,
+    make_model,
+    sample,
+)
 from interpreted import Checks
 
 from rollout import Engine
 from rollout.errors import ConfigError
 
 CHECKS = Checks()
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True, "tie_word_embeddings": True},
-    "qwen3": {
-        "head_dim": 16,
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
-MIXTURES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 40,
-        "shared_expert_intermediate_size": 48,
-        "norm_topk_prob": False,
-        "num_hidden_layers": 1,
-    },
-    "glm4_moe": {
-        "head_dim": 16,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "n_group": 4,
-        "topk_group": 2,
-        "first_k_dense_replace": 1,
-    },
-}
-PROMPT = [5, 9, 2, 7, 1, 3, 8, 4, 6, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
-STRANGERS = [[1, 2, 3], [4] * 40, PROMPT[:9]]
 
 
-def make_model(family: str, dtype: torch.dtype, **options: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": 256,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.2,
-            **(FAMILIES | MIXTURES)[family],
-            **options,
-        },
-    )
-    torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(config).to(dtype)
-
-
-@contextmanager
-def folder_of(model: Any) -> Iterator[Path]:
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        yield Path(folder)
-
-
-def sample(
-    folder: Path, prompts: list[list[int]], device: torch.device, **options: Any
-) -> tuple[list[int], list[float]]:
-    """Tokens and log-probabilities of the first prompt."""
-    defaults = {
-        "attention_backend": "triton",
-        "deterministic": True,
-        "kv_cache_bytes": 1 << 20,
-        "max_running_requests": 8,
-        "skip_tokenizer_init": True,
-    }
-    with Engine(folder, device=str(device), **{**defaults, **options}) as engine:
-        params = [
-            {"max_new_tokens": 4, "temperature": 0.8, "sampling_seed": 11 + i, "ignore_eos": True}
-            for i in range(len(prompts))
-        ]
-        if options.get("enable_prefix_cache", True):
-            engine.generate(input_ids=[PROMPT[:17]], sampling_params={"max_new_tokens": 1})
-        result = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)[0]
-    logprobs = [value for value, _, _ in result["meta_info"]["output_token_logprobs"]]
-    return result["output_ids"], logprobs
-
-
-@CHECKS.add(*({"family": family} for family in ("qwen3", *MIXTURES)))
-def any_batch_chunk_or_prefix(device: torch.device, family: str) -> None:
-    with folder_of(make_model(family, torch.float32)) as folder:
-        alone = sample(folder, [PROMPT], device, enable_prefix_cache=False)
-        for prompts, options in (
-            ([PROMPT, *STRANGERS], {}),
-            ([PROMPT], {"chunked_prefill_size": 8, "enable_prefix_cache": False}),
-            ([PROMPT, STRANGERS[0]], {"disable_cuda_graph": True, "overlap": True}),
-        ):
-            assert sample(folder, prompts, device, **options) == alone, options
+@CHECKS.add()
+def any_batch_chunk_or_prefix(device: torch.device) -> None:
+    check_any_batch_chunk_or_prefix(make_model("qwen3", torch.float32), device)
 
 
 @CHECKS.add(*({"family": family} for family in FAMILIES))
@@ -192,7 +108,7 @@ def reference(model: Any, ids: list[int], temperature: float) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__, timeout_s=600)
+    return CHECKS.verdicts(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
