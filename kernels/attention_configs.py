@@ -80,10 +80,18 @@ def decode_config(
     programs: int,
     dtype: torch.dtype,
     deterministic: bool = False,
+    after_prefix: bool = False,
 ) -> DecodeConfig:
-    """For `programs` pairs of a sequence and a KV head; deterministic: the same whatever their number."""
-    kind = "decode_deterministic" if deterministic else "decode"
+    """For `programs` pairs of a sequence and a KV head; deterministic: the same whatever their number.
+
+    after_prefix: a shared prefix is done, so few keys are left at first, and small programs are started faster.
+    """
     facts = {"head_dim": head_dim, "group": group, "programs": programs}
+    if after_prefix and not deterministic:
+        found = _find(DecodeConfig, "decode_after_prefix", device, dtype, facts)
+        if found is not None:
+            return found
+    kind = "decode_deterministic" if deterministic else "decode"
     return _choose(DecodeConfig, kind, device, dtype, facts)
 
 
@@ -124,6 +132,23 @@ def _choose(
     facts: Mapping[str, int],
     block_size: int = 1,
 ) -> Config:
+    found = _find(config, kind, device, dtype, facts, block_size)
+    if found is None:
+        raise LookupError(
+            f"cannot shape an attention kernel: got {kind} with {dict(facts)} in {dtype}, expected an entry "
+            f"that holds it in {FILE.name}; add one without limits"
+        )
+    return found
+
+
+def _find(
+    config: type[Config],
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    facts: Mapping[str, int],
+    block_size: int = 1,
+) -> Config | None:
     """The first entry whose limits (`max_head_dim` and so on) hold all `facts`; with `whole_tiles`, its keys divide the
     block size too."""
     for entry in _entries(_name(device), kind):
@@ -133,10 +158,7 @@ def _choose(
         if fits and all(facts[fact] <= entry.get(f"max_{fact}", facts[fact]) for fact in facts):
             names = {field.name for field in fields(config)}
             return config(**{name: value for name, value in entry.items() if name in names})
-    raise LookupError(
-        f"cannot shape an attention kernel: got {kind} with {dict(facts)} in {dtype}, expected an entry "
-        f"that holds it in {FILE.name}; add one without limits"
-    )
+    return None
 
 
 @lru_cache(maxsize=16)
@@ -150,4 +172,4 @@ def _entries(name: str, kind: str) -> Sequence[Mapping[str, Any]]:
     own = stored.get(name, {})
     if isinstance(own, str):
         own = stored[own]
-    return [*own.get(kind, []), *stored["default"][kind]]
+    return [*own.get(kind, []), *stored["default"].get(kind, [])]

@@ -6,7 +6,8 @@ N sequences (rows of a step; a padded one has length 0), length = seq_lens[n], H
 D head size, S block size.
 
     paged_decode(q (N, H, D), pool (blocks, S, 2, K, D), block_tables (N, max_blocks) int32, seq_lens (N) int32,
-                 out (N, H, D), *, scale, window=None, workspace, deterministic=False, max_len, prefix=None)
+                 out (N, H, D), *, scale, window=None, workspace, deterministic=False, max_len, prefix=None,
+                 order=None)
     workspace = DecodeWorkspace.allocate(max_batch=, num_heads=, num_kv_heads=, head_dim=, device=)
 
 The query's own key and value are in the pool already: `seq_lens` counts them. Everything on the device, and nothing
@@ -41,6 +42,8 @@ MAX_SPLITS = 32
 """Most splits of a sequence's keys."""
 MAX_PROGRAMS = 4096
 """Most programs that sequences are split into; larger batches are not split."""
+ORDERED_PROGRAMS = 512
+"""With fewer programs all run at once, and their order does not matter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +159,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     arrivals,
     prefix_lens,
     prefix_parts,
+    order,
     scale,
     q_row,
     q_head,
@@ -176,6 +180,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     PREFIX: tl.constexpr,
+    ORDERED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -187,6 +192,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0)
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
+    if ORDERED:
+        n = tl.load(order + n).to(tl.int64)
     num_heads = tl.num_programs(0)
     row = tl.arange(0, R)
     column = tl.arange(0, DP)
@@ -271,9 +278,14 @@ def paged_decode(
     deterministic: bool = False,
     max_len: int,
     prefix: PrefixState | None = None,
+    order: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
-    """Attend into `out`, and return it. `max_len`: no sequence is longer; a matter of speed alone.
+    """Attend into `out`, and return it.
+
+    max_len: no sequence is longer; a matter of speed alone.
+    order: (N) int32, every sequence once: who starts first; a matter of speed alone. With the longest first none is
+        left over at the end.
 
     The last dimension of every tensor is contiguous. `prefix` excludes `window`.
     """
@@ -297,6 +309,8 @@ def paged_decode(
             max_len=max_len if window is None else min(max_len, window),
             config=config,
         )
+    if batch * num_kv_heads * splits < ORDERED_PROGRAMS:
+        order = None
     kernel: Any = decode_kernel
     with launching_on(q):
         kernel[(num_kv_heads, splits, batch)](
@@ -309,6 +323,7 @@ def paged_decode(
             workspace.arrivals,
             seq_lens if prefix is None else prefix.lengths,
             workspace.parts if prefix is None else prefix.parts,
+            seq_lens if order is None else order,
             scale * math.log2(math.e),
             q.stride(0),
             q.stride(1),
@@ -329,6 +344,7 @@ def paged_decode(
             SPLITS=splits,
             WINDOW=window or 0,
             PREFIX=0 if prefix is None else prefix.splits,
+            ORDERED=order is not None,
             EXACT=deterministic,
             PRECISION=precision(q.dtype, q.device),
             STAGES=config.stages,

@@ -167,6 +167,7 @@ def shared_prefix_decode(
     state: SharedState,
     deterministic: bool = False,
     max_len: int,
+    order: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     prefix_config: SharedConfig | None = None,
 ) -> torch.Tensor:
@@ -216,6 +217,7 @@ def shared_prefix_decode(
             programs=batch * num_kv_heads,
             dtype=q.dtype,
             deterministic=deterministic,
+            after_prefix=True,
         )
     if config.keys > PREFIX_UNIT:
         config = replace(config, keys=PREFIX_UNIT)
@@ -230,5 +232,6 @@ def shared_prefix_decode(
         deterministic=deterministic,
         max_len=max_len,
         prefix=PrefixState(lengths=shared.lengths, parts=state.parts, splits=splits),
+        order=order,
         config=config,
     )

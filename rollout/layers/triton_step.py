@@ -52,6 +52,8 @@ class DeviceBatch:
     """No later sequence is longer."""
     shared: SharedPrefixes | None = None
     """Prefixes that decoding sequences share, and that are read once for all of them; None: each reads its own."""
+    order: torch.Tensor | None = None
+    """(num_decodes): the decoding sequences, those with most to read first; None: as they are."""
 
 
 class TritonStep:
@@ -141,6 +143,7 @@ class TritonStep:
                 state=self._shared_state,
                 deterministic=self._deterministic,
                 max_len=batch.max_len,
+                order=batch.order,
             )
             return
         paged_decode(
@@ -154,6 +157,7 @@ class TritonStep:
             workspace=self._workspace,
             deterministic=self._deterministic,
             max_len=batch.max_len,
+            order=batch.order,
         )
 
     def experts(

@@ -21,10 +21,18 @@ _LEAST_SHARE = 8
 class FoundPrefixes:
     """What a step's rows share."""
 
+    num_rows: int
+    """N, padding included."""
     numbers: npt.NDArray[np.int32]
     """As the kernels take them."""
     pays: bool
     """Reading it once is faster."""
+
+    @property
+    def done(self) -> npt.NDArray[np.int32]:
+        """(N): keys of each row that are read with those of others."""
+        num = self.num_rows
+        return self.numbers[num : 2 * num] if self.pays else np.zeros(num, np.int32)
 
 
 class PrefixFinder:
@@ -59,7 +67,8 @@ class PrefixFinder:
             numbers, saved = self._look(requests, positions, size)
             self._found = size, numbers, saved
             self._requests, self._resets = list(requests), num_resets
-        return FoundPrefixes(numbers, saved > 0 and saved * _LEAST_SHARE >= int(positions.sum()))
+        pays = saved > 0 and saved * _LEAST_SHARE >= int(positions.sum())
+        return FoundPrefixes(size, numbers, pays)
 
     def _look(
         self, requests: list[Request], positions: npt.NDArray[np.int32], size: int

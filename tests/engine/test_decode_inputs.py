@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -55,12 +56,15 @@ def test_graphs_are_made_for_sizes_that_waste_little():
     pytest.importorskip("triton")
     from rollout.runner.cuda_graph_runner import batch_sizes_to_capture
 
-    for largest in (1, 3, 8, 100, 256, 1000):
-        sizes = batch_sizes_to_capture(largest)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+    for largest, least in itertools.product((1, 3, 8, 100, 256, 1000), (1, 8)):
+        sizes = batch_sizes_to_capture(largest, least)
+        assert (
+            sizes[0] == min(least, largest) and sizes == sorted(set(sizes)) and sizes[-1] == largest
+        )
         for batch in range(1, largest + 1):
             padded = next(size for size in sizes if size >= batch)
             assert padded - batch < max(8, batch / 4)
+    assert batch_sizes_to_capture(100)[:5] == [1, 2, 4, 8, 16]
     assert len(batch_sizes_to_capture(512)) <= 32
 
 
