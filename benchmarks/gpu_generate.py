@@ -91,7 +91,7 @@ class Workload:
         """Milliseconds from one token of a request to its next, with `batch` requests."""
         settings = self._settings
         outputs = self._generate(
-            [settings.prompt_tokens] * batch,
+            [self._prompt(settings.prompt_tokens) for _ in range(batch)],
             [{"max_new_tokens": settings.decode_tokens}] * batch,
             return_token_times=True,
         )
@@ -111,11 +111,11 @@ class Workload:
     def prefill(self) -> dict[str, float]:
         """Prompt tokens per second."""
         settings = self._settings
-        lengths = [settings.prefill_tokens] * settings.prefill_prompts
+        prompts = [self._prompt(settings.prefill_tokens) for _ in range(settings.prefill_prompts)]
         start = time.perf_counter()
-        self._generate(lengths, [{"max_new_tokens": 1}] * len(lengths))
+        self._generate(prompts, [{"max_new_tokens": 1}] * len(prompts))
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens_per_s": sum(lengths) / seconds}
+        return {"seconds": seconds, "tokens_per_s": sum(map(len, prompts)) / seconds}
 
     def rl(self, settings: GpuGenerateBench) -> dict[str, float]:
         """Output tokens per second of a batch of groups, and how much of the time the last tenth of tokens takes."""
@@ -139,10 +139,10 @@ class Workload:
         }
 
     def _generate(
-        self, lengths: Sequence[int], params: Sequence[dict[str, Any]], **options: Any
+        self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]], **options: Any
     ) -> list[dict[str, Any]]:
         outputs: list[dict[str, Any]] = self._engine.generate(
-            input_ids=[self._prompt(length) for length in lengths],
+            input_ids=prompts,
             sampling_params=[{"ignore_eos": True, "temperature": 1.0, **p} for p in params],
             return_logprob=True,
             **options,

@@ -66,6 +66,11 @@ def _waits_in_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def power_of_two_within(value: int) -> int:
+    """The largest power of two that is at most `value`."""
+    return 1 << (value.bit_length() - 1)
+
+
 def next_power_of_two(value: int) -> int:
     """The least power of two that is at least `value`."""
     return 1 << max(0, value - 1).bit_length()

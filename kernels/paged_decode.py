@@ -36,7 +36,15 @@ from .attention_tiles import (
     precision,
     row_total,
 )
-from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
+from .launching import (
+    chaining,
+    jit,
+    launching_on,
+    next_power_of_two,
+    power_of_two_within,
+    take_turn,
+    tl,
+)
 
 MAX_SPLITS = 32
 """Most splits of a sequence's keys."""
@@ -259,10 +267,13 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 def num_splits(*, batch: int, num_kv_heads: int, max_len: int, config: DecodeConfig) -> int:
-    """Splits of each sequence's keys: enough programs to fill the device, none of less than `config.split_keys`."""
+    """Splits of each sequence's keys: enough programs to fill the device, none of less than `config.split_keys`.
+
+    A power of two, so that few kernels are compiled.
+    """
     wanted = min(config.programs, MAX_PROGRAMS) // (batch * num_kv_heads)
     useful = -(-max_len // config.split_keys)
-    return max(1, min(wanted, useful, MAX_SPLITS))
+    return power_of_two_within(max(1, min(wanted, useful, MAX_SPLITS)))
 
 
 def paged_decode(

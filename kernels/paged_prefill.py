@@ -47,7 +47,11 @@ def sequence_of(  # type: ignore[no-untyped-def]
     return n
 
 
-@jit(do_not_specialize=["num_seqs"])
+@jit(
+    do_not_specialize=["num_seqs"],
+    # Where decodes come before, these begin anywhere.
+    do_not_specialize_on_alignment=["query_starts", "seq_lens"],
+)
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q,
     pool,

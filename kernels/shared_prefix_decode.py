@@ -30,7 +30,15 @@ import torch
 
 from .attention_configs import DecodeConfig, SharedConfig, decode_config, shared_config
 from .attention_tiles import attend_tile, no_total, precision, row_total
-from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
+from .launching import (
+    chaining,
+    jit,
+    launching_on,
+    next_power_of_two,
+    power_of_two_within,
+    take_turn,
+    tl,
+)
 from .paged_decode import MAX_PROGRAMS, DecodeWorkspace, PrefixState, paged_decode
 from .shared_prefixes import PREFIX_UNIT, SharedPrefixes, max_tiles
 
@@ -148,10 +156,13 @@ def prefix_kernel(  # type: ignore[no-untyped-def]
 
 
 def _num_splits(batch: int, num_kv_heads: int, max_len: int, config: SharedConfig) -> int:
-    """Splits of each prefix; tiles are fewer than there could be, so they are taken to have eight members each."""
+    """Splits of each prefix, a power of two; tiles are fewer than there could be, so they are taken to have eight
+    members each."""
     expected = -(-batch // 8) * num_kv_heads
     most = MAX_PROGRAMS // (batch * num_kv_heads)
-    return max(1, min(config.programs // expected, max_len // (2 * PREFIX_UNIT), most))
+    return power_of_two_within(
+        max(1, min(config.programs // expected, max_len // (2 * PREFIX_UNIT), most))
+    )
 
 
 def shared_prefix_decode(

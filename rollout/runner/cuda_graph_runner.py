@@ -44,6 +44,10 @@ _NUM_INPUTS = 6
 _LEAST_ROWS = {"cuda": 8, "cpu": 1}
 """Rows of the smallest graph. cuBLAS takes as long for 8 rows as for 1, and sometimes half as long: 5.9 us instead of
 12.6 for 1024 x 2048 in bfloat16 on an H200."""
+_EXTENSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+"""Decodes beside a prompt: between them, all numbers of splits of their keys."""
+_PROMPT = 256
+"""Tokens of a prompt that is computed only so that kernels are compiled."""
 _COMPILERS = 8
 """Threads that compile kernels at start."""
 _INPUT_BYTES = 128
@@ -160,7 +164,8 @@ class CudaGraphRunner:
         self._addresses = ()
 
     def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
-        """Run every kind once on padding, so that kernels are compiled: side by side, which takes a fraction.
+        """Run every kind, and steps with a prompt, once on padding, so that kernels are compiled: side by side, which
+        takes a fraction.
 
         Threads have no order among each other, so the ranks do not talk meanwhile.
         """
@@ -172,9 +177,16 @@ class CudaGraphRunner:
             with torch.cuda.stream(stream), torch.inference_mode():
                 self._body(kind, inputs[kind])
 
+        def extend(num_decodes: int) -> None:
+            with torch.cuda.stream(stream), torch.inference_mode():
+                self._backend.compute_padding(num_decodes, _PROMPT)
+
         with self._model.tp.muted(), ThreadPoolExecutor(_COMPILERS) as pool:
             run(kinds[0])  # most of the kernels
+            extensions = [pool.submit(extend, num) for num in _EXTENSIONS if num < self.max_batch]
             list(pool.map(run, kinds[1:]))
+            for extension in extensions:
+                extension.result()
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def _captured(self, kind: _Kind, stream: torch.cuda.Stream) -> Callable[[], None]:

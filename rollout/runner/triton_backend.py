@@ -110,6 +110,32 @@ class TritonBackend:
             item_rows=None,
         )
 
+    def compute_padding(self, num_decodes: int, num_tokens: int) -> torch.Tensor:
+        """A step of nobody's decodes and of a prompt of nobody's tokens, of which nothing is kept; hidden states."""
+        context = self.context
+
+        def numbers(*shape: int, value: int = 0) -> torch.Tensor:
+            return torch.full(shape, value, dtype=torch.int32, device=context.device)
+
+        num_rows = num_decodes + num_tokens
+        width = -(-num_tokens // (context.block_size * _TABLE_UNIT)) * _TABLE_UNIT
+        seq_lens = numbers(num_decodes + 1)
+        seq_lens[num_decodes:] = num_tokens
+        query_starts = numbers(2)
+        query_starts[1:] = num_tokens
+        batch = DeviceBatch(
+            positions=numbers(num_rows),
+            slots=numbers(num_rows, value=-1),
+            block_tables=numbers(num_decodes + 1, width),
+            seq_lens=seq_lens,
+            num_decodes=num_decodes,
+            query_starts=query_starts,
+            max_query_len=num_tokens,
+            max_len=context.config.max_position_embeddings,
+        )
+        states: torch.Tensor = context.model(numbers(num_rows), self.step(batch))
+        return states
+
     def step(self, batch: DeviceBatch) -> TritonStep:
         """The step over a batch that is on the device."""
         return TritonStep(batch, **self._parts())

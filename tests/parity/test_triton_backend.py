@@ -32,7 +32,7 @@ def test_the_tests_of_this_file_pass_in_the_interpreter():
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
 
 
 @interpreted
@@ -83,6 +83,18 @@ def test_fused_steps_take_tokens_that_the_host_does_not_know_from_the_device(
     folder = tiny_checkpoint("llama")
     driver = hand_driver(folder, attention_backend="triton")
     check_pending_tokens(driver, folder, reference_logprobs)
+
+
+@interpreted
+def test_fused_steps_of_padding_leave_everything_as_it_was(tiny_checkpoint, hand_driver):
+    driver = hand_driver(tiny_checkpoint("llama"), attention_backend="triton")
+    memory = driver.runner.kv_pool.memory
+    memory.copy_(torch.randn(memory.shape))
+    before = memory.clone()
+    with torch.inference_mode():
+        states = driver.runner.backend.compute_padding(3, 20)
+    assert states.shape[0] == 23 and states.isfinite().all()
+    assert torch.equal(memory, before)
 
 
 def test_torch_steps_take_tokens_that_the_host_does_not_know_from_the_device(
