@@ -101,7 +101,6 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
     timer.watch(core.post._sampler, "launch", "sampling")
     timer.watch(core.post, "sample", "postprocess")
     timer.watch(core.post, "land", "postprocess")
-    timer.watch(core.post, "input_logprobs", "postprocess")
     try:
         yield timer
     finally:
