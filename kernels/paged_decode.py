@@ -276,6 +276,22 @@ def num_splits(*, batch: int, num_kv_heads: int, max_len: int, config: DecodeCon
     return power_of_two_within(max(1, min(wanted, useful, MAX_SPLITS)))
 
 
+def config_for(
+    q: torch.Tensor, num_kv_heads: int, *, deterministic: bool, after_prefix: bool = False
+) -> DecodeConfig:
+    """The stored shape of a launch over q (N, H, D)."""
+    batch, num_heads, head_dim = q.shape
+    return decode_config(
+        q.device,
+        head_dim=head_dim,
+        group=num_heads // num_kv_heads,
+        programs=batch * num_kv_heads,
+        dtype=q.dtype,
+        deterministic=deterministic,
+        after_prefix=after_prefix,
+    )
+
+
 def paged_decode(
     q: torch.Tensor,
     pool: torch.Tensor,
@@ -304,22 +320,11 @@ def paged_decode(
     block_size, num_kv_heads = pool.shape[1], pool.shape[3]
     group = num_heads // num_kv_heads
     if config is None:
-        config = decode_config(
-            q.device,
-            head_dim=head_dim,
-            group=group,
-            programs=batch * num_kv_heads,
-            dtype=q.dtype,
-            deterministic=deterministic,
-        )
+        config = config_for(q, num_kv_heads, deterministic=deterministic)
     splits = 1
     if not deterministic:
-        splits = num_splits(
-            batch=batch,
-            num_kv_heads=num_kv_heads,
-            max_len=max_len if window is None else min(max_len, window),
-            config=config,
-        )
+        most = max_len if window is None else min(max_len, window)
+        splits = num_splits(batch=batch, num_kv_heads=num_kv_heads, max_len=most, config=config)
     if batch * num_kv_heads * splits < ORDERED_PROGRAMS:
         order = None
     kernel: Any = decode_kernel

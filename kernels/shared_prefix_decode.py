@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from .attention_configs import DecodeConfig, SharedConfig, decode_config, shared_config
+from .attention_configs import DecodeConfig, SharedConfig, shared_config
 from .attention_tiles import attend_tile, no_total, precision, row_total
 from .launching import (
     chaining,
@@ -39,7 +39,7 @@ from .launching import (
     take_turn,
     tl,
 )
-from .paged_decode import MAX_PROGRAMS, DecodeWorkspace, PrefixState, paged_decode
+from .paged_decode import MAX_PROGRAMS, DecodeWorkspace, PrefixState, config_for, paged_decode
 from .shared_prefixes import PREFIX_UNIT, SharedPrefixes, max_tiles
 
 
@@ -221,15 +221,7 @@ def shared_prefix_decode(
             **chaining(q),
         )
     if config is None:
-        config = decode_config(
-            q.device,
-            head_dim=head_dim,
-            group=group,
-            programs=batch * num_kv_heads,
-            dtype=q.dtype,
-            deterministic=deterministic,
-            after_prefix=True,
-        )
+        config = config_for(q, num_kv_heads, deterministic=deterministic, after_prefix=True)
     if config.keys > PREFIX_UNIT:
         config = replace(config, keys=PREFIX_UNIT)
     return paged_decode(

@@ -308,25 +308,6 @@ def launches_follow_each_other(device: str) -> str:
 
 
 @check
-def who_starts_first_changes_nothing(device: str) -> str:
-    """In any order, with a prefix and without, every bit is the same."""
-    from rollout_kernels import paged_decode as kernels
-
-    batch = Batch(Case(lengths=(40, 0, 200, 130, 70, 150), block_size=16), device, seed=3)
-    batch.share({(2, 3, 5): 8})
-    order = torch.tensor([2, 5, 3, 4, 0, 1], dtype=torch.int32, device=device)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ORDERED_PROGRAMS", 1)
-        for decode in (batch.decode, batch.shared_decode):
-            for number, mixed in enumerate((order, order.flip(0))):
-                if not torch.equal(decode(), decode(order=mixed)):
-                    return f"other bits of {decode.__name__} in order {number}"
-        if not batch.decode(order=torch.zeros_like(order))[1:].isnan().all():
-            return "the order is not looked at"
-    return "right"
-
-
-@check
 def a_captured_decode_follows_its_inputs(device: str) -> str:
     """Lengths, tables and groups change between replays; on the CPU, between calls."""
     from rollout_kernels import paged_decode as kernels

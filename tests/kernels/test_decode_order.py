@@ -1,0 +1,45 @@
+"""Who starts first in a decode launch changes nothing: under triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreted import Checks
+from test_paged_attention import Batch, Case
+
+from rollout_kernels import paged_decode as kernels
+
+CHECKS = Checks()
+
+
+@CHECKS.add({"shared": False}, {"shared": True})
+def every_bit_is_the_same_in_any_order(device: torch.device, shared: bool) -> None:
+    batch = Batch(Case(lengths=(40, 0, 200, 130, 70, 150), block_size=16), str(device), seed=3)
+    batch.share({(2, 3, 5): 8})
+    decode = batch.shared_decode if shared else batch.decode
+    order = torch.tensor([2, 5, 3, 4, 0, 1], dtype=torch.int32, device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ORDERED_PROGRAMS", 1)
+        for mixed in (order, order.flip(0)):
+            assert torch.equal(decode(), decode(order=mixed))
+        assert decode(order=torch.zeros_like(order))[1:].isnan().all(), "nobody looked at it"
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    return CHECKS.verdicts(__file__)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
+    assert verdicts[name] == "ok"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_the_gpu(name: str) -> None:
+    CHECKS[name](torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    CHECKS.main()
