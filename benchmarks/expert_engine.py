@@ -38,6 +38,12 @@ class IdleHost:
     def reading(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def lend_kv_cache(self) -> None:
+        """There is none."""
+
+    def return_kv_cache(self) -> None:
+        """There is none."""
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """Nothing is derived from them."""
 

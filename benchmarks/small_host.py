@@ -83,6 +83,12 @@ class IdleLoop:
         """Nothing is ever given back."""
         return nullcontext()
 
+    def lend_kv_cache(self) -> None:
+        """There is none."""
+
+    def return_kv_cache(self) -> None:
+        """There is none."""
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """There is nothing to refresh."""
 

@@ -156,6 +156,7 @@ PUBLISHER = {
     "group_host": "where ranks of engines reach this machine, for a group",
     "group_backend": '"gloo" or "nccl"; "auto": NCCL for engines on CUDA',
     "arena_bytes": "over CUDA IPC, what may be taken of the trainer's GPU; None: as much as the model",
+    "staging": 'where bytes wait that leave the arena: "extra" memory, "kv_cache", "none"; see pushing_weights.md',
 }
 """Options of `WeightPublisher`."""
 

@@ -29,6 +29,7 @@ def main() -> None:
             "version": engine.receiver.version,
             "values": sorted(engine.values()),
             "mixtures": engine.host.mixtures,
+            "torn": engine.receiver.torn,
             "moved": engine.addresses != addresses,
             "opened": memory.num_opened if memory is not None else 0,
             "still_open": len(engine.service._allocations),

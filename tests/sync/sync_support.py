@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from weight_sync.errors import ERRORS, DeadlineExceeded
+from weight_sync.errors import ERRORS, DeadlineExceeded, WeightUpdateError
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.plan.encoding import FULL, Encoding
 from weight_sync.receiver.local_channel import LocalChannel
@@ -99,6 +99,9 @@ class ToyHost:
         self.mixtures: list[list[float]] = []
         self.blocked = threading.Event()
         self.torn: str | None = None
+        self.kv_released = False
+        """Whether the memory of a KV cache may be lent."""
+        self.kv_lent = False
         self.waiting: dict[str | None, Future[Any]] = {}
         self.looks = True
         """Whether steps look for mixtures; off where a test sends different values on purpose."""
@@ -165,6 +168,16 @@ class ToyHost:
 
     def reading(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def lend_kv_cache(self) -> None:
+        if not self.kv_released:
+            raise WeightUpdateError("the KV cache has its memory")
+        self.kv_lent = True
+        self.events.append("lend")
+
+    def return_kv_cache(self) -> None:
+        self.kv_lent = False
+        self.events.append("return")
 
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         self._maybe_fail("weights_written")

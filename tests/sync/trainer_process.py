@@ -1,4 +1,5 @@
-"""A trainer that stops in one phase of an update and waits there to be killed: address, phase, transport, device."""
+"""A trainer that stops in one phase of an update and waits there to be killed: address, phase, transport, device,
+staging."""
 
 import sys
 import time
@@ -18,9 +19,12 @@ def main() -> None:
     torch.set_num_threads(1)
     address, phase, *rest = sys.argv[1:]
     transport, device = rest[:1], rest[1] if len(rest) > 1 else "cpu"
+    staging = rest[2] if len(rest) > 2 else "extra"
     if transport and device == "cpu":
         stand_in(PlainPatch())
-    publisher = WeightPublisher(address, transport=transport[0] if transport else "auto")
+    publisher = WeightPublisher(
+        address, transport=transport[0] if transport else "auto", staging=staging
+    )
     publisher.begin()
     named = list(weights(2.0, device=device).items())
     if phase == "stage":

@@ -31,15 +31,15 @@ class JointArenas:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self._handles: dict[int, ArenaHandle] = {}
+        self._opened: dict[int, OpenArena] = {}
 
     def handle(self, arena_id: int) -> ArenaHandle:
         """Where the bytes of an arena are."""
-        if arena_id not in self._handles:
+        if arena_id not in self._opened:
             raise ArenaGoneError(
-                f"no such arena: got {arena_id}, expected one of the {len(self._handles)} that are open; open it again"
+                f"no such arena: got {arena_id}, expected one of the {len(self._opened)} that are open; open it again"
             )
-        return self._handles[arena_id]
+        return self._opened[arena_id].handle
 
     def open(self, message: OpenArena, members: Collection[Any], end: float) -> ArenaOpened:
         """Open it on every member, or on none."""
@@ -47,7 +47,7 @@ class JointArenas:
         answers = self._ask(same(members, message), end)
         for member, reply in answers.replies.items():
             member.arenas[arena_id] = reply.arena_id
-        self._handles[arena_id] = message.handle
+        self._opened[arena_id] = message
         try:
             self._all_or_error(answers)
         except Exception:
@@ -57,7 +57,7 @@ class JointArenas:
 
     def close(self, message: CloseArena, members: Collection[Any], end: float) -> Ack:
         """Close it everywhere; unknown ones are fine."""
-        self._handles.pop(message.arena_id, None)
+        self._opened.pop(message.arena_id, None)
         own = {member: member.arenas.pop(message.arena_id, None) for member in members}
         closing = {m: CloseArena(arena_id=i) for m, i in own.items() if i is not None}
         collect(tell_all(closing, PATIENCE_S), end, self._terms.wait)
@@ -68,12 +68,12 @@ class JointArenas:
 
         A newcomer that cannot (it is not in the trainer's group) takes no part in the update and catches up later.
         """
-        handle = self.handle(arena_id)
+        self.handle(arena_id)  # or an error
         able = []
         for member in members:
             if arena_id not in member.arenas:
                 try:
-                    opened = member.channel.call(OpenArena(handle=handle), left(end))
+                    opened = member.channel.call(self._opened[arena_id], left(end))
                 except SyncError as error:
                     logger.warning("%s takes no part in an update: %s", member.name, error)
                     continue
@@ -99,7 +99,8 @@ class JointArenas:
 
     def leave(self, message: LeaveGroup, members: Collection[Any], end: float) -> Ack:
         """Have all leave it, and forget its stages."""
-        for arena_id, handle in list(self._handles.items()):
+        for arena_id, opened in list(self._opened.items()):
+            handle = opened.handle
             if isinstance(handle, GroupHandle) and handle.group_name == message.group_name:
                 self.close(CloseArena(arena_id=arena_id), members, end)
         return self._joined(self._ask(same(members, message), end))

@@ -35,6 +35,7 @@ from ..wire.messages import (
     JoinGroup,
     LeaveGroup,
     OpenArena,
+    Staging,
 )
 from ..wire.process import Home, host_id
 from .open_session import EngineArena
@@ -106,11 +107,13 @@ class EngineEndpoint:
         group_backend: GroupBackend = "auto",
         gpu: int | None = None,
         arena_bytes: int | None = None,
+        staging: Staging = "extra",
         encoding: Encoding = FULL,
     ) -> None:
         """`gpu`: the one that NCCL sends from; None: the calling thread's current one. `arena_bytes`: see
         `WeightPublisher`."""
         self._arena_bytes = arena_bytes
+        self._staging = staging
         self._target: Target
         if isinstance(target, Sequence) and not isinstance(target, str):
             self._target = JointTarget(target)
@@ -307,14 +310,13 @@ class EngineEndpoint:
             and info.process.host == host_id()
         )
 
-    @staticmethod
     def _open(
-        channel: Channel, arena: Arena, layout: Layout, transport: str, deadline: Deadline
+        self, channel: Channel, arena: Arena, layout: Layout, transport: str, deadline: Deadline
     ) -> PackedArena:
         """Have the engine open it. When that fails here, it is closed, at both ends."""
         future: Future[ArenaOpened] | None = None
         try:
-            message = OpenArena(handle=arena.handle)
+            message = OpenArena(handle=arena.handle, staging=self._staging)
             future = channel.submit(message, deadline.left_s("open the arena"))
             opened: ArenaOpened = deadline.wait(future, "OpenArena")
         except BaseException:

@@ -22,7 +22,14 @@ from ..layout.manifest import NamedTensors
 from ..report import SyncReport
 from ..wire.cancellation import on_a_thread, threaded
 from ..wire.deadline import Deadline
-from ..wire.messages import EngineInfo, FingerprintReply, GetFingerprint, KvPolicyName, VerifyMode
+from ..wire.messages import (
+    EngineInfo,
+    FingerprintReply,
+    GetFingerprint,
+    KvPolicyName,
+    Staging,
+    VerifyMode,
+)
 from ..wire.process import Home
 from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
 from .open_session import UpdateOptions, check_choice
@@ -64,6 +71,12 @@ class WeightPublisher:
     `arena_bytes`: over CUDA IPC, what may be taken of the trainer's GPU; None: as much as the model. Below that the
     arena is two buckets that are filled and read in turn, each at least as large as the largest tensor, and the engine
     keeps the bytes on its own GPU until the commit, its shard once more.
+
+    `staging`: where bytes wait for the commit that do not stay in the arena (over a group, from memory of the host to a
+    GPU, from another GPU, in two buckets). "extra": memory of the engine's for its weights once more, for as long as
+    this publisher is connected; generation goes on. "kv_cache": as much, but of what the KV cache has given back
+    (`release_memory_occupation`), and for the length of an update. "none": no memory, and no version meanwhile: what is
+    checked is written at once, running requests end, and nothing is generated until the update is complete.
     """
 
     def __init__(
@@ -76,9 +89,11 @@ class WeightPublisher:
         group_host: str = "127.0.0.1",
         group_backend: GroupBackend = "auto",
         arena_bytes: int | None = None,
+        staging: Staging = "extra",
     ) -> None:
         check_choice("transport", transport, get_args(TransportChoice))
         check_choice("group_backend", group_backend, get_args(GroupBackend))
+        check_choice("staging", staging, get_args(Staging))
         self._timeout_s = timeout_s
         self._home = Home("the publisher")
         self._lock = threading.RLock()
@@ -89,6 +104,7 @@ class WeightPublisher:
             group_host=group_host,
             group_backend=group_backend,
             arena_bytes=arena_bytes,
+            staging=staging,
         )
         self._bucket_bytes = bucket_bytes
         self._update: Update | None = None
@@ -440,21 +456,7 @@ class WeightPublisher:
             update.stage_items(window, (selector.take((i,)) for i in named_tensors), deadline)
             selector.finish(strict=strict)
             return
-        pending: list[int] = []
-        num_bytes = 0
-        for item in named_tensors:  # to its end even after a problem: it may be a collective
-            selection = selector.take((item,))
-            rows = list(selection.sources)
-            update.copy(rows, list(selection.sources.values()))
-            update.count(selection)
-            pending += rows
-            num_bytes += int(update.packed.num_bytes[rows].sum())
-            if num_bytes >= self._bucket_bytes:
-                update.announce(update.finish(pending), deadline)
-                pending, num_bytes = [], 0
-        selector.finish(strict=strict)
-        if pending:
-            update.announce(update.finish(pending), deadline)
+        update.stage_each(named_tensors, self._bucket_bytes, deadline, strict=strict)
 
     def _commit(self, update: Update, deadline: Deadline) -> SyncReport:
         try:

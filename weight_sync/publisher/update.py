@@ -135,6 +135,31 @@ class Update(OpenSession):
                 )
             self._announce_half(rows, values, place, deadline)
 
+    def stage_each(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        bucket_bytes: int,
+        deadline: Deadline,
+        *,
+        strict: bool,
+    ) -> None:
+        """Pack and announce tensors that come one by one into an arena that holds them all."""
+        pending: list[int] = []
+        num_bytes = 0
+        for item in named_tensors:  # to its end even after a problem: it may be a collective
+            selection = self.selector.take((item,))
+            rows = list(selection.sources)
+            self.copy(rows, list(selection.sources.values()))
+            self.count(selection)
+            pending += rows
+            num_bytes += int(self.packed.num_bytes[rows].sum())
+            if num_bytes >= bucket_bytes:
+                self.announce(self.finish(pending), deadline)
+                pending, num_bytes = [], 0
+        self.selector.finish(strict=strict)
+        if pending:
+            self.announce(self.finish(pending), deadline)
+
     def stage_items(
         self, window: Window, selections: Iterable[Selection], deadline: Deadline
     ) -> None:

@@ -36,6 +36,13 @@ class WeightHost(Protocol):
         """While it is held, the memory of the parameters is not given back. Whoever reads them outside of a step
         boundary and of a session takes it first, and asks `unwritable` then."""
 
+    def lend_kv_cache(self) -> None:
+        """Keep the released memory of the KV cache free for an update until `return_kv_cache`; `WeightUpdateError`
+        while it is not released. The receiver's thread, as the other one."""
+
+    def return_kv_cache(self) -> None:
+        """The KV cache may have its memory again."""
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """The resident bytes are those of `version`: refresh derived state and apply the KV policy (None: the engine's
         default). After a roll-back it comes with the previous version and "flush": nothing that was computed with the

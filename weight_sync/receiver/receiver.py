@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from ..errors import (
-    ProtocolError,
     SessionError,
     SyncError,
     TornWeightsError,
@@ -33,7 +32,7 @@ from ..plan.encoding import FULL, Encoding
 from ..plan.plan_cache import PlanCache
 from ..transports.arena import OpenedArena
 from ..transports.group.process_group import UpdateGroup
-from ..transports.group.shadow_stage import StageMemory
+from ..transports.group.stage_memories import StageMemories
 from ..wire.messages import (
     PROTOCOL_VERSION,
     Begin,
@@ -57,7 +56,7 @@ from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
 from .repair import Repair
 from .resident import ResidentFingerprints
-from .session import Phase, Session
+from .session import Phase, Session, check_wishes
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +96,8 @@ class WeightReceiver:
         self._served = Served(version=version, label=str(version) if label is None else label)
         self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
-        self.stage_memory = StageMemory(weight_map, self.device)
-        """Of sessions whose bytes come over a group."""
+        self.stages = StageMemories(weight_map, self.device, host, self._tear_for_update)
+        self.stage_memory = self.stages.extra
         self._epoch = 0
         self._session: Session | None = None
         self._committing: str | None = None  # its id
@@ -198,16 +197,8 @@ class WeightReceiver:
         if self._session is not None:
             raise self._session.busy()
         version = next_version(request, self.version)
-        if request.verify == "overlapped" and self._agreement.size > 1:
-            raise WeightUpdateError(
-                f"verify: got 'overlapped' with {self._agreement.size} ranks, expected 'pause'; overlapped "
-                "verification needs an engine of one rank"
-            )
-        if request.lease_s <= 0:
-            raise ProtocolError(
-                f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
-            )
         arena = self._arenas.get(request.arena_id)
+        check_wishes(request, self.num_ranks, unstaged=arena.unstaged)
         with self._host.reading():
             gone = self._host.unwritable()
             if gone is not None and not self._plans.knows(
@@ -383,6 +374,14 @@ class WeightReceiver:
         served = self._served
         self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))
         self._host.weights_torn(reason)
+
+    def _tear_for_update(self) -> None:
+        """The session is about to write into the parameters: from a step boundary on they serve nobody."""
+        session = self._session
+        assert session is not None, "it is open"
+        what = f"the update to version {session.version} without a stage was not completed"
+        name = f"unstaged/{session.request.session_id}"
+        self._host.between_steps(lambda: self.lose_weights(what), session.lease_left_s, name)
 
     def _lost(self, reason: str) -> None:
         self._resident.forget()

@@ -15,7 +15,7 @@ from ..errors import DeadlineExceeded, ProtocolError, TransportError
 from ..transports.arena import OpenedArena
 from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
 from ..transports.group.group_arena import GroupTable, OpenedGroupArena
-from ..transports.group.shadow_stage import NoStageMemory
+from ..transports.group.shadow_stage import NoStageMemory, StageMemory
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import OpenedLocalArena
 from ..transports.shared_memory import OpenedSharedMemoryArena
@@ -88,7 +88,7 @@ class WeightService:
             idle=receiver.sweep,
             end=self._end,
         )
-        receiver.stage_memory.wait = self._queue.wait
+        receiver.stages.wait_with(self._queue.wait)
 
     def handle(self, call: Call) -> None:
         """Queue a call; any thread. Its body is one of `messages.WeightRequest`."""
@@ -147,7 +147,8 @@ class WeightService:
         return action(body)
 
     def _open_arena(self, message: OpenArena) -> ArenaOpened:
-        return ArenaOpened(arena_id=self.receiver.add_arena(self._open(message.handle)))
+        opened = self._open(message.handle, self.receiver.stages.of(message.staging))
+        return ArenaOpened(arena_id=self.receiver.add_arena(opened))
 
     def _close_arena(self, message: CloseArena) -> Ack:
         self.receiver.close_arena(message.arena_id)
@@ -192,18 +193,18 @@ class WeightService:
         self.receiver.set_label(message)
         return Ack()
 
-    def _open(self, handle: ArenaHandle) -> OpenedArena:
+    def _open(self, handle: ArenaHandle, stages: StageMemory) -> OpenedArena:
         if isinstance(handle, GroupHandle):
-            return OpenedGroupArena(self._groups, handle, self.receiver.stage_memory)
+            return OpenedGroupArena(self._groups, handle, stages)
         if isinstance(handle, CudaIpcHandle):
             return OpenedCudaIpcArena(
                 handle,
                 self._allocations,
-                self.receiver.stage_memory,
+                stages,
                 in_parts=self.receiver.num_ranks > 1,
             )
         if not isinstance(handle, LocalHandle):
-            return self._open_shared_memory(handle)
+            return self._open_shared_memory(handle, stages)
         buffer = self._lent.pop(handle.key, None)
         if buffer is None or buffer.numel() != handle.num_bytes:
             raise TransportError(
@@ -212,10 +213,10 @@ class WeightService:
             )
         return OpenedLocalArena(buffer)
 
-    def _open_shared_memory(self, handle: SharedMemoryHandle) -> OpenedArena:
+    def _open_shared_memory(self, handle: SharedMemoryHandle, stages: StageMemory) -> OpenedArena:
         if needs_upload(self.receiver.device):
             try:
-                return OpenedUploadedArena(handle, self.receiver.stage_memory)
+                return OpenedUploadedArena(handle, stages)
             except NoStageMemory as error:
                 logger.warning("updates are written out of the host's memory: %s", error)
         return OpenedSharedMemoryArena(handle)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import FingerprintMismatch, ProtocolError, SessionBusy
+from ..errors import FingerprintMismatch, ProtocolError, SessionBusy, WeightUpdateError
 from ..layout.manifest import Manifest, mismatch
 from ..plan.plan import Plan
 from ..plan.plan_cache import KnownPlan
@@ -151,6 +151,8 @@ class Session:
 
     def take_from_groups(self, memory: StageMemory, group: UpdateGroup) -> None:
         """From now on tensors may come over `group` as well; what is staged stays staged."""
+        if isinstance(self.stage, UploadedStage):
+            memory = self.stage.memory  # beside what is there
         if isinstance(self.stage, ArenaStage | UploadedStage):
             self.stage = JointStage(self.stage, memory, group, np.flatnonzero(self.present))
 
@@ -203,6 +205,24 @@ class Session:
         if doubled:
             names = [f"{self.manifest.tensors[i].name}: sent more than once" for i in doubled]
             raise mismatch("the session got tensors twice", names, "send every tensor once")
+
+
+def check_wishes(request: Begin, num_ranks: int, *, unstaged: bool) -> None:
+    """Refuse what nobody can do; `unstaged`: its arena's bytes are written as they come."""
+    if request.verify == "overlapped" and num_ranks > 1:
+        raise WeightUpdateError(
+            f"verify: got 'overlapped' with {num_ranks} ranks, expected 'pause'; overlapped verification needs an "
+            "engine of one rank"
+        )
+    if request.lease_s <= 0:
+        raise ProtocolError(
+            f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"
+        )
+    if unstaged and not request.strict:
+        raise WeightUpdateError(
+            "an update without a stage must be complete: got strict=False with staging='none', expected strict=True; "
+            "send all tensors, or stage them (staging='extra')"
+        )
 
 
 def column(data: bytes, dtype: str) -> np.ndarray:

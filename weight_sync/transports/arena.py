@@ -55,6 +55,10 @@ class OpenedArena(Protocol):
     def owner(self) -> ProcessRef:
         """The trainer; when it dies, the arena is of no use."""
 
+    @property
+    def unstaged(self) -> bool:
+        """Its bytes are written as they come: an update must be complete."""
+
     def stage(self, plan: "Plan") -> "Stage":
         """Where a session's bytes wait for its commit; `TransportError` when the arena is too small for the plan."""
 
@@ -72,6 +76,7 @@ class SharedBytes:
     """Part of both ends where trainer and engine look at the same memory: nothing has to be carried."""
 
     broken: str | None = None
+    unstaged: bool = False
 
     def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """The engine sees the bytes."""

@@ -114,12 +114,14 @@ class OpenedCudaIpcArena(SharedBytes):
             self.close()
             raise
         self._buffer = allocation.tensor[handle.offset + HEADER_BYTES : end]
+        self.unstaged = False
         needed = handle.is_window or in_parts
         if needed or handle.device != table.device_id:
             assert stages is not None, "an engine has it"
             try:
                 stages.hold(sparing=not needed)
                 self._stages = stages
+                self.unstaged = stages.unstaged
             except NoStageMemory as error:
                 if needed:
                     self.close()

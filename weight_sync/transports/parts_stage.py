@@ -39,6 +39,7 @@ class PartsStage(UploadedStage):
         self._check_place(rows, at)
         assert self._plan is not None, "the session has ended"
         start = time.perf_counter()
+        self.memory.before_move()
         with torch.cuda.stream(self._uploads):
             for part, first in self._runs(np.sort(rows.astype(np.int64)), at):
                 chunk = self._plan.chunk(part)

@@ -38,6 +38,7 @@ class OpenedUploadedArena(OpenedSharedMemoryArena):
     def __init__(self, handle: SharedMemoryHandle, memory: StageMemory) -> None:
         memory.hold(sparing=True)
         self._memory: StageMemory | None = memory
+        self.unstaged = memory.unstaged
         self._registration: Registration | None = None
         try:
             super().__init__(handle)
@@ -75,7 +76,8 @@ class UploadedStage:
         self._is_window = is_window
         self.plan = plan
         """What writes it."""
-        self._memory = memory
+        self.memory = memory
+        """Where it keeps them."""
         self._manifest = plan.manifest
         self._buffer = buffer
         self._plan: ShadowPlan | None = memory.plan(plan)
@@ -94,6 +96,7 @@ class UploadedStage:
                 if arrived is not None:
                     arrived.wait()
                 check(chunk.rows, chunk.fingerprints(incoming))
+                self.memory.before_move()
                 chunk.move(incoming)
             if self._checks is not None:  # before the receive buffer is written again
                 self._checks.synchronize()
@@ -116,7 +119,7 @@ class UploadedStage:
     def write(self, rows: np.ndarray | None) -> None:
         assert self._plan is not None, "the session has ended"
         self._plan.write(rows)
-        self._mark.record(self._memory.device)
+        self._mark.record(self.memory.device)
 
     def after_write(self) -> None:
         self._mark.follow()
@@ -126,6 +129,7 @@ class UploadedStage:
         if self._uploads is not None:  # the trainer may write into its arena from now on
             self._uploads.synchronize()
         self._plan, self._buffer = None, torch.empty(0, dtype=torch.uint8)
+        self.memory.session_over()
 
     def _check_place(self, rows: np.ndarray, at: int | None) -> None:
         """`ProtocolError` unless a bucket has a place of its own exactly where the arena is a window."""
@@ -159,7 +163,7 @@ class UploadedStage:
                 self._check_range(ranges[-1][1])
             incoming = chunk.home
             if incoming is None:
-                incoming = self._memory.incoming(number % 2, size)
+                incoming = self.memory.incoming(number % 2, size)
             uploaded = chunk, incoming, self._upload(ranges, incoming)
             at = None if at is None else at + size
             if held is not None:

@@ -37,6 +37,7 @@ Indices = Annotated[bytes, Meta(max_length=4 * MAX_TENSORS)]
 Fingerprints = Annotated[bytes, Meta(max_length=8 * MAX_TENSORS)]
 KvPolicyName = Literal["keep", "recompute", "flush"]
 VerifyMode = Literal["pause", "overlapped"]
+Staging = Literal["extra", "kv_cache", "none"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -173,6 +174,8 @@ class OpenArena(Message, frozen=True, kw_only=True):
 
     handle: ArenaHandle
     """Where the bytes are."""
+    staging: Staging = "extra"
+    """Where they wait for a commit, if they do not stay where they are; see `WeightPublisher`."""
 
 
 class ArenaOpened(Message, frozen=True, kw_only=True):

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
+from weight_sync.errors import WeightUpdateError
+
 from ...errors import RolloutError
 from ...protocol.commands import MEMORY_TAGS, MemoryTag
 from ...runner.memory_regions import HostCopy, MemoryRegion, region_of
@@ -20,6 +22,7 @@ class MemoryOccupation:
         self._regions: dict[MemoryTag, MemoryRegion] = {}
         self._host_copy: HostCopy | None = None
         self._weights_kept = False
+        self._lent = False
         self.released: set[MemoryTag] = set()
         """Tags whose memory is gone."""
         self.reading = threading.RLock()
@@ -68,6 +71,31 @@ class MemoryOccupation:
         `RolloutError` where there is not enough of it; then nothing has changed.
         """
         changed = [tag for tag in MEMORY_TAGS if tag in tags and tag in self.released]
+        with self.reading:
+            if "kv_cache" in changed and self._lent:
+                raise RolloutError(
+                    "cannot resume kv_cache: an update waits in its memory (staging='kv_cache'); resume it when the "
+                    "update has ended, or abort that"
+                )
+            return self._resume(changed)
+
+    def lend_kv_cache(self) -> None:
+        """Keep what the KV cache gave back free for an update; `WeightUpdateError` if it has not. Any thread."""
+        with self.reading:
+            if "kv_cache" not in self.released:
+                raise WeightUpdateError(
+                    "the update is to wait in the memory of the KV cache (staging='kv_cache'): got a KV cache that has "
+                    "its memory, expected one that is released; call release_memory_occupation(['kv_cache']) first, or "
+                    "use staging='extra'"
+                )
+            self._lent = True
+
+    def return_kv_cache(self) -> None:
+        """The update is over; any thread."""
+        with self.reading:
+            self._lent = False
+
+    def _resume(self, changed: list[MemoryTag]) -> tuple[list[MemoryTag], int]:
         taken: list[MemoryTag] = []
         try:
             for tag in changed:

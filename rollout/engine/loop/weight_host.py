@@ -87,6 +87,14 @@ class EngineWeightHost:
         """While it is held, the memory of the parameters is not given back."""
         return self._memory.reading
 
+    def lend_kv_cache(self) -> None:
+        """The KV cache's released memory is an update's until `return_kv_cache`."""
+        self._memory.lend_kv_cache()
+
+    def return_kv_cache(self) -> None:
+        """The KV cache may be resumed again."""
+        self._memory.return_kv_cache()
+
     def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
         """New bytes are resident: refresh what is derived from them, move the version, treat the KV."""
         self.torn = None

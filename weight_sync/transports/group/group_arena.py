@@ -67,6 +67,7 @@ class OpenedGroupArena:
         self._owner = handle.owner
         self._ends_group = handle.ends_group
         self._memory: StageMemory | None = memory
+        self.unstaged = memory.unstaged
         memory.hold()
 
     @property

@@ -41,6 +41,9 @@ class NoStageMemory(TransportError):
 class StageMemory:
     """The memory of all stages of one rank, which has one session at a time. There while somebody holds it."""
 
+    unstaged = False
+    """What is checked goes into the parameters at once: an update must be complete."""
+
     def __init__(self, weight_map: WeightMap, device: torch.device) -> None:
         self._weight_map = weight_map
         self._device = device
@@ -117,6 +120,12 @@ class StageMemory:
         self._plans.move_to_end(digest)
         return known
 
+    def before_move(self) -> None:
+        """Checked bytes are about to be put where they wait. The receiver's thread."""
+
+    def session_over(self) -> None:
+        """The session that had a plan of it has ended. Safe to repeat."""
+
     def settle(self) -> None:
         """Wait for the device: the copies of a stage are done before any other stream or thread looks."""
         if self._device.type == "cuda":
@@ -169,6 +178,7 @@ class ShadowStage:
             start = time.perf_counter()
             try:
                 check(chunk.rows, chunk.fingerprints(incoming))
+                self._memory.before_move()
                 chunk.move(incoming)
             except Exception as error:
                 failure = error
@@ -197,6 +207,7 @@ class ShadowStage:
                     chunk.manifest.views(incoming), [sources[row] for row in chunk.rows.tolist()]
                 )
             found.append(chunk.fingerprints(incoming))
+            self._memory.before_move()
             chunk.move(incoming)
         self._memory.settle()
         return np.concatenate(found)
@@ -218,6 +229,7 @@ class ShadowStage:
             self._group.destroy(wait_s=0.0)
             self._memory.forget()
         self._receiving, self._plan = False, None
+        self._memory.session_over()
 
     def _chunks(self, rows: np.ndarray) -> Iterator[Chunk]:
         assert self._plan is not None, "the session has ended"
