@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..hints import did_you_mean
 from .app import build_app
 from .config import ServerConfig, ServeSettings
+from .patience import patient_protocol
 from .state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def serve(
         build_app(state),
         log_level=config.log_level,
         access_log=config.log_level in ("debug", "info"),
-        http="httptools",
+        http=patient_protocol(config.slow_client_s),
         loop="uvloop",
         ws="none",
         lifespan="on",

@@ -1,5 +1,6 @@
 """Clients that vanish, clients that do not read, servers that are told to end, and owners that die."""
 
+import contextlib
 import json
 import os
 import signal
@@ -96,6 +97,98 @@ def test_a_body_that_never_comes_is_not_waited_for(http, server):
     with connection(server) as client:
         client.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert b" 408 " in client.recv(4096).partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("beginning", [b"", b"G", b"GET /health HTTP/1.1\r\nHost: localh"])
+def test_a_head_that_never_comes_is_not_waited_for(server, beginning):
+    with connection(server) as client:
+        client.sendall(beginning)
+        answer = read_to_end(client)
+    assert answer.startswith(b"HTTP/1.1 408 ") if beginning else answer == b""
+
+
+def test_a_head_that_comes_drop_by_drop_is_not_waited_for(server):
+    """Each byte alone would keep a connection open whose clock began anew with it."""
+    with connection(server) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < start + 60:
+                client.sendall(b"x")
+                time.sleep(0.05)
+
+
+def test_a_connection_is_kept_for_the_next_request_and_its_head_has_a_clock_too(server):
+    request = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connection(server) as client:
+        for _ in range(3):
+            client.sendall(request)
+            assert b'{"status":"ok"}' in client.recv(4096)
+        client.sendall(request[:20])
+        assert read_to_end(client).startswith(b"HTTP/1.1 408 ")
+
+
+def test_requests_behind_one_that_takes_long_are_not_late(http, server):
+    """The server itself does not read on meanwhile, though a part of the third one's head has come."""
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    ping = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    http.post("/slow_down", json={"forward_sleep_time": 1.2}).raise_for_status()
+    try:
+        with connection(server) as client:
+            client.sendall(request_bytes(body) + ping + ping[:20])
+            answers = client.recv(1 << 16)
+            while b'{"status":"ok"}' not in answers:
+                answers += client.recv(1 << 16)
+            client.sendall(ping[20:])
+            assert b'{"status":"ok"}' in client.recv(4096)
+    finally:
+        http.post("/slow_down", json={"forward_sleep_time": 0})
+    assert b'"output_ids"' in answers
+
+
+def test_a_head_without_end_is_cut_off(http, server):
+    before = resident_bytes(server)
+    with connection(server) as client:
+        answer = b""
+        try:
+            client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            for _ in range(1000):
+                client.sendall(b"x" * (1 << 16))
+        except ConnectionError:
+            pass
+        else:
+            answer = read_to_end(client)
+    assert answer in (b"",) or answer.startswith(b"HTTP/1.1 431 ")
+    assert resident_bytes(server) < before + (32 << 20)
+    assert http.get("/health").status_code == 200
+
+
+def test_a_client_that_was_turned_away_is_not_listened_to_for_ever(serve):
+    server = serve({"api_keys": ["k"], "slow_client_s": 3.0})
+    with connection(server) as client:
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+        client.sendall(head)
+        assert b" 401 " in client.recv(4096).partition(b"\r\n")[0]
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < start + 60:
+                client.sendall(b"x")
+                time.sleep(0.05)
+
+
+def read_to_end(client):
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while part := client.recv(4096):
+            answer += part
+    return answer
+
+
+def resident_bytes(server):
+    for line in Path(f"/proc/{server.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
 
 
 def test_a_server_that_is_told_to_end_lets_what_runs_finish(serve):
