@@ -80,6 +80,7 @@ class GroupWeightCalls(WeightCalls):
         *,
         kv_policy: KvPolicyName | None = None,
         check_finite: bool = True,
+        fingerprint: int | None = None,
         **extras: Any,
     ) -> SyncReport:
         """Receive tensors that the trainer broadcasts now, one after the other, and make them the next version.
@@ -89,7 +90,9 @@ class GroupWeightCalls(WeightCalls):
         bucket without padding between its tensors. Whatever is wrong with names or shapes is raised after the bytes
         have come, so that the group stays in step; then nothing is written. A call that is refused before, because
         another update is under way for example, leaves the group: nobody may take its bytes for those of the next one.
-        Calls of several threads take their turns in order.
+        Calls of several threads take their turns in order. fingerprint: `weight_sync.fingerprint` of the tensors of
+        this call in the trainer, as (name, tensor) in the dtypes that are sent; what came is compared with it before
+        it is staged. Over NCCL nothing else proves that messages had the announced lengths.
         """
         if not names and load_format is None and not self._publisher.in_session:
             raise no_tensors("update_weights_from_distributed")  # Nobody broadcasts anything.
@@ -99,11 +102,17 @@ class GroupWeightCalls(WeightCalls):
                 raise WeightUpdateError(
                     f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'packed_bucket'"
                 )
+            if fingerprint is not None and not 0 <= fingerprint < 1 << 64:
+                raise WeightUpdateError(
+                    f"fingerprint: got {fingerprint}, expected a number of 64 bits; pass weight_sync.fingerprint of "
+                    "what is sent"
+                )
             announced = Announced(
                 names=names,
                 dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
                 shapes=shapes,
                 layout=GROUP_LAYOUTS[load_format],
+                fingerprint=fingerprint,
             )
             with self._publisher.exclusive() as in_session:
                 if in_session:

@@ -148,6 +148,7 @@ class DistributedBody(Body):
     flush_cache: bool = True
     weight_version: Label | None = None
     load_format: str | None = None
+    fingerprint: int | None = None
 
 
 async def update_weights_from_distributed(ask: Ask) -> Response:

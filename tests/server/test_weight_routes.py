@@ -415,6 +415,7 @@ def test_a_torch_distributed_trainer_broadcasts_to_the_server(http, other, in_se
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
         "group_name": name,
         "weight_version": None if in_session else "42",
+        "fingerprint": fingerprint(tensors),
     }
     with ThreadPoolExecutor() as background:
         joining = background.submit(http.post, "/init_weights_update_group", json=join)
@@ -427,9 +428,17 @@ def test_a_torch_distributed_trainer_broadcasts_to_the_server(http, other, in_se
         for tensor in tensors.values():
             group.broadcast(tensor.detach().contiguous(), 0).wait()
         assert taken.result().json()["success"] is True, taken.result().text
-    if in_session:
-        http.post("/end_weight_update").raise_for_status()
-    check_serves(http, tensors, "42")
+        if in_session:
+            http.post("/end_weight_update").raise_for_status()
+        check_serves(http, tensors, "42")
+        if in_session:  # What was sent is something else: the group is left.
+            wrong = {**announced, "fingerprint": announced["fingerprint"] ^ 1}
+            taken = background.submit(http.post, "/update_weights_from_distributed", json=wrong)
+            for tensor in tensors.values():
+                group.broadcast(tensor.detach().contiguous(), 0).wait()
+            assert taken.result().status_code == 400
+            assert "got fingerprint" in taken.result().json()["message"]
+            return
     left = http.post("/destroy_weights_update_group", json={"group_name": name})
     assert left.json()["success"] is True
     left = http.post("/destroy_weights_update_group", json={"group_name": name})

@@ -19,6 +19,7 @@ import weight_sync
 from rollout import Engine
 from weight_sync.errors import (
     DeadlineExceeded,
+    FingerprintMismatch,
     ManifestMismatch,
     ProtocolError,
     SessionBusy,
@@ -303,6 +304,43 @@ def test_a_trainer_that_sends_another_size_than_it_announced_is_refused(
         waiting.result(10)
     plain.close()
     assert engine.weights_fingerprint() == before
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+@pytest.mark.parametrize("session", [False, True], ids=["alone", "in a session"])
+def test_a_trainer_that_says_its_fingerprint_has_every_byte_compared(
+    engine: Engine, trainer: Any, load_format: str | None, session: bool
+) -> None:
+    """What NCCL makes of a message of another length has the right length, and anything inside."""
+    plain = PlainTrainer(engine)
+    named = [(name, tensor.detach().bfloat16()) for name, tensor in trainer.named_parameters()]
+    options: dict[str, Any] = {"load_format": load_format}
+    said = weight_sync.fingerprint(named)
+    assert plain.update(named, fingerprint=said, **options).complete
+    before = engine.weights_fingerprint()
+    if session:
+        engine.begin_weight_update()
+    wrong = [(name, tensor.clone()) for name, tensor in named]
+    wrong[3][1].view(-1)[-1] += 1.0
+    with pytest.raises(FingerprintMismatch, match=r"expected 0x[0-9a-f]+; send each"):
+        plain.update(wrong, fingerprint=said, **options)
+    if session:
+        with pytest.raises(WeightUpdateError):
+            engine.end_weight_update()
+    assert engine.weights_fingerprint() == before
+    with pytest.raises(TransportError, match="no update group"):
+        engine.update_weights_from_distributed(["model.norm.weight"], ["float32"], [[64]], NAME)
+    plain.close()
+    plain = PlainTrainer(engine)
+    with pytest.raises(WeightUpdateError, match="64 bits"):
+        engine.update_weights_from_distributed(
+            ["model.norm.weight"], ["float32"], [[64]], NAME, fingerprint=1 << 64
+        )
+    plain.close()
+    plain = PlainTrainer(engine)
+    norm = [("model.norm.weight", torch.full((64,), 5.0))]
+    assert plain.update(norm, fingerprint=weight_sync.fingerprint(norm)).updated == 1
+    plain.close()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "bool", "int32"])

@@ -25,7 +25,13 @@ from torch.distributed import distributed_c10d as c10d
 import weight_sync
 from rollout import Engine
 from weight_sync import WeightPublisher
-from weight_sync.errors import DeadlineExceeded, SessionBusy, SyncError, TransportError
+from weight_sync.errors import (
+    DeadlineExceeded,
+    FingerprintMismatch,
+    SessionBusy,
+    SyncError,
+    TransportError,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -281,3 +287,56 @@ def test_two_members_on_one_gpu_are_told_what_to_do(
         pytest.raises(SyncError, match="group_backend='gloo'"),
     ):
         publisher.publish(model, strict=False)
+
+
+LENGTHS = {
+    "half": 0.5,
+    "less by a few": -16,
+    "more by a few": 16,
+    "twice": 2,
+    "64 MiB more": 64 << 20,
+}
+
+
+@pytest.fixture(scope="module")
+def impatient(folder: Path) -> Iterator[Engine]:
+    with Engine(folder, device="cuda", kv_cache_bytes=1 << 20, request_timeout_s=4.0) as engine:
+        yield engine
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_what_nccl_makes_of_another_length_is_refused_by_the_fingerprint_or_the_deadline(
+    impatient: Engine, length: str
+) -> None:
+    """Its own ends tell nothing: it waits for ever, or gives the beginning of what was sent, or anything."""
+    name, shape, gpu = "lm_head.weight", [288, 64], torch.device("cuda", 1)
+    before, change = impatient.weights_fingerprint(), LENGTHS[length]
+    right = torch.randn(288 * 64, device=gpu)
+    size = int(right.numel() * change) if 0 < change < 3 else right.numel() + int(change) // 4
+    wrong = torch.randn(size, device=gpu)
+    wrong[: right.numel()].copy_(right[: wrong.numel()])
+    with torch.cuda.device(gpu), ThreadPoolExecutor(1) as background:
+        for sent in (wrong, right):
+            port = free_port()
+            joining = background.submit(
+                impatient.init_weights_update_group, "127.0.0.1", port, 1, 2, NAME, "nccl"
+            )
+            store, group = make_group("constructor", port, 2, gpu)
+            joining.result(30)
+            answer = background.submit(
+                impatient.update_weights_from_distributed,
+                *([name], ["float32"], [shape], NAME),
+                fingerprint=weight_sync.fingerprint([(name, sent)]),
+            )
+            group.broadcast(sent, 0)
+            error = answer.exception(60)
+            if sent is wrong:
+                assert isinstance(error, FingerprintMismatch | DeadlineExceeded), repr(error)
+                assert impatient.weights_fingerprint() == before
+            else:
+                assert error is None
+            group.abort()
+            del store, group
+    read = impatient.get_weights_by_name(name, truncate_size=288)
+    assert torch.equal(torch.tensor(read).view(-1)[:64], right[:64].cpu())

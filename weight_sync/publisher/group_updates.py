@@ -53,6 +53,8 @@ class Announced:
     """Likewise."""
     layout: GroupLayout
     """One broadcast a tensor, or one for all."""
+    fingerprint: int | None = None
+    """`weight_sync.fingerprint` of the trainer's tensors, 64 bits; None: it has not said."""
 
 
 class GroupUpdates:
@@ -249,6 +251,7 @@ class Taking:
             shapes=tuple(tuple(shape) for shape in announced.shapes),
             layout=announced.layout,
             timeout_s=timeout_s,
+            fingerprint=announced.fingerprint,
         )
         self._updates._receiving = update
         try:

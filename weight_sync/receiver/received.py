@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..errors import ManifestMismatch, ProtocolError, SessionError
+from ..errors import FingerprintMismatch, ManifestMismatch, ProtocolError, SessionError
 from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+from ..layout.fingerprints import fingerprint
 from ..layout.finite import refuse_non_finite
 from ..layout.manifest import Manifest, TensorMeta, align, mismatch, parse_dtype
 from ..plan.stage import Stage
@@ -58,7 +59,7 @@ def receive(
     """What the trainer broadcasts for `message`, in memory of the session's stage.
 
     `ManifestMismatch`, and nothing is received, for what cannot be a broadcast of this model's trainer;
-    `ProtocolError` in a group of a publisher.
+    `ProtocolError` in a group of a publisher; `FingerprintMismatch` when the trainer has sent something else.
     """
     if group.peer_is_ours:
         raise ProtocolError(
@@ -76,9 +77,23 @@ def receive(
     ]
     _check_sizes(metas, session.manifest)
     if message.layout == "tensors":
-        return _receive_tensors(group, metas, timeout_s, session.stage)
-    aligned = message.layout == "bucket"
-    return _receive_bucket(group, metas, timeout_s, session.stage, aligned=aligned)
+        tensors = _receive_tensors(group, metas, timeout_s, session.stage)
+    else:
+        aligned = message.layout == "bucket"
+        tensors = _receive_bucket(group, metas, timeout_s, session.stage, aligned=aligned)
+    if message.fingerprint is not None:
+        _compare(tensors, message.fingerprint)
+    return tensors
+
+
+def _compare(tensors: Sequence[NamedTensor], declared: int) -> None:
+    found = fingerprint(list(tensors))
+    if found != declared:
+        raise FingerprintMismatch(
+            f"{len(tensors)} tensors over a group ({', '.join(name for name, _ in tensors[:3])}...): got fingerprint "
+            f"{found:#018x}, expected {declared:#018x}; send each in the dtype, shape and order that were announced, "
+            "and pass weight_sync.fingerprint of what is sent"
+        )
 
 
 def _check_sizes(metas: Sequence[TensorMeta], manifest: Manifest) -> None:

@@ -250,8 +250,8 @@ class WeightReceiver:
         """Receive what a plain trainer broadcasts, and stage it; a failure ends the session.
 
         Whoever does not take the bytes leaves the group, lest the next call take them for its own. All ranks
-        receive the same. The trainer sends no fingerprints, so the reply has one of what came, for whoever asks several
-        ranks to compare.
+        receive the same. The trainer need not have sent a fingerprint, so the reply has one of what came, for whoever
+        asks several ranks to compare.
         """
         start = time.perf_counter()
         with left_on_error(group):

@@ -300,8 +300,8 @@ class LeaveGroup(Message, frozen=True, kw_only=True):
 class Receive(Message, frozen=True, kw_only=True):
     """Receive what a plain trainer broadcasts now, and stage it; answered by `BucketReply`.
 
-    There is nothing to compare the bytes with but the other ranks' copies: the trainer sends no fingerprints. All are
-    received or, with an error, the group is left.
+    Without a fingerprint there is nothing to compare the bytes with but the other ranks' copies. All are received or,
+    with an error, the group is left.
     """
 
     session_id: SessionId
@@ -322,6 +322,8 @@ class Receive(Message, frozen=True, kw_only=True):
     """One broadcast per tensor; one of a `FlattenedTensorBucket`; one of a bucket without padding."""
     timeout_s: Seconds
     """Give up when not all bytes have come by then."""
+    fingerprint: Annotated[int, Meta(ge=0)] | None = None
+    """`weight_sync.fingerprint` of the tensors in the trainer, under these names; None: it has not said."""
 
 
 class Vote(Message, frozen=True, kw_only=True):
