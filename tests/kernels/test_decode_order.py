@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_batch import Batch, Case
 from interpreted import Checks
-from test_paged_attention import Batch, Case
 
 from rollout_kernels import paged_decode as kernels
 
