@@ -198,6 +198,7 @@ class CudaGraphRunner:
         graph = torch.cuda.CUDAGraph()
         with (
             torch.inference_mode(),
+            paused_gc(),
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"),
         ):
             self._body(kind, inputs)
@@ -326,15 +327,26 @@ def _padding(size: int) -> list[Array]:
 
 @contextmanager
 def frozen_gc() -> Iterator[None]:
-    """No garbage collection, and what lives now is never looked at again by it: a collection may free a CUDA tensor
-    in the middle of a capture."""
-    was_enabled = gc.isenabled()
+    """No garbage collection, and those that torch asks for look at nothing that lives now. What was frozen before stays
+    so."""
+    was_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
+    try:
+        with paused_gc():
+            yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection: it may free a CUDA tensor in the middle of a capture."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
         if was_enabled:
             gc.enable()
