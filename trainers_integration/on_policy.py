@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from rollout.errors import ConfigError, InvalidRequestError
 from rollout_kernels import differentiable as ops
 from rollout_kernels.qk_norm_rope import HeadNorms, rotary_table
-from rollout_kernels.sequence_attention import sequence_attention
+from rollout_kernels.sequence_attention import SequenceLayout, sequence_attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -135,11 +135,12 @@ class OnPolicyForward:
         residual = torch.nn.functional.embedding(token_ids, inner.embed_tokens.weight)
         positions = torch.cat([torch.arange(length) for length in lengths])
         positions = positions.to(device=token_ids.device, dtype=torch.int32)
+        layout = SequenceLayout(tuple(lengths), token_ids.device)
         again = bool(getattr(inner, "gradient_checkpointing", False)) and inner.training
         run: Callable[..., Any] = _recomputed if again else _plainly
         x: torch.Tensor | None = None
         for index, layer in enumerate(inner.layers):
-            residual, x = run(self._layer, layer, index, residual, x, positions, lengths)
+            residual, x = run(self._layer, layer, index, residual, x, positions, layout)
         _, normed = ops.add_rms_norm(residual, x, inner.norm.weight, inner.norm.variance_epsilon)
         return normed
 
@@ -150,12 +151,12 @@ class OnPolicyForward:
         residual: torch.Tensor,
         x: torch.Tensor | None,
         positions: torch.Tensor,
-        lengths: Sequence[int],
+        layout: SequenceLayout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What came before, (T, E) and (T, E) that is still to be added to it -> the same after this layer."""
         norm = layer.input_layernorm
         residual, normed = ops.add_rms_norm(residual, x, norm.weight, norm.variance_epsilon)
-        attended = self._attend(layer.self_attn, index, normed, positions, lengths)
+        attended = self._attend(layer.self_attn, index, normed, positions, layout)
         norm = layer.post_attention_layernorm
         residual, normed = ops.add_rms_norm(residual, attended, norm.weight, norm.variance_epsilon)
         mlp = layer.mlp
@@ -168,7 +169,7 @@ class OnPolicyForward:
         index: int,
         x: torch.Tensor,
         positions: torch.Tensor,
-        lengths: Sequence[int],
+        layout: SequenceLayout,
     ) -> torch.Tensor:
         config = self._config
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -192,7 +193,7 @@ class OnPolicyForward:
             queries,
             keys,
             values,
-            lengths,
+            layout,
             scale=self._head_dim**-0.5,
             window=self._window(index),
         )

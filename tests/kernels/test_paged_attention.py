@@ -246,7 +246,7 @@ def a_deterministic_decode_has_the_same_bits_with_and_without_sharing(device: st
 
 @check
 def sequences_of_a_trainer_get_the_bits_of_a_decode_and_true_gradients(device: str) -> str:
-    from rollout_kernels.sequence_attention import reference, sequence_attention
+    from rollout_kernels import sequence_attention as trainer
 
     lengths = (70, 64, 1)
     plain = Case(lengths=lengths, queries=lengths, dtype=torch.bfloat16)
@@ -259,9 +259,10 @@ def sequences_of_a_trainer_get_the_bits_of_a_decode_and_true_gradients(device: s
         k, v = torch.cat(rows).unbind(1)
         inputs = [tensor.clone().requires_grad_() for tensor in (batch.q, k, v)]
         options = {"scale": batch.scale, "window": case.window}
-        out = sequence_attention(*inputs, case.lengths, **options)
+        layout = trainer.SequenceLayout(case.lengths, torch.device(device))
+        out = trainer.sequence_attention(*inputs, layout, **options)
         wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-        expected = reference(*wide, case.lengths, **options)
+        expected = trainer.reference(*wide, case.lengths, **options)
         found = [error(out.detach(), expected.detach())]
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         out.backward(weights)
