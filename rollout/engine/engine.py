@@ -313,7 +313,9 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCal
     def release_memory_occupation(
         self, tags: Sequence[MemoryTag] | None = None, keep_weights: bool = False
     ) -> Asking[MemoryChanged]:
-        """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay.
+        """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay, and with them the
+        captured decode steps; "cuda_graph" gives their memory back too, and they are captured anew, in seconds, once
+        everything has been resumed.
 
         Requests that run are queued again and wait; none is lost. Released weights are gone: after
         `resume_memory_occupation` the engine generates only when a complete update has committed (the label of its
@@ -322,7 +324,8 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCal
         Returns the tags that changed and their bytes, all ranks together.
         """
         answer: MemoryChanged = yield ReleaseMemory(
-            tags=memory_tags(tags), keep_weights=keep_weights
+            tags=memory_tags(("weights", "kv_cache") if tags is None else tags),
+            keep_weights=keep_weights,
         )
         return answer
 

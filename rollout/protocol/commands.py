@@ -23,8 +23,8 @@ Text = Annotated[str, Meta(max_length=1 << 16)]
 Ident = Annotated[str, Meta(max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=MAX_TOKENS)]
 PauseMode = Literal["abort", "retract", "in_place"]
-MemoryTag = Literal["weights", "kv_cache"]
-MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache", "cuda_graph")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):

@@ -154,6 +154,11 @@ class CudaGraphRunner:
         self.capture_s = time.perf_counter() - start
 
     @property
+    def captured(self) -> bool:
+        """There are graphs, wherever parameters and KV pool are by now."""
+        return bool(self._addresses)
+
+    @property
     def moved(self) -> bool:
         """Parameters or KV pool are not where the graphs have them; where one rank says so, all are to `forget`."""
         return self._addresses != self._current_addresses()

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from weight_sync.errors import WeightUpdateError
 
 from ...errors import RolloutError
@@ -120,9 +122,34 @@ class MemoryOccupation:
     def _region(self, tag: MemoryTag) -> MemoryRegion:
         if tag not in self._regions:
             pool, arena = self._runner.kv_pool, self._runner.model.arena
-            self._regions[tag] = (
-                region_of([pool.memory], [pool.mapped])
-                if tag == "kv_cache"
-                else region_of(arena.buffers.values(), arena.mapped)
-            )
+            if tag == "cuda_graph":
+                self._regions[tag] = _Graphs(self._runner)
+            elif tag == "kv_cache":
+                self._regions[tag] = region_of([pool.memory], [pool.mapped])
+            else:
+                self._regions[tag] = region_of(arena.buffers.values(), arena.mapped)
         return self._regions[tag]
+
+
+class _Graphs:
+    """The memory of captured decode steps. Whoever resumes it captures them anew, when all that they read is there."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.num_bytes = 0
+        """What the last release gave back."""
+
+    def release(self) -> None:
+        """Let go of the graphs, and of what torch keeps cached."""
+        device, self.num_bytes = self._runner.device, 0
+        if device.type != "cuda":
+            self._runner.forget_graphs()
+            return
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_reserved(device)
+        self._runner.forget_graphs()
+        torch.cuda.empty_cache()
+        self.num_bytes = before - torch.cuda.memory_reserved(device)
+
+    def resume(self) -> None:
+        """Nothing to do here."""

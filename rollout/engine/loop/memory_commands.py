@@ -117,11 +117,27 @@ class MemoryCommands:
             raise failure or RolloutError(
                 "cannot resume memory: another rank of the engine has none"
             )
-        graphs = self._runner.graphs
-        if graphs is not None and self._any_rank(graphs.moved):
-            graphs.forget()
+        self._recapture()
         self._moved()
         self._memory_changed(call, changed, num_bytes)
+
+    def _recapture(self) -> None:
+        """Decode steps over what is where it was, or elsewhere, once it is all there."""
+        graphs = self._runner.graphs
+        if graphs is None:
+            return
+        if self._any_rank(graphs.moved):
+            graphs.forget()
+        if graphs.captured or self._memory.released:
+            return
+        try:
+            graphs.capture()
+        except torch.OutOfMemoryError as error:
+            graphs.forget()
+            raise RolloutError(
+                f"memory was resumed, and no room is left to capture decode steps: {error}; have the trainer give "
+                "memory back (torch.cuda.empty_cache()): the next step tries again"
+            ) from error
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether it is so on any rank; all ranks ask at the same place in their order."""
