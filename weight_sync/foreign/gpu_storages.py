@@ -54,7 +54,13 @@ def _copy(
             f" them within an allocation of {memory.numel()}; send the tensors again"
         )
     if storage.must_wait:
-        event = torch.cuda.Event.from_ipc_handle(device, storage.event)
+        try:
+            event = torch.cuda.Event.from_ipc_handle(device, storage.event)
+        except RuntimeError as error:
+            raise TransportError(
+                f"cannot wait for a tensor in memory of {device}: {error}; expected the event of a living process of "
+                "this machine; send the tensors again"
+            ) from error
         torch.cuda.current_stream(device).wait_event(event)
     try:
         return memory[storage.offset + start : storage.offset + end].clone()

@@ -65,17 +65,18 @@ class WriteMark:
 
     def __init__(self) -> None:
         self._end: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
 
     def record(self, device: torch.device) -> None:
         """Everything that this thread's stream has been given up to now belongs to the write."""
         if device.type == "cuda":
-            self._end = torch.cuda.Event()
+            self._end, self._device = torch.cuda.Event(), device
             self._end.record(torch.cuda.current_stream(device))
 
     def follow(self) -> None:
-        """This thread's stream goes on behind it."""
+        """This thread's stream of that device, which need not be its current one, goes on behind it."""
         if self._end is not None:
-            self._end.wait()
+            self._end.wait(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """Until it is over."""

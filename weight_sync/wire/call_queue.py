@@ -1,5 +1,6 @@
 """Calls from any thread, worked off in their order by one thread, which is not deaf while it waits for a trainer."""
 
+import logging
 import math
 import threading
 import time
@@ -21,6 +22,8 @@ from .messages import (
     OpenArena,
 )
 from .rpc_wire import Call, typed
+
+logger = logging.getLogger(__name__)
 
 MEANWHILE = (
     *(Hello, GetIgnored, GetFingerprint, OpenArena, CloseArena),
@@ -92,9 +95,11 @@ class CallQueue:
     def _run(self) -> None:
         while self._work(None, lambda: False, math.inf):
             pass
-        self._end()
-        while self._calls:
-            self._calls.popleft().fail(self._shut_down())
+        try:
+            self._end()
+        finally:
+            while self._calls:
+                self._calls.popleft().fail(self._shut_down())
 
     def _work(self, kinds: tuple[type, ...] | None, done: Callable[[], bool], end: float) -> bool:
         """Serve one call of these kinds, or be idle for once; False when `done`, late or closing."""
@@ -118,7 +123,10 @@ class CallQueue:
             if call is not None:
                 self._calls.remove(call)
         if call is None:
-            self._idle()
+            try:
+                self._idle()
+            except Exception:  # as with a call: the thread goes on
+                logger.exception("the %s could not look after what it holds", self._what)
         else:
             self._serve(call)
         return True

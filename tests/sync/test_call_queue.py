@@ -1,0 +1,70 @@
+"""The thread that serves an engine's weights outlives whatever goes wrong on it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from weight_sync.errors import EngineDiedError
+from weight_sync.wire.call_queue import CallQueue
+
+
+class Asked:
+    """A call, as far as a queue looks at it."""
+
+    def __init__(self) -> None:
+        self.answer: Future[Any] = Future()
+
+    def fail(self, error: BaseException) -> None:
+        self.answer.set_exception(error)
+
+
+def test_what_fails_while_nobody_calls_does_not_end_the_thread() -> None:
+    failed = threading.Event()
+
+    def idle() -> None:
+        failed.set()
+        raise RuntimeError("an allocation could not be closed")
+
+    queue = CallQueue(
+        "test",
+        serve=lambda call: call.answer.set_result("served"),  # type: ignore[attr-defined]
+        pause=lambda: 0.001,
+        idle=idle,
+        end=lambda: None,
+    )
+    assert failed.wait(5)
+    call: Any = Asked()
+    queue.put(call)
+    assert call.answer.result(5) == "served"
+    queue.close()
+
+
+def test_an_end_that_fails_still_answers_what_is_queued() -> None:
+    serving, go_on = threading.Event(), threading.Event()
+
+    def serve(call: Any) -> None:
+        serving.set()
+        assert go_on.wait(5)
+
+    def end() -> None:
+        raise RuntimeError("the end broke on purpose")
+
+    threading.excepthook, before = lambda _: None, threading.excepthook
+    try:
+        queue = CallQueue("test", serve=serve, pause=lambda: None, idle=lambda: None, end=end)
+        first: Any = Asked()
+        second: Any = Asked()
+        queue.put(first)
+        assert serving.wait(5)
+        queue.put(second)
+        closing = threading.Thread(target=queue.close)
+        closing.start()
+        while not queue.closed:
+            pass
+        go_on.set()
+        assert isinstance(second.answer.exception(5), EngineDiedError)
+        closing.join(5)
+    finally:
+        threading.excepthook = before
