@@ -21,7 +21,7 @@ MARKS := -m "not load$(if $(HAS_GPU),, and not gpu)$(if $(HAS_BROWSER),, and not
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow test-load test-verl faults gpu-faults demo clean
+.PHONY: help venv lint format test test-slow test-load test-verl test-clients faults gpu-faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,19 @@ $(VERL_VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv $(VERL_VENV)
 	$(VERL_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(VERL_VENV)/bin/python -m pip install -q -e ".[test,ray,verl]"
+	@touch $@
+
+# Their metadata asks for other versions of torch and transformers than the engine's.
+CLIENTS_VENV ?= .venv-clients
+
+test-clients: $(CLIENTS_VENV)/.installed ## client classes of AReaL, SkyRL and others against a server, in $(CLIENTS_VENV)
+	$(subst $(BIN)/,$(CLIENTS_VENV)/bin/,$(PYTEST)) tests/trainers/clients $(PYTEST_ARGS)
+
+$(CLIENTS_VENV)/.installed: pyproject.toml tests/trainers/clients/requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(CLIENTS_VENV)/bin/python -m pip install -q -e ".[test,ray,server,trl]"
+	$(CLIENTS_VENV)/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/trainers/clients/requirements.txt
 	@touch $@
 
 FAULTS := $(addprefix tests/faults/test_,ray_deaths.py engine_*deaths.py pool_deaths.py engine_lies.py)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from weight_sync import SyncReport, WeightPublisher
+from weight_sync.wire.messages import KvPolicyName
 
 Weights = Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]]
 
@@ -47,7 +48,9 @@ class Pusher:
         self.addresses = list(addresses)
         self._publisher = WeightPublisher(self.addresses, bucket_bytes=bucket_bytes, **options)
 
-    async def push(self, weights: Weights, global_steps: int | None) -> SyncReport:
+    async def push(
+        self, weights: Weights, global_steps: int | None, *, kv_policy: KvPolicyName = "flush"
+    ) -> SyncReport:
         """Make the stream the next version, labelled with the trainer's step; it is exhausted also where that fails.
 
         A plain iterator is walked on this thread, where the trainer's collectives belong, so the event loop waits.
@@ -55,8 +58,8 @@ class Pusher:
         label = None if global_steps is None else str(global_steps)
         async with exhausted_on_error(weights) as stream:
             if isinstance(stream, AsyncIterable):
-                return await self._publisher.async_publish(stream, label=label, kv_policy="flush")
-            return self._publisher.publish(_unclosed(stream), label=label, kv_policy="flush")
+                return await self._publisher.async_publish(stream, label=label, kv_policy=kv_policy)
+            return self._publisher.publish(_unclosed(stream), label=label, kv_policy=kv_policy)
 
     def close(self) -> None:
         """Give the arena back; safe to call twice."""

@@ -26,6 +26,8 @@ REFUSED_IN_GENERATE = {
     "custom_logit_processor": "custom logit processors are not supported",
     "require_reasoning": "reasoning grammars are not supported",
     "return_hidden_states": "hidden states are not supported",
+    "return_bytes": "text is text; take output_ids for exact tokens",
+    "return_entropy": "entropies are not computed",
     "session_params": "sessions are not supported; send the whole prompt, its beginning is found in the prefix cache",
     "bootstrap_host": "disaggregated prefill is not supported",
     "bootstrap_port": "disaggregated prefill is not supported",

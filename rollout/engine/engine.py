@@ -270,9 +270,10 @@ class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCal
     async_abort_request = awaitable(abort_request)
 
     @asks
-    def flush_cache(self) -> Asking[None]:
-        """Drop all cached prefixes. Raises `RolloutError` while requests are pending."""
-        yield FlushCache()
+    def flush_cache(self, recompute: bool = False) -> Asking[None]:
+        """Drop all cached prefixes. Raises `RolloutError` while requests are pending; with `recompute` those that run,
+        frozen ones too, lose their keys and values as well, and compute them again before their next token."""
+        yield FlushCache(recompute=recompute)
 
     async_flush_cache = awaitable(flush_cache)
 

@@ -114,6 +114,7 @@ class GroupWeightCalls(WeightCalls):
                 layout=GROUP_LAYOUTS[load_format],
                 fingerprint=fingerprint,
             )
+            self._abort_if_asked(extras)
             with self._publisher.exclusive() as in_session:
                 if in_session:
                     return self._publisher.stage(lambda update: taking.stage(update, announced))

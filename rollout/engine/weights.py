@@ -29,6 +29,7 @@ from weight_sync.wire.messages import KvPolicyName, SetLabel, VerifyMode
 from ..errors import InvalidRequestError
 from ..models.model_config import ModelConfig
 from ..protocol.commands import (
+    AbortRequests,
     Done,
     GetStatus,
     GetWeights,
@@ -43,9 +44,10 @@ from .twins import Asking, asks, awaitable
 MAX_LABEL_CHARS = 512
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
-#: Keys that callers of the common dialect send and that are honoured by doing nothing, with the values that allow it.
+#: Keys that callers of the common dialect send, with the values that can be honoured: by doing nothing, but for
+#: `abort_all_requests`, which ends what runs before the update.
 HARMLESS = {
-    "abort_all_requests": (None, False),
+    "abort_all_requests": (None, False, True),
     "selector": (None,),
     "torch_empty_cache": (None, False, True),
     "keep_pause": (None, False),
@@ -168,6 +170,7 @@ class WeightCalls(EngineClient):
             )
         check_extras("update_weights_from_tensor", extras)
         tensors = _named_tensors(named_tensors, load_format)
+        self._abort_if_asked(extras)
         if self._publisher.in_session:
             return self._publisher.send(tensors)
         return self._publisher.publish(
@@ -208,6 +211,7 @@ class WeightCalls(EngineClient):
             )
         _check_same_model(Path(self.config.model_path), Path(model_path))
         checkpoint = read_checkpoint(model_path)
+        self._abort_if_asked(extras)
         report = self._publisher.publish(
             checkpoint.tensors,
             label=label_of(weight_version) or checkpoint.label,
@@ -219,6 +223,10 @@ class WeightCalls(EngineClient):
         return report
 
     async_update_weights_from_disk = threaded(update_weights_from_disk)
+
+    def _abort_if_asked(self, extras: Mapping[str, Any]) -> None:
+        if extras.get("abort_all_requests"):
+            self._call(AbortRequests(abort_all=True))
 
     @asks
     def get_weights_by_name(

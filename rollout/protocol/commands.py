@@ -99,7 +99,10 @@ class ContinueGeneration(Message, frozen=True, kw_only=True):
 
 
 class FlushCache(Message, frozen=True, kw_only=True):
-    """Drop every cached prefix; refused while requests are pending."""
+    """Drop every cached prefix; refused while requests are pending, unless they are to be computed again."""
+
+    recompute: bool = False
+    """Running requests lose their keys and values, too, and compute them again."""
 
 
 class StartProfile(Message, frozen=True, kw_only=True):

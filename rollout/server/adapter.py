@@ -166,9 +166,9 @@ class HttpServerEngineAdapter(HttpWeightCalls):
         ]
         return num
 
-    def flush_cache(self) -> None:
+    def flush_cache(self, recompute: bool = False) -> None:
         """Drop all cached prefixes; `RolloutError` while requests are pending."""
-        self._post("/flush_cache", {})
+        self._post("/flush_cache", {"recompute": recompute})
 
     def release_memory_occupation(
         self, tags: Sequence[Any] | None = None, keep_weights: bool = False

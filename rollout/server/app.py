@@ -11,7 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import control, dashboard, generate, inference, info, metrics, openai, pooling, weights
+from . import (
+    control,
+    dashboard,
+    generate,
+    inference,
+    info,
+    metrics,
+    openai,
+    pooling,
+    transfers,
+    weights,
+)
 from .access import Access
 from .replies import HttpError, error_reply
 from .routing import Route, add_routes
@@ -22,6 +33,7 @@ ROUTES: tuple[Route, ...] = (
     *info.ROUTES,
     *control.ROUTES,
     *weights.ROUTES,
+    *transfers.ROUTES,
     *openai.ROUTES,
     *inference.ROUTES,
     *pooling.ROUTES,

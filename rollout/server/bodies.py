@@ -19,6 +19,10 @@ class Body(msgspec.Struct, kw_only=True):
     """Base of request bodies; what is unknown is refused, unless a route hands it on."""
 
 
+class AnyBody(Body):
+    """Whatever is sent."""
+
+
 async def read_bytes(request: Request, patience_s: float) -> bytes:
     """The whole body; 408 when a client takes longer than `patience_s` to send it."""
     try:
@@ -69,7 +73,11 @@ def only(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def refuse_unknown(cls: type[Body], rest: Mapping[str, Any]) -> None:
-    """400 for the first field that no one knows, with the name that was probably meant."""
+    """400 for the first field that no one knows, with the name that was probably meant; none: nothing happens."""
+    if not rest:
+        return
     known = [info.encode_name for info in msgspec.structs.fields(cls)]
     name = next(iter(rest))
+    if not known:
+        raise HttpError(400, f"got a field {name!r}, expected none: nothing can be chosen here")
     raise HttpError(400, f"got an unknown field {name!r}; {did_you_mean(name, known)}")

@@ -90,7 +90,7 @@ class Calls:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._context_length: int | None = None
+        self._sizes: dict[str, int] = {}
 
     # ---- what routes call ------------------------------------------------------------------------------------------
 
@@ -178,10 +178,17 @@ class Calls:
 
     async def context_length(self) -> int:
         """Tokens that prompt and output may have together."""
-        if self._context_length is None:
+        return await self._resolved("context_length")
+
+    async def vocab_size(self) -> int:
+        """How many token ids the model has, with or without text."""
+        return await self._resolved("vocab_size")
+
+    async def _resolved(self, name: str) -> int:
+        if name not in self._sizes:
             status = await self._engine.async_status()
-            self._context_length = int(status.resolved["context_length"] or 0)
-        return self._context_length
+            self._sizes[name] = int(status.resolved[name] or 0)
+        return self._sizes[name]
 
     async def room_for(self, num_prompt_tokens: int) -> int:
         """Tokens that may follow such a prompt."""

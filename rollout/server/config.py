@@ -25,6 +25,9 @@ class ServerConfig:
     """Key for routes that concern everybody: weights, memory, pause, profile, aborting all. None: the API key."""
     served_model_name: str | None = None
     """Name of the model in the OpenAI routes; None: its path."""
+    enable_memory_saver: bool = False
+    """What `/server_info` says of it, where a trainer compares it with its own option (slime: `--offload-rollout`);
+    memory can be given back in any case."""
     chat_template: str | None = None
     """File with a Jinja chat template; None: the tokenizer's own."""
     max_body_bytes: int = 16 << 20

@@ -67,9 +67,16 @@ async def abort_request(ask: Ask) -> Response:
     return done(f"{num} requests ended", num_requests=num)
 
 
+class FlushBody(Body):
+    """What becomes of requests that run."""
+
+    recompute: bool = False
+    """They lose their keys and values, too, and compute them again; false: 400 while there are any."""
+
+
 async def flush_cache(ask: Ask) -> Response:
-    """Drop all cached prefixes; 400 while requests are pending."""
-    await ask.state.engine.async_flush_cache()
+    """Drop all cached prefixes; 400 while requests are pending, unless they are to be computed again."""
+    await ask.state.engine.async_flush_cache(ask.body.recompute)
     return done("the prefix cache is empty")
 
 
@@ -77,7 +84,7 @@ class MemoryBody(Body):
     """What to give back or take."""
 
     tags: list[MemoryTag] | MemoryTag | None = None
-    """"weights", "kv_cache"; null: both."""
+    """"weights", "kv_cache", "cuda_graph"; null: all."""
 
 
 class ReleaseBody(MemoryBody):
@@ -113,13 +120,17 @@ class ProfileBody(Body):
     """Options of the common dialect's profiler; none of them can be chosen here."""
 
     output_dir: str | None = None
+    start_step: int | None = None
     num_steps: int | None = None
     activities: list[str] | None = None
+    profile_by_stage: bool = False
+    with_stack: bool | None = None
+    record_shapes: bool | None = None
 
 
 async def start_profile(ask: Ask) -> Response:
     """Record what the engine loops do until `/stop_profile`."""
-    given = [name for name, value in msgspec.structs.asdict(ask.body).items() if value is not None]
+    given = [name for name, value in msgspec.structs.asdict(ask.body).items() if value]
     if given:
         raise HttpError(400, f"{given[0]}: cannot be chosen; leave it out, and stop by hand")
     await ask.state.engine.async_start_profile()
@@ -182,7 +193,7 @@ ROUTES = (
     Route(path="/pause_generation", handler=pause_generation, body=PauseBody, admin=True),
     Route(path="/continue_generation", handler=continue_generation, body=ContinueBody, admin=True),
     Route(path="/abort_request", handler=abort_request, body=AbortBody),
-    Route(path="/flush_cache", handler=flush_cache, methods=_BOTH, admin=True),
+    Route(path="/flush_cache", handler=flush_cache, methods=_BOTH, body=FlushBody, admin=True),
     Route(
         path="/release_memory_occupation",
         handler=release_memory_occupation,

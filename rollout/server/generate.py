@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from .bodies import Body
 from .disconnects import EventStream
-from .replies import error_body, json_reply, not_implemented, status_of
+from .replies import HttpError, error_body, json_reply, not_implemented, status_of
 from .routing import Ask, Route
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ DONE = b"data: [DONE]\n\n"
 class GenerateBody(Body):
     """Exactly one of `text` and `input_ids`; the other fields are one value for all prompts or a list of values."""
 
+    model: str | None = None
+    """The served model's name, as routers put it here; null: whatever is served."""
     text: str | list[str] | None = None
     input_ids: list[int | TokenIds] | None = None
     input_embeds: list[Any] | None = None
@@ -43,6 +45,16 @@ class GenerateBody(Body):
     timeout_s: float | None = None
 
 
+def check_model(ask: Ask, model: str | None) -> str:
+    """The name under which a model answers; 404 for one that is not served."""
+    served = ask.state.model_name
+    path = ask.state.engine.model_path
+    known = {name for whole in (served, path) for name in (whole, whole.rpartition("/")[2])}
+    if model in (None, "", "default") or model in known:
+        return served
+    raise HttpError(404, f"model: got {model!r}, expected {served!r}, which is served")
+
+
 def sse(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
@@ -53,9 +65,10 @@ async def generate(ask: Ask) -> Response:
     body: GenerateBody = ask.body
     if body.input_embeds is not None:
         raise not_implemented("input_embeds: got input embeddings, expected text or input_ids")
+    check_model(ask, body.model)
     arguments = {**ask.extras, **msgspec.structs.asdict(body)}
     arguments["prompt"] = arguments.pop("text")
-    del arguments["input_embeds"], arguments["stream"]
+    del arguments["input_embeds"], arguments["stream"], arguments["model"]
     if not body.stream:
         return json_reply(await ask.state.calls.whole(ask.request, ask.client, arguments))
     chunks = await ask.state.calls.stream(ask.request, ask.client, arguments)

@@ -11,7 +11,8 @@ from starlette.responses import Response
 from ..errors import RolloutError
 from ..protocol.commands import MemoryTag, PauseMode
 from .bodies import Body
-from .openai import check_model, render
+from .generate import check_model
+from .openai import render
 from .openai_results import Shape, chat_logprobs, prompt_logprobs, reasons
 from .replies import HttpError, done, json_reply, not_implemented
 from .routing import Ask, Route
@@ -19,6 +20,8 @@ from .routing import Ask, Route
 _MODES: dict[str, PauseMode] = {"abort": "abort", "keep": "in_place", "wait": "in_place"}
 #: What the dialect calls a parameter -> what the engine does.
 _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+#: Details of what this route does not return, and is not asked for by them.
+_OF_ABSENT = ("routed_experts_prompt_start",)
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "detokenize": (True, False),
     "output_kind": (0, 1, 2),
@@ -105,7 +108,7 @@ def _sampling(given: dict[str, Any]) -> tuple[dict[str, Any], int | None, int | 
     """Sampling parameters under the engine's names, and how many log-probabilities of output and prompt."""
     params: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name in ("logprobs", "prompt_logprobs"):
+        if value is None or name in ("logprobs", "prompt_logprobs", *_OF_ABSENT):
             continue
         if name in _HARMLESS:
             if value not in _HARMLESS[name]:
@@ -194,10 +197,12 @@ async def detokenize(ask: Ask) -> Response:
     tokenizer = ask.state.tokenizer
     if tokenizer is None:
         raise HttpError(400, "the server has no tokenizer; start it with one")
-    size = len(tokenizer.inner)
-    if any(not 0 <= token < size for token in ask.body.tokens):
-        raise HttpError(400, f"tokens: expected ids below {size}")
-    text = tokenizer.inner.decode(ask.body.tokens) if ask.body.tokens else ""
+    known, size = len(tokenizer.inner), await ask.state.calls.vocab_size()
+    if any(not 0 <= token < max(known, size) for token in ask.body.tokens):
+        raise HttpError(400, f"tokens: expected ids below {max(known, size)}")
+    # Many models have more rows than tokens, and may draw one of those: it has no text.
+    ids = [token for token in ask.body.tokens if token < known]
+    text = tokenizer.inner.decode(ids) if ids else ""
     return json_reply({"prompt": text, "text": text})
 
 
@@ -244,17 +249,16 @@ async def is_paused(ask: Ask) -> Response:
 
 
 class ResetQuery(Body):
-    """Has no effect beyond the reset."""
+    """What to reset."""
 
     reset_running_requests: bool = False
+    """Running requests, frozen ones too, lose their keys and values and compute them again."""
     reset_external: bool = False
 
 
 async def reset_prefix_cache(ask: Ask) -> Response:
-    """Drop all cached prefixes; 400 while requests are pending."""
-    if ask.query.reset_running_requests:
-        raise not_implemented("reset_running_requests: got true, expected /pause_generation first")
-    await ask.state.engine.async_flush_cache()
+    """Drop all cached prefixes; 400 while requests are pending, unless they are reset too."""
+    await ask.state.engine.async_flush_cache(ask.query.reset_running_requests)
     return done("the prefix cache is empty")
 
 

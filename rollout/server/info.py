@@ -54,6 +54,7 @@ async def server_info(ask: Ask) -> Response:
     """The resolved configuration, sizes and counts."""
     found = await ask.state.engine.async_get_server_info()
     found["served_model_name"] = ask.state.model_name
+    found["enable_memory_saver"] = ask.state.config.enable_memory_saver
     found["version"] = _package_version()
     found["internal_states"] = [{"weight_version": found["weight_version"]}]
     return json_reply(found)

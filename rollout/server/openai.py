@@ -9,10 +9,10 @@ from typing import Any
 from starlette.responses import Response
 
 from ..errors import InvalidRequestError
-from .bodies import Body, convert, refuse_unknown
+from .bodies import AnyBody, Body, convert, refuse_unknown
 from .disconnects import EventStream, unless_gone
-from .generate import DONE, GenerateBody, events, generate, sse
-from .openai_bodies import ChatBody, CompletionBody, SamplingBody, ScoreBody
+from .generate import DONE, GenerateBody, check_model, events, generate, sse
+from .openai_bodies import ChatBody, CompletionBody, SamplingBody, ScoreBody, TokensChatBody
 from .openai_results import Deltas, Shape, whole
 from .replies import HttpError, json_reply, not_implemented
 from .routing import Ask, Route
@@ -26,15 +26,6 @@ _SAME = (
 _MOST_LOGPROBS = 1024
 
 
-def check_model(ask: Ask, model: str | None) -> str:
-    """The name under which a model answers; 404 for one that is not served."""
-    served = ask.state.model_name
-    path = ask.state.engine.model_path
-    if model in (None, "", "default", served, path, path.rpartition("/")[2]):
-        return served
-    raise HttpError(404, f"model: got {model!r}, expected {served!r}, which is served")
-
-
 def _sampling(body: SamplingBody, max_new_tokens: int) -> dict[str, Any]:
     params = {name: getattr(body, name) for name in _SAME}
     params |= {ours: getattr(body, theirs) for theirs, ours in _RENAMED.items()}
@@ -44,6 +35,8 @@ def _sampling(body: SamplingBody, max_new_tokens: int) -> dict[str, Any]:
 
 
 def _arguments(body: SamplingBody, shape: Shape, max_new_tokens: int) -> dict[str, Any]:
+    if body.return_hidden_states:
+        raise not_implemented("return_hidden_states: got true")
     counts = [c for c in (shape.num_logprobs, shape.prompt_logprobs) if c is not None]
     if any(not 0 <= count <= _MOST_LOGPROBS for count in counts):
         raise HttpError(400, f"logprobs: got {max(counts)}, expected 0 to {_MOST_LOGPROBS}")
@@ -111,9 +104,22 @@ async def prompt_ids(
     return {"input_ids": rows, "rid": None if rid is None else rids}
 
 
+async def chat_completions_tokens(ask: Ask) -> Response:
+    """Answer a conversation that the client has rendered to token ids."""
+    body: TokensChatBody = ask.body
+    return await _chat(ask, body, body.tokens)
+
+
 async def chat_completions(ask: Ask) -> Response:
     """Answer a conversation, rendered by the tokenizer's chat template."""
     body: ChatBody = ask.body
+    if (body.messages is None) == (body.input_ids is None):
+        raise HttpError(400, "expected exactly one of messages and input_ids")
+    return await _chat(ask, body, body.input_ids)
+
+
+async def _chat(ask: Ask, body: ChatBody, ids: list[int] | None) -> Response:
+    """ids: the prompt; None: what the template makes of the messages."""
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         raise not_implemented(f"response_format: got {kind!r}, expected 'text'")
@@ -123,11 +129,7 @@ async def chat_completions(ask: Ask) -> Response:
     shape = _shape(
         ask, body, is_chat=True, num_logprobs=(body.top_logprobs or 0) if wanted else None
     )
-    if (body.messages is None) == (body.input_ids is None):
-        raise HttpError(400, "expected exactly one of messages and input_ids")
-    if body.input_ids is not None:
-        ids = body.input_ids
-    else:
+    if ids is None:
         text = await asyncio.to_thread(render, ask, body)
         ids = (await ask.state.calls.token_ids([text], False))[0]
     room = await ask.state.calls.room_for(len(ids))
@@ -271,10 +273,6 @@ def _with(ask: Ask, body: Body, extras: dict[str, Any]) -> Ask:
     return Ask(ask.state, ask.request, ask.client, body, ask.query, extras)
 
 
-class AnyBody(Body):
-    """Any of the other routes' bodies."""
-
-
 _GET = ("GET",)
 ROUTES = (
     Route(path="/v1/models", handler=models, methods=_GET, tag="openai"),
@@ -296,6 +294,13 @@ ROUTES = (
         path="/v1/chat/completions",
         handler=chat_completions,
         body=ChatBody,
+        tag="openai",
+        statuses=(404, 429, 501, 503),
+    ),
+    Route(
+        path="/v1/chat/completions/tokens",
+        handler=chat_completions_tokens,
+        body=TokensChatBody,
         tag="openai",
         statuses=(404, 429, 501, 503),
     ),

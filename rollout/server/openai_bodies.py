@@ -57,6 +57,8 @@ class SamplingBody(Body):
     """Number of the oldest version of the weights that may compute it."""
     cache_salt: str | None = None
     """Share cached prefixes with prompts of the same salt alone."""
+    return_hidden_states: bool = False
+    """True is refused: there are none."""
     user: str | None = None
     """Has no effect."""
     store: bool | None = None
@@ -101,6 +103,13 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     """Has no effect: calls are not parsed."""
+
+
+class TokensChatBody(ChatBody, kw_only=True):
+    """`/v1/chat/completions/tokens`."""
+
+    tokens: list[int]
+    """The rendered prompt; `messages`, which are often beside it, are not looked at."""
 
 
 class ScoreBody(Body):

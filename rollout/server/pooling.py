@@ -13,7 +13,8 @@ import numpy as np
 from starlette.responses import Response
 
 from .bodies import Body
-from .openai import check_model, prompt_ids
+from .generate import check_model
+from .openai import prompt_ids
 from .replies import HttpError, json_reply
 from .routing import Ask, Route
 

@@ -104,7 +104,9 @@ async def _asked(route: Route, state: ServerState, request: Request) -> Ask:
     extras: dict[str, Any] = {}
     query = None if route.query is None else _query(route.query, request)
     content = await read_bytes(request, state.config.slow_client_s)
-    if route.body is not None and request.method == "GET" and not content:
+    if route.body is None and content:
+        query = _query_in_body(route.query, parse_object(content), query)
+    elif route.body is not None and request.method == "GET" and not content:
         body = _query(route.body, request)
     elif route.body is not None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -114,6 +116,20 @@ async def _asked(route: Route, state: ServerState, request: Request) -> Ask:
         if extras and not route.hands_on:
             refuse_unknown(route.body, extras)
     return Ask(state, request, client_of(request), body, query, extras)
+
+
+def _query_in_body(cls: type[Body] | None, values: dict[str, Any], query: Any) -> Any:
+    """A query with what a JSON object adds to it: some clients send there what belongs in the address."""
+    if cls is None:
+        refuse_unknown(Body, values)
+        return query
+    found, rest = convert(cls, {**_given(query), **values})
+    refuse_unknown(cls, rest)
+    return found
+
+
+def _given(query: Any) -> dict[str, Any]:
+    return {name: getattr(query, name) for name in query.__struct_fields__}
 
 
 def _query(cls: type[Body], request: Request) -> Any:

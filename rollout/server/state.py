@@ -24,6 +24,9 @@ class ServerState:
         self.calls = Calls(engine, config, self.tokenizer, self.record)
         self.weights_snapshot: dict[str, int] | None = None
         """Fingerprints by tensor that `/weights_checker` was told to remember."""
+        self.groups: set[str] = set()
+        """Names of the trainers' process groups that the engine was told to join, and not to leave."""
+        self._path_at_start = engine.model_path  # Updates from disk give the engine another one.
         self.started = int(time.time())
         """Seconds since the epoch."""
         self.metrics: Any = None
@@ -34,4 +37,4 @@ class ServerState:
     @property
     def model_name(self) -> str:
         """What the model is called in the OpenAI routes."""
-        return self.config.served_model_name or self.engine.model_path
+        return self.config.served_model_name or self._path_at_start

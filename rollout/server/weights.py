@@ -123,28 +123,46 @@ async def init_weights_update_group(ask: Ask) -> Response:
     if not str(values["master_port"]).isdigit():
         raise HttpError(400, f"master_port: got {values['master_port']!r}, expected a number")
     await ask.state.engine.async_init_weights_update_group(**values)
+    ask.state.groups.add(ask.body.group_name)
     return done(f"joined {ask.body.group_name}")
 
 
 class GroupNameBody(Body):
     """Which group."""
 
-    group_name: str = "weight_update_group"
+    group_name: str | None = None
+    """None: the only one that was joined."""
 
 
 async def destroy_weights_update_group(ask: Ask) -> Response:
     """Leave a group."""
-    await ask.state.engine.async_destroy_weights_update_group(ask.body.group_name)
-    return done(f"left {ask.body.group_name}")
+    name = _group(ask, ask.body.group_name)
+    await ask.state.engine.async_destroy_weights_update_group(name)
+    ask.state.groups.discard(name)
+    return done(f"left {name}")
+
+
+def _group(ask: Ask, name: str | None) -> str:
+    """The group that is meant: older clients name it when they make it, and never again."""
+    if name is not None:
+        return name
+    groups = ask.state.groups or {"weight_update_group"}
+    if len(groups) > 1:
+        raise HttpError(400, f"group_name: got none, expected one of {', '.join(sorted(groups))}")
+    return next(iter(groups))
 
 
 class DistributedBody(Body):
-    """What the trainer broadcasts, in this order."""
+    """What the trainer broadcasts, in this order: lists, or one tensor's `name`, `dtype` and `shape`."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str = "weight_update_group"
+    names: list[str] = msgspec.field(default_factory=list)
+    dtypes: list[str] = msgspec.field(default_factory=list)
+    shapes: list[list[int]] = msgspec.field(default_factory=list)
+    name: str | None = None
+    dtype: str | None = None
+    shape: list[int] | None = None
+    group_name: str | None = None
+    """None: the only one that was joined."""
     flush_cache: bool = True
     weight_version: Label | None = None
     load_format: str | None = None
@@ -154,6 +172,12 @@ class DistributedBody(Body):
 async def update_weights_from_distributed(ask: Ask) -> Response:
     """Receive tensors that the trainer broadcasts now; send this before the broadcast, and do not wait for it."""
     values = msgspec.structs.asdict(ask.body)
+    one = [values.pop(key) for key in ("name", "dtype", "shape")]
+    if one != [None] * 3:
+        if None in one or ask.body.names:
+            raise HttpError(400, "expected names, dtypes and shapes, or one name, dtype and shape")
+        values["names"], values["dtypes"], values["shapes"] = ([value] for value in one)
+    values["group_name"] = _group(ask, ask.body.group_name)
     report = await ask.state.engine.async_update_weights_from_distributed(**values, **ask.extras)
     return _committed(ask, report)
 
@@ -169,8 +193,12 @@ class DiskBody(Body):
 
 async def update_weights_from_disk(ask: Ask) -> Response:
     """Load a safetensors folder of this host; on failure the old weights and the old path stay."""
-    values = msgspec.structs.asdict(ask.body)
-    report = await ask.state.engine.async_update_weights_from_disk(**values, **ask.extras)
+    return await from_disk(ask, **msgspec.structs.asdict(ask.body), **ask.extras)
+
+
+async def from_disk(ask: Ask, model_path: str, **options: Any) -> Response:
+    """The answer of an update from a folder of this host."""
+    report = await ask.state.engine.async_update_weights_from_disk(model_path, **options)
     return _committed(ask, report)
 
 

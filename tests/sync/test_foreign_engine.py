@@ -78,6 +78,6 @@ def test_a_payload_in_an_explicit_session_is_staged(engine, sender, folder):
 
 
 def test_a_request_that_asks_for_what_cannot_be_honoured_is_refused(engine):
-    request = SimpleNamespace(serialized_named_tensors=[b"\x80\x04]."], abort_all_requests=True)
-    with pytest.raises(WeightUpdateError, match="abort_all_requests=True"):
+    request = SimpleNamespace(serialized_named_tensors=[b"\x80\x04]."], keep_pause=True)
+    with pytest.raises(WeightUpdateError, match="keep_pause=True"):
         engine.update_weights_from_tensor(request)

@@ -432,7 +432,9 @@ class EngineCore:
     def _flush(self, call: Call) -> None:
         held = sum(group.opening.num_left for group in self._held if group.opening is not None)
         pending = self.scheduler.num_running + self._num_waiting - held
-        if pending:
+        if call.body.recompute:
+            self.scheduler.recompute_all()
+        elif pending:
             raise RolloutError(
                 f"cannot flush the cache: got {pending} pending requests, expected none; wait for them, abort them, "
                 "or push weights with kv_policy='flush'"
