@@ -42,6 +42,8 @@ from ...process_groups.streams import receive_parts, send_parts
 
 T = TypeVar("T")
 
+_NCCL_DEPTH = 16
+
 __all__ = ["BACKENDS", "UpdateGroup"]
 
 
@@ -240,6 +242,9 @@ class UpdateGroup:
 
     @property
     def _depth(self) -> int:
+        """Parts that are under way at once. NCCL has them one after another, and must not wait for the next one."""
+        if self.backend == "nccl":
+            return _NCCL_DEPTH
         return 2 * (self._offer.connections if self._offer is not None else 1)
 
     def _submit(self, what: str, timeout_s: float, call: Callable[[float], T]) -> Future[T]:
