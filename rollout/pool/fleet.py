@@ -115,7 +115,9 @@ class FleetWeights(JointService):
         return self.do(bring_up)
 
     def bring_up(self, number: int) -> Future[None]:
-        """Once more for a replica that fell behind."""
+        """Once more for a replica that fell behind, or whose answer denies what it has said: that counts no more."""
+        for member in [member for member in self._members if member.number == number]:
+            member.holds = None
 
         def bring_up() -> None:
             for member in [member for member in self._members if member.number == number]:

@@ -242,12 +242,15 @@ class Supervisor:
 
     def _bring_up(self, replica: Replica, done: Future[None]) -> None:
         replica.state = State.COMING
+        version = self._fleet.served.version
 
         def note() -> None:
             error = done.exception()
-            if replica.state is State.COMING and error is not None:
-                replica.state, replica.tried = State.BEHIND, self._fleet.served.version
-                _fail(replica.came, error)
+            if replica.state is State.COMING:  # `reconcile` sees whether it serves, still.
+                replica.state = State.BEHIND
+                if error is not None:
+                    replica.tried = version
+                    _fail(replica.came, error)
             self.reconcile()
 
         done.add_done_callback(lambda _: self._post(note))
