@@ -73,11 +73,6 @@ class CopyTable:
         last_row = max((batch.last_row for batch in self._batches), default=0)
         self._outer = fp.outer_keys(last_row + 1, device)
 
-    @property
-    def num_launches(self) -> int:
-        """Kernels that a run launches."""
-        return len(self._batches)
-
     def fits(self, sources: Sequence[int], targets: Sequence[int]) -> bool:
         """Whether these addresses are aligned as those that it was compiled for."""
         return (_alignment(sources), _alignment(targets)) == self._alignment

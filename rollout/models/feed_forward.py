@@ -6,7 +6,6 @@ T tokens, E hidden size, k experts of a token.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,29 +27,11 @@ from .moe_config import MoeConfig
 FusedNames = Iterator[tuple[str, Fused | tuple[str, ...]]]
 
 
-class FeedForwardPart(Protocol):
-    """What a decoder layer needs of its feed-forward part."""
-
-    def __call__(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
-        """x (T, E) -> (T, E), complete on every rank."""
-
-    def placements(self, prefix: str) -> Iterator[Placement]:
-        """Parts of the checkpoint in memory order."""
-
-    def fused_names(self, prefix: str) -> FusedNames:
-        """Names that stand for several of them."""
-
-    def aliases(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """Other names, and the names in `placements`; `prefix` is the layer's."""
-
-    def derived_state(self, prefix: str) -> Iterator[DerivedState]:
-        """What has to be made again when parameters change."""
-
-
 def make_feed_forward(
     config: ModelConfig, layer: int, tp: TensorParallelGroup, ep_size: int
 ) -> FeedForward | MixtureOfExperts:
-    """The feed-forward part of a layer."""
+    """The feed-forward part of a layer. Both kinds map x (T, E) to (T, E), complete on every rank, and tell their parts
+    of the checkpoint in memory order, the names that stand for several, other names, and state derived from them."""
     moe = config.moe
     if moe is not None and moe.layers[layer]:
         return MixtureOfExperts(config, moe, layer, tp, ep_size)

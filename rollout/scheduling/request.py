@@ -40,7 +40,6 @@ class Request(CachedSequence):
         "final_length",
         "group",
         "logprob_position",
-        "logprob_source",
         "logprob_start_len",
         "num_cached_tokens",
         "num_prompt_tokens",
@@ -109,8 +108,6 @@ class Request(CachedSequence):
         self.logprob_position = 0
         """First prompt position whose logits are still wanted as input log-probabilities (position p predicts token
         p + 1); the last position or more: none is left."""
-        self.logprob_source: Request | None = None
-        """Sample of the same prompt that computed the input log-probabilities for this one; None: it does itself."""
         self.rewind_input_logprobs()
         self.sampler_state: Any = None
         """The sampler's own."""

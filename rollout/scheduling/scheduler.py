@@ -312,7 +312,6 @@ class Scheduler:
         parked, group.parked = group.parked, []
         for sibling in parked:
             sibling.logprob_position = request.num_prompt_tokens
-            sibling.logprob_source = request
         # Each fork takes one block: for its copy of a partial last block now, or for its first token in the next step.
         spare = min(self._max_running - len(self._running), self.kv.num_available)
         for sibling in parked[:spare]:

@@ -27,7 +27,6 @@ class ServerProcess:
         self.url = url
         self.pid = process.pid
         self._process = process
-        self._close_s = close_s
         self._finalizer = weakref.finalize(self, _end, process, close_s)
 
     def close(self) -> int:

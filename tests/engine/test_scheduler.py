@@ -188,7 +188,8 @@ def test_samples_are_not_forked_from_kv_of_two_versions() -> None:
     assert chunks(batch) == [(requests[0].rid, 10, 1), (requests[1].rid, 0, 5)]
     step(scheduler)
     assert {row.request for row in step(scheduler)[1]} == set(requests)
-    assert requests[0].logprob_source is None and requests[2].logprob_source is requests[1]
+    group = requests[2].group
+    assert group is not None and group.leader is requests[1]
 
 
 def test_samples_that_start_again_wait_for_one_of_them_to_compute_the_prompt() -> None:
@@ -418,7 +419,6 @@ def test_only_the_leader_computes_input_logprobs_of_samples() -> None:
     requests = make_requests(scheduler, 10, n=3, logprob_start_len=0)
     batch, _ = step(scheduler)
     assert batch.items[0].input_logprobs == range(9)
-    assert [request.logprob_source for request in requests] == [None, requests[0], requests[0]]
     scheduler.finish(requests[0])
     batch, _ = step(scheduler)
     assert chunks(batch)[1] == (requests[2].rid, 8, 2)

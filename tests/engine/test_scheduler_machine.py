@@ -106,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, length: int, stem: int, max_new: int, n: int, logprob_start: int) -> None:
         prompt = [(stem + i // 7) % VOCAB for i in range(length)]
         requests = []
+        outputs: list[int] = []
         for index in range(n):
             self.num_added += 1
             requests.append(
@@ -115,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     params=SamplingParams(max_new_tokens=max_new),
                     seed=self.num_added * 31 + index,
                     logprob_start_len=min(logprob_start, length - 1),
-                    outputs=[],
+                    outputs=outputs,  # of all samples together
                 )
             )
         self.scheduler.add(requests)
@@ -168,9 +169,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request.logprob_start_len < 0:
             assert request.outputs == []
             return
-        source = request.logprob_source or request
         first = max(request.logprob_start_len - 1, 0)
-        assert sorted(set(source.outputs)) == list(range(first, request.num_prompt_tokens - 1))
+        assert sorted(set(request.outputs)) == list(range(first, request.num_prompt_tokens - 1))
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(pick=st.integers(0, 1000))
