@@ -16,7 +16,7 @@ import torch
 from . import fused_norm, qk_norm_rope
 from . import silu_mul as gates
 from .invariant_matmul import invariant_linear
-from .logit_stats import LogitStats, compute_stats
+from .logit_stats import MOST_ROWS, LogitStats, compute_stats
 from .qk_norm_rope import HeadNorms
 from .token_logprobs import gather_logprobs
 
@@ -211,4 +211,4 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _rows_at_once(weight: torch.Tensor) -> int:
-    return max(1, _LOGIT_BYTES // (4 * weight.shape[0]))
+    return min(max(1, _LOGIT_BYTES // (4 * weight.shape[0])), MOST_ROWS)

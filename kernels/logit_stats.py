@@ -26,6 +26,8 @@ from .logit_edits import LogitEdits, edit, is_edited
 
 CHUNK = 512
 """Columns of a chunk."""
+MOST_ROWS = 65535
+"""Rows of one launch: what the second axis of a grid has room for."""
 _CHUNKS = 4
 """Chunks that one program reads."""
 _WARPS = 2
@@ -155,7 +157,7 @@ def compute_stats(
     needed with `edits`. Columns must be contiguous, rows may be strided.
     """
     num_rows, vocab_size = len(temperature), logits.shape[1]
-    assert logits.stride(1) == 1 and stats.maxima.shape[1] >= num_rows
+    assert logits.stride(1) == 1 and MOST_ROWS >= stats.maxima.shape[1] >= num_rows
     assert stats.maxima.shape[2] == -(-vocab_size // CHUNK)
     assert edits is None or positions is not None
     kernel: Any = _stats_kernel

@@ -319,6 +319,8 @@ def paged_decode(
     batch, num_heads, head_dim = q.shape
     block_size, num_kv_heads = pool.shape[1], pool.shape[3]
     group = num_heads // num_kv_heads
+    if batch == 0:
+        return out
     if config is None:
         config = config_for(q, num_kv_heads, deterministic=deterministic)
     splits = 1

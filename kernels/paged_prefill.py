@@ -71,6 +71,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     pool_values,
     pool_head,
     table_row,
+    K: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -84,14 +85,15 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The formula above for one KV head (axis 0) and R // G tokens of one sequence (axis 1).
+    """The formula above for one of K KV heads and R // G tokens of one sequence: program head + K tile, on the one axis
+    of a grid that has room for any number of tiles.
 
     Sequence n has the tiles from query_starts[n] // TOKENS + n on, at least as many as it needs; those of no tokens
     return. The last tiles of a sequence see most keys and come first.
     """
     TOKENS: tl.constexpr = R // G
-    head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    head = tl.program_id(0) % K
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // K
     n = sequence_of(tile, query_starts, num_seqs, TOKENS, SEARCHED)
     q_first = tl.load(query_starts + n)
     q_end = tl.load(query_starts + n + 1)
@@ -140,7 +142,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         for key in tl.range(clear, until, N, num_stages=STAGES):
             if PAGES:
                 acc, peak, total = attend_page(
-                    acc, peak, total, queries, pages, head * D, (tl.num_programs(0) + head) * D,
+                    acc, peak, total, queries, pages, head * D, (K + head) * D,
                     table, key, scale, S=S, N=N, EXACT=EXACT, PRECISION=PRECISION,
                 )  # fmt: skip
             else:
@@ -203,7 +205,7 @@ def paged_prefill(
     pages = described(pool, config.keys)
     kernel: Any = prefill_kernel
     with launching_on(q):
-        kernel[(num_kv_heads, tiles)](
+        kernel[(num_kv_heads * tiles,)](
             q,
             pool,
             pool if pages is None else pages,
@@ -222,6 +224,7 @@ def paged_prefill(
             pool.stride(2),
             pool.stride(3),
             block_tables.stride(0),
+            K=num_kv_heads,
             G=group,
             R=rows,
             D=head_dim,

@@ -186,6 +186,8 @@ def shared_prefix_decode(
     batch, num_heads, head_dim = q.shape
     block_size, num_kv_heads = pool.shape[1], pool.shape[3]
     group = num_heads // num_kv_heads
+    if batch == 0:
+        return out
     chosen = prefix_config or shared_config(
         q.device, head_dim=head_dim, group=group, dtype=q.dtype, deterministic=deterministic
     )

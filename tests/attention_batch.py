@@ -84,7 +84,7 @@ class Batch:
         )
         workspace.parts.fill_(math.nan)
         settings = {"scale": self.scale, "window": case.window, "workspace": workspace}
-        settings |= {"max_len": max(case.lengths), **options}
+        settings |= {"max_len": max(case.lengths, default=1), **options}
         out = kernels.paged_decode(
             self.q, self.pool, self.block_tables, self.seq_lens, self.poisoned(), **settings
         )
@@ -137,7 +137,7 @@ class Batch:
             shared=host.SharedPrefixes.views(buffer, max_batch),
             workspace=decode.DecodeWorkspace.allocate(**sizes),
             state=state,
-            max_len=max(case.lengths),
+            max_len=max(case.lengths, default=1),
             **options,
         )
 
