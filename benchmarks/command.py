@@ -83,8 +83,8 @@ def sync(
 ) -> None:
     """What a weight update of an engine in another process costs.
 
-    A Qwen3-0.6B-shaped model in bfloat16, and 20,000 small tensors; next to plain copies of the same bytes and to
-    the usual way (concatenate, copy out), all in turns.
+    A Qwen3-0.6B-shaped model in bfloat16, 20,000 small tensors, and the 18,867 of a mixture of experts; next to plain
+    copies of the same bytes and to the usual way (concatenate, copy out), all in turns.
     """
 
     def run(settings: BenchSettings, screen: Screen) -> BenchResult:

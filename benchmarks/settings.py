@@ -84,6 +84,10 @@ class MoeShape:
     """Inner width of an expert."""
 
 
+NAMES_OF_30B = MoeShape(
+    vocab_size=512, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, expert_size=16
+)
+"""40 MB in bfloat16."""
 TINY_MOE = MoeShape(
     vocab_size=512,
     hidden_size=64,
@@ -110,6 +114,9 @@ class SyncBench:
     """Tensors of the other model, which is nothing but small tensors."""
     small_size: int = 64
     """Rows and columns of each."""
+    experts: MoeShape = field(default_factory=lambda: NAMES_OF_30B)
+    """The mixture of experts; the default has the 18,867 tensors of Qwen3-30B-A3B, small ones. With no layers it is
+    left out."""
     repetitions: int = 15
     """Measured rounds; each does everything that is compared once."""
     warmup: int = 3
@@ -391,6 +398,10 @@ QUICK = (
     ),
     *(
         f"gpu_experts.model.{key}={json.dumps(getattr(TINY_MOE, key))}"
+        for key in MoeShape.__dataclass_fields__
+    ),
+    *(
+        f"sync.experts.{key}={json.dumps(getattr(TINY_MOE, key))}"
         for key in MoeShape.__dataclass_fields__
     ),
     *("sync.num_small=200", "sync.repetitions=2", "sync.warmup=1"),

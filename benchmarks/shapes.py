@@ -66,14 +66,14 @@ def hf_config(shape: ModelShape | MoeShape, dtype: str, context_length: int) -> 
 
 
 def trainer_tensors(
-    shape: ModelShape, dtype: torch.dtype, device: str = "cpu"
+    shape: ModelShape | MoeShape, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """What a trainer of such a model holds: each tensor in memory of its own, in checkpoint order."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size)
     }
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden, inner = shape.hidden_size, shape.intermediate_size
+    hidden = shape.hidden_size
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         shapes |= {
@@ -83,9 +83,7 @@ def trainer_tensors(
             f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
             f"{prefix}.self_attn.q_norm.weight": (shape.head_dim,),
             f"{prefix}.self_attn.k_norm.weight": (shape.head_dim,),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+            **_feed_forward(shape, f"{prefix}.mlp"),
             f"{prefix}.input_layernorm.weight": (hidden,),
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
         }
@@ -101,6 +99,24 @@ def trainer_tensors(
             tensor = torch.empty(size, dtype=dtype, device=device)
             tensors[name] = tensor.normal_(0, 0.02, generator=generator)
     return tensors
+
+
+def _feed_forward(shape: ModelShape | MoeShape, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Dense, or a router and three matrices for each expert."""
+    hidden = shape.hidden_size
+    if isinstance(shape, ModelShape):
+        inner, parts, router = shape.intermediate_size, [prefix], {}
+    else:
+        inner, router = shape.expert_size, {f"{prefix}.gate.weight": (shape.num_experts, hidden)}
+        parts = [f"{prefix}.experts.{expert}" for expert in range(shape.num_experts)]
+    matrices: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        matrices |= {
+            f"{part}.gate_proj.weight": (inner, hidden),
+            f"{part}.up_proj.weight": (inner, hidden),
+            f"{part}.down_proj.weight": (hidden, inner),
+        }
+    return router | matrices
 
 
 def move_a_little(tensors: dict[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from .floor import PlainCopy, UsualWay
 from .parts import parts_of
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
-from .settings import SyncBench
+from .settings import ModelShape, MoeShape, SyncBench
 from .shapes import DTYPES, model_folder, move_a_little, num_bytes, trainer_tensors
 from .small_host import tensor_name
 
@@ -34,8 +34,8 @@ _CONTEXT = 512
 
 
 def run_sync(settings: SyncBench, screen: Screen) -> BenchResult:
-    """Both models, one after the other."""
-    large, about = _large(settings, screen)
+    """The models one after the other."""
+    large, about = _engine(settings, settings.model, screen)
     small = _small(settings, screen)
     numbers: dict[str, Any] = {
         "large": {**about, **_numbers(large)},
@@ -43,24 +43,41 @@ def run_sync(settings: SyncBench, screen: Screen) -> BenchResult:
         "targets_in_plain_copies": TARGETS_X,
         "target_us_per_tensor": TARGET_US,
     }
-    per_tensor = [seconds * 1e6 / settings.num_small for seconds in small["publish"]]
-    numbers["small"]["us_per_tensor"] = summary(per_tensor)
+    series = {"small": small}
+    if settings.experts.num_layers:
+        experts, about = _engine(settings, settings.experts, screen)
+        numbers["experts"] = {**about, **_numbers(experts)}
+        series["experts"] = experts
+    for name, found in series.items():
+        num_tensors = numbers[name]["num_tensors"]
+        per_tensor = [seconds * 1e6 / num_tensors for seconds in found["publish"]]
+        numbers[name]["us_per_tensor"] = summary(per_tensor)
     return BenchResult(
         benchmark="sync",
         config={"settings": settings, "num_threads": torch.get_num_threads()},
         numbers=numbers,
         headline=tuple(_headline(numbers, settings)),
-        tables=(_table("the large model", numbers["large"]), _table("small", numbers["small"])),
+        tables=tuple(
+            _table(title, numbers[name])
+            for name, title in (
+                ("large", "the large model"),
+                ("small", "small"),
+                ("experts", "experts"),
+            )
+            if name in numbers
+        ),
         has_picture=True,
     )
 
 
-def _large(settings: SyncBench, screen: Screen) -> tuple[Series, dict[str, Any]]:
+def _engine(
+    settings: SyncBench, model: ModelShape | MoeShape, screen: Screen
+) -> tuple[Series, dict[str, Any]]:
     """The engine in a process of its own."""
     screen.say("making the model, and an engine for it in another process")
-    tensors = trainer_tensors(settings.model, DTYPES[settings.dtype])
+    tensors = trainer_tensors(model, DTYPES[settings.dtype])
     with (
-        model_folder(settings.model, settings.dtype, _CONTEXT) as folder,
+        model_folder(model, settings.dtype, _CONTEXT) as folder,
         Engine(
             folder,
             executor="local",
@@ -180,16 +197,23 @@ def _headline(numbers: dict[str, Any], settings: SyncBench) -> Iterator[Headline
             met=None if limit is None else copies[name]["p50"] <= limit,
             peer=usual if name == "publish" else "",
         )
-    small = numbers["small"]
-    side, usual_s = settings.small_size, small["seconds"]["usual"]["p50"]
-    each_us = small["us_per_tensor"]["p50"]
-    yield Headline(
-        what=f"update of {settings.num_small:,} tensors of {side} x {side}, per tensor",
-        measured=f"{each_us:.2f} us",
-        target=f"at most {TARGET_US:g} us",
-        met=each_us <= TARGET_US,
-        peer=f"{usual_s * 1e6 / settings.num_small:.2f} us (concatenate, copy out, no check)",
-    )
+    side = settings.small_size
+    for name, words in (
+        ("small", f"tensors of {side} x {side}"),
+        ("experts", "tensors of experts"),
+    ):
+        if name not in numbers:
+            continue
+        found = numbers[name]
+        num_tensors, each_us = found["num_tensors"], found["us_per_tensor"]["p50"]
+        usual_us = found["seconds"]["usual"]["p50"] * 1e6 / num_tensors
+        yield Headline(
+            what=f"update of {num_tensors:,} {words}, per tensor",
+            measured=f"{each_us:.2f} us",
+            target=f"at most {TARGET_US:g} us",
+            met=each_us <= TARGET_US,
+            peer=f"{usual_us:.2f} us (concatenate, copy out, no check)",
+        )
 
 
 def _table(title: str, numbers: dict[str, Any]) -> Table:

@@ -76,6 +76,8 @@ def test_an_update_is_measured_in_plain_copies_of_the_same_bytes(
     large, small = numbers["large"], numbers["small"]
     assert large["num_tensors"] == 2 * 11 + 2
     assert small["num_tensors"] == settings.sync.num_small
+    assert numbers["experts"]["num_tensors"] == 2 * (8 * 3 + 9) + 3
+    assert numbers["experts"]["us_per_tensor"]["p50"] > 0
     for series in ("pack", "begin_to_committed", "begin_to_verified", "usual", "pause"):
         assert large["seconds"][series]["num"] == settings.sync.repetitions
         assert 0 < large["seconds"][series]["min"] <= large["seconds"][series]["p90"]

@@ -185,6 +185,30 @@ def test_every_problem_is_listed_in_one_error_and_nothing_is_opened(
     assert publisher.publish(weights(3.0)).version == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"norm.weight": torch.zeros(8, dtype=torch.bfloat16)}, r"got shape \[8\], expected \[7\]"),
+        ({"norm.weight": torch.zeros(7, dtype=torch.int64)}, "got int64, expected bfloat16"),
+        ({"norm.weight": torch.zeros(7, dtype=torch.bfloat16, device="meta")}, "without data"),
+        ({"norm.weight": torch.zeros(7, dtype=torch.bfloat16).to_sparse()}, "sparse_coo"),
+        ({"norm.weight": [0.0] * 7}, "not a named tensor"),
+        ({"other.weight": torch.zeros(7)}, "other.weight: unknown to the engine"),
+    ],
+)
+def test_what_was_right_the_last_time_is_looked_at_again(
+    engine: ToyEngine, publisher: WeightPublisher, change: dict[str, Any], problem: str
+) -> None:
+    for value in (1.0, 2.0):
+        publisher.publish(dict(reversed(weights(value).items())))
+        assert engine.values() == {value}
+    with pytest.raises(ManifestMismatch, match=problem):
+        publisher.publish(dict(reversed(weights(3.0).items())) | change)
+    assert engine.values() == {2.0}
+    report = publisher.publish(dict(reversed(weights(4.0, torch.float32).items())))
+    assert engine.values() == {4.0} and len(report.casts) == 7
+
+
 def test_an_iterator_with_problems_is_read_to_its_end_and_changes_nothing(
     engine: ToyEngine, publisher: WeightPublisher
 ) -> None:

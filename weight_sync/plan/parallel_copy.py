@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ _SMALL_ELEMENTS = 1 << 15
 _GROUP = 512
 """Small tensors that are one piece."""
 
+_IS_CUDA = attrgetter("is_cuda")
+
 Job = Callable[[], None]
 
 
@@ -34,11 +37,12 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     """
     if not destinations:
         return
-    if not destinations[0].is_cuda and any(source.is_cuda for source in sources):
+    from_gpu = any(map(_IS_CUDA, sources))
+    if not destinations[0].is_cuda and from_gpu:
         _download(destinations, sources)
         return
     threads = torch.get_num_threads()
-    on_gpu = any(tensor.is_cuda for tensor in (*destinations, *sources))
+    on_gpu = from_gpu or any(map(_IS_CUDA, destinations))
     if on_gpu or threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
         torch._foreach_copy_(destinations, sources)
         return

@@ -8,6 +8,7 @@ raised together, before a byte is staged.
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -19,9 +20,45 @@ from ..wire.messages import EngineInfo
 from .sources import unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DTYPE, _LAYOUT, _IS_META = map(attrgetter, ("dtype", "layout", "is_meta"))
 _HINTED = 5
 _HINT_WORK = 20_000
 """Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeated:
+    """Names of all tensors in a trainer's order, and what each has to be: with the same names again, whole columns are
+    compared, which saves a third of the time. No tensor is kept."""
+
+    names: list[str]
+    """As they were given."""
+    rows: list[int]
+    """Their rows of the manifest."""
+    origin: list[str]
+    """The names in the order of the manifest."""
+    dtypes: list[torch.dtype]
+    """The engine's."""
+    shapes: list[tuple[int, ...]]
+    """The engine's."""
+
+    def tensors(self, listed: list[Any]) -> list[torch.Tensor] | None:
+        """Those of `listed` in its order; None where anything is not as it was."""
+        if len(listed) != len(self.names) or set(map(type, listed)) != {tuple}:
+            return None
+        if set(map(len, listed)) != {2}:
+            return None
+        names = [name for name, _ in listed]
+        tensors = [tensor for _, tensor in listed]
+        same = (
+            names == self.names
+            and set(map(type, tensors)).issubset(_PLAIN)
+            and all(map(is_, map(_DTYPE, tensors), self.dtypes))
+            and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
+            and set(map(_LAYOUT, tensors)) == {torch.strided}
+            and not any(map(_IS_META, tensors))
+        )
+        return tensors if same else None
 
 
 class Layout:
@@ -41,6 +78,8 @@ class Layout:
         self.dtypes = [meta.dtype for meta in self.manifest.tensors]
         self.aliases = {name: self.index[target] for name, target in info.aliases.items()}
         self.fused = info.fused
+        self.repeated: Repeated | None = None
+        """What was given the last time that all tensors were given at once, under their own names."""
 
     def parts(self, name: str, whole: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Rows of the manifest that a fused tensor holds, each with its part of it."""
@@ -98,9 +137,16 @@ class Selector:
         self._origin: list[str | None] = [None] * len(layout.shapes)
         self._unknown: list[str] = []
         self._problems: list[str] = []
+        self._untouched = True
 
     def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Selection:
         """Sort tensors into rows, collecting problems; `finish` raises them."""
+        known, whole = self._layout.repeated, self._untouched
+        self._untouched = False
+        if known is not None and whole and isinstance(named_tensors, list):
+            tensors = known.tensors(named_tensors)
+            if tensors is not None:
+                return self._take_again(known, tensors)
         selection = Selection()
         sources, origin = selection.sources, self._origin
         index, shapes, dtypes = self._layout.index, self._layout.shapes, self._layout.dtypes
@@ -121,7 +167,27 @@ class Selector:
                 sources[i] = tensor
             else:
                 self._take_other(name, tensor, selection)
+        if whole and len(sources) == selection.num_tensors == len(shapes) and not selection.casts:
+            self._remember(sources)
         return selection
+
+    def _take_again(self, known: Repeated, tensors: list[torch.Tensor]) -> Selection:
+        self._origin = list(known.origin)
+        sources = dict(zip(known.rows, tensors, strict=True))
+        return Selection(sources=sources, num_tensors=len(tensors))
+
+    def _remember(self, sources: dict[int, torch.Tensor]) -> None:
+        """Every row came once, as it is and under a name of its own."""
+        layout, rows = self._layout, list(sources)
+        origin = [str(name) for name in self._origin]
+        if origin == [meta.name for meta in layout.manifest.tensors]:
+            layout.repeated = Repeated(
+                names=[origin[row] for row in rows],
+                rows=rows,
+                origin=origin,
+                dtypes=[layout.dtypes[row] for row in rows],
+                shapes=[layout.shapes[row] for row in rows],
+            )
 
     def finish(self, *, strict: bool) -> None:
         """Raise one `ManifestMismatch` with all that was wrong so far, and what is missing when `strict`."""
