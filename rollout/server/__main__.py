@@ -1,7 +1,7 @@
 """Main of a server's process, which gets a file descriptor FD as its argument.
 
 Reads its settings, a line of JSON, from standard input, and writes `{"url": ...}` or `{"error": ...}` to FD. It ends
-with a SIGTERM, and when standard input ends, which means that its owner has let go or is gone.
+with a SIGTERM, when its owner ends, and when standard input ends, which means that its owner has let go.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import signal
 import sys
 import threading
 
+from weight_sync.process_groups.children import life_of
+
 from ..errors import RolloutError
 from .launch import launch_server
 
 
 def main() -> int:
     """Serve; returns the exit code."""
-    fd = int(sys.argv[1])
+    fd, owner = int(sys.argv[1]), os.getppid()
     line = b""
     while not line.endswith(b"\n"):  # Not `sys.stdin`: it would read ahead.
         part = os.read(0, 1 << 16)
@@ -27,7 +29,10 @@ def main() -> int:
             return 1
         line += part
     settings = json.loads(line)
-    threading.Thread(target=_end_with_owner, name="rollout-lifeline", daemon=True).start()
+    life = life_of(owner)
+    threading.Thread(
+        target=_end_with_owner, args=(life,), name="rollout-lifeline", daemon=True
+    ).start()
     said = False
 
     def say(message: dict[str, str]) -> None:
@@ -54,9 +59,9 @@ def main() -> int:
     return 0
 
 
-def _end_with_owner() -> None:
-    while select.select([0], [], [])[0]:
-        if not os.read(0, 1 << 16):
+def _end_with_owner(life: list[int]) -> None:
+    while ready := select.select([0, *life], [], [])[0]:
+        if 0 not in ready or not os.read(0, 1 << 16):
             os.kill(os.getpid(), signal.SIGTERM)
             return
 

@@ -7,12 +7,13 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from weight_sync.process_groups.children import start_command
 
 from ..errors import ConfigError, RolloutError
 from .config import ServerConfig
@@ -81,7 +82,7 @@ def launch_server_process(
     with os.fdopen(read_end, "rb") as ready:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.server", str(write_end)],
+                start_command("rollout.server.__main__", str(write_end)),
                 stdin=subprocess.PIPE,
                 pass_fds=(write_end,),
             )

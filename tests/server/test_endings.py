@@ -245,18 +245,27 @@ def is_alive(pid):
         return False
 
 
-def test_a_server_ends_with_its_owner_and_its_engine_with_it(folder, until):
+def test_a_server_ends_with_its_owner_and_its_engine_with_it(folder, until, tmp_path):
+    """Also where another process holds the owner's pipes, and in a folder whose files are called like modules."""
+    for name in ("random.py", "tokenizers.py", "rollout.py"):
+        (tmp_path / name).write_text("raise RuntimeError('this is not the module you want')\n")
     code = (
-        "import os, signal\n"
+        "import os, sys, time\n"
+        "sys.path[:] = [entry for entry in sys.path if entry]\n"
         "from rollout.server import launch_server_process\n"
         f"server = launch_server_process({str(folder)!r}, server={{'port': 0}}, kv_cache_bytes=1 << 20)\n"
-        "print(server.pid, flush=True)\n"
+        "forked = os.fork() or time.sleep(300) or os._exit(0)\n"
+        "print(server.pid, forked, flush=True)\n"
         "input()\n"
     )
     owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
-    pid = int(owner.stdout.readline())
+    pid, forked = map(int, owner.stdout.readline().split())
     engine = next(
         int(child)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -264,8 +273,11 @@ def test_a_server_ends_with_its_owner_and_its_engine_with_it(folder, until):
     )
     owner.kill()
     owner.wait()
-    until("the server's end", lambda: not is_alive(pid))
-    until("the engine's end", lambda: not is_alive(engine))
+    try:
+        until("the server's end", lambda: not is_alive(pid))
+        until("the engine's end", lambda: not is_alive(engine))
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 def test_a_server_over_the_address_of_an_engine_leaves_it_alone(folder):

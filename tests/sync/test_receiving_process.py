@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 from plain_group import PlainGroup
 from process_group_peer import content
-from process_group_support import NAME, PeerPool
+from process_group_support import NAME, PeerPool, num_descriptors
 from sync_support import eventually
 
 from weight_sync.errors import TransportError
@@ -131,6 +132,37 @@ def test_memory_that_is_not_there_is_said_before_anything_is_received(
         with pytest.raises(torch.OutOfMemoryError, match="No space left"):
             engine.landing(64 * MIB)
     assert arrives(trainer, engine, 2 * MIB, seed=4)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["has a parent", "is the first"])
+def test_without_descriptors_it_is_refused_and_nothing_is_left_open(
+    processes: ReceivingProcesses, first: bool
+) -> None:
+    starting = ReceivingProcesses() if first else processes
+    if not first:
+        processes.start(NAME, rank=1, size=2).close()
+    before, limits = num_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    refused = 0
+    for spare in range(8):
+        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 8, limits[1]))
+        try:
+            with suppress(OSError):
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            for descriptor in taken[:spare]:
+                os.close(descriptor)
+            starting.start(NAME, rank=1, size=2).close()
+        except TransportError as error:
+            assert "descriptors" in str(error)
+            refused += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for descriptor in taken[spare:]:
+                os.close(descriptor)
+    if first:
+        starting.close()
+    assert refused and num_descriptors() == before
 
 
 def test_none_outlives_the_process_whose_members_they_are() -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from {} import main; sys.exit(main())"
 
-def module_path() -> list[str]:
+
+def start_command(module: str, *arguments: str) -> list[str]:
+    """The command line of a child that runs the `main()` of a module of ours, and finds what this process finds."""
+    # -P: a working folder with a `random.py` of its own must not come first on the path.
+    start = [sys.executable, "-P", "-c", _START.format(module)]
+    return [*start, *arguments, json.dumps(_module_path())]
+
+
+def _module_path() -> list[str]:
     """Where a child looks for modules: where this process does, but not in its working folder before all else.
 
     The folder of this package comes last where the working folder is the only way to it, as in a checkout.

@@ -25,14 +25,10 @@ import torch
 from ..errors import DeadlineExceeded, TransportError
 from ..layout.memory import Range, storage_key
 from .calls import GRACE_S
-from .children import module_path
+from .children import start_command
 from .expected import BEHIND_BYTES
 from .receiving_child import ERRORS, Connect, Done, Part, Take
 
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from weight_sync.process_groups.receiving_child import main; sys.exit(main())"
-)
 _NAME = "update-group"
 _MOST_WORDS = 4000
 _LENGTHS = re.compile(r"preamble\.length\s*<=\s*op\.nbytes\D*\s(\d+) vs (\d+)")
@@ -74,10 +70,8 @@ class ReceivingProcesses:
     def _begin(self) -> None:
         self._orders, theirs = socket.socketpair()
         with theirs:
-            path = msgspec.json.encode(module_path()).decode()
             self._process = subprocess.Popen(
-                # -P: a working folder with a `random.py` of its own must not come first on the path.
-                [sys.executable, "-P", "-c", _START, str(theirs.fileno()), path],
+                start_command("weight_sync.process_groups.receiving_child", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
@@ -105,15 +99,16 @@ class ReceivingProcess:
         self._lock = threading.Lock()
         self._landing = torch.empty(0, dtype=torch.uint8)
         self._read = b""
-        self._memory = os.memfd_create(_NAME, os.MFD_CLOEXEC)
-        self._words = os.memfd_create(f"{_NAME}-words", os.MFD_CLOEXEC)
-        self._commands, theirs = socket.socketpair()
-        try:
+        with contextlib.ExitStack() as undo:
+            self._commands, theirs = socket.socketpair()
+            undo.callback(self._commands.close)
             with theirs:
+                self._memory = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+                undo.callback(os.close, self._memory)
+                self._words = os.memfd_create(f"{_NAME}-words", os.MFD_CLOEXEC)
+                undo.callback(os.close, self._words)
                 socket.send_fds(orders, [b"."], [theirs.fileno(), self._memory, self._words])
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def connect(self, command: Connect) -> None:
         """Join the group; returns when all members are connected."""

@@ -7,24 +7,18 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 import msgspec
 
 from weight_sync.errors import EngineDiedError
-from weight_sync.process_groups.children import exit_words, module_path
+from weight_sync.process_groups.children import exit_words, start_command
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
 from .child_output import ChildOutput
 from .rank_server import reported_address
-
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from rollout.engine.executors.child import main; sys.exit(main())"
-)
 
 
 class RankProcess:
@@ -35,8 +29,7 @@ class RankProcess:
         read_end, write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
-                # -P: a working folder with a `random.py` of its own must not come first on the path.
-                [sys.executable, "-P", "-c", _START, str(write_end), json.dumps(module_path())],
+                start_command("rollout.engine.executors.child", str(write_end)),
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(write_end,),
