@@ -1,8 +1,8 @@
 """Checks of kernels that run under triton's interpreter, in a process of their own, and on a GPU in this one.
 
-The interpreter is chosen when triton is imported. So a test file keeps its checks in a `Checks`, asks `verdicts` for
-what they say under the interpreter (that runs the file as a script, which ends with `CHECKS.main()`), and calls them
-with a CUDA device.
+The interpreter is chosen when triton is imported. So a test file keeps its checks in a `Checks`, ends with
+`CHECKS.main()` where it is run as a script, and takes its tests from `as_tests`: that runs the script, and calls the
+checks with a CUDA device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 Check = Callable[..., None]
@@ -40,19 +41,25 @@ class Checks(dict[str, Callable[[torch.device], None]]):
 
         return register
 
-    def verdicts(self, file: str, timeout_s: float = 240) -> dict[str, str]:
-        """What each check says under the interpreter: "ok", or its traceback."""
-        done = subprocess.run(
-            [sys.executable, file],
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-        return result
+    def as_tests(self, file: str) -> tuple[Any, Check, Check]:
+        """A fixture `verdicts` of the file, and a test of each check under the interpreter and on a GPU."""
+
+        @pytest.fixture(scope="module")
+        def verdicts() -> dict[str, str]:
+            """What each check says under the interpreter: "ok", or its traceback."""
+            result: dict[str, str] = json.loads(run_interpreted(file).splitlines()[-1])
+            return result
+
+        @pytest.mark.parametrize("name", self)
+        def under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
+            assert verdicts[name] == "ok", verdicts[name]
+
+        @pytest.mark.gpu
+        @pytest.mark.parametrize("name", self)
+        def on_the_gpu(name: str) -> None:
+            self[name](torch.device("cuda"))
+
+        return verdicts, under_the_interpreter, on_the_gpu
 
     def main(self) -> None:
         """Run all on the CPU, or those whose names hold an argument, and print the verdicts."""
@@ -70,6 +77,25 @@ class Checks(dict[str, Callable[[torch.device], None]]):
                 print(name, verdicts[name], file=sys.stderr)
             print(f"{name}: {time.perf_counter() - began:.2f} s", file=sys.stderr)
         print(json.dumps(verdicts))
+
+
+def run_interpreted(file: str) -> str:
+    """What the script prints whose triton is the interpreter."""
+    done = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def told_by(file: str) -> dict[str, str]:
+    """The lines `name=verdict` of such a script."""
+    return dict(line.split("=", 1) for line in run_interpreted(file).splitlines() if "=" in line)
 
 
 def _round_bfloat16_to_nearest() -> None:

@@ -6,13 +6,11 @@ script, which prints a verdict for each case.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from interpreted import told_by
 
 from rollout_kernels import copy_table as ct
 from rollout_kernels import fingerprint as fp
@@ -127,16 +125,7 @@ CASES: dict[str, Callable[[], list[Piece]]] = {
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The verdict on each case."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return told_by(__file__)
 
 
 @pytest.mark.parametrize("case", [*CASES, "sums_a_part_where_it_sits", "sums_without_a_copy"])

@@ -25,20 +25,7 @@ def every_bit_is_the_same_in_any_order(device: torch.device, shared: bool) -> No
         assert decode(order=torch.zeros_like(order))[1:].isnan().all(), "nobody looked at it"
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "ok"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_under_the_interpreter, test_on_the_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from interpreted import Checks
 
@@ -98,20 +97,7 @@ def rows_are_sorted_into_tiles_of_one_expert_each(
     assert found == sorted((e, row) for row, e in enumerate(flat) if 1 <= e <= 5)
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "ok", verdicts[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_under_the_interpreter, test_on_the_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

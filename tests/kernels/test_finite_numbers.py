@@ -5,13 +5,11 @@ Under Triton's interpreter, which is chosen when triton is imported: this file i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreted import told_by
 
 from rollout_kernels.copy_pieces import make_piece
 from rollout_kernels.copy_table import CopyTable
@@ -34,16 +32,7 @@ def cases() -> Iterator[tuple[str, torch.dtype]]:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The verdict on each case."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return told_by(__file__)
 
 
 @pytest.mark.parametrize(("way", "dtype"), list(cases()))

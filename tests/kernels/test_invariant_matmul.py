@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from interpreted import Checks, poisoned, relative_error
 
@@ -77,20 +76,7 @@ def rows_may_be_strided(device: torch.device) -> None:
     assert invariant_linear(x[:0], weight).shape == (0, 33)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_interpreted, test_on_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

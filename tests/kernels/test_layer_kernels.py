@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from interpreted import Checks, poisoned, relative_error
 
@@ -154,20 +153,7 @@ def rotation_and_cache_write(
     assert torch.equal(again.view(-1, 2 * num_kv, size)[63], stored[63])
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "ok"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_under_the_interpreter, test_on_the_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ The interpreter is chosen when triton is imported, so its checks run as a proces
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_batch import Batch, Case
+from interpreted import told_by
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Of |out - ref| / |ref|: the rounding of inputs is not in it, that of weights and outputs to the dtype is."""
@@ -308,16 +307,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The verdicts under the interpreter."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return told_by(__file__)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -361,20 +361,7 @@ def test_a_captured_graph_draws_for_whatever_its_tensors_hold_and_nothing_waits(
     assert not torch.equal(out.token_ids, first)
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "ok"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_under_the_interpreter, test_on_the_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

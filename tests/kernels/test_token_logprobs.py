@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from interpreted import Checks, poisoned
 
@@ -110,20 +109,7 @@ def prompts(device: torch.device, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out.cpu().double(), want, atol=tolerance, rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_under_the_interpreter(name: str, verdicts: dict[str, str]) -> None:
-    assert verdicts[name] == "ok"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_under_the_interpreter, test_on_the_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":

@@ -106,20 +106,7 @@ def reference(model: Any, ids: list[int], temperature: float) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(1, given[0, 1:, None]).squeeze(1)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_interpreted, test_on_gpu = CHECKS.as_tests(__file__)
 
 
 @pytest.mark.gpu

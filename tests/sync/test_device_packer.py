@@ -5,12 +5,11 @@ The interpreter is chosen when triton is imported, so the check runs as a proces
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreted import told_by
 
 HERE = Path(__file__).parent
 
@@ -18,16 +17,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The verdict on each case."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return told_by(__file__)
 
 
 @pytest.mark.parametrize(
