@@ -45,7 +45,9 @@ def run_gpu_sync(settings: GpuSyncBench, screen: Screen) -> BenchResult:
     numbers: dict[str, Any] = {"rates": rates, "models": {}}
     for name, shape in settings.models.items():
         screen.say(f"{name}: making the trainer's model, and an engine in another process")
-        numbers["models"][name] = _one_model(settings, shape, rates, screen)
+        found = numbers["models"][name] = _one_model(settings, shape, rates)
+        for words, value, floor in _lines(found):
+            screen.say(f"{name}: {words}: {_ms(value['p50'])} ms, floor {_ms(floor)} ms")
         _let_go()
     if settings.num_experts:
         screen.say("experts, and the same bytes dense")
@@ -82,7 +84,7 @@ def _timed(action: Callable[[], object], rounds: int = 8) -> float:
 
 
 def _one_model(
-    settings: GpuSyncBench, shape: ModelShape, rates: dict[str, float], screen: Screen
+    settings: GpuSyncBench, shape: ModelShape, rates: dict[str, float]
 ) -> dict[str, Any]:
     dtype = DTYPES[settings.dtype]
     tensors = trainer_tensors(shape, dtype, device="cuda")
@@ -101,7 +103,12 @@ def _one_model(
         ) as engine,
     ):
         with WeightPublisher(engine, transport="cuda_ipc") as publisher:
-            series["idle"] = _rounds(settings, publisher, tensors)
+            series["idle"] = _rounds(
+                publisher,
+                tensors,
+                warmup=settings.warmup,
+                repetitions=settings.repetitions,
+            )
             with streaming(engine, pause) as arrivals:
                 while arrivals.num_tokens < 4 * settings.batch_size and arrivals.failure is None:
                     time.sleep(0.01)
@@ -126,7 +133,10 @@ def _one_model(
         del tensors
         _let_go()
         with WeightPublisher(engine, transport="shared_memory") as publisher:
-            series["from the CPU"] = _rounds(settings, publisher, on_cpu)
+            # Each packs on the CPU, which takes seconds.
+            series["from the CPU"] = _rounds(
+                publisher, on_cpu, warmup=1, repetitions=settings.cpu_repetitions
+            )
     return {
         "num_tensors": len(on_cpu),
         "num_bytes": size,
@@ -144,17 +154,17 @@ def _one_model(
 
 
 def _rounds(
-    settings: GpuSyncBench, publisher: WeightPublisher, tensors: dict[str, torch.Tensor]
+    publisher: WeightPublisher, tensors: dict[str, torch.Tensor], *, warmup: int, repetitions: int
 ) -> Series:
     series: Series = defaultdict(list)
-    for i in range(settings.warmup + settings.repetitions):
+    for i in range(warmup + repetitions):
         move_a_little(tensors)
         torch.cuda.synchronize()
         start = time.perf_counter()
         report = publisher.publish(tensors)
         seconds = {"publish": time.perf_counter() - start, **parts_of(report)}
         seconds["publish_beyond_packing"] = seconds["publish"] - seconds["pack"]
-        if i >= settings.warmup:
+        if i >= warmup:
             for name, value in seconds.items():
                 series[name].append(value)
     return series
@@ -194,7 +204,12 @@ def _experts(settings: GpuSyncBench) -> dict[str, Any]:
             _expert_engine(kind, sizes) as address,
             WeightPublisher(address, transport="cuda_ipc") as publisher,
         ):
-            series = _rounds(settings, publisher, tensors)
+            series = _rounds(
+                publisher,
+                tensors,
+                warmup=settings.warmup,
+                repetitions=settings.repetitions,
+            )
             for _ in range(3):
                 start = time.perf_counter()
                 found = weight_sync.fingerprint(tensors)
@@ -256,29 +271,28 @@ def _headline(numbers: dict[str, Any]) -> Iterator[Headline]:
         )
 
 
+def _lines(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, float], float]]:
+    """What was measured of one model, its summary and its floor, in seconds."""
+    seconds, floors = found["seconds"], found["floors_s"]
+    copy, read, step = floors["copy"], floors["read"], found["decode_step_s"]["p50"]
+    idle, cpu, memory = seconds["idle"], seconds["from the CPU"], seconds["release and resume"]
+    yield "whole call, verified", idle["publish"], 2 * copy + read
+    yield "begin to verified", idle["begin_to_verified"], copy + read
+    yield "engine's pause, verified in it", idle["pause"], copy + read
+    yield "a client's longest gap", seconds["streaming, pause"]["gap"], step + copy + read
+    gap = seconds["streaming, overlapped"]["gap"]
+    yield "the same, verified while it runs on", gap, step + copy
+    yield "from the CPU, beyond packing", cpu["publish_beyond_packing"], floors["upload"]
+    yield "release, weights lost", memory["release, weights lost"], 0.0
+    yield "resume, weights lost", memory["resume, weights lost"], 0.0
+    yield "release, weights kept", memory["release, weights kept"], floors["upload"]
+    yield "resume, weights kept", memory["resume, weights kept"], floors["upload"]
+
+
 def _result(settings: GpuSyncBench, numbers: dict[str, Any]) -> BenchResult:
     rows: list[tuple[str, ...]] = []
     for name, found in numbers["models"].items():
-        seconds, floors = found["seconds"], found["floors_s"]
-        copy, read, step = floors["copy"], floors["read"], found["decode_step_s"]["p50"]
-        idle, cpu = seconds["idle"], seconds["from the CPU"]
-        memory = seconds["release and resume"]
-        for what, value, floor in (
-            ("whole call, verified", idle["publish"], 2 * copy + read),
-            ("begin to verified", idle["begin_to_verified"], copy + read),
-            ("engine's pause, verified in it", idle["pause"], copy + read),
-            ("a client's longest gap", seconds["streaming, pause"]["gap"], step + copy + read),
-            (
-                "the same, verified while it runs on",
-                seconds["streaming, overlapped"]["gap"],
-                step + copy,
-            ),
-            ("from the CPU, beyond packing", cpu["publish_beyond_packing"], floors["upload"]),
-            ("release, weights lost", memory["release, weights lost"], 0.0),
-            ("resume, weights lost", memory["resume, weights lost"], 0.0),
-            ("release, weights kept", memory["release, weights kept"], floors["upload"]),
-            ("resume, weights kept", memory["resume, weights kept"], floors["upload"]),
-        ):
+        for what, value, floor in _lines(found):
             rows.append((name, what, _ms(value["p50"]), _ms(value["p90"]), _ms(floor)))
     if "experts" in numbers:
         dense, experts = numbers["experts"]["dense"], numbers["experts"]["experts"]

@@ -323,6 +323,8 @@ class GpuSyncBench:
     """Inner width of an expert."""
     repetitions: int = 15
     """Measured rounds."""
+    cpu_repetitions: int = 5
+    """Those from a trainer on the CPU, which take seconds each."""
     warmup: int = 3
     """Rounds before them."""
 

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_group_support import free_port
-from sync_support import kill, read_line, weights
+from sync_support import collect, kill, read_line, spawn, weights
 from torch.distributed import distributed_c10d as c10d
 
 import weight_sync
@@ -182,7 +182,7 @@ def test_a_trainer_that_never_broadcasts_is_given_up_by_the_deadline(
         before = publisher.publish(trainer).fingerprint
         group = publisher._endpoint._packed.arena._group  # type: ignore[union-attr]
         sending = group.broadcast
-        group.broadcast = lambda *args, **options: None
+        group.broadcast = lambda *args, **options: Future()  # it is on its way for ever
         with pytest.raises((DeadlineExceeded, TransportError)), torch.no_grad():
             trainer.model.norm.weight.mul_(1.01)
             publisher.publish(trainer)
@@ -204,14 +204,21 @@ def other_gpu_works(number: int) -> bool:
     return int(torch.ones(10, device=f"cuda:{number}").sum()) == 10
 
 
+@pytest.fixture(scope="module")
+def far() -> Iterator[tuple[Any, str]]:
+    """A toy engine on the first GPU, which outlives its trainers, and its address."""
+    process = spawn("engine_process.py", "-", "cuda:0")
+    yield process, read_line(process)
+    collect(process)
+
+
 @needs_gpus(2)
 @pytest.mark.parametrize("phase", ["begin", "waiting in a kernel", "vote", "commit"])
 def test_a_trainer_that_is_killed_frees_the_engine_within_seconds(
-    child: Callable[..., Any], phase: str
+    far: tuple[Any, str], child: Callable[..., Any], phase: str
 ) -> None:
     """In the second one the engine's kernel waits for bytes that were announced and will never come."""
-    process = child("engine_process.py", "-", "cuda:0")
-    address = read_line(process)
+    process, address = far
     doomed = child("group_trainer_process.py", address, phase, "cuda:1")
     assert read_line(doomed) == "ready"
     if phase == "waiting in a kernel":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_sender import model_of
-from sync_support import eventually, kill, read_line, weights
+from sync_support import collect, eventually, kill, read_line, spawn, weights
 
 import weight_sync
 from rollout import Engine
@@ -32,21 +32,24 @@ def state_of(process: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module", params=["numbered alike", "each sees its own GPU alone"])
+def far(request: pytest.FixtureRequest) -> Iterator[tuple[Any, str]]:
+    """A toy engine on the second GPU, and its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        device = "cuda:1"
+        if request.param != "numbered alike":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "1")
+            device = "cuda:0"
+        process = spawn("engine_process.py", "-", device)
+    yield process, read_line(process)
+    collect(process)
+
+
 @pytest.mark.parametrize("arena_bytes", [None, 2048])
-@pytest.mark.parametrize("numbers", ["alike", "each sees its own GPU alone"])
 def test_an_engine_on_another_gpu_reads_what_the_trainer_packed(
-    child: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    numbers: str,
-    arena_bytes: int | None,
+    far: tuple[Any, str], arena_bytes: int | None
 ) -> None:
-    device = "cuda:1"
-    if numbers != "alike":
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        device = "cuda:0"
-    process = child("engine_process.py", "-", device)
-    monkeypatch.undo()
-    address = read_line(process)
+    process, address = far
     with (
         torch.cuda.device(0),
         WeightPublisher(address, transport="cuda_ipc", arena_bytes=arena_bytes) as publisher,
@@ -62,10 +65,9 @@ def test_an_engine_on_another_gpu_reads_what_the_trainer_packed(
 
 @pytest.mark.parametrize("phase", ["begin", "stage", "vote", "commit"])
 def test_a_trainer_killed_on_its_own_gpu_leaves_the_engine_whole(
-    child: Callable[..., Any], phase: str
+    far: tuple[Any, str], child: Callable[..., Any], phase: str
 ) -> None:
-    process = child("engine_process.py", "-", "cuda:1")
-    address = read_line(process)
+    process, address = far
     doomed = child("trainer_process.py", address, phase, "cuda_ipc", "cuda:0")
     assert read_line(doomed) == "ready"
     kill(doomed)

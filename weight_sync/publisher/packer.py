@@ -53,14 +53,15 @@ class DevicePacker:
         packed = run(self._read(addresses), [self._buffer.data_ptr()])
         for i in self._slow:
             self._manifest.view(self._buffer, rows[i]).copy_(sources[i])
-        columns = np.zeros((2, len(rows)), dtype=np.int64)
+        found = packed.cpu().numpy().reshape(1 + check_finite, -1)
+        values, suspects = found[0], [self._fast[i] for i in np.flatnonzero(found[1:].sum(0))]
         if self._slow:
             indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
-            columns[0, self._slow] = self._fingerprints.values(self._buffer, indices).numpy()
-            columns[1, self._slow] = check_finite
-        columns[: 1 + check_finite, self._fast] = packed.cpu().numpy()
-        suspects = np.sort(np.array(rows, dtype=np.int64)[columns[1] != 0])
-        return columns[0].view(np.uint64), suspects
+            values = np.empty(len(rows), dtype=np.int64)
+            values[self._fast] = found[0]
+            values[self._slow] = self._fingerprints.values(self._buffer, indices).numpy()
+            suspects += self._slow if check_finite else []
+        return values.view(np.uint64), np.array(sorted(rows[i] for i in suspects), dtype=np.int64)
 
     def _read(self, addresses: list[int]) -> list[int]:
         """Those that the table reads."""
