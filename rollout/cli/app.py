@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from . import generate, info, serve, top, version
+from . import experts, generate, info, serve, top, version
 
 COMMANDS_GROUP = "rollout.commands"
 
@@ -31,6 +31,8 @@ EPILOG = """[bold]Examples[/bold]
   rollout serve --model PATH
 
   rollout top ADDRESS
+
+  rollout experts ADDRESS --out experts.png
 
   rollout bench machine
 
@@ -55,6 +57,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_group)
+    app.command("experts", epilog=experts.EPILOG)(experts.experts)
     app.command("generate", epilog=generate.EPILOG)(generate.generate)
     app.command("info", epilog=info.EPILOG)(info.info)
     app.command("serve", epilog=serve.EPILOG)(serve.serve)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("demo", "generate", "bench", "info", "version")
+COMMANDS = ("demo", "experts", "generate", "bench", "info", "version")
 
 
 def rollout(*arguments: str, **variables: str) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ THIRD_PARTIES = {
     "weight_sync": {"torch", "numpy", "zmq", "msgspec", "safetensors"},
     "rollout": {
         *("torch", "transformers", "safetensors", "zmq", "msgspec", "numpy"),
-        *("typer", "rich"),
+        *("typer", "rich", "matplotlib"),
         *("fastapi", "uvicorn", "starlette", "httpx", "prometheus_client", "ray"),
     },
     "trainers_integration": {
@@ -59,6 +59,7 @@ CONFINED = {
     "httpx": ("rollout.server",),
     "prometheus_client": ("rollout.server",),
     "typer": ("rollout.cli",),
+    "matplotlib": ("rollout.cli",),
     "transformers": ("rollout.models", "rollout.engine", "rollout.tokenizer", "rollout.cli"),
 }
 PURE_PYTHON = ("rollout.scheduling", "rollout.cache")
