@@ -7,7 +7,7 @@ D head size, S block size.
 
     paged_decode(q (N, H, D), pool (blocks, S, 2, K, D), block_tables (N, max_blocks) int32, seq_lens (N) int32,
                  out (N, H, D), *, scale, window=None, workspace, deterministic=False, max_len, prefix=None,
-                 order=None)
+                 order=None, few_kernels=False)
     workspace = DecodeWorkspace.allocate(max_batch=, num_heads=, num_kv_heads=, head_dim=, device=)
 
 The query's own key and value are in the pool already: `seq_lens` counts them. Everything on the device, and nothing
@@ -267,13 +267,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 def num_splits(*, batch: int, num_kv_heads: int, max_len: int, config: DecodeConfig) -> int:
-    """Splits of each sequence's keys: enough programs to fill the device, none of less than `config.split_keys`.
-
-    A power of two, so that few kernels are compiled.
-    """
+    """Splits of each sequence's keys: enough programs to fill the device, none of less than `config.split_keys`."""
     wanted = min(config.programs, MAX_PROGRAMS) // (batch * num_kv_heads)
     useful = -(-max_len // config.split_keys)
-    return power_of_two_within(max(1, min(wanted, useful, MAX_SPLITS)))
+    return max(1, min(wanted, useful, MAX_SPLITS))
 
 
 def config_for(
@@ -306,11 +303,13 @@ def paged_decode(
     max_len: int,
     prefix: PrefixState | None = None,
     order: torch.Tensor | None = None,
+    few_kernels: bool = False,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     """Attend into `out`, and return it.
 
     max_len: no sequence is longer; a matter of speed alone.
+    few_kernels: splits are a power of two, so that batches of any size and length share a few compiled kernels.
     order: (N) int32, every sequence once: who starts first; a matter of speed alone. With the longest first none is
         left over at the end.
 
@@ -323,10 +322,9 @@ def paged_decode(
         return out
     if config is None:
         config = config_for(q, num_kv_heads, deterministic=deterministic)
-    splits = 1
-    if not deterministic:
-        most = max_len if window is None else min(max_len, window)
-        splits = num_splits(batch=batch, num_kv_heads=num_kv_heads, max_len=most, config=config)
+    most = max_len if window is None else min(max_len, window)
+    splits = num_splits(batch=batch, num_kv_heads=num_kv_heads, max_len=most, config=config)
+    splits = 1 if deterministic else power_of_two_within(splits) if few_kernels else splits
     if batch * num_kv_heads * splits < ORDERED_PROGRAMS:
         order = None
     kernel: Any = decode_kernel

@@ -158,6 +158,7 @@ class TritonStep:
             deterministic=self._deterministic,
             max_len=batch.max_len,
             order=batch.order,
+            few_kernels=batch.query_starts is not None,
         )
 
     def experts(

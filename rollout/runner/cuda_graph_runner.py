@@ -41,9 +41,6 @@ from .staging import Array, aligned
 from .triton_backend import TritonBackend
 
 _NUM_INPUTS = 6
-_LEAST_ROWS = {"cuda": 8, "cpu": 1}
-"""Rows of the smallest graph. cuBLAS takes as long for 8 rows as for 1, and sometimes half as long: 5.9 us instead of
-12.6 for 1024 x 2048 in bfloat16 on an H200."""
 _EXTENSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """Decodes beside a prompt: between them, all numbers of splits of their keys."""
 _PROMPT = 256
@@ -54,14 +51,14 @@ _INPUT_BYTES = 128
 """More than the bytes of a row's numbers."""
 
 
-def batch_sizes_to_capture(max_batch: int, least: int = 1) -> list[int]:
-    """`least`, twice that and so on to 8, then steps of an eighth of the size, up to `max_batch`: padding costs little,
-    and so do graphs."""
-    sizes, size = {max_batch}, least
+def batch_sizes_to_capture(max_batch: int) -> list[int]:
+    """1, 2, 4, then steps of an eighth of the size, up to `max_batch`: padding costs little, and so do graphs."""
+    sizes = {1, 2, 4, max_batch}
+    size = 8
     while size < max_batch:
         sizes.add(size)
-        size += max(min(size, 8), 1 << max(0, size.bit_length() - 3))
-    return sorted(sizes)
+        size += max(8, 1 << (size.bit_length() - 3))
+    return sorted(size for size in sizes if size <= max_batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +92,7 @@ class CudaGraphRunner:
         self._max_len = context_length
         blocks = -(-context_length // context.block_size)
         self._width = -(-blocks // 16) * 16  # a stride for which kernels are specialised
-        self._batch_sizes = batch_sizes_to_capture(max_batch, _LEAST_ROWS[self._device.type])
+        self._batch_sizes = batch_sizes_to_capture(max_batch)
         self.max_batch = max_batch
         self._tables = torch.zeros((max_batch, self._width), dtype=torch.int32, device=self._device)
         self._inputs = torch.zeros(
