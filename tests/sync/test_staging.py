@@ -289,3 +289,9 @@ def test_without_a_stage_running_requests_end_and_the_next_ones_see_the_new_vers
         publisher.abort()
         publisher.publish(trainer)
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == output
+        engine.release_memory_occupation(keep_weights=True)
+        with pytest.raises(WeightUpdateError, match="resume_memory_occupation"):
+            publisher.publish(trainer)  # there is nowhere to write it
+        engine.resume_memory_occupation()
+        assert engine.status().torn is None
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == output

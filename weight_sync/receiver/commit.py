@@ -112,9 +112,8 @@ class WeightCommit:
             self._started = True
         start = time.perf_counter()
         session = self.session
-        unwritable = self.host.unwritable()
-        if unwritable is not None:  # on all ranks or on none
-            raise WeightUpdateError(f"the parameters cannot be written: {unwritable}")
+        if (gone := unwritable(self.host)) is not None:  # on all ranks or on none
+            raise gone
         self._compare_staged()
         overlapped = session.request.verify == "overlapped"
         if overlapped:
@@ -249,6 +248,27 @@ class WeightCommit:
         if self._holding:
             self._holding = False
             self.host.release_outputs(ok)
+
+
+def unwritable(host: WeightHost) -> WeightUpdateError | None:
+    """Why nothing can be written into the parameters at present, or None."""
+    why = host.unwritable()
+    return None if why is None else WeightUpdateError(f"the parameters cannot be written: {why}")
+
+
+def tear_for(
+    session: Session | None, host: WeightHost, lose_weights: Callable[[str], None]
+) -> None:
+    """`session` is about to write as its bytes come: from a step boundary on, the same on all ranks, nothing serves."""
+    assert session is not None, "it is open"
+
+    def tear() -> None:
+        if (gone := unwritable(host)) is not None:
+            raise gone
+        lose_weights(f"the update to version {session.version} without a stage was not completed")
+
+    name = f"unstaged/{session.request.session_id}"
+    host.between_steps(tear, session.lease_left_s, name)
 
 
 def boundary_name(session_id: str) -> str:

@@ -50,7 +50,7 @@ from ..wire.messages import (
 from ..wire.process import current_process, why_dead
 from .agreement import RankAgreement, SoloAgreement
 from .arena_table import ArenaTable
-from .commit import Served, Snapshot, WeightCommit, boundary_name, uint32
+from .commit import Served, Snapshot, WeightCommit, boundary_name, tear_for, uint32, unwritable
 from .endings import Endings
 from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
@@ -96,7 +96,9 @@ class WeightReceiver:
         self._served = Served(version=version, label=str(version) if label is None else label)
         self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
-        self.stages = StageMemories(weight_map, self.device, host, self._tear_for_update)
+        self.stages = StageMemories(
+            weight_map, self.device, host, lambda: tear_for(self._session, host, self.lose_weights)
+        )
         self.stage_memory = self.stages.extra
         self._epoch = 0
         self._session: Session | None = None
@@ -296,9 +298,7 @@ class WeightReceiver:
         error: SyncError | None = None
         if session.request.strict:
             error = self._plans.not_covered(session.known, session.present)
-        unwritable = self._host.unwritable()
-        if unwritable is not None:
-            error = WeightUpdateError(f"the parameters cannot be written: {unwritable}")
+        error = unwritable(self._host) or error
         if error is not None:
             self._end(error)
             raise error
@@ -374,14 +374,6 @@ class WeightReceiver:
         served = self._served
         self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))
         self._host.weights_torn(reason)
-
-    def _tear_for_update(self) -> None:
-        """The session is about to write into the parameters: from a step boundary on they serve nobody."""
-        session = self._session
-        assert session is not None, "it is open"
-        what = f"the update to version {session.version} without a stage was not completed"
-        name = f"unstaged/{session.request.session_id}"
-        self._host.between_steps(lambda: self.lose_weights(what), session.lease_left_s, name)
 
     def _lost(self, reason: str) -> None:
         self._resident.forget()
