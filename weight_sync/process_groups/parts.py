@@ -11,7 +11,7 @@ import torch
 from ..errors import TransportError
 from ..layout.memory import Range
 
-_MADV_POPULATE_WRITE = 23
+MADV_POPULATE_WRITE = 23
 DEFAULT_PART_BYTES = 64 << 20
 """With several of these under way at once, a loopback or a fast network is busy all the time."""
 
@@ -44,7 +44,7 @@ def receive_buffer(num_bytes: int) -> torch.Tensor:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError) as error:
         raise torch.OutOfMemoryError(str(error)) from error
-    for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
+    for advice in (mmap.MADV_HUGEPAGE, MADV_POPULATE_WRITE):
         with contextlib.suppress(OSError, ValueError):  # hints
             memory.madvise(advice)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -7,6 +7,7 @@ answers each with one. It ends when its socket or its owner does, or when gloo e
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import resource
@@ -28,6 +29,7 @@ from .backends import open_gloo
 from .children import life_of
 from .communicator import Communicator
 from .last_reads import read_away_at_the_end
+from .parts import MADV_POPULATE_WRITE
 from .rendezvous import left, store_error, under
 from .streams import receive_expected
 
@@ -136,9 +138,10 @@ class Member:
         assert self._communicator is not None, "Connect comes first"
         num_bytes = os.fstat(self._memory_fd).st_size
         if num_bytes > self._memory.numel():
-            self._memory = torch.frombuffer(
-                mmap.mmap(self._memory_fd, num_bytes), dtype=torch.uint8
-            )
+            memory = mmap.mmap(self._memory_fd, num_bytes)
+            with contextlib.suppress(OSError, ValueError):  # a hint: all pages at once
+                memory.madvise(MADV_POPULATE_WRITE)
+            self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         receive_expected(
             self._communicator,
             [self._memory[part.start : part.stop] for part in command.parts],
