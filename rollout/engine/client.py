@@ -9,9 +9,8 @@ from weight_sync.wire.process import Home
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
-from .asynchronous import answer_of
 from .base import EngineBase
-from .executors.executor import Executor, wait
+from .executors.executor import Executor, answer_of, wait
 
 MAX_TIMEOUT_S = 7 * 86_400
 """As `weight_sync.wire`: every remote call has a deadline."""

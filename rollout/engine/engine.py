@@ -41,7 +41,6 @@ from ..protocol.commands import (
     StopProfile,
 )
 from ..tokenizer import Tokenizer
-from .embedding import EmbeddingCalls
 from .executors.choice import make_executor
 from .executors.executor import Executor
 from .executors.remote import RemoteExecutor
@@ -51,6 +50,7 @@ from .loop.checks import check_start
 from .many import ManyCalls
 from .model_folder import remove_model_folder, write_model_folder
 from .options import OPTIONS, engine_config
+from .pooling import PoolingCalls
 from .tuning import TuningCalls
 from .twins import Asking, asks, awaitable
 
@@ -71,7 +71,7 @@ COLLECTIVE_CALLS = (
 )
 
 
-class Engine(EmbeddingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls):
+class Engine(PoolingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls):
     """Generates rollouts from a model whose weights a trainer replaces while it runs.
 
     Its options are the fields of `rollout.config.EngineConfig`, which says what they mean; names that only the common

@@ -22,9 +22,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from weight_sync.wire.cancellation import name_twin
 
-from .asynchronous import answer_of
 from .client import EngineClient
-from .executors.executor import wait
+from .executors.executor import answer_of, wait
 
 P = ParamSpec("P")
 R = TypeVar("R")

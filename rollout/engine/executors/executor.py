@@ -6,6 +6,7 @@ above it is the same for all of them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
@@ -142,6 +143,16 @@ def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
     """Result of `future`; `DeadlineExceeded` when the engine does not answer in time."""
     try:
         return future.result(timeout_s)
+    except TimeoutError as error:
+        if isinstance(error, DeadlineExceeded):
+            raise
+        raise no_answer(timeout_s, what) from None
+
+
+async def answer_of(future: Future[Any], timeout_s: float, what: str) -> Any:
+    """As `wait`, awaitable."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
     except TimeoutError as error:
         if isinstance(error, DeadlineExceeded):
             raise

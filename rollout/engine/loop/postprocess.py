@@ -23,8 +23,8 @@ from ...runner.model_runner import LaunchedStep, ModelRunner
 from ...scheduling.batch import SampleRow, ScheduledBatch
 from ...scheduling.request import PENDING, Request
 from ...scheduling.scheduler import Scheduler
+from .expert_routes import RouteReader
 from .output_hold import OutputHold
-from .routes import RouteReader
 from .sample_state import GenerateGroup, SampleState
 
 LOGITS_BYTES = 64 << 20

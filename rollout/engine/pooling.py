@@ -1,8 +1,11 @@
-"""`classify`: the scores of a sequence-classification checkpoint, such as a reward model, with its `async_` twin."""
+"""What is read off the last position of whole sequences, each call with its `async_` twin.
+
+`classify`: the scores of a sequence-classification checkpoint, such as a reward model. `encode`: the hidden state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .generation import GenerationCalls, is_empty, whole_results
@@ -13,8 +16,18 @@ Scores = list[float] | list[list[float]] | list[dict[str, Any]] | dict[str, Any]
 """One number for each sequence, or one list of `num_labels` numbers where there are several labels."""
 
 
-class ClassificationCalls(GenerationCalls):
-    """The part of `Engine` that computes scores of whole sequences, beside what generates."""
+Embedding = dict[str, Any]
+
+#: Arguments of both calls, and those that `encode` has from the common dialect.
+_OWN = (
+    *("prompt", "input_ids", "rid"),
+    *("attention_mask", "add_special_tokens", "min_weight_version"),
+)
+_FOREIGN = ("image_data", "audio_data", "video_data")
+
+
+class PoolingCalls(GenerationCalls):
+    """The part of `Engine` that draws nothing: scores and embeddings of whole sequences."""
 
     @asks
     def classify(
@@ -43,56 +56,66 @@ class ClassificationCalls(GenerationCalls):
         """
         if is_empty(prompt) or is_empty(input_ids):
             return []
-        prepared = self._prepare_scores(locals())
+        prepared = self._prepare_pooled("classify", "score", locals())
         answer = yield from self._whole(prepared, timeout_s, "classify")
         return _scores(prepared, answer, return_meta_info)
 
     async_classify = awaitable(classify)
 
-    def _prepare_scores(self, arguments: dict[str, Any]) -> PreparedGenerate:
-        """`arguments`: the local names of `classify` at its beginning."""
-        options = ("attention_mask", "add_special_tokens", "min_weight_version", "rid")
-        return self._prepare_pooled(
-            "classify",
-            "score",
-            arguments["prompt"],
-            arguments["input_ids"],
-            **{name: arguments[name] for name in options},
-        )
+    @asks
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image_data: None = None,
+        audio_data: None = None,
+        video_data: None = None,
+        *,
+        input_ids: Any = None,
+        rid: str | Sequence[str] | None = None,
+        attention_mask: Any = None,
+        add_special_tokens: bool | None = None,
+        min_weight_version: int | None = None,
+        timeout_s: float | None = None,
+        **others: Any,
+    ) -> Asking[Embedding | list[Embedding]]:
+        """Embed each sequence: the hidden state of its last token after the model's last norm, as it is (not scaled to
+        length 1).
+
+        Give `prompt` (text) or `input_ids` (token ids), one or a list, as to `generate`; with the same `rid`,
+        `attention_mask`, `add_special_tokens`, `min_weight_version`. Returns {"embedding": hidden_size floats,
+        "meta_info": as of `generate`} for one sequence, a list of these for a list. Every checkpoint can be asked, with
+        the weights that serve at that moment.
+
+        Raises `InvalidRequestError` for what cannot be run, and `DeadlineExceeded` unless all embeddings are there in
+        `timeout_s` seconds (None: no deadline).
+        """
+        if is_empty(prompt) and input_ids is None:
+            return []
+        prepared = self._prepare_pooled("encode", "embedding", locals())
+        answer = yield from self._whole(prepared, timeout_s, "encode")
+        return _embeddings(prepared, answer)
+
+    async_encode = awaitable(encode)
 
     def _prepare_pooled(
-        self,
-        call: str,
-        pooling: str,
-        prompt: Any,
-        input_ids: Any,
-        *,
-        attention_mask: Any,
-        add_special_tokens: bool | None,
-        min_weight_version: int | None,
-        rid: Any = None,
-        others: Mapping[str, Any] | None = None,
+        self, call: str, pooling: str, arguments: dict[str, Any]
     ) -> PreparedGenerate:
-        """What a call that draws nothing asks of the last position of each sequence."""
+        """What such a call asks of each last position; `arguments`: its local names at its beginning."""
+        foreign = {name: arguments[name] for name in _FOREIGN if name in arguments}
         return prepare(
             self._tokenizer,
             call=call,
-            prompt=prompt,
-            input_ids=input_ids,
+            pooling=pooling,
+            **{name: arguments[name] for name in _OWN},
+            others=foreign | arguments.get("others", {}),
+            pad_token_id=self._pad_token_id,
             sampling_params={"max_new_tokens": 0},
             stream=False,
-            rid=rid,
             return_text_in_logprobs=False,
             flat_logprobs=False,
             return_token_versions=False,
             return_prompt_token_ids=False,
-            min_weight_version=min_weight_version,
             per_prompt={"token_ids_logprob": None, "top_logprobs_num": 0, "return_logprob": False},
-            others=others or {},
-            attention_mask=attention_mask,
-            add_special_tokens=add_special_tokens,
-            pad_token_id=self._pad_token_id,
-            pooling=pooling,
         )
 
 
@@ -103,3 +126,9 @@ def _scores(prepared: PreparedGenerate, answer: Any, return_meta_info: bool) -> 
         return whole[0] if prepared.single else whole
     rows = [result["pooled"] for result in results]
     return [row[0] for row in rows] if len(rows[0]) == 1 else rows
+
+
+def _embeddings(prepared: PreparedGenerate, answer: Any) -> Embedding | list[Embedding]:
+    results = whole_results("encode", [answer] if prepared.single else answer)
+    rows = [{"embedding": r["pooled"], "meta_info": r["meta_info"]} for r in results]
+    return rows[0] if prepared.single else rows
