@@ -241,6 +241,27 @@ def gpu_experts(
     _benchmark(run, quick, out, config, overrides)
 
 
+@gpu_app.command("attention-kernels")
+def gpu_attention_kernels(
+    write: Annotated[
+        bool, typer.Option("--write", help="Store the best for this device, where kernels look.")
+    ] = False,
+    out: Out = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Little data, to try the search; needs no GPU.")
+    ] = False,
+) -> None:
+    """Search the shapes of the attention kernels' launches on this GPU: decode, shared prefixes, prefill.
+
+    Heads of 64 and 128, 1 to 8 query heads to a KV head, 16-bit types; about a minute and a half.
+    `python -m rollout_benchmarks.attention_kernels --head-dims 256` searches others.
+    """
+    from .attention_kernels import main
+
+    where = ["--out", str(out)] if out is not None else []
+    raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
+
+
 @app.command("gpu-generate")
 def gpu_generate(
     quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None

@@ -2,8 +2,8 @@
 
 `attention_configs.json` beside this file maps a device's name to lists of entries, one list for a kind of launch; the
 first entry that fits a call is used. A device with a name instead of lists takes that one's; one that is not there, or
-whose entries do not fit, takes those under "default". Nothing is searched at start; the benchmark `attention_kernels`
-searches and writes.
+whose entries do not fit, takes those under "default". Nothing is searched at start; `rollout bench gpu
+attention-kernels --write` searches and writes.
 """
 
 from __future__ import annotations
