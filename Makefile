@@ -62,7 +62,7 @@ test-clients: $(CLIENTS_VENV)/.installed ## client classes of AReaL, SkyRL and o
 $(CLIENTS_VENV)/.installed: pyproject.toml tests/trainers/clients/requirements.txt | $(BIN)/python
 	$(BIN)/python -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install -q "$(TORCH)"
-	$(CLIENTS_VENV)/bin/python -m pip install -q -e ".[test,ray,server,trl]"
+	$(CLIENTS_VENV)/bin/python -m pip install -q -e ".[test,ray,server,trl]" aiohttp
 	$(CLIENTS_VENV)/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/trainers/clients/requirements.txt
 	@touch $@
 

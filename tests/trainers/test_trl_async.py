@@ -3,13 +3,23 @@
 import copy
 import queue
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from trl_support import NUM_DIGITS, data, exact, logged, poison, write_checkpoint
+from trl_support import (
+    NUM_DIGITS,
+    data,
+    exact,
+    load,
+    logged,
+    noise,
+    poison,
+    wait_until,
+    write_checkpoint,
+)
+from trl_support import async_settings as settings
 
 from rollout import Engine
 from rollout.errors import ConfigError, ManifestMismatch, RolloutError
@@ -64,28 +74,6 @@ def on_cpu(monkeypatch):
     kernels = SimpleNamespace(flash_attn_varlen_func=attention)
     monkeypatch.setattr(packing, "_flash_attn", lambda: kernels)
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
-
-
-def settings(folder, **options):
-    from trl.experimental.async_grpo import AsyncGRPOConfig
-
-    given = {
-        "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": 16,
-        "num_generations": 8,
-        "max_completion_length": NUM_DIGITS + 1,
-        "learning_rate": 5e-4,
-        "max_steps": 4,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "max_staleness": 2,
-        "queue_maxsize": 256,
-    }
-    return AsyncGRPOConfig(**{**given, **options})
 
 
 def make(
@@ -217,21 +205,6 @@ def test_generation_may_stand_still_while_an_update_travels(task, engine, on_cpu
     assert engine.weight_version == "update 3"
 
 
-def load(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def noise(folder):
-    """Parameters of a policy that seldom ends its completions."""
-    model = load(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
-    return model
-
-
 class Producing:
     """A worker and updates as TRL makes them, one after the other."""
 
@@ -271,13 +244,6 @@ def drained(buffer):
         while True:
             found.append(buffer.get_nowait())
     return found
-
-
-def wait_until(true, *, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def test_completions_go_on_through_updates_and_are_as_old_as_their_first_token(task, engine):

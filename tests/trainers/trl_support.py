@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,50 @@ def make_trainer(kind: str, folder: Path, dataset: Any, **options: Any) -> Any:
 def logged(trainer: Any, name: str) -> list[float]:
     """The values of one metric, in order."""
     return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def async_settings(folder: Path, **options: Any) -> Any:
+    """`AsyncGRPOConfig` for a short run on the CPU."""
+    from trl.experimental.async_grpo import AsyncGRPOConfig
+
+    given: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 16,
+        "num_generations": 8,
+        "max_completion_length": NUM_DIGITS + 1,
+        "learning_rate": 5e-4,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_staleness": 2,
+        "queue_maxsize": 256,
+    }
+    return AsyncGRPOConfig(**{**given, **options})
+
+
+def load(folder: Path) -> Any:
+    """The checkpoint's model, float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def noise(folder: Path) -> Any:
+    """A policy that seldom ends its completions."""
+    model = load(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def wait_until(true: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
+    """Wait for what comes soon."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)

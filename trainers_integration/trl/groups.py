@@ -7,7 +7,7 @@ import bisect
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,26 +21,67 @@ _TINY = 1e-8
 """Added to a group's standard deviation, as TRL adds it: a group of equal rewards teaches nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is trained on as one sequence."""
+
+    input_ids: list[int]
+    """Prompt and output."""
+    completion_mask: list[int]
+    """1 for sampled tokens, 0 for those of prompts and tools."""
+    old_log_probs: list[float]
+    """Of each sampled token, by the version that drew it; 0 for the others."""
+
+    @classmethod
+    def of_one_turn(cls, prompt: list[int], output: list[int], logprobs: list[float]) -> Row:
+        """A prompt and what followed it."""
+        num = len(prompt)
+        return cls([*prompt, *output], [0] * num + [1] * len(output), [0.0] * num + logprobs)
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollout:
+    """One completion, of one turn or several."""
+
+    prompt: Any
+    """Text or messages, an environment's observation included."""
+    completion: Any
+    """Text, or messages where the prompt is a list of messages: the assistant's, and those of tools."""
+    completion_ids: list[int] = field(default_factory=list)
+    """Sampled tokens of all turns."""
+    rows: list[Row] = field(default_factory=list)
+    """At least one."""
+    oldest_version: int = 1 << 62
+    """Number of the oldest weight version that drew a token."""
+    versions: set[int] = field(default_factory=set)
+    """Numbers of those that drew tokens."""
+    is_truncated: bool = False
+    """A length limit ended it."""
+    is_cut: bool = False
+    """It would have called another tool."""
+    num_turns: int = 1
+    num_forks: int = 0
+    """Turns whose prompt was no longer what earlier turns had been."""
+    num_calls: int = 0
+    num_failures: int = 0
+    own_reward: tuple[str, float | None] | None = None
+    """Its environment's class, and what that gives; None: it gives none."""
+
+    def add_turn(self, result: Mapping[str, Any], oldest: int) -> None:
+        """Count in an engine's result whose oldest version is `oldest`."""
+        meta = result["meta_info"]
+        self.completion_ids += result["output_ids"]
+        self.oldest_version = min(self.oldest_version, oldest)
+        self.versions |= {span["number"] for span in meta["weight_versions"]}
+        self.is_truncated = meta["finish_reason"]["type"] == "length"
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """The completions of one prompt, whole."""
+    """The completions for one row of the data set, whole."""
 
     row: Mapping[str, Any]
-    """The row of the data set."""
-    prompt_ids: list[int]
-    """Its prompt as it was sent."""
-    completion_ids: list[list[int]]
-    """Sampled tokens, never empty."""
-    logprobs: list[list[float]]
-    """Of each sampled token, by the version that drew it."""
-    completions: list[Any]
-    """Text, or a list with the assistant's message where the prompt is a list of messages."""
-    oldest_versions: list[int]
-    """Number of the oldest weight version that drew a token of each completion."""
-    num_mixed: int
-    """Completions whose tokens were drawn by more than one version."""
-    num_truncated: int
-    """Completions that a length limit ended."""
+    rollouts: list[Rollout]
 
 
 class PolicyVersions:
@@ -75,16 +116,21 @@ def reward_name(reward_func: RewardFunc) -> str:
     return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
-async def rewards_of(group: Group, reward_funcs: Sequence[RewardFunc]) -> np.ndarray:
-    """Rewards, shape (functions, samples), NaN where a function gave None; functions that block run on a thread."""
-    size = len(group.completions)
+async def rewards_of(
+    group: Group, reward_funcs: Sequence[RewardFunc], owners: Sequence[str] = ()
+) -> np.ndarray:
+    """Rewards, shape (functions and owners, samples), NaN where there is none; functions that block run on a thread.
+
+    owners: classes of environments that score conversations themselves.
+    """
+    size = len(group.rollouts)
     columns = {
         key: [value] * size for key, value in group.row.items() if key not in _NOT_FOR_REWARDS
     }
     call = {
-        "prompts": [group.row["prompt"]] * size,
-        "completions": group.completions,
-        "completion_ids": group.completion_ids,
+        "prompts": [rollout.prompt for rollout in group.rollouts],
+        "completions": [rollout.completion for rollout in group.rollouts],
+        "completion_ids": [rollout.completion_ids for rollout in group.rollouts],
         **columns,
     }
     found = []
@@ -100,6 +146,10 @@ async def rewards_of(group: Group, reward_funcs: Sequence[RewardFunc]) -> np.nda
                 f"reward function {reward_name(reward_func)!r}: got {len(values)} rewards, expected {size}, one for "
                 "each completion"
             )
+        found.append([np.nan if value is None else float(value) for value in values])
+    for owner in owners:
+        own = [rollout.own_reward for rollout in group.rollouts]
+        values = [None if pair is None or pair[0] != owner else pair[1] for pair in own]
         found.append([np.nan if value is None else float(value) for value in values])
     return np.array(found, dtype=np.float64)
 
@@ -123,26 +173,30 @@ def advantages_of(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 def samples_of(
     group: Group, rewards: np.ndarray, names: Sequence[str], policies: Sequence[int], group_id: int
 ) -> list[Any]:
-    """TRL's `RolloutSample`s: tokens of the prompt count for nothing and have the log-probability 0."""
+    """TRL's `RolloutSample`s, one for each row, with its conversation's advantage."""
     from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
     advantages, total, std = advantages_of(rewards)
-    num_prompt = len(group.prompt_ids)
+    has_calls = any(rollout.num_calls for rollout in group.rollouts)
     samples = []
-    for i, ids in enumerate(group.completion_ids):
+    for i, rollout in enumerate(group.rollouts):
         metrics = {"reward": float(total[i]), "reward_std": std}
         metrics |= {f"rewards/{name}": float(rewards[k, i]) for k, name in enumerate(names)}
-        samples.append(
-            RolloutSample(
-                prompt=group.row["prompt"],
-                completion=group.completions[i],
-                input_ids=np.array([*group.prompt_ids, *ids], dtype=np.int64),
-                completion_mask=np.array([0] * num_prompt + [1] * len(ids), dtype=np.int64),
-                old_log_probs=np.array([0.0] * num_prompt + group.logprobs[i], dtype=np.float32),
-                advantage=float(advantages[i]),
-                model_version=policies[i],
-                group_id=group_id,
-                metrics=metrics,
+        if has_calls:
+            metrics["tools/call_frequency"] = float(rollout.num_calls)
+            metrics["tools/failure_frequency"] = rollout.num_failures / max(1, rollout.num_calls)
+        for row in rollout.rows:
+            samples.append(
+                RolloutSample(
+                    prompt=rollout.prompt,
+                    completion=rollout.completion,
+                    input_ids=np.array(row.input_ids, dtype=np.int64),
+                    completion_mask=np.array(row.completion_mask, dtype=np.int64),
+                    old_log_probs=np.array(row.old_log_probs, dtype=np.float32),
+                    advantage=float(advantages[i]),
+                    model_version=policies[i],
+                    group_id=group_id,
+                    metrics=dict(metrics),
+                )
             )
-        )
     return samples

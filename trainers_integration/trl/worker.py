@@ -12,14 +12,24 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rollout import Engine
 from rollout.errors import ConfigError, RolloutError
 
 from .contract import check_engine, check_version
-from .groups import Group, PolicyVersions, RewardFunc, reward_name, rewards_of, samples_of
+from .conversations import Conversations, EnvironmentFactory, Toolbox
+from .groups import (
+    Group,
+    PolicyVersions,
+    RewardFunc,
+    Rollout,
+    Row,
+    reward_name,
+    rewards_of,
+    samples_of,
+)
 from .sampling import checked_logprobs, oldest_version, sampling_options, token_ids
 
 _TICK_S = 0.05
@@ -38,25 +48,32 @@ class RolloutWorker:
     def __init__(
         self,
         engine: Engine | str,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         *,
-        train_dataset: Any,
         args: Any,
+        train_dataset: Any = None,
         processing_class: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: EnvironmentFactory | Mapping[str, EnvironmentFactory] | None = None,
     ) -> None:
         """engine: an `Engine`, a `RolloutPool`, a connected one, or an address.
 
         reward_funcs: as TRL's; they run on threads of this process, and may be coroutine functions. train_dataset: rows
-            with `prompt` (text or messages) and columns for the reward functions; read in order, again and again.
+            with `prompt` (text or messages) and columns for the reward functions; read in order, again and again. None:
+            environments give the prompts.
         args: the trainer's `AsyncGRPOConfig`; a `token_budget` that is None becomes the engine's context length, for
             which TRL would ask a vLLM server. processing_class: the tokenizer; None: the engine's.
+        tools, environment_factory: as TRL's; each sample is then a conversation of its own, of messages, and nothing
+            needs to be picklable. An environment with `get_reward` is a reward function of its own.
         """
         check_version()
         check_engine(engine)
         self._owned = isinstance(engine, str)
         self.engine: Engine = Engine.connect(engine) if isinstance(engine, str) else engine
-        self._reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self._reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
+        self._toolbox = Toolbox(tools, environment_factory)
         self._names = [reward_name(reward_func) for reward_func in self._reward_funcs]
+        self._names += self._toolbox.owners
         self._dataset = train_dataset
         self._args = args
         self._tokenizer = processing_class or self.engine.tokenizer
@@ -64,14 +81,24 @@ class RolloutWorker:
             raise ConfigError(
                 "RolloutWorker: got neither processing_class nor an engine with a tokenizer; give the tokenizer"
             )
-        if not self._reward_funcs:
+        if not self._names:
             raise ConfigError("RolloutWorker: got no reward function, expected at least one")
+        if train_dataset is None and not self._toolbox.has_environments:
+            raise ConfigError(
+                "RolloutWorker: got neither train_dataset nor environment_factory, expected prompts from one of them"
+            )
         if args.num_generations < 2:
             raise ConfigError(
                 f"RolloutWorker: got num_generations={args.num_generations}, expected at least 2 to compare"
             )
+        context_length = int(self.engine.status().resolved["context_length"] or 0)
         if args.token_budget is None:
-            args.token_budget = int(self.engine.status().resolved["context_length"] or 0)
+            args.token_budget = context_length
+        self._conversations = (
+            Conversations(self._toolbox, self._tokenizer, args, context_length)
+            if self._toolbox
+            else None
+        )
         self.rollout_buffer: queue.Queue[Any] = queue.Queue(maxsize=args.queue_maxsize)
         self.metrics_queue: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=_METRICS)
         self._versions = PolicyVersions()
@@ -130,9 +157,9 @@ class RolloutWorker:
             asyncio.run(self._run())
         except asyncio.CancelledError:
             pass
-        except BaseExceptionGroup as several:
-            self._failure = several.exceptions[0]
         except BaseException as error:  # `check_health` raises it where somebody looks.
+            while isinstance(error, BaseExceptionGroup):  # of a lane, and of a conversation in it
+                error = error.exceptions[0]
             self._failure = error
 
     async def _run(self) -> None:
@@ -154,9 +181,10 @@ class RolloutWorker:
     def _rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Rows of the data set with a number for their group, without end."""
         group_id = 0
+        rows: Any = self._dataset if self._dataset is not None else [{}]
         while True:
             before = group_id
-            for row in self._dataset:
+            for row in rows:
                 yield group_id, row
                 group_id += 1
             if group_id == before:
@@ -168,8 +196,8 @@ class RolloutWorker:
             started = time.monotonic()
             group = await self._generate(row)
             generated = time.monotonic()
-            rewards = await rewards_of(group, self._reward_funcs)
-            policies = [await self._policy_of(number) for number in group.oldest_versions]
+            rewards = await rewards_of(group, self._reward_funcs, self._toolbox.owners)
+            policies = [await self._policy_of(each.oldest_version) for each in group.rollouts]
             scored = time.monotonic()
             for sample in samples_of(group, rewards, self._names, policies, group_id):
                 await self._hand_over(sample)
@@ -177,28 +205,43 @@ class RolloutWorker:
             self._tell(group, generated - started, scored - generated, waited)
 
     async def _generate(self, row: Mapping[str, Any]) -> Group:
-        args, prompt = self._args, row["prompt"]
-        size = args.num_generations
-        options = sampling_options(args, [self._tokenizer.eos_token_id])
-        ids = token_ids(self._tokenizer, [prompt], **(args.chat_template_kwargs or {}))[0]
+        size = self._args.num_generations
+        options = sampling_options(self._args, [self._tokenizer.eos_token_id])
+        if self._conversations is None:
+            return Group(row, await self._completions(row["prompt"], {**options, "n": size}))
+
+        async def turn(ids: list[int]) -> Mapping[str, Any]:
+            result: Mapping[str, Any] = await self.engine.async_generate(
+                input_ids=ids, sampling_params=options, return_logprob=True
+            )
+            return result
+
+        async with asyncio.TaskGroup() as several:
+            tasks = [
+                several.create_task(self._conversations.converse(row, turn)) for _ in range(size)
+            ]
+        return Group(row, [task.result() for task in tasks])
+
+    async def _completions(self, prompt: Any, params: Mapping[str, Any]) -> list[Rollout]:
+        """All samples of a prompt at once, which is computed once."""
+        template = self._args.chat_template_kwargs or {}
+        ids = token_ids(self._tokenizer, [prompt], **template)[0]
         results = await self.engine.async_generate(
-            input_ids=ids, sampling_params={**options, "n": size}, return_logprob=True
+            input_ids=ids, sampling_params=params, return_logprob=True
         )
-        completion_ids = [list(result["output_ids"]) for result in results]
-        texts = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        talk = not isinstance(prompt, str)
-        spans = [result["meta_info"]["weight_versions"] for result in results]
-        reasons = [result["meta_info"]["finish_reason"]["type"] for result in results]
-        return Group(
-            row=row,
-            prompt_ids=ids,
-            completion_ids=completion_ids,
-            logprobs=[checked_logprobs(result) for result in results],
-            completions=[[{"role": "assistant", "content": t}] if talk else t for t in texts],
-            oldest_versions=[oldest_version(result) for result in results],
-            num_mixed=sum(len(span) > 1 for span in spans),
-            num_truncated=reasons.count("length"),
-        )
+        outputs = [list(result["output_ids"]) for result in results]
+        texts = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        rollouts = []
+        for result, output, text in zip(results, outputs, texts, strict=True):
+            is_text = isinstance(prompt, str)
+            rollout = Rollout(
+                prompt=prompt,
+                completion=text if is_text else [{"role": "assistant", "content": text}],
+                rows=[Row.of_one_turn(ids, output, checked_logprobs(result))],
+            )
+            rollout.add_turn(result, oldest_version(result))
+            rollouts.append(rollout)
+        return rollouts
 
     async def _policy_of(self, version: int) -> int:
         deadline = time.monotonic() + _ANNOUNCE_S
@@ -220,17 +263,31 @@ class RolloutWorker:
                 await asyncio.sleep(_TICK_S)
 
     def _tell(self, group: Group, generate_s: float, score_s: float, waited_s: float) -> None:
-        lengths = [len(ids) for ids in group.completion_ids]
-        size = len(lengths)
-        metrics = {
+        rollouts = group.rollouts
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        size = float(len(rollouts))
+
+        def share(values: Iterable[float]) -> tuple[float, float]:
+            return float(sum(values)), size
+
+        metrics: dict[str, Any] = {
             "rollout/duration_s": generate_s,
             "rollout/score_s": score_s,
             "rollout/backpressure_s": waited_s,
-            "rollout/mixed_frac": (float(group.num_mixed), float(size)),
-            "completions/mean_length": (float(sum(lengths)), float(size)),
+            "rollout/mixed_frac": share(len(rollout.versions) > 1 for rollout in rollouts),
+            "completions/mean_length": share(lengths),
             "completions/max_length": float(max(lengths)),
             "completions/min_length": float(min(lengths)),
-            "completions/clipped_ratio": (float(group.num_truncated), float(size)),
+            "completions/clipped_ratio": share(rollout.is_truncated for rollout in rollouts),
         }
+        if self._conversations is not None:
+            metrics |= {
+                "tools/loop_exhausted_frac": share(rollout.is_cut for rollout in rollouts),
+                "rollout/turns_mean": share(rollout.num_turns for rollout in rollouts),
+                "rollout/turns_max": float(max(rollout.num_turns for rollout in rollouts)),
+                "rollout/samples_per_rollout": share(len(rollout.rows) for rollout in rollouts),
+                **self._conversations.counts,
+            }
+            self._conversations.counts.clear()
         with contextlib.suppress(queue.Full):  # Metrics never hold generation back.
             self.metrics_queue.put_nowait(metrics)

@@ -26,7 +26,9 @@ from versions import TOLERANCE, Reference, version_weights
 
 from rollout.server import ServerProcess, launch_server_process
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "http_trainers"))
+sys.path.append(  # behind the packages, whose names scripts there have
+    str(Path(__file__).parents[3] / "examples" / "http_trainers")
+)
 
 PROMPT = [5, 9, 2, 40]
 
