@@ -348,6 +348,10 @@ class Engine(PoolingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls
                 f"mode: got {mode!r}, expected 'abort', 'retract' or 'in_place'"
             )
         lease = self.config.pause_lease_s if lease_s is None else lease_s
+        if not (isinstance(lease, int | float) and 0 < lease <= 86_400):
+            raise InvalidRequestError(
+                f"lease_s: got {lease!r}, expected more than 0 seconds, and at most a day (86400)"
+            )
         return PauseGeneration(mode=mode, lease_s=lease)
 
     def shutdown(self) -> None:

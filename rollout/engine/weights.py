@@ -209,8 +209,13 @@ class WeightCalls(EngineClient):
             raise SessionError(
                 "an explicit session is open: end or abort it before an update from disk"
             )
-        _check_same_model(Path(self.config.model_path), Path(model_path))
-        checkpoint = read_checkpoint(model_path)
+        try:
+            _check_same_model(Path(self.config.model_path), Path(model_path))
+            checkpoint = read_checkpoint(model_path)
+        except OSError as error:  # A name that is too long, a folder that may not be read.
+            raise WeightUpdateError(
+                f"cannot read {str(model_path)[:200]!r}: {error.strerror}"
+            ) from error
         self._abort_if_asked(extras)
         report = self._publisher.publish(
             checkpoint.tensors,

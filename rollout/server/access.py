@@ -81,7 +81,7 @@ class Access:
         """The client; `HttpError` 401 or 403 for one that may not do this."""
         path = scope["path"]
         if not self._keys:
-            _check_local(headers)
+            _check_local(headers, is_page=path in OPEN_PATHS)
             return Client("local", True)
         if path in OPEN_PATHS:
             return Client("anonymous", False)
@@ -145,13 +145,19 @@ def _too_large(size: int, limit: int) -> HttpError:
     )
 
 
-def _check_local(headers: dict[bytes, bytes]) -> None:
+def _check_local(headers: dict[bytes, bytes], *, is_page: bool) -> None:
+    """`HttpError` 403 for what a web page from elsewhere may have sent. is_page: others may link to it."""
     host = headers.get(b"host", b"").decode("latin-1")
     if host and not _is_local(host):
         raise HttpError(
             403,
             f"got a request for host {host[:100]!r} at a server without API keys, expected a name of this machine; "
             "start it with --api-key",
+        )
+    # Images, scripts and links of a page come without its origin, and may be GETs that do something.
+    if not is_page and headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+        raise HttpError(
+            403, "got a request from a page of another site, expected none; start with --api-key"
         )
     origin = headers.get(b"origin", b"").decode("latin-1")
     if origin and origin.partition("://")[2] != host:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from starlette.requests import Request
 
@@ -27,6 +27,7 @@ from .replies import HttpError
 
 Result = dict[str, Any]
 E = TypeVar("E", bound=BaseException)
+T = TypeVar("T")
 _LONG_TEXT = 1 << 16
 """Characters from which on text is made into tokens on a thread, so that others are not kept waiting."""
 MAX_RID_CHARS = 200
@@ -70,6 +71,40 @@ class Call:
         return error
 
 
+class ResultStream:
+    """Cumulative results of a call as they come; closing it ends the call, whether anybody has begun to read or not."""
+
+    def __init__(
+        self,
+        first: Result | None,
+        rest: Any,
+        seen: Callable[[Result], Result],
+        dismiss: Callable[[], None],
+    ) -> None:
+        self._first = first
+        self._rest = rest
+        self._seen = seen
+        self._dismiss = dismiss
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Result:
+        first, self._first = self._first, None
+        if first is not None:
+            return self._seen(first)
+        try:
+            return self._seen(await anext(self._rest))
+        except BaseException:  # Its end included.
+            self._dismiss()
+            raise
+
+    async def aclose(self) -> None:
+        """Safe to repeat; nobody may be reading."""
+        self._dismiss()
+        await self._rest.aclose()
+
+
 class Calls:
     """All calls that run; used on the event loop alone."""
 
@@ -86,6 +121,7 @@ class Calls:
         """Samples of all calls that run now."""
         self.ending: str | None = None
         """Why the server takes no calls any more; None: it does."""
+        self._holders: set[object] = set()
         self._open = asyncio.Event()
         self._open.set()
         self._idle = asyncio.Event()
@@ -109,9 +145,22 @@ class Calls:
             self._finished(call, result)
         return found
 
+    async def other(self, request: Request, num_samples: int, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which computes so many samples in its own way; it is cancelled when the client goes."""
+        try:
+            await self._let_in(num_samples)
+        except BaseException:
+            work.close()
+            raise
+        self._count(num_samples)
+        try:
+            return await unless_gone(request, work)
+        finally:
+            self._discount(num_samples)
+
     async def stream(
         self, request: Request, client: Client, arguments: dict[str, Any]
-    ) -> AsyncGenerator[Result, None]:
+    ) -> ResultStream:
         """Cumulative results as they come. Returns when there is a first one: what is refused before is raised here."""
         call = await self._admitted(client, {**arguments, "stream": True})
         try:
@@ -120,7 +169,9 @@ class Calls:
         except BaseException as error:
             self._dismiss(call)
             raise call.told(error) from None
-        return self._rest(call, chunks, first)
+        return ResultStream(
+            first, chunks, lambda chunk: self._seen(call, chunk), lambda: self._dismiss(call)
+        )
 
     async def abort(self, client: Client, rid: str) -> int:
         """End the client's requests of this id (an admin's word: anybody's); returns how many ended."""
@@ -135,7 +186,12 @@ class Calls:
 
     @asynccontextmanager
     async def held_back(self, patience_s: float) -> AsyncIterator[None]:
-        """Within it nothing runs: what did has ended, and no new call begins. 504 when it does not end in time."""
+        """Within it nothing runs: what did has ended, and no new call begins.
+
+        504 when it does not end in time, and 400 when somebody has let go meanwhile.
+        """
+        mine = object()
+        self._holders.add(mine)
         self._open.clear()
         try:
             try:
@@ -145,9 +201,18 @@ class Calls:
                 raise HttpError(
                     504, f"{self.num_samples:,} samples did not end within {patience_s:g} s"
                 ) from None
+            if mine not in self._holders:
+                raise HttpError(400, "generation was resumed while the pause waited")
             yield
         finally:
-            self._open.set()
+            self._holders.discard(mine)
+            if not self._holders:
+                self._open.set()
+
+    def let_go(self) -> None:
+        """Whoever waits in `held_back` does so in vain; new calls begin."""
+        self._holders.clear()
+        self._open.set()
 
     @property
     def held(self) -> bool:
@@ -202,8 +267,6 @@ class Calls:
         self, client: Client, arguments: dict[str, Any], method: str = GENERATE
     ) -> Call:
         """Check the limits and give the prompts ids of the engine's."""
-        if self.ending is not None:
-            raise HttpError(503, f"{self.ending}; ask another one", {"retry-after": "5"})
         arguments = dict(arguments)
         prompts, is_list = await self._prompts(arguments)
         if len(prompts) > self._config.max_prompts:
@@ -212,9 +275,7 @@ class Calls:
                 f"got {len(prompts):,} prompts, expected at most {self._config.max_prompts:,}; send several requests",
             )
         num_samples = await self._check_size(arguments, prompts, 128 if method == GENERATE else 0)
-        await self._open.wait()
-        if self.num_samples + num_samples > self._config.max_running_samples:
-            raise self._too_many(num_samples)
+        await self._let_in(num_samples)
         call = Call(client, arguments, num_samples, method=method)
         rids = _rids(arguments.get("rid"), len(prompts), is_list)
         ids = [uuid.uuid4().hex for _ in prompts]
@@ -224,10 +285,28 @@ class Calls:
             if rid is not None:
                 self._by_rid.setdefault((client.name, rid), set()).add(i)
         self._running.add(call)
-        self.num_samples += num_samples
-        self._idle.clear()
-        self._record.started(num_samples)
+        self._count(num_samples)
         return call
+
+    async def _let_in(self, num_samples: int) -> None:
+        """503 and 429 for what cannot begin now; nothing may be awaited between this and `_count`."""
+        if self.ending is None:
+            await self._open.wait()
+        if self.ending is not None:
+            raise HttpError(503, f"{self.ending}; ask another one", {"retry-after": "5"})
+        if self.num_samples + num_samples > self._config.max_running_samples:
+            raise self._too_many(num_samples)
+
+    def _count(self, num_samples: int) -> None:
+        self.num_samples += num_samples
+        self._record.started(num_samples)
+        self._idle.clear()
+
+    def _discount(self, num_samples: int) -> None:
+        self.num_samples -= num_samples
+        self._record.ended(num_samples)
+        if not self.num_samples:
+            self._idle.set()
 
     async def _prompts(self, arguments: dict[str, Any]) -> tuple[list[Any], bool]:
         """Prompts as token ids, text replaced by them, and whether there is a list of prompts."""
@@ -296,18 +375,6 @@ class Calls:
     async def _generate(self, call: Call) -> Any:
         return await getattr(self._engine, call.method)(**call.arguments)
 
-    async def _rest(
-        self, call: Call, chunks: AsyncGenerator[Result, None], first: Result | None
-    ) -> AsyncGenerator[Result, None]:
-        try:
-            if first is not None:
-                yield self._seen(call, first)
-            async for chunk in chunks:
-                yield self._seen(call, chunk)
-        finally:
-            self._dismiss(call)
-            await chunks.aclose()
-
     def _seen(self, call: Call, chunk: Result) -> Result:
         if chunk["meta_info"]["finish_reason"] is not None:
             self._finished(call, chunk)
@@ -332,11 +399,8 @@ class Calls:
                 if not same:
                     self._by_rid.pop((call.client.name, rid), None)
         self._running.discard(call)
-        self.num_samples -= call.num_samples
-        self._record.ended(call.num_samples)
+        self._discount(call.num_samples)
         call.num_samples = 0
-        if not self.num_samples:
-            self._idle.set()
 
     def _internal(self, owner: str, rid: str) -> list[str]:
         """The engine's ids behind a client's; `rid-1` may be a sample of `rid`."""

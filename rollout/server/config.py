@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import EngineConfig
@@ -18,10 +18,10 @@ class ServerConfig:
     """Address to listen at; one that other machines reach needs an API key."""
     port: int = 30000
     """Port to listen at; 0: one that the system chooses."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Keys that let a client in; each is a client of its own, whose request ids are its own. None: whoever reaches the
     port is let in."""
-    admin_api_key: str | None = None
+    admin_api_key: str | None = field(default=None, repr=False)
     """Key for routes that concern everybody: weights, memory, pause, profile, aborting all. None: the API key."""
     served_model_name: str | None = None
     """Name of the model in the OpenAI routes; None: its path."""
@@ -48,7 +48,7 @@ class ServerConfig:
     """Certificate chain for TLS; None: no TLS."""
     ssl_keyfile: str | None = None
     """Private key of the certificate; None: it is in the same file."""
-    ssl_keyfile_password: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
     """Password of the private key."""
     ssl_ca_certs: str | None = None
     """Certificates of those who may sign clients' certificates; given, clients must have one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,16 +36,26 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _end(doing, watching)
 
 
+class Closable(Protocol):
+    """What ends when it is closed; closing it twice is fine."""
+
+    async def aclose(self) -> None: ...
+
+
 class EventStream(Response):
     """Server-sent events from an asynchronous generator, which is closed when the client goes or does not read.
 
+    source: what the events are made of; it is closed too, since a generator that was never begun closes nothing.
     slow_client_s: how long a client may leave what it was sent unread.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], slow_client_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: Closable, slow_client_s: float
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
+        self._source = source
         self._patience_s = slow_client_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,10 +68,12 @@ class EventStream(Response):
         finally:
             await _end(sending, watching)
             await self._events.aclose()
+            await self._source.aclose()
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        async with asyncio.timeout(self._patience_s):
+            await send(start)
         async for event in self._events:
             async with asyncio.timeout(self._patience_s):
                 await send({"type": "http.response.body", "body": event, "more_body": True})

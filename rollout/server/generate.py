@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from .bodies import Body
+from .calls import ResultStream
 from .disconnects import EventStream
 from .replies import HttpError, error_body, json_reply, not_implemented, status_of
 from .routing import Ask, Route
@@ -71,28 +72,33 @@ async def generate(ask: Ask) -> Response:
     del arguments["input_embeds"], arguments["stream"], arguments["model"]
     if not body.stream:
         return json_reply(await ask.state.calls.whole(ask.request, ask.client, arguments))
-    chunks = await ask.state.calls.stream(ask.request, ask.client, arguments)
-    return EventStream(events(chunks, sse), ask.state.config.slow_client_s)
+    return event_stream(ask, await ask.state.calls.stream(ask.request, ask.client, arguments), sse)
 
 
-async def events(
-    chunks: AsyncGenerator[Any, None], render: Any, last: bytes = DONE
+def event_stream(
+    ask: Ask,
+    results: ResultStream,
+    render: Callable[[Any], bytes],
+    end: Callable[[], bytes] = bytes,
+) -> Response:
+    """`results` as server-sent events: what `render` makes of each, then `end()`, then DONE."""
+    return EventStream(_events(results, render, end), results, ask.state.config.slow_client_s)
+
+
+async def _events(
+    results: ResultStream, render: Callable[[Any], bytes], end: Callable[[], bytes]
 ) -> AsyncGenerator[bytes, None]:
-    """`chunks` as server-sent events; an error in the midst is one, too."""
+    """An error in the midst is an event, too."""
     try:
-        async for chunk in chunks:
-            event = render(chunk)
-            if event:
+        async for result in results:
+            if event := render(result):
                 yield event
-        yield last
+        yield end() + DONE
     except Exception as error:
         status = status_of(error)
         if status == 500:
             logger.error("a stream failed", exc_info=error)
-        yield sse(error_body(error, status))
-        yield DONE
-    finally:
-        await chunks.aclose()
+        yield sse(error_body(error, status)) + DONE
 
 
 async def generate_from_file(ask: Ask) -> Response:

@@ -11,13 +11,14 @@ from starlette.responses import Response
 from ..errors import RolloutError
 from ..protocol.commands import MemoryTag, PauseMode
 from .bodies import Body
+from .disconnects import unless_gone
 from .generate import check_model
 from .openai import render
 from .openai_results import Shape, chat_logprobs, prompt_logprobs, reasons
 from .replies import HttpError, done, json_reply, not_implemented
 from .routing import Ask, Route
 
-_MODES: dict[str, PauseMode] = {"abort": "abort", "keep": "in_place", "wait": "in_place"}
+_MODES: dict[str, PauseMode] = {"abort": "abort", "keep": "in_place"}
 #: What the dialect calls a parameter -> what the engine does.
 _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 #: Details of what this route does not return, and is not asked for by them.
@@ -202,7 +203,7 @@ async def detokenize(ask: Ask) -> Response:
         raise HttpError(400, f"tokens: expected ids below {max(known, size)}")
     # Many models have more rows than tokens, and may draw one of those: it has no text.
     ids = [token for token in ask.body.tokens if token < known]
-    text = tokenizer.inner.decode(ids) if ids else ""
+    text = await asyncio.to_thread(tokenizer.inner.decode, ids) if ids else ""
     return json_reply({"prompt": text, "text": text})
 
 
@@ -222,9 +223,8 @@ async def pause(ask: Ask) -> Response:
     query: PauseQuery = ask.query
     mode = "wait" if query.wait_for_inflight_requests else query.mode
     engine = ask.state.engine
-    if mode == "wait":  # From then on the engine itself holds what comes, until its lease ends.
-        async with ask.state.calls.held_back(engine.config.request_timeout_s):
-            await engine.async_pause_generation(_MODES[mode])
+    if mode == "wait":
+        await unless_gone(ask.request, _pause_when_idle(ask))
     else:
         await engine.async_pause_generation(_MODES[mode])
     if query.clear_cache or (query.clear_cache is None and mode != "keep"):
@@ -236,8 +236,16 @@ async def pause(ask: Ask) -> Response:
     return json_reply({"status": "paused", "mode": mode})
 
 
+async def _pause_when_idle(ask: Ask) -> None:
+    """From the pause on the engine itself holds what comes, until its lease ends."""
+    engine = ask.state.engine
+    async with ask.state.calls.held_back(engine.config.request_timeout_s):
+        await engine.async_pause_generation("in_place")
+
+
 async def resume(ask: Ask) -> Response:
-    """End a pause."""
+    """End a pause, one that still waits for requests to finish too."""
+    ask.state.calls.let_go()
     await ask.state.engine.async_continue_generation()
     return json_reply({"status": "resumed"})
 

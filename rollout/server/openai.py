@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 
 from ..errors import InvalidRequestError
 from .bodies import AnyBody, Body, convert, refuse_unknown
-from .disconnects import EventStream, unless_gone
-from .generate import DONE, GenerateBody, check_model, events, generate, sse
+from .generate import GenerateBody, check_model, event_stream, generate, sse
 from .openai_bodies import ChatBody, CompletionBody, SamplingBody, ScoreBody, TokensChatBody
 from .openai_results import Deltas, Shape, whole
 from .replies import HttpError, json_reply, not_implemented
@@ -198,17 +196,13 @@ async def _answer(
     deltas = Deltas(shape, options is not None and options.include_usage)
     results = await calls.stream(ask.request, ask.client, arguments)
 
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        try:
-            async for result in results:
-                yield b"".join(sse(chunk) for chunk in deltas.chunks(result))
-            last = deltas.end()
-            if last is not None:
-                yield sse(last)
-        finally:
-            await results.aclose()
+    def end() -> bytes:
+        last = deltas.end()
+        return b"" if last is None else sse(last)
 
-    return EventStream(events(chunks(), bytes, DONE), ask.state.config.slow_client_s)
+    return event_stream(
+        ask, results, lambda result: b"".join(sse(chunk) for chunk in deltas.chunks(result)), end
+    )
 
 
 async def models(ask: Ask) -> Response:
@@ -243,8 +237,9 @@ async def score(ask: Ask) -> Response:
         raise HttpError(
             413, f"got {len(items):,} items, expected at most {ask.state.config.max_prompts:,}"
         )
-    rows = await unless_gone(
+    rows = await ask.state.calls.other(
         ask.request,
+        len(items),
         ask.state.engine.async_score(
             body.query, items, body.label_token_ids, body.apply_softmax, body.item_first
         ),

@@ -94,9 +94,14 @@ def _tensor(record: TensorRecord) -> torch.Tensor:
         raise ManifestMismatch(
             f"{record.name}: got {len(content):,} bytes, expected {expected:,} for {record.dtype} {record.shape}"
         )
-    if not content:
-        return torch.empty(record.shape, dtype=dtype)
-    return torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(record.shape)
+    try:
+        if not content:
+            return torch.empty(record.shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).view(record.shape)
+    except RuntimeError as error:  # No elements, and more along a dimension than can be counted.
+        raise ManifestMismatch(
+            f"{record.name}: no tensor has shape {record.shape}: {error}"
+        ) from None
 
 
 def _bytes(data: bytes | SharedMemory | None) -> bytearray:

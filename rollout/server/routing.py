@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
@@ -88,7 +89,13 @@ def add_routes(app: FastAPI, state: ServerState, routes: Iterable[Route]) -> Non
 def _endpoint(route: Route, state: ServerState) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         try:
-            return await route.handler(await _asked(route, state, request))
+            ask = await _asked(route, state, request)
+            if route.update:
+                await state.end_stale_session()
+            answer = await route.handler(ask)
+            if route.update:  # What was refused may be another trainer's.
+                state.session_heard = time.monotonic()
+            return answer
         except asyncio.CancelledError:
             raise
         except Exception as error:

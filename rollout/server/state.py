@@ -27,12 +27,20 @@ class ServerState:
         self.groups: set[str] = set()
         """Names of the trainers' process groups that the engine was told to join, and not to leave."""
         self._path_at_start = engine.model_path  # Updates from disk give the engine another one.
+        self.session_heard = 0.0
+        """When a call about weights was last carried out, on the monotonic clock."""
         self.started = int(time.time())
         """Seconds since the epoch."""
         self.metrics: Any = None
         """`metrics.Metrics`, which stands above the routes."""
         template = config.chat_template
         self.chat_template = None if template is None else Path(template).read_text()
+
+    async def end_stale_session(self) -> None:
+        """A trainer that has begun a session here and says nothing for as long as the engine waits may be dead."""
+        silent_s = time.monotonic() - self.session_heard
+        if self.engine.in_weight_update and silent_s > self.engine.config.request_timeout_s:
+            await self.engine.async_abort_weight_update()
 
     @property
     def model_name(self) -> str:

@@ -120,8 +120,9 @@ class GroupBody(Body):
 async def init_weights_update_group(ask: Ask) -> Response:
     """Join a trainer's group, in which it is rank 0; answers when all members have come."""
     values = msgspec.structs.asdict(ask.body)
-    if not str(values["master_port"]).isdigit():
-        raise HttpError(400, f"master_port: got {values['master_port']!r}, expected a number")
+    port = str(values["master_port"])
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 1 << 16):
+        raise HttpError(400, f"master_port: got {port[:60]!r}, expected 1 to 65535")
     await ask.state.engine.async_init_weights_update_group(**values)
     ask.state.groups.add(ask.body.group_name)
     return done(f"joined {ask.body.group_name}")

@@ -168,8 +168,14 @@ def test_more_than_the_server_may_hold_is_answered_with_429(http, until):
             "they are there", lambda: http.get("/get_load", headers=root).json()[0]["num_reqs"] == 8
         )
         one = {"input_ids": [1], "sampling_params": SHORT}
-        reply = http.post("/generate", json=one, headers=bearer("bert-key"))
-        assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
+        score = {"query": [1], "items": [[2]], "label_token_ids": [3]}
+        for path, more in (
+            ("/generate", one),
+            ("/encode", {"input_ids": [1]}),
+            ("/v1/score", score),
+        ):
+            reply = http.post(path, json=more, headers=bearer("bert-key"))
+            assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
     finally:
         http.post("/continue_generation", json={}, headers=root)
     thread.join(120)

@@ -21,3 +21,14 @@ def test_a_page_of_another_origin_is_refused(http, server):
 @pytest.mark.parametrize("host", ["localhost", "localhost:99", "127.0.0.1", "[::1]:80"])
 def test_names_of_this_machine_are_welcome(http, host):
     assert http.get("/server_info", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_cannot_do_anything_with_an_image_or_a_link(http, site):
+    """Those are GETs, and browsers say nothing of the page's origin with them."""
+    headers = {"Sec-Fetch-Site": site}
+    for path in ("/flush_cache", "/release_memory_occupation", "/stop_profile", "/server_info"):
+        assert http.get(path, headers=headers).status_code == 403
+    assert http.get("/dashboard", headers=headers).status_code == 200
+    for own in ("same-origin", "none"):
+        assert http.get("/server_info", headers={"Sec-Fetch-Site": own}).status_code == 200

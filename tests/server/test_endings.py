@@ -1,5 +1,6 @@
 """Clients that vanish, clients that do not read, servers that are told to end, and owners that die."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from rollout import Engine, RolloutPool
 from rollout.server import launch_server_process
+from rollout.server.disconnects import EventStream
 
 LONG = {"max_new_tokens": 450, "ignore_eos": True}
 ROOMY = {"kv_cache_bytes": 16 << 20}
@@ -236,6 +238,33 @@ def test_what_does_not_finish_in_time_is_aborted_with_the_reason(serve):
     reason = answers[0].json()["meta_info"]["finish_reason"]
     assert reason == {"type": "abort", "message": "the server is shutting down"}
     assert server.close() == 0
+
+
+def test_a_stream_whose_client_has_gone_before_it_began_ends_its_call():
+    """A generator that was never begun runs no `finally`."""
+    closed = []
+
+    class Source:
+        async def aclose(self):
+            closed.append("source")
+
+    async def events():
+        try:
+            yield b""
+        finally:
+            closed.append("events")
+
+    async def run():
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await asyncio.Event().wait()  # The connection is full of what came before.
+
+        await EventStream(events(), Source(), 60.0)({}, receive, send)
+
+    asyncio.run(run())
+    assert closed == ["source"]
 
 
 def is_alive(pid):

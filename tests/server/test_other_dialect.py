@@ -2,6 +2,7 @@
 
 import threading
 
+import httpx
 import pytest
 
 
@@ -116,6 +117,38 @@ def test_a_pause_aborts_waits_or_keeps(http, until, mode):
     else:
         assert choice["finish_reason"] == "length" and len(choice["token_ids"]) == 300
     assert len(later[0]["choices"][0]["token_ids"]) == 2
+
+
+def test_a_pause_that_waits_ends_with_resume_or_with_its_client(http, server, until):
+    http.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    answers, replies = [], []
+    running = in_background(http, answers, 3)
+    try:
+        until("it is there", lambda: http.get("/get_load").json()[0]["num_reqs"] == 1)
+
+        def wait():
+            replies.append(http.post("/pause", params={"mode": "wait"}))
+
+        # What is frozen never ends: whoever waits for that waits until somebody resumes, or gives up.
+        with httpx.Client(base_url=server.url, timeout=1.0) as impatient:
+            with pytest.raises(httpx.ReadTimeout):
+                impatient.post("/pause", params={"mode": "wait"})
+        later = in_background(http, answers, 2)
+        until("the next one came in", lambda: http.get("/get_load").json()[0]["num_reqs"] == 2)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        held = in_background(http, answers, 2)
+        until("it is held back", lambda: not replies and http.get("/metrics").status_code == 200)
+    finally:
+        http.post("/resume").raise_for_status()
+    for thread in (running, later, held):
+        thread.join(120)
+    assert sorted(len(found["choices"][0]["token_ids"]) for found in answers) == [2, 2, 3]
+    waiting.join(120)
+    if replies[0].status_code == 400:  # It had begun to wait when `/resume` came.
+        assert "resumed" in replies[0].json()["message"]
+    else:
+        http.post("/resume").raise_for_status()
 
 
 def test_sleeping_at_level_one_keeps_the_weights(http):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 import torch
@@ -200,6 +201,51 @@ def test_a_bad_update_is_refused_with_400_and_names_what_is_wrong(http, body, wo
     assert reply.json()["success"] is False and word in reply.json()["message"]
     assert http.get("/weights_fingerprint").json() == before
     assert len(http.post("/generate", json=ASK).json()["output_ids"]) == 8
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 61], [0, 1 << 61, 1 << 61]])
+def test_a_shape_that_no_tensor_can_have_is_refused(http, shape):
+    body = {"tensors": [norm(shape=shape, data=b"")]}
+    reply = post_msgpack(http, "/update_weights_from_tensor", body)
+    assert reply.status_code == 400 and NORM in reply.json()["message"]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "/dev/zero", "/proc/1/mem"])
+def test_a_path_that_is_no_folder_is_refused(http, path):
+    reply = http.post("/update_weights_from_disk", json={"model_path": path})
+    assert reply.status_code == 400 and len(reply.json()["message"]) < 1000
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, "9" * 30, "²", "1e3", ""])
+def test_a_port_that_is_none_is_refused(http, port):
+    body = {
+        "master_address": "127.0.0.1",
+        "master_port": port,
+        "rank_offset": 1,
+        "world_size": 2,
+        "backend": "gloo",
+    }
+    reply = http.post("/init_weights_update_group", json=body)
+    assert reply.status_code == 400 and "master_port" in reply.json()["message"]
+
+
+@pytest.mark.parametrize("lease_s", [0, -1, 1e9, float("nan"), float("inf")])
+def test_a_pause_for_ever_is_refused(http, lease_s):
+    reply = post_msgpack(http, "/pause_generation", {"mode": "in_place", "lease_s": lease_s})
+    assert reply.status_code == 400 and "lease_s" in reply.json()["message"]
+
+
+def test_a_session_whose_trainer_says_nothing_more_does_not_keep_others_out(serve, folder, until):
+    server = serve(request_timeout_s=4.0)
+    with httpx.Client(base_url=server.url, timeout=60) as other:
+        other.post("/begin_weight_update", json={"weight_version": "dead"}).raise_for_status()
+        assert other.post("/begin_weight_update", json={}).status_code == 400
+        until(
+            "another one may begin",
+            lambda: other.post("/begin_weight_update", json={}).is_success,
+            60,
+        )
+        assert other.post("/abort_weight_update").is_success
 
 
 def test_shared_memory_that_is_shorter_than_it_says_is_refused(http, segment):
