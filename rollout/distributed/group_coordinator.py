@@ -380,7 +380,8 @@ class GroupCoordinator(Place):
             self._device_group.abort()
 
     def destroy(self) -> None:
-        """Close the connections; other ranks' calls fail. Safe to repeat."""
+        """Close the connections; other ranks' calls fail. Safe to repeat. Captured graphs come first."""
+        self._small_sums = None
         for group in (self._device_group, self._cpu_group):
             if group is not None:
                 group.close()

@@ -95,14 +95,22 @@ def test_a_muted_group_asks_nobody() -> None:
 @pytest.mark.parametrize("other_moved", [0, 1])
 def test_graphs_are_lost_on_all_ranks_or_on_none(other_moved: int) -> None:
     """This rank's memory is where it was; the other rank's may not be."""
-    answers = [0, other_moved, 7]
-    forgotten = []
-    runner = SimpleNamespace(
-        graphs=SimpleNamespace(moved=False, forget=lambda: forgotten.append(True))
-    )
-    order = SimpleNamespace(all_reduce=lambda tensor: tensor + answers.pop(0))
-    memory = SimpleNamespace(resume=lambda tags: (["kv_cache"], 7))
+    answers, events = [0, other_moved, 7], []
+
+    class Graphs:
+        moved, captured = False, True
+
+        def forget(self) -> None:
+            events.append("forget")
+            self.captured = False
+
+        def capture(self) -> None:
+            raise AssertionError("one rank may fail here alone; steps fail together")
+
+    runner = SimpleNamespace(graphs=Graphs())
+    order = SimpleNamespace(size=2, all_reduce=lambda tensor: tensor + answers.pop(0))
+    memory = SimpleNamespace(resume=lambda tags: (["kv_cache"], 7), released=set())
     commands = MemoryCommands(memory, runner, None, None, order, lambda: None)  # type: ignore[arg-type]
     call = InlineCall(cmd.ResumeMemory(tags=["kv_cache"]), 1e9, None)
-    commands.resume(call)
-    assert len(forgotten) == other_moved and not answers
+    commands.handlers()[cmd.ResumeMemory](call)
+    assert events == ["forget"] * other_moved and not answers

@@ -122,13 +122,17 @@ class MemoryCommands:
         self._memory_changed(call, changed, num_bytes)
 
     def _recapture(self) -> None:
-        """Decode steps over what is where it was, or elsewhere, once it is all there."""
+        """Decode steps over what is where it was, or elsewhere, once it is all there.
+
+        Several ranks leave it to the next step: one that fails alone leaves the others in the middle of a sum, and only
+        the failure of a step ends all of them.
+        """
         graphs = self._runner.graphs
         if graphs is None:
             return
         if self._any_rank(graphs.moved):
             graphs.forget()
-        if graphs.captured or self._memory.released:
+        if graphs.captured or self._memory.released or self._order.size > 1:
             return
         try:
             graphs.capture()
