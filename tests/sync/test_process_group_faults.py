@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -18,7 +20,11 @@ from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, gr
 from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.process_groups.backends import open_nccl
 from weight_sync.process_groups.calls import GRACE_S, CallThread
-from weight_sync.process_groups.communicator import Communicator, wait_for_aborts
+from weight_sync.process_groups.communicator import (
+    Communicator,
+    keep_until_aborted,
+    wait_for_aborts,
+)
 from weight_sync.process_groups.meeting import PROTOCOL_VERSION, GroupTerms, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
 from weight_sync.transports.group.process_group import UpdateGroup
@@ -368,10 +374,20 @@ def test_a_backend_whose_abort_takes_for_ever_holds_nobody_up():
     communicator.close()
     assert time.monotonic() - started < 0.1 + SLACK_S and backend.num_aborts == 1
     assert not wait_for_aborts(0.05)
+    memory = torch.zeros(8)
+    alive = weakref.ref(memory)
+    keep_until_aborted([memory])  # a kernel may still write there
+    del memory
+    gc.collect()
+    assert alive() is not None
     with pytest.raises(DeadlineExceeded, match="has not ended an older group"):
         open_nccl(None, rank=0, size=2, name="next", join_timeout_s=0.05, timeout_s=1)
     over.set()
     assert wait_for_aborts(5)
+    end = time.monotonic() + 5
+    while alive() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert alive() is None
 
 
 def test_a_call_whose_peer_is_known_to_be_gone_fails_long_before_its_deadline():

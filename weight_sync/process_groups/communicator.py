@@ -335,6 +335,21 @@ def wait_for_aborts(timeout_s: float) -> bool:
     return not any(thread.is_alive() for thread in threads)
 
 
+def keep_until_aborted(memory: object) -> None:
+    """Keep what operations of a group that was given up may still read or write, until they certainly do not."""
+    with _aborts_lock:
+        threads = [thread for thread in _aborts if thread.is_alive()]
+    if not threads:
+        return
+
+    def hold(held: list[object]) -> None:
+        for thread in threads:
+            thread.join()
+        held.clear()
+
+    threading.Thread(target=hold, args=([memory],), name="group-memory", daemon=True).start()
+
+
 def _abort(backend: Any) -> None:
     with suppress(RuntimeError):  # it has failed before
         backend.abort()

@@ -12,6 +12,7 @@ import torch
 from ...errors import TransportError
 from ...layout.memory import Range
 from ...plan.plan import Plan
+from ...process_groups.communicator import keep_until_aborted
 from ...process_groups.receiving_process import ReceivingProcesses
 from ...wire.messages import GroupHandle, ProcessRef
 from ...wire.process import current_process
@@ -53,8 +54,9 @@ class GroupArena:
         return self._group.broadcast(self.buffer, spans, timeout_s=timeout_s) if spans else None
 
     def close(self) -> None:
-        self._buffer = None
+        buffer, self._buffer = self._buffer, None
         self._group.destroy()
+        keep_until_aborted(buffer)
 
 
 class OpenedGroupArena:

@@ -25,6 +25,7 @@ from ...errors import TransportError
 from ...layout.weight_map import WeightMap
 from ...plan.plan import Plan
 from ...plan.stage import Check, Fill, WriteMark, check_size, refuse_window
+from ...process_groups.communicator import keep_until_aborted
 from ...process_groups.parts import receive_buffer
 from ..spans import chunks_of
 from .process_group import UpdateGroup
@@ -105,6 +106,8 @@ class StageMemory:
 
     def forget(self) -> None:
         """Use none of it again: a thread of a group may still write into it, for longer than anybody waits for that."""
+        if self._shadow is not None or self._incoming:
+            keep_until_aborted((self._shadow, list(self._incoming.values())))
         self._shadow = None
         self._incoming.clear()
         self._plans.clear()
