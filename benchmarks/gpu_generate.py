@@ -174,6 +174,16 @@ def num_parameters(model: ModelShape) -> int:
     return model.vocab_size * model.hidden_size + model.num_layers * layer
 
 
+def model_name(settings: GpuGenerateBench) -> str:
+    """Parameters in billions, and what is special."""
+    model = settings.model
+    head = 0 if model.tied else model.vocab_size * model.hidden_size
+    words = [f"{(num_parameters(model) + head) / 1e9:.1g}B", settings.dtype]
+    words += ["deterministic"] if settings.deterministic else []
+    words += [f"{settings.tp_size} GPUs"] if settings.tp_size > 1 else []
+    return ", ".join(words)
+
+
 def read_rate(device: torch.device) -> float:
     """Bytes per second of a pass that only reads a large buffer."""
     on_cuda = device.type == "cuda"
@@ -191,9 +201,10 @@ def read_rate(device: torch.device) -> float:
 
 
 def _headline(settings: GpuGenerateBench, numbers: dict[str, Any]) -> tuple[Headline, ...]:
+    name = model_name(settings)
     rows = [
         Headline(
-            what=f"decode, batch {batch}, {settings.prompt_tokens} tokens and more",
+            what=f"{name}: decode, batch {batch}, {settings.prompt_tokens} tokens and more",
             measured=f"{step['p50_ms']:.2f} ms a step",
             floor=f"{step['floor_ms']:.2f} ms (weights and KV read once)",
             ratio=f"{step['p50_ms'] / step['floor_ms']:.2f}",
@@ -203,7 +214,7 @@ def _headline(settings: GpuGenerateBench, numbers: dict[str, Any]) -> tuple[Head
     rl = numbers["rl"]
     rows.append(
         Headline(
-            what=f"RL shape, {settings.rl_prompts} prompts of {settings.prompt_tokens} x {settings.rl_samples}",
+            what=f"{name}: RL shape, {settings.rl_prompts} prompts of {settings.prompt_tokens} x {settings.rl_samples}",
             measured=f"{rl['tokens_per_s']:,.0f} output tokens/s",
             floor="-",
             ratio="-",

@@ -71,7 +71,7 @@ def rewritten(readme: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, by name; one that lacks a key is an error that names it."""
+    """All result files of a folder, GPUs first, by name; one that lacks a key is an error that names it."""
     results = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if missing:
             raise SystemExit(f"{path}: lacks {', '.join(sorted(missing))}")
         results.append(result)
-    return results
+    return sorted(results, key=lambda result: "CPU" in result["device"])
 
 
 def main(arguments: Sequence[str]) -> int:

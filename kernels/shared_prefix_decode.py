@@ -35,6 +35,7 @@ from .launching import (
     jit,
     launching_on,
     next_power_of_two,
+    power_of_two_within,
     take_turn,
     tl,
 )
@@ -155,10 +156,14 @@ def prefix_kernel(  # type: ignore[no-untyped-def]
 
 
 def _num_splits(batch: int, num_kv_heads: int, max_len: int, config: SharedConfig) -> int:
-    """Splits of each prefix; tiles are fewer than there could be, so they are taken to have eight members each."""
+    """Splits of each prefix; tiles are fewer than there could be, so they are taken to have eight members each.
+
+    A power of two, so that few kernels are compiled.
+    """
     expected = -(-batch // 8) * num_kv_heads
     most = MAX_PROGRAMS // (batch * num_kv_heads)
-    return max(1, min(config.programs // expected, max_len // (2 * PREFIX_UNIT), most))
+    splits = min(config.programs // expected, max_len // (2 * PREFIX_UNIT), most)
+    return power_of_two_within(max(1, splits))
 
 
 def shared_prefix_decode(
