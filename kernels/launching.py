@@ -6,11 +6,9 @@ used, where there is no triton.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,55 +25,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`triton.jit`; without triton, the function as it is, which nobody can call."""
     if function is None:
         return lambda later: jit(later, **options)
-    if triton is None:
-        return function
-    made = triton.jit(function, **options)
-    if isinstance(made, triton.JITFunction):  # the interpreter compiles nothing
-        made.run = partial(_launch_or_compile, made.run)
-    return made
-
-
-_this_thread = threading.local()
-
-
-def _launch_or_compile(run: Callable[..., Any], *args: Any, warmup: bool, **options: Any) -> Any:
-    compiled: set[Any] | None = getattr(_this_thread, "compiled", None)
-    if compiled is None:
-        return run(*args, warmup=warmup, **options)
-    kinds = [(name, _kind(value)) for name, value in options.items() if name != "grid"]
-    key = (id(run), *map(_kind, args), *kinds)
-    if key in compiled:  # mostly: layers are alike, and triton would take its time to find that out
-        return None
-    compiled.add(key)
-    return run(*args, warmup=True, **options)
-
-
-def _kind(value: Any) -> Any:
-    """What a kernel is compiled for, or more than that; hashable."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16
-    if isinstance(value, tuple):
-        return tuple(map(_kind, value))
-    try:
-        hash(value)
-    except TypeError:  # a descriptor of a tensor
-        return type(value), tuple(value.shape), tuple(value.block_shape), _kind(value.base)
-    return value
-
-
-@contextmanager
-def only_compiling(executor: Executor) -> Iterator[None]:
-    """Meanwhile this thread's launches compute nothing: their kernels are compiled, side by side by `executor`.
-
-    All of them are compiled when it ends. A triton that cannot compile beside others does so one by one.
-    """
-    beside = getattr(triton, "AsyncCompileMode", None)
-    _this_thread.compiled = set()
-    try:
-        with nullcontext() if beside is None else beside(executor):
-            yield
-    finally:
-        _this_thread.compiled = None
+    return function if triton is None else triton.jit(function, **options)
 
 
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -16,8 +16,6 @@ B rows of a graph, of which the last may be padding; W blocks of a table.
 from __future__ import annotations
 
 import gc
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout_kernels.launching import only_compiling
 from rollout_kernels.shared_prefixes import SharedPrefixes, num_numbers
 
 from ..layers.device_sampler import DeviceSampler
@@ -43,14 +40,12 @@ from .shared_prefixes import PrefixFinder
 from .staging import Array, aligned
 from .triton_backend import TritonBackend
 
-logger = logging.getLogger(__name__)
-
 _NUM_INPUTS = 6
 _EXTENSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """Decodes beside a prompt: between them, all numbers of splits of their keys."""
 _PROMPT = 256
 """Tokens of a prompt that is computed only so that kernels are compiled."""
-_COMPILERS = min(16, os.cpu_count() or 1)
+_COMPILERS = 8
 """Threads that compile kernels at start."""
 _INPUT_BYTES = 128
 """More than the bytes of a row's numbers."""
@@ -141,15 +136,18 @@ class CudaGraphRunner:
         start = time.perf_counter()
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
-            kinds = self._kinds()
+            kinds = [_Kind(size=size) for size in self._batch_sizes]
+            if self._prefixes.possible:
+                kinds += [_Kind(size=size, shared=True) for size in self._batch_sizes if size > 1]
+            kinds.sort(key=lambda kind: -kind.size)
             stream = torch.cuda.Stream(self._device)
             with frozen_gc():
+                self._compile(kinds, stream)
                 for done, kind in enumerate(kinds):
                     if progress is not None:
                         progress(f"decode step of {kind.size}", done, len(kinds))
                     self._graphs[kind] = self._captured(kind, stream)
             torch.cuda.current_stream(self._device).wait_stream(stream)
-            torch.cuda.empty_cache()  # of what the runs before the captures took
         self.capture_s = time.perf_counter() - start
 
     @property
@@ -167,52 +165,45 @@ class CudaGraphRunner:
         self._graphs.clear()
         self._addresses = ()
 
-    def _kinds(self) -> list[_Kind]:
-        """What is captured at start, largest first."""
-        kinds = [_Kind(size=size) for size in self._batch_sizes]
-        if self._prefixes.possible:
-            kinds += [_Kind(size=size, shared=True) for size in self._batch_sizes if size > 1]
-        return sorted(kinds, key=lambda kind: -kind.size)
+    def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
+        """Run every kind, and steps with a prompt, once on padding, so that kernels are compiled: side by side, which
+        takes a fraction.
 
-    def compile(self) -> None:
-        """Go through every kind, and through steps with a prompt, on padding, so that kernels are compiled: side by
-        side, which takes a fraction. Nothing is launched but torch's own operations, and the ranks do not talk."""
-        if self._device.type != "cuda":
-            return
-        kinds = self._kinds()
+        Threads have no order among each other, so the ranks do not talk meanwhile.
+        """
+
         inputs = {kind: self._backend.staging.upload(_padding(kind.size)) for kind in kinds}
-        try:
-            with (
-                self._model.tp.muted(),
-                ThreadPoolExecutor(_COMPILERS) as pool,
-                only_compiling(pool),
-                torch.inference_mode(),
-            ):
-                for kind in kinds:
-                    self._body(kind, inputs[kind])
-                for num_decodes in _EXTENSIONS:
-                    if num_decodes < self.max_batch:
-                        self._backend.compute_padding(num_decodes, _PROMPT)
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            Exception
-        ) as error:  # what is wrong with a kernel shows, and is raised, when it is launched
-            logger.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+
+        def run(kind: _Kind) -> None:
+            with torch.cuda.stream(stream), torch.inference_mode():
+                self._body(kind, inputs[kind])
+
+        def extend(num_decodes: int) -> None:
+            with torch.cuda.stream(stream), torch.inference_mode():
+                self._backend.compute_padding(num_decodes, _PROMPT)
+
+        with self._model.tp.muted(), ThreadPoolExecutor(_COMPILERS) as pool:
+            run(kinds[0])  # most of the kernels
+            extensions = [pool.submit(extend, num) for num in _EXTENSIONS if num < self.max_batch]
+            list(pool.map(run, kinds[1:]))
+            for extension in extensions:
+                extension.result()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def _captured(self, kind: _Kind, stream: torch.cuda.Stream) -> Callable[[], None]:
         """Run the step once, so that libraries are ready, then capture it."""
         inputs = self._backend.staging.upload(_padding(kind.size), into=self._inputs)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream), torch.inference_mode(), paused_gc():
+        with torch.cuda.stream(stream), torch.inference_mode():
             self._body(kind, inputs)
-            # `torch.cuda.graph` would empty torch's caches, and collect garbage, each time.
-            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
-            try:
-                self._body(kind, inputs)
-            finally:
-                graph.capture_end()
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.inference_mode(),
+            paused_gc(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="relaxed"),
+        ):
+            self._body(kind, inputs)
         replay: Callable[[], None] = graph.replay
         return replay
 

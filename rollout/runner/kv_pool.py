@@ -31,37 +31,23 @@ class KVPool:
         experts_per_token: int = 0,
     ) -> None:
         """`experts_per_token`: how many experts of each layer to remember beside a token's keys; 0: none."""
-        self._num_layers, self._block_size = num_layers, block_size
-        self._shape = (block_size, 2, num_kv_heads, head_dim)
-        self._dtype, self._device = dtype, device
-        self._experts_per_token = experts_per_token
-        self.memory: torch.Tensor
-        """All of it."""
-        self.mapped: MappedMemory | None
-        """What is behind it, where that can come and go without moving it."""
-        self.layers: tuple[torch.Tensor, ...]
-        """Of each layer."""
+        shape = (num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim)
+        self.memory, self.mapped = _memory(shape, dtype, device)
+        self.layers: tuple[torch.Tensor, ...] = tuple(self.memory.unbind(0))
         self.routes: torch.Tensor | None = None
         """(blocks * block size + 1, layers, k) int16: the experts that each cached token went to, -1 in layers without.
         They live and are shared as its keys are. The last row is written for rows of padding, whose slot is -1."""
-        self.allocate(num_blocks)
-
-    def allocate(self, num_blocks: int) -> None:
-        """Memory for so many blocks; the pool has none, or is new."""
-        shape = (self._num_layers, num_blocks, *self._shape)
-        self.memory, self.mapped = _memory(shape, self._dtype, self._device)
-        self.layers = tuple(self.memory.unbind(0))
-        if self._experts_per_token:
-            routes = (num_blocks * self._block_size + 1, self._num_layers, self._experts_per_token)
-            self.routes = torch.full(routes, -1, dtype=torch.int16, device=self._device)
+        if experts_per_token:
+            routes = (num_blocks * block_size + 1, num_layers, experts_per_token)
+            self.routes = torch.full(routes, -1, dtype=torch.int16, device=device)
 
     def free(self) -> None:
-        """Give the memory back, after all work that uses it; of no use until `allocate`."""
+        """Give the memory back, after all work that uses it; the pool is of no more use."""
         if self.mapped is not None:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.memory.device)
             self.mapped.free()
         self.memory = self.memory.new_empty(0)
-        self.mapped, self.layers, self.routes = None, (), None
+        self.layers, self.routes = (), None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy block to block, (source, destination), in all layers; all sources are read before any is written."""

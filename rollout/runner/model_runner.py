@@ -91,6 +91,8 @@ class ModelRunner:
         if deterministic:
             self._use_invariant_products()
         self._keep_routes = keep_routes
+        self._attention_backend = attention_backend
+        self._max_batch = max_batch
         self.kv_pool = self.init_memory_pool(num_blocks)
         self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
@@ -117,8 +119,11 @@ class ModelRunner:
         )
 
     def resize_memory_pool(self, num_blocks: int) -> None:
-        """Give the pool, which was freed, memory for so many blocks. Comes before graphs are captured."""
-        self.kv_pool.allocate(num_blocks)
+        """Another pool, whose predecessor was freed; what knows that one is made anew. Comes before graphs."""
+        assert self.graphs is None, "graphs read the pool at its address"
+        self.kv_pool = self.init_memory_pool(num_blocks)
+        self.backend = self.init_attention_backend(self._attention_backend, self._max_batch)
+        self._init_device_sampler(self._max_batch)
 
     def run_largest_step(self, num_tokens: int, num_rows: int, context_length: int) -> None:
         """Compute prompts of `num_tokens` in all, as far as the pool holds them, and logits of `num_rows` of them.
@@ -187,8 +192,8 @@ class ModelRunner:
                 upload=self.backend.staging.upload,
             )
 
-    def init_device_graphs(self, context_length: int) -> None:
-        """Make decode steps one piece, and compile the kernels of all steps; weights need not be loaded."""
+    def init_device_graphs(self, context_length: int, progress: Progress | None = None) -> None:
+        """Make decode steps one piece, captured where the device has graphs; weights need not be loaded."""
         if self.backend.on_device and self.model_config.num_labels is None:
             from ..layers.device_sampler import DeviceSampler
             from .cuda_graph_runner import CudaGraphRunner
@@ -202,11 +207,6 @@ class ModelRunner:
                 max_batch=self.sampler.max_rows,
                 context_length=context_length,
             )
-            self.graphs.compile()
-
-    def capture_graphs(self, progress: Progress | None = None) -> None:
-        """Capture decode steps where the device has graphs. All ranks call it."""
-        if self.graphs is not None:
             self.graphs.capture(progress)
 
     def forget_graphs(self) -> None:

@@ -115,7 +115,7 @@ def test_an_engine_runs_the_largest_step_and_then_takes_the_pool_that_fits(
         ("run_largest_step", "too little memory for a step of 2048 tokens.*lower chunked_prefill"),
         ("resize_memory_pool", r"too little memory for a KV pool of [\d,]+ bytes.*mem_fraction_s"),
         (
-            "capture_graphs",
+            "init_device_graphs",
             "for graphs of steps of up to 256 requests.*disable_cuda_graph=True",
         ),
     ],

@@ -123,18 +123,16 @@ def _runner(
                 num_threads=min(16, os.cpu_count() or 1),
             ),
         )
-    for_graphs = (
+    if memory is not None:
+        _fit_pool(runner, resolved, ranks, memory, before)
+    with in_memory(
         f"graphs of steps of up to {config.max_running_requests} requests",
         device,
         "lower mem_fraction_static, kv_cache_bytes or max_running_requests, or set disable_cuda_graph=True",
-    )
-    with in_memory(*for_graphs):
+    ):
         if not config.disable_cuda_graph:
-            runner.init_device_graphs(resolved.context_length)
-    if memory is not None:
-        _fit_pool(runner, resolved, ranks, memory, before)
-    with in_memory(*for_graphs), capture_progress() as progress:
-        runner.capture_graphs(progress)
+            with capture_progress() as progress:
+                runner.init_device_graphs(resolved.context_length, progress)
     return runner
 
 
