@@ -142,6 +142,40 @@ def logits_beyond_2_31_elements(device: torch.device) -> None:
         assert torch.equal(got, want)
 
 
+@CHECKS.add(*({"vocab": vocab} for vocab in (1, 2, 511, 512, 513, 2049)))
+def draws_from_vocabularies_at_the_edges_of_chunks(device: torch.device, vocab: int) -> None:
+    from rollout_kernels import sampling
+    from rollout_kernels.logit_filters import SamplingFilters
+
+    kinds = [  # temperature, top-k, top-p, min-p
+        *((1.0, 0, 1.0, 0.0), (1e-3, 0, 1.0, 0.0), (100.0, 0, 1.0, 0.0)),
+        *((1.0, 1, 1.0, 0.0), (1.0, vocab, 1.0, 0.0), (1.0, vocab - 1, 1.0, 0.0)),
+        *((1.0, 0, 1e-6, 0.0), (1.0, 0, 0.999, 0.0), (1.0, 0, 1.0, 1.0), (0.5, 3, 0.5, 0.2)),
+    ]
+    heats, top_k, top_p, min_p = (torch.tensor(column) for column in zip(*kinds, strict=True))
+    num = len(kinds)
+    logits = (torch.randn(num, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(
+        device
+    )
+    rows = sampling.SamplingRows(
+        seeds=torch.arange(num, device=device),
+        positions=torch.arange(num, dtype=torch.int32, device=device),
+        temperature=heats.float().to(device),
+        greedy=(torch.arange(num) == 0).to(device),
+    )
+    filters = SamplingFilters(
+        top_k=top_k.int().to(device),
+        top_p=top_p.float().to(device),
+        min_p=min_p.float().to(device),
+    )
+    out = sampling.SampledTokens.allocate(num, device)
+    scratch = sampling.SamplingScratch.allocate(num, vocab, device)
+    sampling.sample(logits, rows, scratch, out, filters=filters)
+    tokens, logprobs = sampling.reference(logits, rows, filters=filters)
+    assert torch.equal(out.token_ids, tokens) and not out.bad.any()
+    torch.testing.assert_close(out.logprobs.double(), logprobs, rtol=2e-6, atol=2e-6)
+
+
 @CHECKS.add()
 def batches_of_nothing(device: torch.device) -> None:
     from rollout_kernels import fused_norm, invariant_matmul, sampling, silu_mul, token_logprobs
