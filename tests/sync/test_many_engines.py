@@ -47,12 +47,12 @@ def serve(toys: list[ToyEngine], value: float, version: int) -> None:
 def test_one_pack_reaches_all_of_them_again_and_again(
     publisher: WeightPublisher, toys: list[ToyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weight_sync.publisher import update
+    from weight_sync.plan import encoding
 
     copies: list[int] = []
-    copy = update.copy_tensors
+    copy = encoding.copy_tensors
     monkeypatch.setattr(
-        update, "copy_tensors", lambda a, b: copies.append(len(list(b))) or copy(a, b)
+        encoding, "copy_tensors", lambda a, b: copies.append(len(list(b))) or copy(a, b)
     )
     for version in range(1, 4):
         report = publisher.publish(weights(float(version)), label=f"step {version}")
@@ -142,7 +142,7 @@ def test_one_that_is_late_with_its_vote_keeps_it_from_all(
 
     monkeypatch.setattr(toys[1].receiver, "prepare", late)
     with pytest.raises(DeadlineExceeded, match="engine 1 did not answer"):
-        publisher.publish(weights(2.0), timeout_s=1.5)
+        publisher.publish(weights(2.0), timeout_s=3.0)
     go_on.set()
     monkeypatch.undo()
     serve(toys, 1.0, 1)
