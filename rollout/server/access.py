@@ -85,7 +85,8 @@ class Access:
             return Client("local", True)
         if path in OPEN_PATHS:
             return Client("anonymous", False)
-        client = self._owner_of(_key_in(headers))
+        keys = [name for name, _ in scope["headers"] if name in _KEY_HEADERS]
+        client = self._owner_of(_key_in(headers)) if len(keys) == len(set(keys)) else None
         if client is None:
             raise HttpError(
                 401,
@@ -120,6 +121,9 @@ class _Limited:
             if self._taken > self._limit:
                 raise _too_large(self._taken, self._limit)
         return message
+
+
+_KEY_HEADERS = (b"authorization", b"x-api-key")
 
 
 def _digest(key: str) -> bytes:

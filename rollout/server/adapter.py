@@ -19,6 +19,7 @@ from .adapter_wire import (
     event,
     generate_body,
     lost,
+    plain,
     read_results,
     to_json,
 )
@@ -130,7 +131,7 @@ class HttpServerEngineAdapter(HttpWeightCalls):
     ) -> Any:
         """The hidden state of each sequence's last token."""
         body = {"text": prompt, "input_ids": input_ids, **options}
-        return self._post("/encode", body, timeout_s=None)
+        return plain(self._post("/encode", body, timeout_s=None))
 
     async_encode = threaded(encode)
 
@@ -190,12 +191,12 @@ class HttpServerEngineAdapter(HttpWeightCalls):
 
     def get_server_info(self) -> dict[str, Any]:
         """The resolved configuration, sizes and counts."""
-        info: dict[str, Any] = self._get("/server_info")
+        info: dict[str, Any] = plain(self._get("/server_info"))
         return info
 
     def get_model_info(self) -> dict[str, Any]:
         """Which model serves."""
-        info: dict[str, Any] = self._get("/model_info")
+        info: dict[str, Any] = plain(self._get("/model_info"))
         return info
 
     def shutdown(self) -> None:

@@ -83,6 +83,15 @@ def event(line: str) -> Result:
     return result
 
 
+class Answer(dict[str, Any]):
+    """The object in an answer; what it lacks is the fault of whoever sent it."""
+
+    def __missing__(self, key: str) -> Any:
+        raise RolloutError(
+            f"the server's answer has no {key!r}: it is another server, or one of another version than this adapter"
+        )
+
+
 def checked(reply: httpx.Response) -> Any:
     """The JSON of an answer; raises what the engine raised."""
     try:
@@ -93,11 +102,12 @@ def checked(reply: httpx.Response) -> Any:
         ) from None
     if reply.status_code != 200:
         raise _error(found)
-    return found
+    return Answer(found) if isinstance(found, dict) else found
 
 
 def _error(body: Any) -> Exception:
-    detail = body.get("error", {}) if isinstance(body, dict) else {}
+    detail = body.get("error") if isinstance(body, dict) else None
+    detail = detail if isinstance(detail, dict) else {}
     cls = ERRORS.get(detail.get("class") or "", RolloutError)
     return cls(detail.get("message") or str(body))
 
@@ -125,8 +135,14 @@ def sync_report(answer: dict[str, Any]) -> SyncReport:
     )
 
 
+def plain(found: Any) -> Any:
+    """An answer as a caller gets it."""
+    return dict(found) if isinstance(found, Answer) else found
+
+
 def read_results(found: Any) -> Any:
     """Log-probability entries are tuples, as in process; JSON has lists alone."""
+    found = plain(found)
     for result in found if isinstance(found, list) else [found]:
         meta = result["meta_info"]
         for key in ("output_token_logprobs", "input_token_logprobs"):

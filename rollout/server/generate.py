@@ -65,7 +65,7 @@ async def generate(ask: Ask) -> Response:
     """Complete prompts; with `stream`, cumulative results as server-sent events."""
     body: GenerateBody = ask.body
     if body.input_embeds is not None:
-        raise not_implemented("input_embeds: got input embeddings, expected text or input_ids")
+        raise not_implemented("input_embeds: got input embeddings, expected text or token ids")
     check_model(ask, body.model)
     arguments = {**ask.extras, **msgspec.structs.asdict(body)}
     arguments["prompt"] = arguments.pop("text")
@@ -103,7 +103,7 @@ async def _events(
 
 async def generate_from_file(ask: Ask) -> Response:
     """Complete a prompt of input embeddings from a file."""
-    raise not_implemented("/generate_from_file: got input embeddings, expected /generate with ids")
+    raise not_implemented("input embeddings in a file: expected text or token ids at /generate")
 
 
 ROUTES = (

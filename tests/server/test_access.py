@@ -60,6 +60,15 @@ def test_without_a_key_only_the_pulse_can_be_felt(http, headers):
     assert http.get("/health", headers=headers).json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("name", ["Authorization", "X-API-Key"])
+def test_of_two_keys_neither_counts(http, name):
+    """What stands between client and server may have looked at the other one."""
+    values = ["Bearer root-key", "Bearer x"] if name == "Authorization" else ["root-key", "x"]
+    for pair in (values, values[::-1]):
+        headers = [(name, value) for value in pair]
+        assert http.get("/server_info", headers=headers).status_code == 401
+
+
 def test_a_key_lets_its_client_generate(http):
     body = {"input_ids": [1, 2], "sampling_params": SHORT}
     for headers in (bearer("anna-key"), bearer("root-key"), {"X-API-Key": "bert-key"}):

@@ -1,6 +1,7 @@
 """`HttpServerEngineAdapter`: an engine's surface over HTTP gives what the engine gives, errors included."""
 
 import asyncio
+import http.server
 import threading
 
 import pytest
@@ -162,3 +163,57 @@ def test_twins_of_control_calls_are_awaitable(adapter, folder):
         return report.label, await adapter.async_get_weight_version()
 
     assert asyncio.run(run()) == ("d", "d")
+
+
+@pytest.fixture
+def answering():
+    """`answering(status, body)`: an adapter of a server that says this to everything."""
+    servers = []
+
+    def start(status, body):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("content-length", 0)))
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return HttpServerEngineAdapter(f"http://127.0.0.1:{server.server_port}")
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "word"),
+    [
+        (200, b"{}", "another version"),
+        (200, b"<html>", "no JSON"),
+        (200, b'{"success": true, "message": "ok"}', "another version"),
+        (404, b'{"error": "not found"}', "not found"),
+        (404, b'{"detail": "Not Found"}', "Not Found"),
+        (500, b"[]", r"\[\]"),
+        (502, b"bad gateway", "502"),
+    ],
+)
+def test_a_server_of_another_kind_or_version_is_told_from_an_engines_refusal(
+    answering, other, status, body, word
+):
+    with answering(status, body) as adapter:
+        norm = {"model.norm.weight": other["model.norm.weight"]}
+        for call in (
+            lambda: adapter.update_weights_from_tensor(norm),
+            lambda: adapter.pause_generation(),
+            lambda: adapter.score([1], [[2]], [3]),
+        ):
+            with pytest.raises(RolloutError, match=word):
+                call()
