@@ -307,7 +307,8 @@ LENGTHS = {
 
 @pytest.fixture(scope="module")
 def impatient(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, device="cuda", kv_cache_bytes=1 << 20, request_timeout_s=4.0) as engine:
+    options: dict[str, Any] = {"executor": "local", "device": "cuda", "kv_cache_bytes": 1 << 20}
+    with Engine(folder, request_timeout_s=8.0, **options) as engine:
         yield engine
 
 
@@ -319,6 +320,7 @@ def test_what_nccl_makes_of_another_length_is_refused_by_the_fingerprint_or_the_
     """Its own ends tell nothing: it waits for ever, or gives the beginning of what was sent, or anything."""
     name, shape, gpu = "lm_head.weight", [288, 64], torch.device("cuda", 1)
     before, change = impatient.weights_fingerprint(), LENGTHS[length]
+    refusals = (FingerprintMismatch, DeadlineExceeded, TransportError)
     right = torch.randn(288 * 64, device=gpu)
     size = int(right.numel() * change) if 0 < change < 3 else right.numel() + int(change) // 4
     wrong = torch.randn(size, device=gpu)
@@ -339,7 +341,7 @@ def test_what_nccl_makes_of_another_length_is_refused_by_the_fingerprint_or_the_
             group.broadcast(sent, 0)
             error = answer.exception(60)
             if sent is wrong:
-                assert isinstance(error, FingerprintMismatch | DeadlineExceeded), repr(error)
+                assert isinstance(error, refusals), repr(error)
                 assert impatient.weights_fingerprint() == before
             else:
                 assert error is None
