@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from deterministic_support import check_any_batch_chunk_or_prefix, make_model
 from interpreted import Checks
@@ -37,20 +36,7 @@ def any_batch_chunk_or_prefix(device: torch.device, family: str) -> None:
     check_any_batch_chunk_or_prefix(model, device)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
+verdicts, test_interpreted, test_on_gpu = CHECKS.as_tests(__file__)
 
 
 if __name__ == "__main__":
