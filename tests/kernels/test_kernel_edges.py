@@ -213,21 +213,7 @@ def batches_of_nothing(device: torch.device) -> None:
     assert got.shape == (0,)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return CHECKS.verdicts(__file__)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == "ok", interpreted[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_gpu(name: str) -> None:
-    CHECKS[name](torch.device("cuda"))
-    torch.cuda.empty_cache()
+verdicts, test_interpreted, test_on_gpu = CHECKS.as_tests(__file__)
 
 
 @pytest.mark.gpu
