@@ -141,7 +141,8 @@ def test_one_that_is_late_with_its_vote_keeps_it_from_all(
         return prepare(session_id, epoch)
 
     monkeypatch.setattr(toys[1].receiver, "prepare", late)
-    with pytest.raises(DeadlineExceeded, match="engine 1 did not answer"):
+    # Either it did not answer in time, or its connection said so first.
+    with pytest.raises(DeadlineExceeded, match="engine 1"):
         publisher.publish(weights(2.0), timeout_s=3.0)
     go_on.set()
     monkeypatch.undo()
