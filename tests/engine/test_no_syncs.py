@@ -188,8 +188,24 @@ def generate_call(prompts: list[list[int]], params: dict[str, Any], **options: A
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [*KINDS, *SCORED])
 def test_torch_finds_nothing_on_a_gpu_that_waits(kind: str, folder: Path) -> None:
+    check_nothing_waits(kind, folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_nor_in_a_mixture_of_experts(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+    number = "num_experts" if family == "qwen3_moe" else "n_routed_experts"
+    folder = tiny_checkpoint(family, **sizes, **{number: 8})
+    check_nothing_waits("nucleus", folder)
+    check_nothing_waits("nucleus", folder, disable_cuda_graph=True)
+
+
+def check_nothing_waits(kind: str, folder: Path, **options: Any) -> None:
+    """Once kernels are compiled, a whole call is made while torch refuses to wait."""
     params = {"max_new_tokens": 40, "ignore_eos": True, **KINDS.get(kind, {})}
-    with Engine(folder, device="cuda", dtype="bfloat16", kv_cache_bytes=8 << 20) as engine:
+    options |= {"device": "cuda", "dtype": "bfloat16", "kv_cache_bytes": 8 << 20}
+    with Engine(folder, **options) as engine:
 
         def run() -> None:
             engine.generate(

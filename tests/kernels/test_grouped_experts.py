@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from interpreted import Checks, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout_kernels import expert_configs
 from rollout_kernels.expert_configs import EXACT, ExpertConfig, TileConfig, expert_config
+from rollout_kernels.expert_routing import Routing, choose_experts
 from rollout_kernels.grouped_experts import grouped_experts, reference
 
 CHECKS = Checks()
@@ -90,6 +93,35 @@ def rows_of_one_shape_have_the_same_bits_in_any_batch(device: torch.device) -> N
     for part in (slice(70, 71), slice(3, 90)):
         alone = grouped_experts(x[part], weights[part], ids[part], gate_up, down, config=EXACT)
         assert torch.equal(alone, together[part])
+
+
+@CHECKS.add()
+def the_host_reads_nothing(device: torch.device) -> None:
+    reads: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2"):
+                reads.append(name)
+            return func(*args, **(kwargs or {}))
+
+    routing = Routing(
+        top_k=2,
+        sigmoid=False,
+        normalise=True,
+        scale=1.0,
+        num_groups=1,
+        top_groups=1,
+        rounded=True,
+    )
+    x, both = torch.randn(9, 32, device=device), torch.randn(4, 32, 32, device=device)
+    with Noting():
+        weights, ids = choose_experts(torch.randn(9, 4, device=device), None, routing)
+        out = grouped_experts(x, weights, ids, both, torch.randn(4, 32, 16, device=device))
+    assert not reads and not out.isnan().any()
 
 
 @pytest.mark.parametrize("device", json.loads(expert_configs.FILE.read_text()))
