@@ -215,3 +215,8 @@ def test_a_server_that_would_leave_the_door_open_does_not_start(folder, options,
 
 def test_another_address_is_fine_with_a_key():
     ServerConfig(host="0.0.0.0", api_keys=("k",)).check()
+
+
+def test_what_is_shown_of_a_configuration_has_no_keys():
+    config = ServerConfig(api_keys=("s3cret",), admin_api_key="r00t", ssl_keyfile_password="w0rd")
+    assert not any(word in repr(config) for word in ("s3cret", "r00t", "w0rd"))
