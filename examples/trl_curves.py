@@ -1,6 +1,6 @@
 """Longer runs of TRL's GRPO and AsyncGRPO with this engine, drawn: reward, and how far trainer and engine differ.
 
-    python examples/trl_curves.py CHECKPOINT --curve docs/trainers/trl_curves.png [--steps 150] [--async-steps 100]
+    python examples/trl_curves.py CHECKPOINT --curve docs/trainers/trl_curves.png [--steps 150] [--async-steps 150]
 
 CHECKPOINT is a Hugging Face folder of a small model that sorts digits now and then; `rollout demo` leaves one in
 runs/demo-sync/checkpoint-start. Runs on a CPU in minutes; AsyncGRPO there with torch's attention in place of the kernel
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--async-steps", type=int, default=100)
+    parser.add_argument("--async-steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=256, help="completions per step")
     parser.add_argument("--curve", required=True, help="the picture; its numbers go beside it")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from trl_support import (
     logged,
     noise,
     poison,
+    right_answers,
     wait_until,
     write_checkpoint,
 )
@@ -173,16 +174,20 @@ def test_stale_samples_are_used_up_to_the_limit_and_the_policy_learns(task, engi
     trainer, _, _ = make(
         task,
         engine,
-        max_steps=20,
+        max_steps=12,
+        lr_scheduler_type="constant",
         per_device_train_batch_size=256,
         conversational=False,
         token_budget=0,
     )
+    before = right_answers(load(task[0]), task[1])
     trainer.train()
     assert max(logged(trainer, "sample/staleness_max")) <= 2
     assert logged(trainer, "rollout/mixed_frac")
-    rewards = logged(trainer, "reward")
-    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]), rewards
+    policy = load(task[0])  # TRL's own computes attention over packed rows alone
+    policy.load_state_dict(trainer.model.state_dict())
+    after = right_answers(policy, task[1])
+    assert after > before + 0.01, (before, after)
 
 
 def test_an_adapter_is_merged_for_an_engine_that_is_known_by_its_address(task, engine, on_cpu):

@@ -13,9 +13,11 @@ from trl_support import (
     NUM_DIGITS,
     data,
     exact,
+    load,
     logged,
     make_trainer,
     poison,
+    right_answers,
     write_checkpoint,
 )
 
@@ -55,22 +57,26 @@ def trained(trainer):
 
 def test_grpo_learns_from_the_engine_and_not_without_new_weights(task, engine, tmp_path):
     folder, examples = task
-    args = {"per_device_train_batch_size": 256, "max_steps": 30, "output_dir": str(tmp_path)}
+    args = {"per_device_train_batch_size": 256, "max_steps": 16, "output_dir": str(tmp_path)}
+    before = right_answers(load(folder), examples)
 
     trainer = make_trainer("GRPO", folder, data(examples), args=args)
     attach(trainer, engine)
-    rewards = logged(trained(trainer), "reward")
-    assert mean(rewards[-8:]) > mean(rewards[:8]) + 0.08, rewards
+    trained(trainer)
+    after = right_answers(trainer.model, examples)
+    assert after > before + 0.05, (before, after)  # 0.105 with any of three seeds, 0.004 apart
     assert max(logged(trainer, DIFFERENCE)) < TOLERANCE
     assert max(logged(trainer, "sampling/importance_sampling_ratio/max")) < 1 + TOLERANCE
 
-    control = make_trainer("GRPO", folder, data(examples), args={**args, "max_steps": 16})
+    control = make_trainer("GRPO", folder, data(examples), args={**args, "max_steps": 3})
     generation = attach(control, engine)
     generation.sync_weights()
+    served = engine.weights_fingerprint()
     generation.sync_weights = lambda: None
-    rewards = logged(trained(control), "reward")
-    assert abs(mean(rewards[-8:]) - mean(rewards[:8])) < 0.08, rewards
-    assert max(logged(control, DIFFERENCE)) > 0.01
+    trained(control)
+    assert engine.weights_fingerprint() == served != fingerprint(control.model)
+    differences = logged(control, DIFFERENCE)
+    assert differences[0] < TOLERANCE and min(differences[1:]) > 10 * TOLERANCE
 
 
 def test_the_engine_serves_what_the_trainer_has_and_every_step_is_one_version(task, engine):

@@ -119,6 +119,23 @@ def make_trainer(kind: str, folder: Path, dataset: Any, **options: Any) -> Any:
     )
 
 
+def right_answers(model: Any, examples: list[Any]) -> float:
+    """The probability of the right answer under a model, a mean over examples: what the sampled reward is a guess of.
+
+    No sampling is in it, so that a policy that has learned shows it for certain.
+    """
+    tokenizer = build_tokenizer()
+    found = []
+    with torch.no_grad():
+        for example in examples[:128]:
+            prompt = tokenizer(example.prompt)["input_ids"]
+            answer = [*tokenizer(example.answer)["input_ids"], tokenizer.eos_token_id]
+            logits = model(torch.tensor([prompt + answer])).logits[0].float()
+            rows = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+            found.append(rows.gather(1, torch.tensor(answer)[:, None]).sum().exp().item())
+    return sum(found) / len(found)
+
+
 def logged(trainer: Any, name: str) -> list[float]:
     """The values of one metric, in order."""
     return [row[name] for row in trainer.state.log_history if name in row]
