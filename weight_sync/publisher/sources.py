@@ -43,7 +43,8 @@ def tensors_of(source: NamedTensors) -> Iterator[Iterable[tuple[str, torch.Tenso
 
 def _is_adapter(part: nn.Module) -> bool:
     """A layer of an adapter library (PEFT): around a base layer, into which it can be merged."""
-    return hasattr(part, "base_layer") and callable(getattr(part, "merge", None))
+    # Asked of every module at every update: a look into a dict, where `hasattr` of a module would raise and catch.
+    return "base_layer" in part._modules and callable(getattr(part, "merge", None))
 
 
 def _merged(module: nn.Module) -> Generator[tuple[str, torch.Tensor], None, None]:
