@@ -1,6 +1,6 @@
 """One step of SkyRL's requests: sizes, generate, freeze, publish, thaw, and what it asks of caches and memory.
 
-    rollout serve --model CHECKPOINT --port 8000 --set listen=tcp://127.0.0.1:5555
+    rollout serve --model CHECKPOINT --port 8000 --set engine.listen=tcp://127.0.0.1:5555
     python examples/http_trainers/skyrl.py http://127.0.0.1:8000 NEW_CHECKPOINT --address ADDRESS
 
 Written after SkyRL 0.4.0: `inference_servers/remote_inference_client.py` and `worker_dispatch.py`. `make test-clients`

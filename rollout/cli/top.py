@@ -21,7 +21,8 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout top ADDRESS --once --json
 
-ADDRESS is `engine.address` or `pool.address`. One with a key is a password: other users see
+ADDRESS is `engine.address` or `pool.address`, or what `rollout serve` was told with
+`--set engine.listen=ipc:///folder/socket`; a server's URL is none. One with a key is a password: other users see
 arguments, so set ROLLOUT_ADDRESS or name a key file.
 """
 

@@ -369,7 +369,6 @@ class WeightReceiver:
 
         Called on the engine loop's thread, between two steps.
         """
-        reason = f"{reason}; push a complete update"
         self._lost(reason)
         served = self._served
         self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))

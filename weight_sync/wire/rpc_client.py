@@ -141,7 +141,8 @@ class RpcClient:
             self._wake.close()
             raise ValueError(
                 f"not an address: got {address!r} ({error}), expected one like "
-                '"ipc:///tmp/folder/socket" or "tcp://127.0.0.1:5555"; use the address that the engine printed'
+                '"ipc:///tmp/folder/socket" or "tcp://127.0.0.1:5555"; use `engine.address`, '
+                "or what the engine was told to listen at"
             ) from None
         self._thread = threading.Thread(target=self._run, name=f"{name}-client", daemon=True)
         self._thread.start()

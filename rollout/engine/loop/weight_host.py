@@ -125,7 +125,9 @@ class EngineWeightHost:
             self.torn = reason
             self._post.release(False)
             # Who waits for a later version waits for the one that repairs them.
-            self._post.abort_all(f"the weights cannot be used: {reason}", held=False)
+            self._post.abort_all(
+                f"the weights cannot be used: {reason}; push a complete update", held=False
+            )
 
         self._loop.soon(end_all)
 
