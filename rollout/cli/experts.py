@@ -90,7 +90,7 @@ def _count(address: str, seconds: float) -> np.ndarray[Any, Any]:
     from ..errors import ConfigError
 
     try:
-        connected = Engine.connect(address)
+        connected = Engine.connect(address, skip_tokenizer_init=True)
     except ValueError as error:  # what is no address, or no key
         raise ConfigError(f"ADDRESS: {error}") from None
     with connected as engine:

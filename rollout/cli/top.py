@@ -56,7 +56,7 @@ def top(
     from ..errors import ConfigError
 
     try:
-        connected = Engine.connect(address)
+        connected = Engine.connect(address, skip_tokenizer_init=True)
     except ValueError as error:  # what is no address, or no key
         raise ConfigError(f"ADDRESS: {error}") from None
     with connected as engine:

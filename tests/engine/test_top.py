@@ -149,3 +149,16 @@ def test_another_life_of_the_engine_counts_from_zero(engine):
     first = top.Look("a", status)
     again = first.then(msgspec.structs.replace(status, engine_id="another", num_decoded_tokens=0))
     assert again.facts()["decoded_tokens_per_s"] is None
+
+
+def test_a_look_reads_no_tokenizer(engine, rollout, monkeypatch):
+    """The engine's folder may be none of this process's: started elsewhere, by a relative path."""
+    asked, connect = [], Engine.connect
+
+    def connecting(address, **options):
+        asked.append(options)
+        return connect(address, **options)
+
+    monkeypatch.setattr(Engine, "connect", connecting)
+    assert "serving" in rollout("top", engine.address, "--once", "--interval", 0.1)
+    assert asked == [{"skip_tokenizer_init": True}]
