@@ -316,7 +316,7 @@ class Engine(PoolingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls
     ) -> Asking[MemoryChanged]:
         """Give memory back to the system: "weights", "kv_cache", or with None both. Addresses stay, and with them the
         captured decode steps; "cuda_graph" gives their memory back too, and they are captured anew, in seconds, once
-        everything has been resumed.
+        everything has been resumed. Whatever was released, nothing is generated until then.
 
         Requests that run are queued again and wait; none is lost. Released weights are gone: after
         `resume_memory_occupation` the engine generates only when a complete update has committed (the label of its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,17 @@ def engine_config(model_path: str | Path, options: Mapping[str, Any]) -> EngineC
             )
     if "dtype" in values and not isinstance(values["dtype"], str):
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")
-    for key in ("device", "tokenizer_path", "weight_version"):
+    for key in ("device", "weight_version"):
         if values.get(key) is not None:
             values[key] = str(values[key])
+    if values.get("tokenizer_path") is not None:
+        values["tokenizer_path"] = _from_anywhere(values["tokenizer_path"])
     try:
-        return msgspec.convert({"model_path": str(model_path), **values}, EngineConfig)
+        return msgspec.convert({"model_path": _from_anywhere(model_path), **values}, EngineConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"Engine: {error}") from None
+
+
+def _from_anywhere(path: str | Path) -> str:
+    """The path as whoever connects from another folder finds it too; a name that is no path here stays as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else str(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -61,7 +62,21 @@ def convert(
     try:  # Bytes are bytes in MessagePack, and base64 in JSON.
         return msgspec.convert(own, cls, builtin_types=(bytes,) if is_msgpack else ()), rest
     except msgspec.ValidationError as error:
-        raise HttpError(400, f"{error}") from None
+        raise HttpError(400, f"{error}{_allowed(cls, str(error))}") from None
+
+
+def _allowed(cls: type[Body], error: str) -> str:
+    """Of a field that takes one of a few words, those words."""
+    named = re.search(r"`\$\.(\w+)`", error)
+    if named is None or not error.startswith("Invalid enum value"):
+        return ""
+    kind = {info.encode_name: info.type for info in msgspec.structs.fields(cls)}[named[1]]
+    words = [word for each in (kind, *get_args(kind)) for word in _words(each)]
+    return f": expected one of {', '.join(map(repr, words))}"
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def only(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from rollout import Engine, RolloutActor
 from rollout.engine.executors import rank_process
+from rollout.engine.options import engine_config
 from rollout.errors import CheckpointError, ConfigError
 
 
@@ -126,3 +128,11 @@ def test_what_can_start_is_not_refused(folder):
 def test_an_actor_is_refused_before_ray_starts_one(folder, options, word):
     with pytest.raises(ConfigError, match=word):  # There is no Ray here that could start it.
         RolloutActor.remote(folder, **options)
+
+
+def test_a_folder_is_known_by_a_path_that_others_find_too(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = engine_config("model", {"tokenizer_path": Path("model")})
+    assert config.model_path == config.tokenizer_path == str(tmp_path / "model")
+    assert engine_config("a/name", {}).model_path == "a/name"

@@ -320,6 +320,12 @@ def check(http, action):
     return http.post("/weights_checker", json={"action": action})
 
 
+def test_a_word_that_is_none_of_a_few_is_answered_with_those(http):
+    reply = check(http, "bogus")
+    assert reply.status_code == 400
+    assert "'bogus' - at `$.action`: expected one of 'snapshot', 'reset'," in reply.text
+
+
 def test_the_checker_finds_what_an_update_does_not_bring(http, folder, other):
     _, tensors = other
     first = check(http, "checksum").json()

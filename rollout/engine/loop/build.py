@@ -93,9 +93,8 @@ def _runner(
     device, memory = resolved.device, device_memory(resolved.device)
     before = memory.free_bytes() if memory is not None else 0
     num_blocks = resolved.num_blocks
-    if (
-        memory is not None
-    ):  # As many as the largest step fills; the others come when it has been seen.
+    if memory is not None:
+        # As many as the largest step fills; the others come when it has been seen.
         num_blocks = min(num_blocks, _blocks_of_a_step(resolved))
     weights = model.num_parameters * DTYPES[resolved.dtype].itemsize // config.tp_size
     with in_memory(

@@ -74,10 +74,12 @@ def _check_deterministic(config: EngineConfig, device: str) -> None:
     if not config.deterministic:
         return
     backend = resolve_backend(config.attention_backend, device)
-    if backend != "triton" or config.tp_size > 1:
+    got = [f"attention_backend {backend!r} on {device}"] if backend != "triton" else []
+    got += [f"tp_size {config.tp_size}"] if config.tp_size > 1 else []
+    if got:
         raise ConfigError(
-            f"deterministic: got attention_backend {backend!r} on {device} and tp_size {config.tp_size}, expected "
-            "'triton' on CUDA and tp_size 1, whose kernels keep an order of their own; leave it out elsewhere"
+            f"deterministic: got {' and '.join(got)}, expected 'triton' on CUDA and one rank, whose kernels keep an "
+            "order of their own; leave it out elsewhere"
         )
 
 
