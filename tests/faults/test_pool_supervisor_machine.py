@@ -275,8 +275,12 @@ class Pool(RuleBasedStateMachine):
 
     @rule(lost=st.booleans())
     def memory(self, lost: bool) -> None:
-        """The weights' memory is given back everywhere, or is there again."""
-        self.fleet.lost = "released" if lost else None
+        """The weights' memory is given back everywhere, or is there again: then all are asked what they hold."""
+        asked = self.fleet.holds.keys() & self.pool.replicas.keys()
+        torn = [number for number in asked if self.engine_of(number).torn]
+        self.fleet.lost = "released" if lost or (torn and len(torn) == len(asked)) else None
+        for number in torn if self.fleet.lost is None else ():
+            self.fleet.say(number, TornWeightsError("torn"))
         self.events.append(self.pool.reconcile)
 
     @precondition(lambda self: len(self.requests.loads) > 1)

@@ -20,6 +20,8 @@ from ..wire.rpc_wire import raised
 from .messages import Failed, Heard, Noted, Offer, RankRequest, Wrote
 
 _LOOK_S = 0.1
+_REMEMBERED = 64
+"""Updates whose error is still told to a rank that comes late: others may be ahead by several that failed at once."""
 _FAREWELL_S = 5.0
 """How long a closing rank 0 waits until the others have heard how the last update ended."""
 
@@ -157,5 +159,5 @@ class RankInbox:
     def _forget(self, update: int) -> None:
         for key in [key for key in self._calls if key[0] <= update]:
             del self._calls[key]
-        for old in [old for old in self._failure if old < update]:
+        for old in [old for old in self._failure if old <= update - _REMEMBERED]:
             del self._failure[old]
