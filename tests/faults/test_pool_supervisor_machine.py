@@ -249,8 +249,15 @@ class Pool(RuleBasedStateMachine):
         if how == "tell":
             engine.prompts[which % len(engine.prompts)].tell()
             return
-        engine.torn = engine.torn or how == "torn"
-        engine.work(which, TornWeightsError("torn") if engine.torn else None)
+        runs = {
+            id(r.executor): self.requests._running.get(n) for n, r in self.pool.replicas.items()
+        }
+        # That weights are torn is said to all requests, and heard if the pool still waits for one of them.
+        engine.torn = engine.torn or (how == "torn" and bool(runs.get(id(engine))))
+        while engine.torn and engine.prompts:
+            engine.work(0, TornWeightsError("torn"))
+        if engine.prompts:
+            engine.work(which)
 
     @precondition(lambda self: self.alive)
     @rule(which=st.integers(0, 9))
