@@ -29,6 +29,8 @@ from rollout_kernels.expert_configs import ExpertConfig, TileConfig, expert_conf
 from rollout_kernels.expert_routing import Routing, Tiles, choose_experts, sort_rows
 from rollout_kernels.launching import launching_on
 
+from .attention_kernels import timed
+
 SIZES = (1, 8, 64, 256, 1024, 8192)
 """Tokens of a call; each becomes an entry, with a limit half-way to the next."""
 _DRAWS = 6
@@ -60,36 +62,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         read=data.nbytes / timed(data.amax, device),
         multiply=2 * side**3 / timed(lambda: torch.mm(square, square), device),
     )
-
-
-def timed(call: Callable[[], object], device: torch.device, repetitions: int = 7) -> float:
-    """Median seconds of a call; on CUDA of a replay of it as a graph."""
-    if device.type != "cuda":
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return seconds[-1]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repetitions)
-    ]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in events)
-    return times[len(times) // 2] / 1e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,7 @@ class TritonBackend:
             query_starts=query_starts,
             max_query_len=num_tokens,
             max_len=context.config.max_position_embeddings,
+            max_later_len=num_tokens,
         )
         states: torch.Tensor = context.model(numbers(num_rows), self.step(batch))
         return states

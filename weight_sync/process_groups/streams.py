@@ -17,23 +17,20 @@ def send_parts(
     communicator: Communicator, parts: Sequence[torch.Tensor], *, depth: int, end: float
 ) -> None:
     """Rank 0: broadcast `parts` in order, at most `depth` at once. On return they may be written again."""
-    window: deque[Posted] = deque()
-    try:
-        for part in parts:
-            if len(window) >= depth:
-                window.popleft().wait()
-            left_s = end - time.monotonic()
-            window.append(communicator.post_broadcast(part, root=0, timeout_s=left_s))
-        while window:
-            window.popleft().wait()
-    finally:
-        window.clear()  # what is under way holds connections open
+    _broadcast(communicator, parts, depth, end)
 
 
 def receive_parts(
     communicator: Communicator, parts: Sequence[torch.Tensor], *, depth: int, end: float
 ) -> None:
     """Fill uint8 `parts`, which share no memory, with what rank 0 sends, in order."""
+    _broadcast(communicator, parts, depth, end)
+
+
+def _broadcast(
+    communicator: Communicator, parts: Sequence[torch.Tensor], depth: int, end: float
+) -> None:
+    """Rank 0 sends and the others receive, at most `depth` parts at once."""
     window: deque[Posted] = deque()
     try:
         for part in parts:
