@@ -2,7 +2,7 @@
 
     python examples/push_weights.py CHECKPOINT
 
-CHECKPOINT is a Hugging Face folder; `rollout demo` leaves one in runs/demo-sync/checkpoint.
+CHECKPOINT is a Hugging Face folder; `rollout tiny FOLDER` makes one.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/ray_actor.py CHECKPOINT                     RAY_ADDRESS names a running cluster
 
-CHECKPOINT is a Hugging Face folder; `rollout demo` leaves one in runs/demo-sync/checkpoint.
+CHECKPOINT is a Hugging Face folder; `rollout tiny FOLDER` makes one.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/ray_pool.py CHECKPOINT                      Ray actors; RAY_ADDRESS names a running cluster
     python examples/ray_pool.py CHECKPOINT --executor local     child processes, without Ray
 
-CHECKPOINT is a Hugging Face folder; `rollout demo` leaves one in runs/demo-sync/checkpoint.
+CHECKPOINT is a Hugging Face folder; `rollout tiny FOLDER` makes one.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/spmd_trainer.py CHECKPOINT
 
-CHECKPOINT is a Hugging Face folder; `rollout demo` leaves one in runs/demo-sync/checkpoint. `torchrun` works as well:
+CHECKPOINT is a Hugging Face folder; `rollout tiny FOLDER` makes one. `torchrun` works as well:
 the script starts its second rank itself only because that makes it one command.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import sys
 import tempfile
@@ -17,63 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))  # for `versions`
 
-TINY = {
-    "vocab_size": 288,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "pad_token_id": 256,
-    "bos_token_id": 257,
-    "eos_token_id": 258,
-}
-MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("o", "n"), ("r", "e"))
-
-
-def tiny_tokenizer() -> Any:
-    """Byte-level: any text survives a round trip, and some characters take several tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary |= {token: 256 + i for i, token in enumerate(special)}
-    vocabulary |= {"".join(pair): 259 + i for i, pair in enumerate(MERGES)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(MERGES)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-
-
-def tiny_model(family: str, **overrides: Any) -> Any:
-    """A random transformers model in float32; norms and biases are random too, so that leaving one out shows."""
-    import torch
-    from transformers import (
-        CONFIG_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-    )
-
-    num_labels = overrides.get("num_labels")  # given: a classifier with so many
-    config = CONFIG_MAPPING[family](**{**TINY, **overrides})
-    torch.manual_seed(int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "little"))
-    auto = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
-    model = auto.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer), alpha=0.2)
-    return model.requires_grad_(False)
-
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -83,6 +25,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     `save_pretrained`, every other keyword to the configuration.
     """
     from transformers.utils import logging
+
+    from rollout.cli.tiny import tiny_model, tiny_tokenizer
 
     logging.disable_progress_bar()
     made: dict[str, Path] = {}

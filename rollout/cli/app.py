@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from . import experts, generate, info, serve, top, version
+from . import experts, generate, info, serve, tiny, top, version
 
 COMMANDS_GROUP = "rollout.commands"
 
@@ -26,7 +26,9 @@ EPILOG = """[bold]Examples[/bold]
 
   rollout demo --mode async --name second --seed 1
 
-  rollout generate --model PATH "Once upon a time"
+  rollout tiny tiny
+
+  rollout generate --model tiny "Once upon a time"
 
   rollout serve --model PATH
 
@@ -61,6 +63,7 @@ def build_app() -> typer.Typer:
     app.command("generate", epilog=generate.EPILOG)(generate.generate)
     app.command("info", epilog=info.EPILOG)(info.info)
     app.command("serve", epilog=serve.EPILOG)(serve.serve)
+    app.command("tiny", epilog=tiny.EPILOG)(tiny.tiny)
     app.command("top", epilog=top.EPILOG)(top.top)
     app.command("version")(version.version)
     for entry_point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda entry: entry.name):

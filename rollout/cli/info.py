@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import ResolvedConfig
+from ..errors import ConfigError
 from ..settings import load_settings
 from .generate import GenerateSettings
 from .options import ConfigFile, Overrides, as_overrides
@@ -38,16 +39,22 @@ def info(
     memory: Annotated[
         float | None,
         typer.Option(
-            help="Say what would fit on a GPU with so many bytes free, not on this machine."
+            metavar="BYTES",
+            help="Imagine a GPU with so many bytes free (80e9: 80 GB) instead of this machine. A real one is measured "
+            "at the start; this one gives 85 % to weights and KV cache, or engine.mem_fraction_static.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, tensors included.")] = False,
 ) -> None:
     """Show a checkpoint's options, its tensors, the resolved configuration of an engine for it, and what fits.
 
-    The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine, or for a GPU
-    with that much memory.
+    The settings are those of `rollout generate`; "auto" and "choose for me" are resolved for this machine, or for the
+    GPU that --memory imagines.
     """
+    if memory is not None and not 1e4 <= memory < 1e15:
+        raise ConfigError(
+            f"--memory: got {memory:g}, expected the free bytes of a GPU; write 80e9 for 80 GB"
+        )
     path = as_overrides({"engine.model_path": str(model)})
     settings = load_settings(GenerateSettings, config, [*(overrides or ()), *path])
     facts = checkpoint_facts(settings, memory)
@@ -68,7 +75,7 @@ def info(
 def checkpoint_facts(settings: GenerateSettings, memory: float | None = None) -> dict[str, Any]:
     """The model's options and sizes, the engine's resolved configuration, what fits, and the shape of every tensor.
 
-    memory: free bytes of a GPU that is to be imagined; None: this machine as it is.
+    memory: free bytes of the GPU that is imagined; None: this machine as it is.
     """
     import torch
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +80,10 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def as_toml(settings: Any, *, section: str = "") -> str:
-    """A settings object as a TOML file with the fields' sentences as comments; `load_settings` reads it back."""
+    """A settings object as a TOML file with the fields' sentences as comments; `load_settings` reads it back.
+
+    Secrets (fields that no `repr` shows, addresses with a key) are not in it: a comment says that there is one.
+    """
     cls: type = type(settings)
     docs = field_docs(cls)
     lines: list[str] = []
@@ -90,9 +95,21 @@ def as_toml(settings: Any, *, section: str = "") -> str:
             continue
         if key in docs:
             lines.append(f"# {docs[key]}")
+        if value and _is_secret(cls, key, value):
+            lines.append(f"# {key} = ... (given, not shown)")
+            continue
         lines.append(f"# {key} =" if value is None else f"{key} = {_toml_value(value)}")
     header = [f"[{section.rstrip('.')}]"] if section else []
     return "\n\n".join(["\n".join(header + lines), *sections])
+
+
+def _is_secret(cls: type, key: str, value: Any) -> bool:
+    """Whether a value must stay off screens and out of files that are made of it."""
+    if isinstance(value, str) and re.search(r"[?&]key=", value):
+        return True
+    return dataclasses.is_dataclass(cls) and any(
+        item.name == key and not item.repr for item in dataclasses.fields(cls)
+    )
 
 
 def _toml_value(value: Any) -> str:

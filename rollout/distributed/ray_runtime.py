@@ -195,9 +195,9 @@ class Actor:
         """Call a method and return at once."""
         return ActorCall(self._ray, getattr(self._handle, method).remote(*args), method)
 
-    def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """Call a method and wait for its result."""
-        return self.submit(method, *args).result(timeout_s)
+    def call(self, method: str, *args: Any, timeout_s: float, whole_s: float | None = None) -> Any:
+        """Call a method and wait for its result, as `ActorCall.result`."""
+        return self.submit(method, *args).result(timeout_s, whole_s)
 
     def kill(self) -> None:
         """End the process now; fine when it is gone."""
@@ -221,14 +221,18 @@ class ActorCall:
         self._reference = reference
         self._what = what
 
-    def result(self, timeout_s: float) -> Any:
-        """What it returned or raised; `DeadlineExceeded` when it takes longer, `EngineDiedError` when it died."""
+    def result(self, timeout_s: float, whole_s: float | None = None) -> Any:
+        """What it returned or raised; `DeadlineExceeded` when it takes longer, `EngineDiedError` when it died.
+
+        whole_s: the limit that a caller knows, where `timeout_s` is what is left of it.
+        """
         try:
             return self._ray.get(self._reference, timeout=timeout_s)
         except self._ray.exceptions.GetTimeoutError:
             raise DeadlineExceeded(
-                f"{self._what}: the actor did not answer within {timeout_s:.3g} s; it waits for resources, starts "
-                "slowly, or hangs; raise the timeout, or look at `ray status` and the actor's log"
+                f"{self._what}: the actor did not answer within {whole_s or timeout_s:.3g} s; it waits for "
+                "resources, starts slowly, or hangs; raise the timeout (start_timeout_s of a start), or look at "
+                "`ray status` and the actor's log"
             ) from None
         except self._ray.exceptions.RayError as error:
             raise translated(error) from error

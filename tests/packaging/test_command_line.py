@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("demo", "experts", "generate", "bench", "info", "version")
+COMMANDS = ("demo", "experts", "generate", "bench", "info", "serve", "tiny", "top", "version")
 
 
 def rollout(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -37,7 +37,7 @@ def test_help_loads_nothing_heavy(arguments):
     assert loaded & {"torch", "transformers", "numpy", "matplotlib", "zmq"} == set()
 
 
-@pytest.mark.parametrize("name", ["demo", "generate", "info"])
+@pytest.mark.parametrize("name", ["demo", "generate", "info", "serve", "tiny", "top"])
 def test_the_help_of_a_command_has_examples(name):
     assert f"rollout {name} " in rollout(name, "--help").stdout
 

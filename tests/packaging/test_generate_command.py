@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from rollout import Engine
 from rollout.cli.app import run
+from rollout.models.model_config import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,22 @@ def test_printed_settings_are_a_file_that_reads_back(rollout, tmp_path):
     assert again.stdout == printed.stdout
 
 
+def test_printed_settings_hold_no_secrets(rollout, tmp_path):
+    printed = rollout(
+        *("serve", "--print-config", "--api-key", "hush-1", "--api-key", "hush-2"),
+        *("--admin-api-key", "hush-3", "--set", "server.ssl_keyfile_password=hush-4"),
+        *("--set", "address=tcp://10.0.0.3:5?key=hush-5", "--set", "server.port=8123"),
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert "hush" not in printed.stdout
+    assert "# api_keys = ... (given, not shown)" in printed.stdout
+    config = tmp_path / "my.toml"
+    config.write_text(printed.stdout)
+    again = rollout("serve", "--print-config", "--config", config)
+    assert "port = 8123" in again.stdout
+    assert "(given" not in again.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
@@ -164,6 +182,46 @@ def test_info_says_what_fits_on_a_gpu_that_is_not_there(rollout, checkpoint):
     assert "KV pool: got 0 bytes beside" in refused.stderr
     assert "with 100,000 free on the GPU" in refused.stderr
     assert len(refused.stderr.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("memory", ["80", "-1", "nan", "inf"])
+def test_memory_that_is_no_number_of_bytes_is_one_line_of_error(rollout, checkpoint, memory):
+    result = rollout("info", checkpoint, "--memory", memory)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert f"--memory: got {memory}" in result.stderr
+    assert "80e9" in result.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_checkpoint_of_every_family_generates(rollout, tmp_path, family):
+    made = rollout("tiny", tmp_path / "new" / "model", "--family", family)
+    assert made.returncode == 0, made.stderr
+    assert sum(file.stat().st_size for file in (tmp_path / "new" / "model").iterdir()) < 2e6
+    options = ("--chat", "--max-new-tokens", 3, "--set", "sampling.ignore_eos=true")
+    (line,) = samples(rollout("generate", "-m", tmp_path / "new" / "model", *options, "Häuser?"))
+    assert len(line["output_ids"]) == 3
+
+
+def test_a_tiny_classifier_scores(rollout, tmp_path):
+    assert rollout("tiny", tmp_path, "--labels", 2).returncode == 0
+    with Engine(tmp_path) as engine:
+        ((_, _),) = engine.classify("abc")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("{}", "--family", "qwen4"), ("--family: got 'qwen4'", "did you mean 'qwen")),
+        (("{}/file",), ("FOLDER", "there already", "name another")),
+        (("/proc/nobody",), ("FOLDER", "can be written to")),
+    ],
+)
+def test_a_tiny_checkpoint_overwrites_nothing(rollout, tmp_path, arguments, parts):
+    (tmp_path / "file").write_text("mine")
+    result = rollout("tiny", *(argument.format(tmp_path) for argument in arguments))
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def product(shape) -> int:

@@ -20,7 +20,7 @@ THIRD_PARTIES = {
     "rollout_kernels": {"torch", "triton"},
     "weight_sync": {"torch", "numpy", "zmq", "msgspec", "safetensors"},
     "rollout": {
-        *("torch", "transformers", "safetensors", "zmq", "msgspec", "numpy"),
+        *("torch", "transformers", "tokenizers", "safetensors", "zmq", "msgspec", "numpy"),
         *("typer", "rich", "matplotlib"),
         *("fastapi", "uvicorn", "starlette", "httpx", "prometheus_client", "ray"),
     },
@@ -60,6 +60,7 @@ CONFINED = {
     "prometheus_client": ("rollout.server",),
     "typer": ("rollout.cli",),
     "matplotlib": ("rollout.cli",),
+    "tokenizers": ("rollout.cli.tiny",),
     "transformers": ("rollout.models", "rollout.engine", "rollout.tokenizer", "rollout.cli"),
 }
 PURE_PYTHON = ("rollout.scheduling", "rollout.cache")

@@ -65,10 +65,14 @@ class Deadline:
             return future.result(0)
         except TimeoutError as error:
             if isinstance(error, DeadlineExceeded):
-                raise
+                if type(error) is not DeadlineExceeded or time.monotonic() < self._end:
+                    raise
+                raise DeadlineExceeded(
+                    f"{error} (these were the last of {self.timeout_s:.3f} s for the whole update)"
+                ) from error
             raise DeadlineExceeded(
-                f"{what} was not answered within {left_s:.3f} s; whatever arrives later is dropped; raise the "
-                "timeout or look at the engine"
+                f"{what} was not answered within the {self.timeout_s:.3f} s of the whole update; whatever arrives "
+                "later is dropped; raise timeout_s, or look at what keeps the engine"
             ) from None
 
     def call(self, channel: Submits, message: Any) -> Any:

@@ -112,7 +112,8 @@ class RayExecutor:
     def _meet(self, config: EngineConfig, deadline: float) -> list[ProcessPlace]:
         """Where the ranks are, which is where an engine can work."""
         calls = [rank.submit("place") for rank in self._ranks]
-        places: list[ProcessPlace] = [call.result(_left(deadline)) for call in calls]
+        whole_s = config.start_timeout_s
+        places: list[ProcessPlace] = [call.result(_left(deadline), whole_s) for call in calls]
         check_places(places, config)
         return places
 
@@ -122,7 +123,10 @@ class RayExecutor:
         port = 0
         if config.tp_size > 1:
             port = self._ranks[0].call(
-                "serve_store", config.start_timeout_s, timeout_s=_left(deadline)
+                "serve_store",
+                config.start_timeout_s,
+                timeout_s=_left(deadline),
+                whole_s=config.start_timeout_s,
             )
         if config.listen is None:
             ip = host if ray_runtime.on_one_machine() else self._places[0].ip
@@ -144,8 +148,8 @@ class RayExecutor:
         while waiting:
             done, waiting = wait_for(waiting, _left(deadline), FIRST_COMPLETED)
             for future in done or list(waiting)[:1]:
-                reported_address(reports[future].result(_left(deadline)))
-        return reported_address(calls[0].result(_left(deadline)))
+                reported_address(reports[future].result(_left(deadline), config.start_timeout_s))
+        return reported_address(calls[0].result(_left(deadline), config.start_timeout_s))
 
     def _watch(self) -> None:
         """Wait for the first rank to end; then end the others."""
