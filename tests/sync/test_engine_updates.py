@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,14 @@ import torch
 
 import weight_sync
 from rollout import Engine
-from weight_sync.errors import ManifestMismatch, SessionBusy, SessionError
+from weight_sync.errors import (
+    FingerprintMismatch,
+    ManifestMismatch,
+    SessionBusy,
+    SessionError,
+)
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.receiver.commit import WeightCommit
 
 PROMPTS = [[5, 9, 2], [7] * 40, list(range(20, 53))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
@@ -347,3 +355,75 @@ def test_overlapped_verification_that_fails_is_undone(folder: Path, trainer: Any
         assert result["output_ids"] == expected["output_ids"]
         assert [span["version"] for span in result["meta_info"]["weight_versions"]] == ["0"]
         assert engine.status().torn is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_aborted_under_a_version_that_is_undone_has_nothing_of_it(
+    folder: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Neither tokens nor log-probabilities, be the request older than the version or not."""
+    with Engine(folder, kv_cache_bytes=4 << 20, keep_previous_weights=True) as engine:
+        params = {"temperature": 0.0, "max_new_tokens": 300, "ignore_eos": True}
+        expected = engine.generate(input_ids=PROMPTS[0], sampling_params=params)["output_ids"]
+        looking, go_on = threading.Event(), threading.Event()
+
+        def wrong(*_: Any) -> None:
+            looking.set()
+            assert go_on.wait(30)
+            raise weight_sync.FingerprintMismatch("a test says so")
+
+        monkeypatch.setattr(WeightCommit, "_compare", wrong)
+        train(trainer, 14)
+        engine.slow_down(0.02)
+
+        def publish() -> None:
+            with WeightPublisher(engine) as publisher, pytest.raises(FingerprintMismatch):
+                publisher.publish(trainer, version=1, verify="overlapped", kv_policy="keep")
+
+        def drawn(core: Any) -> list[int]:
+            return [request.num_output_tokens for request in core.scheduler.requests]
+
+        def call() -> Any:
+            found = engine.generate(
+                input_ids=PROMPTS[0],
+                sampling_params=params,
+                return_logprob=True,
+                logprob_start_len=0,
+                stream=stream,
+            )
+            return list(found)[-1] if stream else found
+
+        core = engine._executor._core  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(3) as threads:
+            older = threads.submit(call)
+            until(lambda: min(drawn(core), default=0) > 3)
+            update = threads.submit(publish)
+            assert looking.wait(30)
+            before = drawn(core)[0]
+            newer = threads.submit(call)
+            until(lambda: len(drawn(core)) == 2 and min(drawn(core)) > 3)
+            until(lambda: drawn(core)[0] > before + 3)
+            assert engine.abort_request(abort_all=True) == 2
+            go_on.set()
+            update.result(30)
+            results = [older.result(30), newer.result(30)]
+        for result in results:
+            meta = result["meta_info"]
+            assert meta["finish_reason"]["type"] == "abort"
+            assert {span["number"] for span in meta["weight_versions"]} == {0}
+            assert len(meta["output_token_logprobs"]) == len(result["output_ids"])
+        assert 3 < len(results[0]["output_ids"]) <= before
+        assert results[0]["output_ids"] == expected[: len(results[0]["output_ids"])]
+        assert results[1]["output_ids"] == []
+        assert [v for v, _, _ in results[1]["meta_info"]["input_token_logprobs"]] == [None] * 3
+        again = engine.generate(
+            input_ids=PROMPTS[0], sampling_params={**params, "max_new_tokens": 5}
+        )
+        assert again["output_ids"] == expected[:5]
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

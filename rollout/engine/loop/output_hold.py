@@ -54,6 +54,8 @@ class OutputHold:
                 if num_output == 0:
                     request.rewind_input_logprobs()
                 state.cut(num_output, mark.num_sent)
+                if state.aborted:
+                    state.forget_inputs(request.logprob_position)
                 if state.finished and not state.aborted:
                     state.finished = False
                     group.num_finished -= 1
@@ -67,13 +69,26 @@ class OutputHold:
             if group is request.outputs.group
         )
 
-    def kept_news(self) -> list[tuple[GenerateGroup, SampleUpdate | None]]:
-        """After `undo`: what is still to be told, which are the ends of aborted requests."""
+    def kept_news(
+        self, version: str, number: int
+    ) -> list[tuple[GenerateGroup, SampleUpdate | None]]:
+        """After `undo`: what is still to be told, which are the ends of aborted requests, without what was undone.
+
+        `version`, `number`: what serves again.
+        """
         news: list[tuple[GenerateGroup, SampleUpdate | None]] = []
+        aborted = {
+            (group.number, request.rid): request
+            for group in {group.number: group for group, _ in self.news}.values()
+            for request in group.requests
+            if request.outputs.aborted
+        }
         for group, update in self.news:
             if update is None:
                 if group.num_finished == group.num_samples:
                     news.append((group, None))
             elif update.finish_reason is not None and update.finish_reason.type == "abort":
-                news.append((group, update))
+                request = aborted[group.number, update.rid]
+                reason = update.finish_reason
+                news.append((group, request.outputs.update(request, reason, version, number)))
         return news

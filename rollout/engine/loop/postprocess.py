@@ -377,7 +377,7 @@ class Postprocessor:
             for request in hold.undo(self.groups):
                 self.groups[request.outputs.group.number] = request.outputs.group
                 self._scheduler.revive(request)
-            news = hold.kept_news()
+            news = hold.kept_news(self.version, self.number)
         for group, update in news:
             self._send(group, update)
         for group in self.groups.values():

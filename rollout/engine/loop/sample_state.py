@@ -112,6 +112,16 @@ class SampleState:
         if self.watcher is not None:
             self.watcher.restart()
 
+    def forget_inputs(self, first: int) -> None:
+        """Forget log-probabilities of prompt positions behind `first`, and which experts tokens went to: nothing will
+        compute them again."""
+        if self.inputs is not None:
+            start = max(0, first + 1 - self.inputs.start)
+            for column in (self.inputs.values, self.inputs.top, self.inputs.selected):
+                column[start:] = [None] * len(column[start:])
+        if self.routed is not None:
+            self.routed = RoutedExperts(shape=(0, *self.routed.shape[1:]), data=b"")
+
     def note_token(self, position: int, version: str, number: int) -> None:
         """Record that output token number `position` was sampled by `version`; one label may name two versions."""
         spans = self.spans
