@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RolloutError
 from .prompts import PromptRecord
 
 Results = list[dict[str, Any]]
@@ -77,9 +77,11 @@ def finished_records(
 def _check_belongs(line: bytes, record: PromptRecord, path: Path) -> None:
     try:
         found = json.loads(line)
-    except ValueError:
-        found = {}
-    if any(found.get(key) != value for key, value in record.given.items()):
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or any(
+        found.get(key) != value for key, value in record.given.items()
+    ):
         raise ConfigError(
             f"--resume: got results of other prompts in {path}, expected those of {record.source}; use the same input "
             "and options as before, or remove the file"
@@ -102,10 +104,18 @@ class Writer:
         self.num_samples += len(samples)
         self.num_tokens += sum(len(sample["output_ids"]) for sample in samples)
         self._early[index] = (record, samples)
-        while self._next in self._early:
-            self._emit(*self._early.pop(self._next))
-            self._next += 1
-        self._out.flush()
+        try:
+            while self._next in self._early:
+                self._emit(*self._early.pop(self._next))
+                self._next += 1
+            self._out.flush()
+        except BrokenPipeError:  # who reads has seen enough
+            raise
+        except OSError as error:
+            raise RolloutError(
+                f"cannot write results: got {error}, expected room for them; free some, and with --output go on with "
+                "what is there: --resume"
+            ) from error
 
     def _emit(self, record: PromptRecord, samples: Results) -> None:
         for number, sample in enumerate(samples):

@@ -189,7 +189,12 @@ def _check_ids(ids: Sequence[Any], vocab_size: int, room: int) -> None:
 def _record(line: str, source: str) -> PromptRecord:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(data, ensure_ascii=False).encode()  # as it will be written
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{source}: got half of a surrogate pair, expected text; write the file with errors='replace'"
+        ) from None
+    except (ValueError, RecursionError) as error:  # too many digits, or levels, among others
         raise ConfigError(f"{source}: not valid JSON ({error})") from error
     given = [key for key in SOURCE_KEYS if data.get(key) is not None]
     if len(given) != 1:

@@ -261,6 +261,24 @@ def test_all_prompts_are_checked_first_and_errors_name_file_and_line(rollout, ch
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "ab", "note": "\\ud800"}', "half of a surrogate pair"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        ('{"input_ids": [' + "1" * 5000 + "]}", "not valid JSON"),
+        ('{"a":' * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_line_that_could_not_be_written_again_is_refused_before_the_run(
+    rollout, checkpoint, tmp_path, line, says
+):
+    (tmp_path / "in.jsonl").write_text(f"ab\n{line}\n")
+    result = rollout("generate", "-m", checkpoint, "-i", tmp_path / "in.jsonl")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "in.jsonl, line 2" in result.stderr and says in result.stderr.replace("\n", " ")
+
+
 def test_bad_prompts_are_skipped_and_named_on_request(rollout, checkpoint, tmp_path):
     source = write_prompts(
         tmp_path / "in.jsonl", {"prompt": "ab"}, {"input_ids": []}, {"prompt": "cd"}
@@ -295,10 +313,10 @@ def test_results_have_their_name_only_when_they_are_complete_and_can_be_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "_emit", dies_at_the_second)
-        with pytest.raises(OSError, match="no space left"):
-            from rollout.cli.app import build_app
-
-            build_app()([str(part) for part in (*call, "-o", target)], standalone_mode=False)
+        ended = rollout(*call, "-o", target)
+        assert (
+            ended.returncode == 1 and "no space left" in ended.stderr and "--resume" in ended.stderr
+        )
     assert not target.exists() and (tmp_path / "out.jsonl.partial").exists()
 
     refused = rollout(*call, "-o", target)
@@ -316,9 +334,11 @@ def test_results_have_their_name_only_when_they_are_complete_and_can_be_resumed(
 
 
 def test_unfinished_results_of_other_prompts_are_not_taken_for_these(rollout, checkpoint, tmp_path):
-    (tmp_path / "out.jsonl.partial").write_text('{"prompt": "other", "sample": 0}\n')
-    result = rollout("generate", "-m", checkpoint, "-o", tmp_path / "out.jsonl", "--resume", "ab")
-    assert result.returncode == 1 and "other prompts" in result.stderr
+    for line in ('{"prompt": "other", "sample": 0}', "7", "no JSON", "[" * 100_000):
+        (tmp_path / "out.jsonl.partial").write_text(f"{line}\n")
+        target = tmp_path / "out.jsonl"
+        result = rollout("generate", "-m", checkpoint, "-o", target, "--resume", "ab")
+        assert result.returncode == 1 and "other prompts" in result.stderr
 
 
 def test_an_output_that_cannot_be_written_is_refused_at_once(rollout, checkpoint, tmp_path):
