@@ -21,6 +21,10 @@ GREEDY_TEMPERATURE = 1e-6
 """Below this temperature a request is greedy and its log-probabilities are untempered."""
 MAX_SAMPLES = 16384
 """Largest `n`; it bounds what one message can make the engine create."""
+_MOST_KEPT = (1 << 31) - 1
+"""More than any vocabulary has: what `top_k` is cut to, since steps hold it in arrays."""
+_LARGEST_BIAS = 1e30
+"""What a bias is cut to: no logit counts beside it, and in float32, at any temperature, it stays finite."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -215,6 +219,12 @@ def _known_items(value: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+def asked_new_tokens(value: Mapping[str, Any]) -> Any:
+    """What a caller's dictionary asks for as `max_new_tokens`, under whichever name; None: it does not say."""
+    names = ("max_new_tokens", *(a for a, name in _ALIASES.items() if name == "max_new_tokens"))
+    return next((value[name] for name in names if value.get(name) is not None), None)
+
+
 Normaliser = Callable[[str, Any], Any]
 
 
@@ -261,7 +271,7 @@ def _top_k(name: str, value: Any) -> int:
     value = _as_index(name, value, expected, "leave it out to keep all tokens")
     if value < -1:
         raise _error(name, value, expected, "leave it out to keep all tokens")
-    return -1 if value == 0 else value
+    return -1 if value == 0 else min(value, _MOST_KEPT)
 
 
 def _seed(name: str, value: Any) -> int | None:
@@ -315,7 +325,8 @@ def _bias(name: str, value: Any) -> dict[int, float] | None:
             if not key.isascii() or not key.isdigit():
                 raise _error(name, key, "a token id as key", 'pass for example {"42": -5.0}')
             key = int(key)
-        bias[_token_id(name, key, "a token id >= 0 as key")] = check(name, item)
+        number = max(-_LARGEST_BIAS, min(check(name, item), _LARGEST_BIAS))
+        bias[_token_id(name, key, "a token id >= 0 as key")] = number
     return bias or None
 
 

@@ -402,7 +402,9 @@ def _close_forgotten(executor: Executor, home: Home) -> None:
 def _abort(rid: str | None, abort_all: bool) -> AbortRequests:
     if (rid is None) != abort_all:
         raise InvalidRequestError("abort_request: expected either rid=... or abort_all=True")
-    return AbortRequests(rids=[] if rid is None else [rid], abort_all=abort_all)
+    if rid is not None and not isinstance(rid, str):
+        raise InvalidRequestError(f"rid: got {type(rid).__name__}, expected the text of one id")
+    return AbortRequests(rids=[] if rid is None else [rid], abort_all=bool(abort_all))
 
 
 def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:

@@ -83,7 +83,7 @@ class ManyCalls(GenerationCalls):
         draws repeat, but they are not those of a sample that was never ended.
 
         Raises `InvalidRequestError` where the two parts cannot be one sample: with stop strings, frequency or presence
-        penalties, or tables of top log-probabilities.
+        penalties, tables of top log-probabilities, or routed experts.
         """
         params = self._params_of(results, sampling_params)
         wanted = resumption(results, params)

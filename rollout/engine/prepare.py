@@ -91,8 +91,7 @@ def prepare(
         for i, value in enumerate(_spread(sampling_params, num, "sampling_params"))
     ]
     rids = [uuid.uuid4().hex for _ in ids] if rid is None else _spread(rid, num, "rid")
-    if len(set(rids)) != num:
-        raise InvalidRequestError(f"rid: got {rids!r}, expected a different id for each prompt")
+    _check_rids(rids)
     columns = {name: _spread(value, num, name) for name, value in per_prompt.items()}
     # One set of parameters for all prompts is one request: its samples draw from one seed, each its own numbers.
     shared = not isinstance(sampling_params, (list, tuple))
@@ -126,6 +125,18 @@ def prepare(
         prompts=specs, stream=stream, min_weight_version=_min_version(min_weight_version)
     )
     return PreparedGenerate(command, builders, not is_list and len(builders) == 1)
+
+
+def _check_rids(rids: list[Any]) -> None:
+    wrong = next((rid for rid in rids if not isinstance(rid, str)), None)
+    if wrong is not None:
+        raise InvalidRequestError(
+            f"rid: got {type(wrong).__name__}, expected a text, or a list with one for each prompt"
+        )
+    if len(set(rids)) != len(rids):
+        raise InvalidRequestError(
+            f"rid: got {str(rids)[:200]}, expected a different id for each prompt"
+        )
 
 
 def _min_version(value: Any) -> int:
@@ -165,6 +176,7 @@ def _spec(i: int, num_logprobs: int | None, flat_logprobs: bool, **fields: Any) 
         TypeError,
         ValueError,
         OverflowError,
+        RuntimeError,  # of a tensor where a number is expected
     ) as error:  # What has the right type may still be no message.
         raise InvalidRequestError(
             f"prompt {i}: {error}; see Engine.generate for the types"

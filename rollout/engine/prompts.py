@@ -54,7 +54,12 @@ def prompt_token_ids(
 def _plain(value: Any) -> Any:
     """Tensors, arrays and numbers of any library as lists and numbers of Python."""
     if hasattr(value, "tolist"):
-        return value.tolist()
+        try:
+            return value.tolist()
+        except RuntimeError as error:  # a tensor without data
+            raise InvalidRequestError(
+                f"input_ids: got a tensor that cannot be read ({error}), expected token ids"
+            ) from None
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [item if type(item) is int else _plain(item) for item in value]
     return value

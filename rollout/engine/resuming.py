@@ -19,7 +19,8 @@ Result = dict[str, Any]
 
 _PER_TOKEN = ("output_token_logprobs", "output_logprobs", "token_times", "token_versions")
 _SUMMED = ("completion_tokens", "e2e_latency", "num_retractions", "num_reruns")
-_TABLES = ("output_top_logprobs", "output_token_ids_logprobs")
+_WHOLE = ("output_top_logprobs", "output_token_ids_logprobs", "routed_experts")
+"""What a part has of its own tokens, or of all that it computed, and that is not joined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ def resumption(
         "input_ids": input_ids,
         "sampling_params": left,
         "return_logprob": ["output_token_logprobs" in meta for meta in kept],
+        "return_text_in_logprobs": any(map(_has_texts, kept)),
         "return_token_times": ["token_times" in meta for meta in kept],
         "flat_logprobs": any("output_logprobs" in meta for meta in kept),
         "return_token_versions": any("token_versions" in meta for meta in kept),
@@ -145,11 +147,17 @@ def _check(i: int, result: Mapping[str, Any], params: SamplingParams) -> None:
             "resume: got a frequency_penalty or presence_penalty, expected neither: they count output tokens, and "
             "those before the border are prompt now; generate the sample again"
         )
-    tables = [name for name in _TABLES if name in result["meta_info"]]
-    if tables:
+    whole = [name for name in _WHOLE if name in result["meta_info"]]
+    if whole:
         raise InvalidRequestError(
-            f"resume: got a result with {tables}, expected none of them; generate without, or generate it again"
+            f"resume: got a result with {whole}, expected none of them; generate without, or generate it again"
         )
+
+
+def _has_texts(meta: Mapping[str, Any]) -> bool:
+    """Entries of log-probabilities have their tokens' texts."""
+    entries = (*meta.get("output_token_logprobs", ()), *meta.get("input_token_logprobs", ()))
+    return any(text is not None for _, _, text in entries)
 
 
 def _seed(seed: int, row: int, done: int) -> int:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 from ..engine.engine import Engine
 from ..errors import InvalidRequestError
+from ..sampling_params import asked_new_tokens
 from ..tokenizer import Tokenizer, encode_prompts
 from .access import Client
 from .config import ServerConfig
@@ -344,10 +345,7 @@ class Calls:
             asked = own if isinstance(own, dict) else {}
             n = _count(asked.get("n"), 1)
             length = len(ids) if isinstance(ids, list) else 0
-            new = min(
-                _count(asked.get("max_new_tokens", asked.get("max_tokens")), new_tokens),
-                max(0, context - length),
-            )
+            new = min(_count(asked_new_tokens(asked), new_tokens), max(0, context - length))
             samples += n
             tokens += length + n * new
         if tokens > self._config.max_call_tokens:

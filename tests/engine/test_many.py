@@ -192,6 +192,15 @@ def test_tokens_on_either_side_of_an_update_say_which_version_drew_them(engine, 
         assert second["number"] == report.version > first["number"]
 
 
+def test_texts_of_tokens_are_there_for_both_parts_or_for_none(engine):
+    params = greedy(60)
+    for asked in (True, False):
+        (part,) = ended_early(engine, PROMPTS[:1], params, return_text_in_logprobs=asked)
+        (got,) = engine.resume([part], params)
+        texts = [text for _, _, text in got["meta_info"]["output_token_logprobs"]]
+        assert len(texts) == 60 and all((text is not None) == asked for text in texts)
+
+
 def test_what_has_finished_comes_back_as_it_is_and_twice_ended_samples_go_on_twice(engine):
     params = greedy(160)
     whole = engine.generate(
@@ -239,6 +248,7 @@ def test_a_sample_that_was_ended_before_its_first_token_begins(engine):
         ({"stop": ["x"]}, "no strings"),
         ({"frequency_penalty": 0.5}, "expected neither"),
         ({"max_new_tokens": 150}, "without prompt_token_ids"),
+        ({"max_new_tokens": 150}, "with .'routed_experts'."),
     ],
 )
 def test_two_parts_that_cannot_be_one_sample_are_refused(engine, change, says):
@@ -246,5 +256,7 @@ def test_two_parts_that_cannot_be_one_sample_are_refused(engine, change, says):
     part = ended_early(engine, PROMPTS[:1], greedy(150))[0]
     if "prompt_token_ids" in says:
         del part["prompt_token_ids"]
+    if "routed_experts" in says:  # those of one part would be taken for those of the whole
+        part["meta_info"]["routed_experts"] = []
     with pytest.raises(InvalidRequestError, match=says):
         engine.resume([part], params)

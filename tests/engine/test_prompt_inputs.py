@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rollout import Engine
+from rollout.engine.prepare import prepare
 from rollout.engine.prompts import prompt_token_ids
 from rollout.errors import InvalidRequestError
 from rollout.tokenizer import Tokenizer
@@ -109,3 +110,36 @@ def test_a_result_says_that_the_context_ended_it(tiny_checkpoint: Callable[..., 
         assert whole["meta_info"]["context_exhausted"] is False
         with pytest.raises(InvalidRequestError, match="padding"):
             engine.generate(input_ids=torch.tensor([[PAD, 5]]), sampling_params=params)
+
+
+def test_a_tensor_without_data_is_a_value_error() -> None:
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        ids_of(torch.empty(2, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "rid", [7, ["a", "a"], ["a", ["b"]], [{"a": 1}, "b"], np.array(["a", "b"])]
+)
+def test_ids_of_requests_are_texts_one_for_each(rid: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="rid: got"):
+        prepared(rid=rid)
+
+
+def test_a_tensor_in_place_of_a_number_is_a_value_error() -> None:
+    with pytest.raises(InvalidRequestError, match="prompt 0"):
+        prepared(per_prompt={"top_logprobs_num": torch.tensor([1, 2])})
+
+
+def prepared(rid: Any = None, per_prompt: dict[str, Any] | None = None) -> Any:
+    columns = {"return_logprob": False, "top_logprobs_num": 0, "token_ids_logprob": None}
+    return prepare(
+        None,
+        prompt=None,
+        input_ids=[[1], [2]],
+        sampling_params=None,
+        stream=False,
+        rid=rid,
+        return_text_in_logprobs=False,
+        per_prompt={**columns, **(per_prompt or {})},
+        others={},
+    )

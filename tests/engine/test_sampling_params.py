@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rollout.errors import InvalidRequestError
-from rollout.sampling_params import SamplingParams, mix64
+from rollout.sampling_params import SamplingParams, asked_new_tokens, mix64
 
 
 def message(value: object, vocab_size: int | None = None) -> str:
@@ -195,3 +195,22 @@ def test_mix64_is_splitmix64() -> None:
     gamma = 0x9E3779B97F4A7C15
     outputs = [mix64(i * gamma % 2**64) for i in range(3)]
     assert outputs == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_what_a_step_holds_in_arrays_fits_them_whatever_was_asked() -> None:
+    """A number that does not would fail the step, and with it everybody's requests in it."""
+    for asked in (2**31, 2**63, 2**64 - 1, 10**400):
+        assert SamplingParams(top_k=asked).top_k == 2**31 - 1
+    lowest = float(np.finfo(np.float32).min)
+    bias = SamplingParams(logit_bias={1: lowest, 2: -1e308, 3: 1e308, 4: -7.5}).logit_bias
+    assert bias == {1: -1e30, 2: -1e30, 3: 1e30, 4: -7.5}
+    temperature = SamplingParams(temperature=1e-6).temperature
+    assert all(np.isfinite(np.float32(value) / temperature) for value in bias.values())
+
+
+def test_a_limit_is_found_under_each_of_its_names() -> None:
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert asked_new_tokens({"n": 2, name: 7}) == 7
+        assert SamplingParams.from_dict({name: 7}).max_new_tokens == 7
+    assert asked_new_tokens({"max_new_tokens": None, "max_tokens": 7}) == 7
+    assert asked_new_tokens({"n": 2}) is None

@@ -141,6 +141,14 @@ def test_an_admin_aborts_anybodys_request(http, until):
         ({"text": "a" * 30_000}, "bytes"),
         ({"input_ids": [[1]] * 5}, "prompts"),
         ({"input_ids": [1], "sampling_params": {"n": 8, "max_new_tokens": 400}}, "tokens"),
+        ({"input_ids": [1], "sampling_params": {"n": 8, "max_completion_tokens": 400}}, "tokens"),
+        (
+            {
+                "input_ids": [1],
+                "sampling_params": {"n": 8, "max_new_tokens": None, "max_tokens": 400},
+            },
+            "tokens",
+        ),
         ({"input_ids": [1], "sampling_params": {"n": 9, "max_new_tokens": 1}}, "samples"),
     ],
 )
