@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopped import go_on, stop
 
 from rollout import Engine
 from rollout.engine.executors import local
@@ -100,12 +101,12 @@ def test_an_engine_that_was_stopped_goes_on_with_the_call_that_was_under_way(
         expected = tokens(engine)
 
         async def stop_meanwhile() -> Any:
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
             asked = asyncio.create_task(
                 engine.async_generate(input_ids=[1, 2, 3], sampling_params=GREEDY)
             )
             await asyncio.sleep(0.8)
-            os.kill(pid, signal.SIGCONT)
+            go_on(pid)
             return (await asked)["output_ids"]
 
         assert asyncio.run(stop_meanwhile()) == expected

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stopped import stop
 
 import rollout
 from rollout import Engine
@@ -125,7 +126,7 @@ def test_an_error_about_a_dead_engine_has_its_signal_and_its_last_words(folder):
 def test_a_stopped_engine_is_not_waited_for_at_the_end(folder):
     engine = Engine(folder, **OPTIONS)
     pid = engine.status().pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     began = time.monotonic()
     engine.shutdown()
     assert time.monotonic() - began < 12.0  # Five seconds for an answer, one of grace; it took 15.

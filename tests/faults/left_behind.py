@@ -27,6 +27,11 @@ def of_tests(thread: threading.Thread) -> bool:
     return isinstance(thread, threading.Timer) or pooled or mine
 
 
+def started_since(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Timers, pools' workers and threads of tests that were not there before."""
+    return [t for t in threading.enumerate() if t not in before and of_tests(t)]
+
+
 def ours(thread: threading.Thread) -> bool:
     """Not a thread of Ray or another library that goes on for the life of the process."""
     target = getattr(thread, "_target", None)
@@ -58,11 +63,7 @@ def no_timer_or_thread_outlives_its_test() -> Iterator[None]:
     """Fails a test whose timers or threads go on when it has ended."""
     before = set(threading.enumerate())
     yield
-
-    def left() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t not in before and of_tests(t)]
-
-    wait_until_gone("threads", left)
+    wait_until_gone("threads", lambda: started_since(before))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ from weight_sync import WeightPublisher
 
 def test_a_timer_a_pool_and_a_thread_of_a_test_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(left_behind, "GRACE_S", 0.05)
-    stop = threading.Event()
+    stop, before = threading.Event(), set(threading.enumerate())
 
     def wait() -> None:
         stop.wait(10)
@@ -24,7 +24,7 @@ def test_a_timer_a_pool_and_a_thread_of_a_test_are_found(monkeypatch: pytest.Mon
         pool.submit(wait)
         timer.start()
         thread.start()
-        found = [t for t in threading.enumerate() if left_behind.of_tests(t)]
+        found = left_behind.started_since(before)
         assert timer in found and thread in found and len(found) == 3
         with pytest.raises(AssertionError, match="left threads behind"):
             left_behind.wait_until_gone("threads", lambda: found)

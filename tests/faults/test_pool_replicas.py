@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopped import stop
 
 import weight_sync
 from rollout import RolloutPool
@@ -59,11 +60,15 @@ def serves_again(pool: RolloutPool, num: int = 2, timeout_s: float = 60.0) -> bo
     return False
 
 
-def hurt(pool: RolloutPool, index: int, how: int = signal.SIGKILL) -> int:
-    """Signal a replica; returns its number."""
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def hurt(pool: RolloutPool, index: int, how: Callable[[int], None] = kill) -> int:
+    """Do that to all processes of a replica; returns its number."""
     replica = pool.replicas()[index]
     for pid in replica.pids:
-        os.kill(pid, how)
+        how(pid)
     return replica.number
 
 
@@ -186,7 +191,7 @@ def test_when_all_replicas_are_killed_at_once_their_successors_get_the_version_f
 def test_a_replica_that_hangs_is_ended_and_replaced(pool: RolloutPool, trainer: Any) -> None:
     running = Running(pool)
     pid = pool.replicas()[0].pids[0]
-    number = hurt(pool, 0, signal.SIGSTOP)
+    number = hurt(pool, 0, stop)
     check_complete(running.finish())
     assert serves_again(pool) and number not in [r.number for r in pool.replicas()]
     assert all_end([pid])

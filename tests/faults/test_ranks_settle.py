@@ -11,10 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_support import NUM_RANKS, Meeting, ThreadAgreement
+from stopped import LateThreads
 from sync_support import ToyHost, eventually, toy_map, weights
 
-from weight_sync.errors import ERRORS, SessionBusy, SyncError
+from weight_sync.errors import ERRORS, DeadlineExceeded, SessionBusy, SyncError
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.receiver import agreement
 from weight_sync.receiver.agreement import together
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
@@ -182,6 +184,25 @@ def test_a_vote_that_no_commit_follows_ends_on_all_ranks_with_its_lease() -> Non
         with pytest.raises(SyncError, match="no commit came"):
             publisher.commit()
         assert engine.values() == {2.0}
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_a_commit_that_is_late_on_one_rank_is_written_by_none(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = LateThreads()
+    monkeypatch.setattr(agreement, "time", clock)
+    with ranks() as engine, WeightPublisher(engine) as publisher:
+        publisher.publish(weights(1.0))
+        clock.threads.add(engine.hosts[rank]._thread)
+        with pytest.raises(DeadlineExceeded, match="its deadline passed before it had begun"):
+            publisher.publish(weights(2.0))
+        engine.check()
+        assert engine.values() == {1.0} and engine.receivers[0].version == 1
+        clock.threads.clear()
+        assert publisher.publish(weights(3.0)).version == 2
+        engine.check()
+        assert engine.values() == {3.0}
 
 
 def test_a_step_that_fails_on_one_rank_has_failed_on_all() -> None:

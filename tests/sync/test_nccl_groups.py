@@ -6,8 +6,6 @@ NCCL takes no two members on one GPU, so this needs one more than the engine has
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_group_support import free_port
+from stopped import stop
 from sync_support import collect, kill, read_line, spawn, weights
 from torch.distributed import distributed_c10d as c10d
 
@@ -255,9 +254,7 @@ def test_an_engine_that_is_killed_frees_the_trainer_within_seconds(
         new = weights(2.0, device="cuda:1")
         publisher.begin()
         if phase == "waiting in a kernel":
-            os.kill(
-                process.pid, signal.SIGSTOP
-            )  # it hears of the bucket no more, and takes nothing
+            stop(process.pid)  # it hears of the bucket no more, and takes nothing
             sending = background.submit(publisher.send, new)
             time.sleep(1.0)
             assert not sending.done()

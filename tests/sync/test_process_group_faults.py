@@ -16,6 +16,7 @@ import pytest
 import torch
 from process_group_peer import content
 from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, group_threads, join
+from stopped import go_on, stop
 
 from weight_sync.errors import DeadlineExceeded, TransportError
 from weight_sync.process_groups.backends import open_nccl
@@ -179,7 +180,7 @@ def test_a_stopped_trainer_costs_no_more_than_the_deadline_in_any_phase(peers):
     port = trainer.do("serve", world_size=2, group_name=NAME)
     with join(port) as group:
         group.joined.result()
-        trainer.signal(signal.SIGSTOP)
+        stop(trainer.process.pid)
         try:
             receiving = group.receive_into(torch.zeros(8, dtype=torch.uint8), timeout_s=0.5)
             joining = join(port, timeout_s=0.5)
@@ -189,7 +190,7 @@ def test_a_stopped_trainer_costs_no_more_than_the_deadline_in_any_phase(peers):
             joining.destroy(wait_s=0.2)
             assert time.monotonic() - started < 0.2 + SLACK_S
         finally:
-            trainer.signal(signal.SIGCONT)
+            go_on(trainer.process.pid)
     trainer.do("destroy")
     assert update_works(trainer, seed=5)
 

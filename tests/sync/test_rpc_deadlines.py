@@ -19,6 +19,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from stopped import go_on, stop
 from sync_support import FOLDER, collect, eventually, read_line, weights
 
 from weight_sync.errors import (
@@ -149,25 +150,24 @@ def stopped(child: Callable[..., Any]) -> Iterator[tuple[Any, str]]:
     process = child("engine_process.py")
     address = read_line(process)
     yield process, address
-    process.send_signal(signal.SIGCONT)
+    go_on(process.pid)
 
 
 def test_a_commit_whose_caller_gave_up_while_the_engine_was_stopped_is_never_carried_out(
     stopped: tuple[Any, str],
 ) -> None:
     process, address = stopped
-    with WeightPublisher(address, timeout_s=1.0) as publisher:
+    with WeightPublisher(address, timeout_s=60.0) as publisher:
         publisher.publish(weights(1.0))
 
         def tensors() -> Iterator[Any]:
-            process.send_signal(signal.SIGSTOP)  # the session is open
+            stop(process.pid)  # the session is open
             yield from weights(2.0).items()
 
         with pytest.raises(DeadlineExceeded):
-            publisher.publish(tensors())
-        time.sleep(0.3)
-        process.send_signal(signal.SIGCONT)
-        assert eventually(lambda: _asks_free(publisher))
+            publisher.publish(tensors(), timeout_s=1.0)
+        go_on(process.pid)
+        assert eventually(lambda: _asks_free(publisher), timeout_s=60.0)
         process.stdin.write("state\n")
         process.stdin.flush()
         state = msgspec.json.decode(read_line(process))
@@ -198,8 +198,8 @@ def test_a_server_that_was_stopped_for_longer_than_any_heartbeat_goes_on(
     process, address = stopped
     with WeightPublisher(address, timeout_s=20.0) as publisher:
         publisher.publish(weights(1.0))
-        process.send_signal(signal.SIGSTOP)
-        threading.Timer(0.8, process.send_signal, (signal.SIGCONT,)).start()
+        stop(process.pid)
+        threading.Timer(0.8, go_on, (process.pid,)).start()
         assert publisher.publish(weights(2.0)).version == 2
 
 

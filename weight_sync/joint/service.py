@@ -98,6 +98,12 @@ class JointService:
         self._queue.put(call)
         return call.future
 
+    def known_as(self, session_id: str) -> str | None:
+        """What the members call a session, while it is the open one."""
+        session = self._session
+        mine = session is not None and session.request.session_id == session_id
+        return session.inner_id if session is not None and mine else None
+
     @property
     def closed(self) -> bool:
         """It takes no more calls."""
@@ -167,7 +173,8 @@ class JointService:
         return self._arenas.close(message, self._members, end)
 
     def _set_label(self, message: msg.SetLabel, end: float) -> msg.Ack:
-        answers = self._ask(same(self._members, message), end)
+        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left(end)))
+        answers = self._ask(same(self._members, limited), end)
         answers.raise_refusal()
         if not self.spare:
             answers.raise_loss()

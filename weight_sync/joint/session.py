@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,7 +11,13 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from ..errors import EngineDiedError, SessionError, StaleVersionError, WeightUpdateError
+from ..errors import (
+    DeadlineExceeded,
+    EngineDiedError,
+    SessionError,
+    StaleVersionError,
+    WeightUpdateError,
+)
 from ..wire.messages import (
     Abort,
     Begin,
@@ -191,6 +198,8 @@ class JointSession:
         """Vote and write; raises, and nothing has changed anywhere, unless all can."""
         self.vote(message, end)
         patience_s = self._commit_patience_s
+        if patience_s is None and time.monotonic() >= end:
+            raise DeadlineExceeded("the votes came too late for the commit; nothing was written")
         limit_s = min(message.timeout_s, left(end)) if patience_s is None else patience_s
         limited = msgspec.structs.replace(message, timeout_s=limit_s)
         asked = self._tell(limited, end, patience_s=patience_s or 0.0)

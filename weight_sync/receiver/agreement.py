@@ -4,12 +4,13 @@ Each rank holds a part of every tensor. Fingerprints are sums over positions (a 
 add up to the value of the whole; parts that several ranks hold must be equal, and count once.
 """
 
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import WeightUpdateError
+from ..errors import DeadlineExceeded, WeightUpdateError
 
 T = TypeVar("T")
 
@@ -70,6 +71,22 @@ def together(agreement: RankAgreement, step: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result
+
+
+def check_in_time(agreement: RankAgreement, end: float, what: str) -> None:
+    """`DeadlineExceeded` on all ranks when `end` (monotonic, each rank's own) has passed on one of them.
+
+    The last thing before what cannot be taken back: since the loop decided to come here a process may have been
+    stopped for any length of time, and whoever asked has been told that it was too late.
+    """
+    late = time.monotonic() >= end
+    if agreement.size > 1:
+        late = bool(agreement.gather(np.array([late], dtype=np.uint64)).any())
+    if late:
+        raise DeadlineExceeded(
+            f"{what}: its deadline passed before it had begun, and it was not carried out; nothing has changed; raise "
+            "timeout_s, or look at what keeps the engine"
+        )
 
 
 def whole_values(

@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..plan.parallel_copy import copy_tensors
 from ..plan.stage import as_uint64
-from .agreement import RankAgreement, together, whole_values
+from .agreement import RankAgreement, check_in_time, together, whole_values
 from .host import WeightHost
 from .session import Phase, Session
 
@@ -79,6 +79,8 @@ class WeightCommit:
     """All ranks commit, or none."""
     check_restored: Callable[[], None]
     """Raises unless the resident bytes are those from before, as far as that is known."""
+    end: float
+    """`time.monotonic()` after which it is not begun: whoever asked for it has been told that it was too late."""
 
     copy_s: float = 0.0
     verify_s: float = 0.0
@@ -90,12 +92,11 @@ class WeightCommit:
     _cancelled: bool = False
     _holding: bool = False
 
-    def run(self, timeout_s: float) -> None:
+    def run(self) -> None:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
-        end = time.monotonic() + timeout_s
         try:
             name = boundary_name(self.session.request.session_id)
-            self.host.between_steps(self._write, timeout_s, name)
+            self.host.between_steps(self._write, max(0.0, self.end - time.monotonic()), name)
         except BaseException:
             with self._lock:
                 self._cancelled = not self._started
@@ -103,7 +104,7 @@ class WeightCommit:
         if not self._started:
             raise DeadlineExceeded("the engine did not run the commit; the previous version serves")
         if self._holding:
-            self._verify_overlapped(max(1.0, end - time.monotonic()))
+            self._verify_overlapped(max(1.0, self.end - time.monotonic()))
 
     def _write(self) -> None:
         with self._lock:
@@ -115,6 +116,7 @@ class WeightCommit:
         if (gone := unwritable(self.host)) is not None:  # on all ranks or on none
             raise gone
         self._compare_staged()
+        check_in_time(self.agreement, self.end, f"the commit of version {session.version}")
         overlapped = session.request.verify == "overlapped"
         if overlapped:
             self.host.hold_outputs()

@@ -11,6 +11,7 @@ its end. All methods run on one thread, the service's; only the write happens on
 
 import dataclasses
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ from ..wire.messages import (
     SetLabel,
 )
 from ..wire.process import current_process, why_dead
-from .agreement import RankAgreement, SoloAgreement
+from .agreement import RankAgreement, SoloAgreement, check_in_time
 from .arena_table import ArenaTable
 from .commit import Served, Snapshot, WeightCommit, boundary_name, tear_for, uint32, unwritable
 from .endings import Endings
@@ -307,8 +308,12 @@ class WeightReceiver:
         session.phase = Phase.VOTED
         return session
 
-    def commit(self, request: Commit) -> CommitReply:
-        """Vote and write. Whatever the outcome, the session is over afterwards."""
+    def commit(self, request: Commit, deadline: float = math.inf) -> CommitReply:
+        """Vote and write. Whatever the outcome, the session is over afterwards.
+
+        Nothing is written after `deadline` (monotonic), nor later than `request.timeout_s` from now.
+        """
+        end = min(deadline, time.monotonic() + request.timeout_s)
         session = self.prepare(request.session_id, request.epoch)
         repair = self._repair
         if repair is not None:
@@ -323,10 +328,11 @@ class WeightReceiver:
             snapshot=self._snapshot,
             on_served=self._set_served,
             check_restored=self._resident.check_restored,
+            end=end,
         )
         self._committing = request.session_id
         try:
-            write.run(request.timeout_s)
+            write.run()
         except BaseException as error:
             if isinstance(error, TornWeightsError):
                 self._lost(str(error))
@@ -355,14 +361,20 @@ class WeightReceiver:
         if self._committing == session_id and self.rank == 0:
             self._host.forgo(boundary_name(session_id))
 
-    def set_label(self, message: SetLabel) -> None:
-        """Another label for what serves; on this thread, so that no commit restores the old one behind its back."""
+    def set_label(self, message: SetLabel, deadline: float = math.inf) -> None:
+        """Another label for what serves; on this thread, so that no commit restores the old one behind its back.
+
+        Not after `deadline` (monotonic), nor later than `message.timeout_s` from now.
+        """
+        end = min(deadline, time.monotonic() + message.timeout_s)
 
         def write() -> None:
+            check_in_time(self._agreement, end, f"the label {message.label!r}")
             self._set_served(dataclasses.replace(self._served, label=message.label))
             self._host.label_changed(message.label)
 
-        self._host.between_steps(write, message.timeout_s, f"label/{message.nonce}")
+        timeout_s = max(0.0, end - time.monotonic())
+        self._host.between_steps(write, timeout_s, f"label/{message.nonce}")
 
     def lose_weights(self, reason: str) -> None:
         """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
 
 from ..errors import DeadlineExceeded, ProtocolError, TransportError
@@ -78,7 +77,6 @@ class WeightService:
             LeaveGroup: self._leave,
             Receive: lambda m: receiver.receive(m, self._groups.get(m.group_name)),
             Abort: self._abort,
-            SetLabel: self._set_label,
             GetFingerprint: lambda _: receiver.fingerprint(),
         }
         self._queue = CallQueue(
@@ -125,8 +123,7 @@ class WeightService:
 
     def _carry_out(self, call: Call) -> Any:
         body = call.body
-        left_s = call.deadline - time.monotonic()
-        if left_s <= 0:
+        if call.deadline <= time.monotonic():
             late = DeadlineExceeded(
                 f"{type(body).__name__} waited too long for its turn and was not carried out"
             )
@@ -135,14 +132,15 @@ class WeightService:
                 self.receiver.miss(body, group, late)
             raise late
         if isinstance(body, Commit):
-            return self.receiver.commit(
-                msgspec.structs.replace(body, timeout_s=min(body.timeout_s, left_s))
-            )
+            return self.receiver.commit(body, call.deadline)
+        if isinstance(body, SetLabel):
+            self.receiver.set_label(body, call.deadline)
+            return Ack()
         action = self._actions.get(type(body))
         if action is None:
             raise ProtocolError(
                 f"not a message about weights: got {type(body).__name__}, expected one of "
-                f"{', '.join(sorted(kind.__name__ for kind in self._actions))}"
+                f"{', '.join(sorted(kind.__name__ for kind in (*self._actions, Commit, SetLabel)))}"
             )
         return action(body)
 
@@ -187,10 +185,6 @@ class WeightService:
 
     def _abort(self, message: Abort) -> Ack:
         self.receiver.abort(message.session_id, message.epoch, message.reason)
-        return Ack()
-
-    def _set_label(self, message: SetLabel) -> Ack:
-        self.receiver.set_label(message)
         return Ack()
 
     def _open(self, handle: ArenaHandle, stages: StageMemory) -> OpenedArena:

@@ -298,7 +298,7 @@ class EngineCore:
             )
             self._paused = None
             self._watch.moved()
-        else:
+        elif self._ranks.spec.size > 1 or in_time(call):  # What came before it may have taken long.
             self._command(call)
 
     def _command(self, call: Call) -> None:
