@@ -21,7 +21,7 @@ MARKS := -m "not load$(if $(HAS_GPU),, and not gpu)$(if $(HAS_BROWSER),, and not
 
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-.PHONY: help venv lint format test test-slow test-load test-verl test-clients faults gpu-faults demo clean
+.PHONY: help venv lint format test test-slow test-load test-verl test-clients faults gpu gpu-faults demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,11 @@ faults: $(STAMP) ## kill and lie in every phase of an update, and write docs/fau
 	rows=$$(mktemp -d); trap 'rm -rf "$$rows"' EXIT; \
 	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile $(FAULTS); \
 	$(BIN)/python docs/write_faults.py $$rows
+
+GPU_ARGS ?=
+
+gpu: $(STAMP) ## all that needs GPUs: tests, faults, then benchmarks, into runs/gpu (GPU_ARGS="--total-s 560")
+	$(BIN)/python tests/gpu_checks.py --out runs/gpu $(GPU_ARGS)
 
 gpu-faults: $(STAMP) ## the same on a GPU, for updates whose bytes are there, and write docs/faults_gpu.md
 	$(BIN)/python tests/faults/gpu_faults.py

@@ -212,7 +212,8 @@ def gpu_sync(
     verified, the pause of the engine and what a client sees of it, from the CPU,
     memory given back and taken again; then 18,432 expert tensors next to the
     same bytes dense. Floors are measured in the same run. Needs 60 GB of a GPU's
-    memory, or --set gpu_sync.only=small.
+    memory, or --set gpu_sync.only=small; with --set gpu_sync.budget_s=180 no
+    series of a model begins after three minutes.
     """
 
     def run(settings: BenchSettings, screen: Screen) -> BenchResult:

@@ -304,7 +304,9 @@ class GpuSyncBench:
     large: ModelShape = field(default_factory=lambda: LARGE)
     """The default is Qwen3-8B's shape, 399 tensors; needs 60 GB of a GPU's memory."""
     only: str = ""
-    """Either "small" or "large": leave the other one out."""
+    """One of "small", "large" and "experts": leave the others out."""
+    budget_s: float = 0.0
+    """Seconds after which no further series of a model begins; what is left out is missing in the result. 0: none."""
     dtype: str = "bfloat16"
     """Of trainer and engine."""
     batch_size: int = 8
@@ -332,7 +334,7 @@ class GpuSyncBench:
     def models(self) -> dict[str, ModelShape]:
         """Those to measure."""
         both = {"small": self.small, "large": self.large}
-        return {self.only: both[self.only]} if self.only in both else both
+        return {name: shape for name, shape in both.items() if self.only in ("", name)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rollout_benchmarks.generate import run_generate
 from rollout_benchmarks.gpu import run_gpu
 from rollout_benchmarks.gpu_experts import experts_touched, floor_bytes, run_gpu_experts
 from rollout_benchmarks.gpu_generate import num_parameters, run_gpu_generate
+from rollout_benchmarks.gpu_sync import run_gpu_sync
 from rollout_benchmarks.group import OURS, run_group
 from rollout_benchmarks.pause import Arrivals, run_pause
 from rollout_benchmarks.results import BenchResult, write_result
@@ -28,6 +30,7 @@ from rollout_benchmarks.settings import (
     GenerateBench,
     GpuBench,
     GpuExpertsBench,
+    GpuSyncBench,
     ModelShape,
 )
 from rollout_benchmarks.sync import run_sync
@@ -176,6 +179,29 @@ def test_an_update_between_gpus_is_measured_next_to_a_copy(settings: BenchSettin
         assert seconds[way]["publish"]["p50"] > seconds[way]["pause"]["p50"] > 0
     assert len(result.headline) == len(settings.gpu.ways) + 1
     assert result.device.startswith("2 x ")
+
+
+def test_parts_of_an_update_on_one_gpu_are_chosen_by_name() -> None:
+    assert list(GpuSyncBench().models) == ["small", "large"]
+    assert list(GpuSyncBench(only="large").models) == ["large"]
+    assert list(GpuSyncBench(only="experts").models) == []
+    with pytest.raises(ConfigError, match=r"gpu_sync.only: got 'huge', expected one of"):
+        run_gpu_sync(GpuSyncBench(only="huge"), Screen())
+
+
+@pytest.mark.gpu
+def test_an_update_on_one_gpu_is_measured_next_to_its_floors(settings: BenchSettings) -> None:
+    result = run_gpu_sync(settings.gpu_sync, Screen())
+    for name in ("small", "large"):
+        seconds = result.numbers["models"][name]["seconds"]
+        assert set(seconds) == {
+            *("idle", "streaming, pause", "streaming, overlapped"),
+            *("release and resume", "from the CPU"),
+        }
+        assert seconds["idle"]["publish"]["p50"] > seconds["idle"]["pause"]["p50"] > 0
+    assert [row.met is None for row in result.headline] == [True, True, False]
+    late = dataclasses.replace(settings.gpu_sync, only="small", budget_s=1e-6)
+    assert run_gpu_sync(late, Screen()).numbers["models"]["small"]["seconds"].keys() == {"idle"}
 
 
 def test_a_mixture_comes_with_the_floor_of_the_experts_it_touches(settings: BenchSettings) -> None:

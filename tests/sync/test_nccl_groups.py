@@ -212,6 +212,9 @@ def far() -> Iterator[tuple[Any, str]]:
 
 
 @needs_gpus(2)
+@pytest.mark.timeout(
+    60
+)  # processes start in seconds; what hangs must not take the time of the others
 @pytest.mark.parametrize("phase", ["begin", "waiting in a kernel", "vote", "commit"])
 def test_a_trainer_that_is_killed_frees_the_engine_within_seconds(
     far: tuple[Any, str], child: Callable[..., Any], phase: str
@@ -243,6 +246,7 @@ def test_a_trainer_that_is_killed_frees_the_engine_within_seconds(
 
 
 @needs_gpus(2)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("phase", ["before the bytes", "waiting in a kernel"])
 def test_an_engine_that_is_killed_frees_the_trainer_within_seconds(
     child: Callable[..., Any], phase: str, monkeypatch: pytest.MonkeyPatch
