@@ -25,6 +25,7 @@ def interpreted() -> dict[str, str]:
     [
         "all of a model",
         "the same again at other addresses",
+        "what is known to be laid out alike",
         "fewer tensors than before",
         "other strides and dtypes",
         "what is not finite",
@@ -71,9 +72,9 @@ def main() -> None:
 
     packer = packers.DevicePacker(manifest, buffer, fingerprints)
 
-    def packs(tensors: dict[str, torch.Tensor]) -> str:
+    def packs(tensors: dict[str, torch.Tensor], layouts: object = None) -> str:
         rows = [manifest.index[name] for name in tensors]
-        found, suspects = packer.pack(rows, list(tensors.values()))
+        found, suspects = packer.pack(rows, list(tensors.values()), layouts=layouts)
         wanted = [row for row, t in zip(rows, tensors.values(), strict=True) if t.isfinite().all()]
         if suspects.tolist() != sorted(set(rows) - set(wanted)):
             return f"suspects {suspects}"
@@ -85,6 +86,12 @@ def main() -> None:
 
     print(f"all of a model={packs(noise(names, 1))}")
     print(f"the same again at other addresses={packs(noise(names, 2))}")
+    known = object()
+    said = [packs(noise(names, seed), known) for seed in (6, 7)]
+    moved = noise(names, 8)
+    moved["norm.weight"] = torch.cat([moved["norm.weight"]] * 2)[7:]  # aligned otherwise
+    said += [packs(moved, known), packs(noise(names, 9), known)]
+    print(f"what is known to be laid out alike={said[0] if len({*said}) == 1 else said}")
     print(f"fewer tensors than before={packs(dict(list(noise(names, 3).items())[2:4]))}")
     odd = noise(names, 4)
     odd["embed.weight"] = odd["embed.weight"].t().contiguous().t()

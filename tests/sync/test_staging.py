@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ipc_stand_in import stand_in
-from sync_support import ToyEngine, eventually, kill, read_line, weights
+from sync_support import ToyEngine, eventually, kill, read_line, toy_map, weights
 
 import weight_sync
 from rollout import Engine
@@ -25,6 +26,7 @@ from weight_sync.errors import (
 )
 from weight_sync.publisher.update import Update
 from weight_sync.transports import cuda_ipc
+from weight_sync.transports.group.shadow_stage import StageMemory
 
 NAMED = list(weights(0.0))
 WAYS: dict[str, dict[str, Any]] = {
@@ -295,3 +297,23 @@ def test_without_a_stage_running_requests_end_and_the_next_ones_see_the_new_vers
         engine.resume_memory_occupation()
         assert engine.status().torn is None
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == output
+
+
+def test_new_memory_is_not_uploaded_into_before_steps_have_let_go_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch hands out again may still be read by kernels of its own stream; uploads come on another."""
+    made: list[str] = []
+    empty = torch.empty
+
+    def allocated(*sizes: Any, device: Any, **options: Any) -> torch.Tensor:
+        made.append(f"memory of {device}")
+        return empty(*sizes, **options)
+
+    stream = SimpleNamespace(synchronize=lambda: made.append("waited"))
+    memory = StageMemory(toy_map(), torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", allocated)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert memory.incoming(0, 512).numel() == 512
+    assert made == ["memory of cuda", "waited"]
+    assert memory.incoming(0, 256).numel() == 256 and len(made) == 2

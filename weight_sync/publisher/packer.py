@@ -32,6 +32,7 @@ class DevicePacker:
         self._buffer = buffer
         self._fingerprints = fingerprints
         self._layouts: _Layouts | None = None
+        self._same: object = None  # What `layouts` was when these were looked at.
         self._table: CopyTable | None = None
         self._addresses: list[int] = []
         self._fast: list[int] = []
@@ -39,16 +40,25 @@ class DevicePacker:
 
     @torch.no_grad()
     def pack(
-        self, rows: list[int], sources: Sequence[torch.Tensor], *, check_finite: bool = True
+        self,
+        rows: list[int],
+        sources: Sequence[torch.Tensor],
+        *,
+        check_finite: bool = True,
+        layouts: object = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Copy `sources`, any of this process, to `rows` of the manifest.
+        """Copy `sources`, any of this process, to `rows` of the manifest. layouts: see `Selection`.
 
         Returns fingerprints, (N,) uint64, in the order of `rows`, and which of these (ascending, int64) may hold NaN
         or infinities: all others certainly do not. Without `check_finite` there are none. Issued on the calling
         thread's current stream; returns when all is packed.
         """
         addresses = [tensor.data_ptr() for tensor in sources]
-        table = self._prepare(rows, sources, addresses)
+        if layouts is None or layouts is not self._same or not self._suits(addresses):
+            self._prepare(rows, sources, addresses)
+            self._same = layouts
+        table = self._table
+        assert table is not None
         run = table.run_checked if check_finite else table.run
         packed = run(self._read(addresses), [self._buffer.data_ptr()])
         for i in self._slow:
@@ -63,30 +73,35 @@ class DevicePacker:
             suspects += self._slow if check_finite else []
         return values.view(np.uint64), np.array(sorted(rows[i] for i in suspects), dtype=np.int64)
 
+    def _suits(self, addresses: list[int]) -> bool:
+        """Whether the table takes tensors of its layouts at these addresses."""
+        if addresses != self._addresses:
+            assert self._table is not None
+            if not self._table.fits(self._read(addresses), [self._buffer.data_ptr()]):
+                return False
+            self._addresses = addresses
+        return True
+
     def _read(self, addresses: list[int]) -> list[int]:
         """Those that the table reads."""
         return [addresses[i] for i in self._fast] if self._slow else addresses
 
     def _prepare(
         self, rows: list[int], sources: Sequence[torch.Tensor], addresses: list[int]
-    ) -> CopyTable:
-        """The table for tensors of these layouts."""
+    ) -> None:
+        """Have the table for tensors of these layouts, after a look at all of them."""
         layouts: _Layouts = (
             rows,
             [tensor.dtype for tensor in sources],
             [tensor.get_device() for tensor in sources],
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
         )
+        if self._table is not None and layouts == self._layouts and self._suits(addresses):
+            return
         targets = [self._buffer.data_ptr()]
-        known = self._table if layouts == self._layouts else None
-        if known is not None and (
-            addresses == self._addresses or known.fits(self._read(addresses), targets)
-        ):
-            self._addresses = addresses
-            return known
         pieces: list[Piece] = []
         fast: list[int] = []
-        self._slow = []
+        slow: list[int] = []
         here = self._buffer.get_device()
         for i, (row, tensor) in enumerate(zip(rows, sources, strict=True)):
             meta = self._manifest.tensors[row]
@@ -104,17 +119,16 @@ class DevicePacker:
                     output=len(fast),
                 )
             if piece is None:
-                self._slow.append(i)
+                slow.append(i)
             else:
                 pieces.append(piece)
                 fast.append(i)
-        self._fast = fast
-        self._table = CopyTable(
+        table = CopyTable(
             pieces,
             sources=[addresses[i] for i in fast],
             targets=targets,
             device=self._buffer.device,
             num_outputs=len(fast),
         )
+        self._table, self._fast, self._slow = table, fast, slow
         self._layouts, self._addresses = layouts, addresses
-        return self._table

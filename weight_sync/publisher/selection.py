@@ -17,6 +17,7 @@ from ..errors import ManifestMismatch
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
 from ..plan.encoding import FULL, Encoding
 from ..wire.messages import EngineInfo
+from .same_layouts import Guard, guard_of
 from .sources import unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -26,39 +27,49 @@ _HINT_WORK = 20_000
 """Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Repeated:
-    """Names of all tensors in a trainer's order, and what each has to be: with the same names again, whole columns are
-    compared, which saves a third of the time. No tensor is kept."""
+    """Names of all tensors in a trainer's order, and what each has to be: with the same names again, all tensors are
+    compared in one call, or column by column. No tensor is kept."""
 
     names: list[str]
     """As they were given."""
-    rows: list[int]
-    """Their rows of the manifest."""
+    ascending: list[int]
+    """All rows."""
+    order: list[int] | None
+    """Where in the trainer's order the tensor of each row is; None: they come in the order of the rows."""
     origin: list[str]
     """The names in the order of the manifest."""
     dtypes: list[torch.dtype]
     """The engine's."""
     shapes: list[tuple[int, ...]]
     """The engine's."""
+    guard: Guard | None = None
+    """Says whether tensors in the trainer's order are laid out as those of the last update that brought all."""
 
     def tensors(self, listed: list[Any]) -> list[torch.Tensor] | None:
         """Those of `listed` in its order; None where anything is not as it was."""
         if len(listed) != len(self.names) or set(map(type, listed)) != {tuple}:
             return None
-        if set(map(len, listed)) != {2}:
+        try:
+            names = [name for name, _ in listed]
+            tensors = [tensor for _, tensor in listed]
+        except ValueError:
             return None
-        names = [name for name, _ in listed]
-        tensors = [tensor for _, tensor in listed]
+        if names != self.names or not set(map(type, tensors)).issubset(_PLAIN):
+            return None
+        if self.guard is not None and self.guard(*tensors):
+            return tensors
         same = (
-            names == self.names
-            and set(map(type, tensors)).issubset(_PLAIN)
-            and all(map(is_, map(_DTYPE, tensors), self.dtypes))
+            all(map(is_, map(_DTYPE, tensors), self.dtypes))
             and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
             and set(map(_LAYOUT, tensors)) == {torch.strided}
             and not any(map(_IS_META, tensors))
         )
-        return tensors if same else None
+        if not same:
+            return None
+        self.guard = guard_of(tensors)  # they have other strides, or are elsewhere
+        return tensors
 
 
 class Layout:
@@ -113,6 +124,18 @@ class Selection:
     """Name, dtype got, dtype of the engine."""
     num_tensors: int = 0
     """Tensors that the trainer gave, aliases and fused ones counted once each."""
+    rows: list[int] | None = None
+    """All rows, where `sources` has all of them in this order; else None."""
+    layouts: object = None
+    """What is the same object for two selections has the same rows, and tensors that differ in addresses alone; None:
+    nothing is known."""
+
+    def in_order(self) -> tuple[list[int], list[torch.Tensor]]:
+        """Rows, ascending, and the tensor of each."""
+        if self.rows is not None:
+            return self.rows, list(self.sources.values())
+        rows = sorted(self.sources)
+        return rows, [self.sources[row] for row in rows]
 
 
 class Selector:
@@ -173,17 +196,25 @@ class Selector:
 
     def _take_again(self, known: Repeated, tensors: list[torch.Tensor]) -> Selection:
         self._origin = list(known.origin)
-        sources = dict(zip(known.rows, tensors, strict=True))
-        return Selection(sources=sources, num_tensors=len(tensors))
+        ordered = tensors if known.order is None else [tensors[i] for i in known.order]
+        return Selection(
+            sources=dict(zip(known.ascending, ordered, strict=True)),
+            num_tensors=len(tensors),
+            rows=known.ascending,
+            layouts=known.guard,
+        )
 
     def _remember(self, sources: dict[int, torch.Tensor]) -> None:
         """Every row came once, as it is and under a name of its own."""
         layout, rows = self._layout, list(sources)
         origin = [str(name) for name in self._origin]
         if origin == [meta.name for meta in layout.manifest.tensors]:
+            ascending = sorted(rows)
             layout.repeated = Repeated(
                 names=[origin[row] for row in rows],
-                rows=rows,
+                ascending=ascending,
+                order=None if rows == ascending else sorted(range(len(rows)), key=rows.__getitem__),
+                guard=guard_of(list(sources.values())),
                 origin=origin,
                 dtypes=[layout.dtypes[row] for row in rows],
                 shapes=[layout.shapes[row] for row in rows],

@@ -1,7 +1,7 @@
 """One update on the trainer's side: the rows packed so far, the buckets under way, and the timings."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -79,9 +79,9 @@ class Update(OpenSession):
     def pack(self, selection: Selection) -> list[PackedRows]:
         """Copy the selected rows into the arena, bucket by bucket; needs no session yet."""
         self.count(selection)
-        sources = selection.sources
         if self.packed.packer is not None:
-            return self._pack_on_device(self.packed.packer, sources)
+            return self._pack_on_device(self.packed.packer, selection)
+        sources = selection.sources
         if len(sources) == len(self.packed.views):
             buckets = [list(bucket) for bucket in self.packed.layout.carried.buckets]
         else:
@@ -103,16 +103,17 @@ class Update(OpenSession):
             yield
         self.pack_s += time.perf_counter() - start
 
-    def _pack_on_device(
-        self, packer: DevicePacker, sources: Mapping[int, torch.Tensor]
-    ) -> list[PackedRows]:
+    def _pack_on_device(self, packer: DevicePacker, selection: Selection) -> list[PackedRows]:
         """Everything in one go; announced in one piece where the engine sees the arena, else bucket by bucket."""
         if self.channel.dead is not None:
             raise EngineDiedError(self.channel.dead)
         with self._packing():
-            rows = sorted(sources)
+            rows, sources = selection.in_order()
             values, suspects = packer.pack(
-                rows, [sources[i] for i in rows], check_finite=self.options.check_finite
+                rows,
+                sources,
+                check_finite=self.options.check_finite,
+                layouts=selection.layouts,
             )
         pieces = [rows] if self.packed.seen else self._split(rows)
         packed, first = [], 0

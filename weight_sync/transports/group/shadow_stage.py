@@ -102,6 +102,7 @@ class StageMemory:
                     if self._device.type == "cpu"
                     else torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
                 )
+            self.settle()  # steps may still use what was there; uploads come on another stream
         return buffer[:num_bytes]
 
     def forget(self) -> None:

@@ -1,0 +1,103 @@
+"""Tensors that come again are looked at in one call: whatever is another than the last time is seen."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sync_support import ToyEngine, weights
+
+import weight_sync
+from weight_sync import ManifestMismatch, WeightPublisher
+from weight_sync.publisher import same_layouts, selection
+from weight_sync.publisher.same_layouts import guard_of
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.t().contiguous().t()
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shape": lambda t: t[:-1],
+    "rank": lambda t: t[None],
+    "strides": transposed,
+    "step": lambda t: torch.stack([t, t], -1)[..., 0],
+    "dtype": lambda t: t.double(),
+    "bits of the same size": lambda t: t.view(torch.int32),
+    "no data": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+    "type": torch.nn.Parameter,
+    "conjugate": lambda t: torch.complex(t, t).conj(),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_guard_sees_every_difference_but_addresses_and_values(what: str) -> None:
+    tensors = [torch.randn(4, 4), torch.randn(4, 4)]
+    guard = guard_of(tensors)
+    assert guard is not None, "this torch has none: look at `same_layouts`"
+    assert guard(torch.zeros(4, 4), torch.ones(4, 4))
+    assert not guard(torch.zeros(4, 4), OTHERS[what](torch.ones(4, 4)))
+
+
+def test_a_guard_keeps_no_tensor() -> None:
+    tensor = torch.zeros(3)
+    gone = weakref.ref(tensor)
+    guard = guard_of([tensor])
+    del tensor
+    gc.collect()
+    assert guard is not None and gone() is None
+
+
+@pytest.mark.parametrize("has_guards", [True, False])
+def test_what_changed_in_place_is_seen_by_the_next_update(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, has_guards: bool
+) -> None:
+    """The same objects, with other contents: `.data` and in-place views make anything of a tensor."""
+    if not has_guards:
+        monkeypatch.setattr(selection, "guard_of", lambda tensors: None)
+    with WeightPublisher(engine) as publisher:
+        tensors = weights(1.0)
+        for value in (1.0, 2.0, 3.0):
+            for tensor in tensors.values():
+                tensor.fill_(value)
+            publisher.publish(tensors)
+            assert engine.values() == {value}
+        name = "layers.0.q.weight"
+        new = torch.randn(16, 16).bfloat16()
+        tensors[name].data = transposed(new)
+        engine.host.look_away()
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
+        assert torch.equal(engine.weight_map.parameters["qkv"][:16], new)
+        tensors[name].t_()
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
+        tensors[name].data = new.float()
+        assert [cast[0] for cast in publisher.publish(tensors).casts] == [name]
+        tensors[name].data = new[:8]
+        with pytest.raises(ManifestMismatch, match=r"layers.0.q.weight: got shape \[8, 16\]"):
+            publisher.publish(tensors)
+        tensors[name].data = new
+        publisher.publish(dict(reversed(tensors.items())))
+        report = publisher.publish(dict(reversed(tensors.items())))
+        assert report.fingerprint == weight_sync.fingerprint(tensors)
+
+
+def test_a_torch_that_answers_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._C._dynamo.guards as guards
+
+    class Blind:
+        def __init__(self, *tensors: torch.Tensor, **options: Any) -> None: ...
+
+        def check(self, *tensors: torch.Tensor) -> bool:
+            return True
+
+    monkeypatch.setattr(guards, "TensorGuards", Blind)
+    same_layouts._guards.cache_clear()
+    try:
+        assert guard_of([torch.zeros(3)]) is None
+    finally:
+        same_layouts._guards.cache_clear()
