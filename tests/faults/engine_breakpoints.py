@@ -7,6 +7,7 @@ write a wrong byte. `<whom>` is the number of a rank, or `pid` and a process id 
 begin, stage, vote    before the receiver carries the message out
 step                  before a step of the engine loop
 commit                inside the pause: this rank's bytes are the new version's, nothing is compared yet
+verify                after it, where the new version is compared while the engine runs on
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def install(folder: Path) -> None:
     _before(points, WeightReceiver, "prepare", "vote")
     maps: list[Any] = []
     make, replay, step = WeightReceiver.__init__, WeightCommit._replay, EngineCore.step
+    verify = WeightCommit._verify_overlapped
 
     def make_and_keep(self: Any, weight_map: Any, *arguments: Any, **options: Any) -> None:
         maps.append(weight_map)
@@ -87,7 +89,12 @@ def install(folder: Path) -> None:
         points.pass_point("step", self._ranks.spec.rank)
         return step(self)
 
+    def stop_and_verify(self: Any, timeout_s: float) -> None:
+        points.pass_point("verify", self.agreement.rank)
+        verify(self, timeout_s)
+
     EngineCore.step = step_and_stop  # type: ignore[method-assign]
+    WeightCommit._verify_overlapped = stop_and_verify  # type: ignore[method-assign]
     WeightReceiver.__init__ = make_and_keep  # type: ignore[method-assign]
     WeightCommit._replay = replay_and_stop  # type: ignore[method-assign]
 

@@ -36,7 +36,7 @@ def stuck(core: Any) -> threading.Event:
         there.set()
         go_on.wait(30)
 
-    core.soon(wait)
+    core.soon(wait, "stuck")
     assert there.wait(10)
     return go_on
 

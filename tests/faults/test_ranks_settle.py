@@ -133,7 +133,9 @@ def ranks(**options: Any) -> Iterator[Ranks]:
 
 
 FAULT = st.tuples(st.integers(0, NUM_RANKS - 1), st.sampled_from(POINTS))
-STEP = st.tuples(st.sampled_from(["publish", "part", "session", "fingerprint"]), st.none() | FAULT)
+STEP = st.tuples(
+    st.sampled_from(["publish", "overlapped", "part", "session", "fingerprint"]), st.none() | FAULT
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -152,6 +154,8 @@ def test_ranks_stay_together_whatever_fails_on_one_of_them(
             try:
                 if what == "publish":
                     publisher.publish(tensors)
+                elif what == "overlapped":
+                    publisher.publish(tensors, verify="overlapped")
                 elif what == "part":
                     publisher.publish({"norm.weight": tensors["norm.weight"]}, strict=False)
                 elif what == "fingerprint":

@@ -112,8 +112,7 @@ def test_all_ranks_come_to_the_trainers_version(
                     engine, transport="cuda_ipc", arena_bytes=arena_bytes
                 ) as publisher:
                     publisher.publish(model)
-                    one = engine.config.tp_size == 1
-                    report = publisher.publish(model, verify="overlapped" if one else "pause")
+                    report = publisher.publish(model, verify="overlapped")
             assert report.transport == "cuda_ipc" and report.complete
             assert engine.weights_fingerprint() == weight_sync.fingerprint(model)
             output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]

@@ -180,9 +180,10 @@ class WeightCommit:
         self.verify_s += self.verified_at - start
 
     def _verify_overlapped(self, timeout_s: float) -> None:
+        """All ranks come to the same answer, and let go of their tokens, or undo them, at one boundary."""
         try:
-            self.session.stage.after_write()
-            self._compare()
+            together(self.agreement, self.session.stage.after_write)
+            together(self.agreement, self._compare)
         except BaseException as error:
             failure = error
         else:
@@ -202,7 +203,8 @@ class WeightCommit:
                 self.pause_s += time.perf_counter() - start
 
         try:
-            self.host.between_steps(undo, timeout_s)
+            name = f"undo/{self.session.request.session_id}"
+            self.host.between_steps(undo, timeout_s, name)
         except BaseException as late:
             if not reached:
                 self._tear(f"{failure}; and the engine did not stop to undo it: {late!r}", failure)

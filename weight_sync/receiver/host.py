@@ -11,7 +11,8 @@ class WeightHost(Protocol):
     """Implemented by the engine. The receiver calls `between_steps` from its own thread, and everything else from
     inside such an action (on the engine loop's thread, between two steps). Two exceptions come from the receiver's
     thread: `release_outputs(True)` after an overlapped verification, and `weights_torn` with `release_outputs(False)`
-    when that verification failed and no step boundary came to undo the update. `named` may be called on both.
+    when that verification failed and no step boundary came to undo the update; all ranks then call them, and they take
+    effect at one boundary of all. `named` may be called on both.
     """
 
     named: Callable[[str], AbstractContextManager[Any]]

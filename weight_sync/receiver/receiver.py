@@ -201,7 +201,7 @@ class WeightReceiver:
             raise self._session.busy()
         version = next_version(request, self.version)
         arena = self._arenas.get(request.arena_id)
-        check_wishes(request, self.num_ranks, unstaged=arena.unstaged)
+        check_wishes(request, unstaged=arena.unstaged)
         with self._host.reading():
             gone = self._host.unwritable()
             if gone is not None and not self._plans.knows(

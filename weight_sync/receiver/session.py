@@ -207,13 +207,8 @@ class Session:
             raise mismatch("the session got tensors twice", names, "send every tensor once")
 
 
-def check_wishes(request: Begin, num_ranks: int, *, unstaged: bool) -> None:
+def check_wishes(request: Begin, *, unstaged: bool) -> None:
     """Refuse what nobody can do; `unstaged`: its arena's bytes are written as they come."""
-    if request.verify == "overlapped" and num_ranks > 1:
-        raise WeightUpdateError(
-            f"verify: got 'overlapped' with {num_ranks} ranks, expected 'pause'; overlapped verification needs an "
-            "engine of one rank"
-        )
     if request.lease_s <= 0:
         raise ProtocolError(
             f"a lease must end: got {request.lease_s} s, expected more than 0; set lease_s"

@@ -182,12 +182,13 @@ class EngineCore:
         """On rank 0: whoever waits, or is about to wait, in `between_steps` under this name wants it no more."""
         self._boundaries.cancel(name)
 
-    def soon(self, action: Callable[[], None]) -> None:
-        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it."""
+    def soon(self, action: Callable[[], None], name: str) -> None:
+        """Run `action` now when this is the loop's thread, else between two steps, without waiting for it; ranks that
+        pass the same name do so at the same place in the order, and all of them must."""
         if threading.current_thread() is self._thread:
             action()
         else:
-            self._arm(action)
+            self._arm(action, name)
 
     def _arm(
         self, action: Callable[[], Any], name: str | None = None, deadline: float = math.inf
@@ -238,8 +239,7 @@ class EngineCore:
             f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
         )
         self._ending = died
-        for group in list(self.post.groups.values()):
-            self.post.fail(group, died)
+        self.post.fail_all(died)
 
     def step(self) -> bool:
         """Compute one batch and hand out tokens; False if there was nothing to do."""
@@ -489,7 +489,7 @@ class EngineCore:
         self._closed.set()
         self._watch.close()
         self._boundaries.close(EngineDiedError(str(self._ending)))
-        self.post.release(True)
+        self.post.release(False)
         self.post.abort_all("the engine was shut down")
         for group in (*self._openings, *self._held):
             while group.opening is not None:  # Those end as soon as they are made.

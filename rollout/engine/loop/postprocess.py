@@ -337,6 +337,14 @@ class Postprocessor:
             self.discard(group)
             group.channel.fail(error)
 
+    def fail_all(self, error: Exception) -> None:
+        """End every call with `error`, also those whose answers are held: nobody will verify them any more."""
+        hold, self._hold = self._hold, None
+        held = {group.number: group for group, _ in (hold.news if hold is not None else ())}
+        for group in (held | self.groups).values():
+            self.discard(group)
+            group.channel.fail(error)
+
     def discard(self, group: GenerateGroup) -> None:
         """Forget a call and all its requests without news."""
         self.groups.pop(group.number, None)

@@ -37,7 +37,7 @@ class Loop(Protocol):
         """An action of that name that has not begun never will."""
         ...
 
-    def soon(self, action: Callable[[], None]) -> None:
+    def soon(self, action: Callable[[], None], name: str) -> None:
         """Run `action` at a step boundary (now, on the loop's thread) without waiting for it."""
         ...
 
@@ -66,6 +66,7 @@ class EngineWeightHost:
         self._kv_policy = kv_policy
         self.torn: str | None = NoUpdateYetError.STATE if awaits_update else None
         """Why nothing may be generated, or None."""
+        self._num_holds = 0  # The same on all ranks: a name for what follows from each.
 
     def between_steps(
         self, action: Callable[[], T], timeout_s: float, name: str | None = None
@@ -112,11 +113,12 @@ class EngineWeightHost:
 
     def hold_outputs(self) -> None:
         """Keep tokens back until `release_outputs` (overlapped verification)."""
+        self._num_holds += 1
         self._post.hold()
 
     def release_outputs(self, ok: bool) -> None:
         """Hand out the tokens that were held, or undo them where the new version turned out wrong."""
-        self._loop.soon(lambda: self._post.release(ok))
+        self._loop.soon(lambda: self._post.release(ok), f"release/{self._num_holds}")
 
     def weights_torn(self, reason: str) -> None:
         """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
@@ -129,7 +131,7 @@ class EngineWeightHost:
                 f"the weights cannot be used: {reason}; push a complete update", held=False
             )
 
-        self._loop.soon(end_all)
+        self._loop.soon(end_all, f"torn/{self._num_holds}")
 
     def check_whole(self) -> None:
         """`TornWeightsError` while nothing may be generated."""
