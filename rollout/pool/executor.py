@@ -35,7 +35,7 @@ from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
 from .job import PoolCall
-from .replica import Replica, ReplicaStatus, answers_of, when_all_have_answered
+from .replica import Replica, ReplicaStatus, State, answers_of, when_all_have_answered
 from .routing import Router
 from .supervisor import MakeExecutor, Supervisor
 
@@ -208,15 +208,17 @@ class PoolExecutor:
         end = time.monotonic() + timeout_s
 
         def retire() -> None:
-            loads, replicas = self._dispatcher.loads, self._supervisor.replicas
+            everybody = self._supervisor.replicas
+            staying = [n for n, r in everybody.items() if r.state is not State.RETIRING]
+            loads = {n: load for n, load in self._dispatcher.loads.items() if n in staying}
             leaving = (
                 min(loads, key=lambda n: (loads[n], -n)) if number is None and loads else number
             )
-            if leaving not in replicas:
+            if leaving is None or leaving not in staying:
                 raise RolloutError(
-                    f"remove_replica: got {leaving}, expected one of {sorted(replicas)}"
+                    f"remove_replica: got {leaving}, expected one of {sorted(staying)}"
                 )
-            if len(loads) < 2:
+            if not self._supervisor.others_serve(leaving):
                 raise RolloutError(
                     "remove_replica: got the last replica, expected another one to go on; shut the pool down instead"
                 )

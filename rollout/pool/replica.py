@@ -85,6 +85,10 @@ class Replica:
     """Where it stands."""
     tried: int | None = None
     """The version that it could not be brought to; None: it was not tried in vain."""
+    num_failures: int = 0
+    """How often in a row it could not be."""
+    again: float | None = None
+    """When it is tried again although nothing has changed, on the monotonic clock."""
     check: Future[Any] | None = None
     """The last question after its health."""
     came: Future[int] = field(default_factory=Future)

@@ -1,17 +1,20 @@
 """Keeps a pool's replicas alive: starts them, asks whether they are well, replaces the dead.
 
     start --> COMING --brought up--> SERVING <--holds the version again-- BEHIND, COMING
-              COMING --cannot be--> BEHIND --another version--> COMING
+              COMING --cannot be--> BEHIND --another version; nobody serves, after a while--> COMING
               SERVING --does not hold the version--> BEHIND
-              SERVING --retire--> RETIRING --has finished--> GONE
+              SERVING --retire--> RETIRING --has finished, and is not the last that holds the version--> GONE
               any --dies, hangs, cannot be repaired while others serve--> GONE, and another one starts in its slot
 
-What a replica holds the fleet knows, which has asked it; a replica gets requests only while the fleet says that it
-holds the served version. Everything here runs on the pool's thread and returns at once; starts have their own threads.
+Who cannot be repaired is tried again while nobody serves, instead of being replaced: another one would come from where
+it did, and meanwhile this one is there for the next complete update. What a replica holds the fleet knows, which has
+asked it; a replica gets requests only while the fleet says that it holds the served version. Everything here runs on
+the pool's thread and returns at once; starts have their own threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -105,7 +108,7 @@ class Supervisor:
             self._released -= set(command.tags)
             self._keeps &= "weights" in self._released
             for replica in self.replicas.values():
-                replica.tried = None
+                replica.tried = replica.again = None
         elif isinstance(command, SlowDown):
             self._tuned["seconds"] = command
         elif isinstance(command, SetLimits):  # One by one: each may be refused alone.
@@ -118,8 +121,9 @@ class Supervisor:
         """Start nothing any more; returns the replicas, to be ended."""
         self._closed = True
         error = EngineDiedError("the pool was shut down")
-        for came in (*self._starting.values(), *(r.came for r in self.replicas.values())):
-            _fail(came, error)
+        came = [*self._starting.values(), *(r.came for r in self.replicas.values())]
+        for asked in (*came, *(done for _, done in self._retirements.values())):
+            _fail(asked, error)
         return list(self.replicas.values())
 
     # ---- what happens ------------------------------------------------------------------------------------------------
@@ -130,7 +134,8 @@ class Supervisor:
             del self._due[slot]
             self._start(slot, Future())
         for number, (end, done) in list(self._retirements.items()):
-            if now >= end or not self._dispatcher.loads.get(number):
+            finished = not self._dispatcher.loads.get(number) and not self._is_the_last(number)
+            if now >= end or finished:
                 del self._retirements[number]
                 replica = self._forget(number, EngineDiedError(f"replica {number} was removed"))
                 assert replica is not None
@@ -139,8 +144,14 @@ class Supervisor:
             self._next_check = now + self._config.health_interval_s
             for replica in list(self.replicas.values()):
                 self._check(replica)
+        late = [r for r in self.replicas.values() if r.again is not None and r.again <= now]
+        for replica in late:
+            replica.tried = replica.again = None
+        if late:
+            self.reconcile()
+        again = [r.again for r in self.replicas.values() if r.again is not None]
         ends = [end for end, _ in self._retirements.values()]
-        return min(self._next_check, *self._due.values(), *ends, now + 3600.0)
+        return min(self._next_check, *self._due.values(), *again, *ends, now + 3600.0)
 
     def lost(self, number: int, error: Exception) -> None:
         """A replica's answer says that it must not be used: it has died, or its weights are no version."""
@@ -234,14 +245,13 @@ class Supervisor:
         self._num_failures += 1
         logger.warning("a replica did not start (%d in a row): %s", self._num_failures, error)
         if self._num_started and self._num_failures < self._config.max_start_failures:
-            backoff = min(2.0**self._num_failures, _LONGEST_BACKOFF_S)
-            self._due[slot] = time.monotonic() + backoff
+            self._due[slot] = time.monotonic() + _backoff_s(self._num_failures)
         self._look_for_the_end()
 
     # ---- transitions -------------------------------------------------------------------------------------------------
 
     def _bring_up(self, replica: Replica, done: Future[None]) -> None:
-        replica.state = State.COMING
+        replica.state, replica.again = State.COMING, None
         version = self._fleet.served.version
 
         def note() -> None:
@@ -250,6 +260,8 @@ class Supervisor:
                 replica.state = State.BEHIND
                 if error is not None:
                     replica.tried = version
+                    replica.num_failures += 1
+                    replica.again = time.monotonic() + _backoff_s(replica.num_failures)
                     _fail(replica.came, error)
             self.reconcile()
 
@@ -257,10 +269,10 @@ class Supervisor:
 
     def _serves(self, replica: Replica) -> None:
         if replica.state in (State.COMING, State.BEHIND):
-            replica.state, replica.tried = State.SERVING, None
+            replica.state = State.SERVING
+            replica.tried, replica.again, replica.num_failures = None, None, 0
             self._dispatcher.join(replica)
-            if not replica.came.done():
-                replica.came.set_result(replica.number)
+            _answer(replica.came, replica.number)
 
     def _is_behind(self, replica: Replica, error: Exception) -> None:
         if isinstance(error, GONE):
@@ -273,16 +285,29 @@ class Supervisor:
             return
         if replica.tried != self._fleet.served.version:
             self._bring_up(replica, self._fleet.bring_up(replica.number))
-        elif any(other.state is State.SERVING for other in self.replicas.values()):
+        elif self.others_serve(replica.number):
             self._lose(
                 replica.number, error
             )  # It cannot be repaired, and is not needed for anything.
+
+    def others_serve(self, number: int) -> bool:
+        """Whether the pool goes on without this replica."""
+        return any(
+            other.state is State.SERVING
+            for other in self.replicas.values()
+            if other.number != number
+        )
+
+    def _is_the_last(self, number: int) -> bool:
+        """Whether the served version would be gone with this replica, while others might still get it."""
+        return number in self._fleet.serving and not self.others_serve(number)
 
     def _leave(self, replica: Replica, error: Exception) -> None:
         replica.state = State.BEHIND
         self._dispatcher.leave(replica.number, error)
 
     def _lose(self, number: int, error: Exception) -> None:
+        was_leaving = number in self._retirements
         replica = self._forget(number, error)
         if replica is None:
             return
@@ -290,7 +315,7 @@ class Supervisor:
             logger.warning("replica %d is lost: %s", number, error)
         self._last_error = error
         _in_background(replica.executor.kill)
-        if self._config.replace_dead and not self._closed:
+        if self._config.replace_dead and not self._closed and not was_leaving:
             self._start(replica.slot, Future())
         self._look_for_the_end()
 
@@ -302,7 +327,7 @@ class Supervisor:
             self._fleet.remove(number)
             self._dispatcher.leave(number, error)
             if number in self._retirements:
-                self._retirements.pop(number)[1].set_result(number)
+                _answer(self._retirements.pop(number)[1], number)
         return replica
 
     def _check(self, replica: Replica) -> None:
@@ -343,16 +368,24 @@ def no_weights(lost: str | None) -> TornWeightsError | None:
     )
 
 
+def _backoff_s(num_failures: int) -> float:
+    """How long after so many failures in a row it is tried again."""
+    return min(2.0 ** min(num_failures, 9), _LONGEST_BACKOFF_S)
+
+
 def _fail(future: Future[Any], error: BaseException) -> None:
-    try:
+    with contextlib.suppress(InvalidStateError):  # It has an answer.
         future.set_exception(error)
-    except InvalidStateError:
-        pass  # It has an answer.
+
+
+def _answer(future: Future[int], number: int) -> None:
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(number)
 
 
 def _close(replica: Replica, done: Future[int]) -> None:
     replica.executor.close()
-    done.set_result(replica.number)
+    _answer(done, replica.number)
 
 
 def _in_background(function: Callable[..., None], *args: Any) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from pool_stand_ins import Engine, Fleet
 
 from rollout.pool import supervisor as supervision
 from rollout.pool.config import PoolConfig
@@ -26,131 +27,11 @@ from rollout.pool.job import PoolCall
 from rollout.pool.replica import State
 from rollout.pool.routing import Router
 from rollout.pool.supervisor import Supervisor
-from rollout.protocol.commands import (
-    Done,
-    FinishReason,
-    Generate,
-    PromptSpec,
-    SampleUpdate,
-    Span,
-)
+from rollout.protocol.commands import PromptSpec, SampleUpdate
 from rollout.sampling_params import SamplingParams
 from weight_sync.errors import EngineDiedError, TornWeightsError, WeightUpdateError
 
 POOL = PoolConfig(num_replicas=2, max_start_failures=3, max_reruns=1000)
-
-
-@dataclass
-class Prompt:
-    """What a replica was given."""
-
-    command: Generate
-    on_chunk: Callable[[Any], None]
-    future: Future[Any]
-    num_told: int = 0
-
-    def tell(self) -> None:
-        """One more of its samples has finished."""
-        if self.num_told < self.command.prompts[0].params.n:
-            self.num_told += 1
-            self.on_chunk(finished(self.num_told - 1))
-
-
-class Engine:
-    """What a replica's executor does, as far as the pool sees it."""
-
-    def __init__(self) -> None:
-        self.dead = self.killed = self.torn = False
-        self.prompts: list[Prompt] = []
-
-    def submit(self, body: Any, *, timeout_s: float, on_chunk: Any = None) -> Future[Any]:
-        future: Future[Any] = Future()
-        if self.dead:
-            future.set_exception(EngineDiedError("dead"))
-        elif isinstance(body, Generate):
-            self.prompts.append(Prompt(body, on_chunk, future))
-        else:
-            future.set_result(None)
-        return future
-
-    def weight_channel(self) -> Any:
-        return None
-
-    def kill(self) -> None:
-        self.die()
-        self.killed = True
-
-    def close(self) -> None:
-        self.kill()
-
-    def die(self) -> None:
-        self.dead = True
-        while self.prompts:
-            self.prompts.pop().future.set_exception(EngineDiedError("dead"))
-
-    def work(self, which: int, error: Exception | None = None) -> None:
-        """One of its prompts ends: with all samples, or with an error."""
-        prompt = self.prompts.pop(which % len(self.prompts))
-        if error is not None:
-            prompt.future.set_exception(error)
-            return
-        num = prompt.command.prompts[0].params.n
-        for _ in range(num):
-            prompt.tell()
-        prompt.future.set_result(Done(count=num))
-
-
-class Fleet:
-    """What replicas hold, by their number, as the machine has it."""
-
-    def __init__(
-        self, changed: Callable[[], None], brought_up: Callable[[int, Exception | None], None]
-    ) -> None:
-        self.brought_up = brought_up
-        self.served = SimpleNamespace(version=0, label="0")
-        self.lost: str | None = None
-        self.holds: dict[int, bool] = {}
-        self.behind: dict[int, Exception] = {}
-        self.asked: list[tuple[int, Future[None]]] = []
-        self._changed = changed
-
-    @property
-    def serving(self) -> set[int]:
-        return {number for number, holds in self.holds.items() if holds}
-
-    def add(self, member: Any) -> Future[None]:
-        self.holds[member.number] = False
-        return self.bring_up(member.number)
-
-    def bring_up(self, number: int) -> Future[None]:
-        self.holds[number] = False
-        future: Future[None] = Future()
-        self.asked.append((number, future))
-        return future
-
-    def remove(self, number: int) -> None:
-        self.holds.pop(number, None)
-        self.behind.pop(number, None)
-
-    def answer(self, which: int, error: Exception | None) -> None:
-        number, future = self.asked.pop(which % len(self.asked))
-        self.brought_up(number, error)
-        if number not in self.holds:
-            future.set_result(None)  # It was forgotten meanwhile.
-            return
-        self.say(number, error)
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    def say(self, number: int, error: Exception | None) -> None:
-        """What a replica holds: the served version, or another one."""
-        self.holds[number] = error is None
-        self.behind.pop(number, None)
-        if error is not None:
-            self.behind[number] = error
-        self._changed()
 
 
 class Pool(RuleBasedStateMachine):
@@ -160,16 +41,17 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.events: list[Callable[[], None]] = []
         self.background: list[Callable[[], None]] = []
-        patch = mock.patch.object(
+        self.now = 1e6
+        patch = mock.patch.multiple(
             supervision,
-            "_in_background",
-            lambda function, *args: self.background.append(lambda: function(*args)),
+            _in_background=lambda function, *args: self.background.append(lambda: function(*args)),
+            time=SimpleNamespace(monotonic=lambda: self.now),
         )
         patch.start()
         self._undo = patch.stop
         self.engines: list[Engine] = []
         self.starts_fail = self.some_start_failed = False
-        self.num_retired = 0
+        self.retired: list[Future[int]] = []
         self.fleet: Any = Fleet(lambda: self.events.append(self.pool.reconcile), self.is_written)
         self.requests = Dispatcher(
             Router(limit=3, affinity_tokens=0, slack=8),
@@ -290,15 +172,19 @@ class Pool(RuleBasedStateMachine):
             self.fleet.say(number, TornWeightsError("torn"))
         self.events.append(self.pool.reconcile)
 
-    @precondition(lambda self: len(self.requests.loads) > 1)
+    @precondition(lambda self: self.may_retire)
     @rule(which=st.integers(0, 9))
     def retire(self, which: int) -> None:
-        serving = [r for r in self.pool.replicas.values() if r.state is State.SERVING]
-        if len(serving) > 1:
-            done: Future[int] = Future()
-            end = time.monotonic() + 3600.0
-            self.num_retired += 1
-            self.pool.retire(serving[which % len(serving)].number, end, done)
+        self.retired.append(Future())
+        end = self.now + 4000.0
+        self.pool.retire(self.may_retire[which % len(self.may_retire)], end, self.retired[-1])
+
+    @property
+    def may_retire(self) -> list[int]:
+        """Those without which the pool goes on."""
+        replicas = self.pool.replicas
+        staying = [number for number, r in replicas.items() if r.state is not State.RETIRING]
+        return [number for number in staying if self.pool.others_serve(number)]
 
     @rule(num=st.integers(1, 30))
     def all_goes_well(self, num: int) -> None:
@@ -314,7 +200,13 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def time_passes(self) -> None:
         """Health is asked for, what is due starts, who has finished leaves."""
-        self.pool.tick(time.monotonic() + 3000.0)
+        self.now += 3000.0
+        self.pool.tick(self.now)
+
+    def settle(self) -> None:
+        """The pool's thread and what runs in the background come to everything."""
+        while self.events or self.background:
+            (self.events or self.background).pop(0)()
 
     @rule(everything=st.booleans(), which=st.integers(0, 20))
     def abort(self, everything: bool, which: int) -> None:
@@ -400,7 +292,7 @@ class Pool(RuleBasedStateMachine):
             if not todo:
                 self.time_passes()  # Deaths are found by asking, twice: an answer is looked at the next time.
                 if not (self.background or self.events or self.fleet.asked):
-                    self.pool.tick(time.monotonic() + 6000.0)
+                    self.time_passes()
                 if not (self.background or self.events or self.fleet.asked):
                     break
                 continue
@@ -414,28 +306,71 @@ class Pool(RuleBasedStateMachine):
                 assert ends == sum(job.num_samples for job in call.jobs)
         for number, replica in self.pool.replicas.items():
             assert replica.state is State.SERVING and number in self.fleet.serving
-        assert all(came.done() for came in self.came)
-        if not self.some_start_failed and not self.num_retired:
-            assert len(self.pool.replicas) == len(self.came)
+        assert all(future.done() for future in (*self.came, *self.retired))
+        if not self.some_start_failed:
+            assert len(self.pool.replicas) == len(self.came) - len(self.retired)
         known = {id(replica.executor) for replica in self.pool.replicas.values()}
         assert all(engine.killed or id(engine) in known for engine in self.engines)
-
-
-def finished(sample: int) -> SampleUpdate:
-    return SampleUpdate(
-        index=sample,
-        rid="",
-        output_ids=[7],
-        finish_reason=FinishReason(type="length", length=1),
-        prompt_tokens=3,
-        cached_tokens=0,
-        weight_version="0",
-        weight_version_number=0,
-        weight_versions=[Span("0", 0, 1, 0)],
-    )
 
 
 Pool.TestCase.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, print_blob=True, derandomize=True
 )
 TestPool = Pool.TestCase
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Two replicas that serve; the first is leaving, and the second could not be given the last version."""
+    pool = Pool()
+    first, second = sorted(pool.pool.replicas)
+    pool.retired.append(Future())
+    pool.pool.retire(first, pool.now + 7000.0, pool.retired[-1])
+    pool.publish({second})
+    pool.settle()
+    pool.fleet.answer(0, WeightUpdateError("no room for weights"))
+    pool.settle()
+    yield pool
+    pool.teardown()
+
+
+def test_the_last_that_holds_the_version_stays_until_another_has_been_given_it(pool: Pool) -> None:
+    first, second = sorted(pool.pool.replicas)
+    pool.time_passes()
+    pool.settle()
+    assert [r.state for r in pool.pool.replicas.values()] == [State.RETIRING, State.COMING]
+    pool.fleet.answer(0, None)
+    pool.settle()
+    pool.time_passes()
+    pool.settle()
+    assert list(pool.pool.replicas) == [second] and pool.retired[0].result(0) == first
+
+
+def test_the_last_that_holds_the_version_goes_when_its_time_is_up(pool: Pool) -> None:
+    first, second = sorted(pool.pool.replicas)
+    for _ in range(3):
+        pool.time_passes()
+    pool.settle()
+    assert list(pool.pool.replicas) == [second] and pool.retired[0].result(0) == first
+    # Nobody has the version, and it is asked for again and again, ever more rarely.
+    for num in range(2, 6):
+        pool.fleet.answer(0, WeightUpdateError("no room for weights"))
+        pool.settle()
+        assert pool.pool.replicas[second].num_failures == num and not pool.fleet.asked
+        pool.time_passes()
+        pool.settle()
+
+
+def test_who_dies_while_it_is_leaving_is_not_replaced(pool: Pool) -> None:
+    first, second = sorted(pool.pool.replicas)
+    pool.engine_of(first).die()
+    for _ in range(2):  # An answer is looked at the next time.
+        pool.time_passes()
+        pool.settle()
+    assert list(pool.pool.replicas) == [second] and pool.retired[0].result(0) == first
+    assert len(pool.engines) == 2
+
+
+def test_a_shutdown_answers_who_waits_for_a_replica_to_leave(pool: Pool) -> None:
+    pool.pool.close()
+    assert isinstance(pool.retired[0].exception(0), EngineDiedError)
