@@ -69,7 +69,7 @@ def best_match(name: str, known: Sequence[str], *, cutoff: float = 0.6) -> str |
     """The one of `known` that `name` most likely stands for, or None.
 
     In this order: the same but for case and dashes, a synonym, a name with the same words, whose initials it is, or
-    that is spelled almost so.
+    that is spelled almost so, itself or a synonym of it.
     """
     plain = _plain(name)
     by_plain = {_plain(key): key for key in reversed(known)}
@@ -89,7 +89,17 @@ def best_match(name: str, known: Sequence[str], *, cutoff: float = 0.6) -> str |
         if len(parts) > 1 and plain == "".join(part[:1] for part in parts):
             return key
     close = difflib.get_close_matches(plain, list(by_plain), n=1, cutoff=cutoff)
-    return by_plain[close[0]] if close else None
+    if close:
+        return by_plain[close[0]]
+    other_names = {
+        alias: key
+        for group in SYNONYMS
+        for key in known
+        if _plain(key) in group
+        for alias in sorted(group)
+    }
+    close = difflib.get_close_matches(plain, list(other_names), n=1, cutoff=0.85)
+    return other_names[close[0]] if close else None
 
 
 def did_you_mean(name: str, known: Sequence[str], *, cutoff: float = 0.6) -> str:

@@ -212,7 +212,7 @@ def _value(root: type, hint: Any, node: Any, default: Any, key: str, problems: l
         # TOML's keys are always strings; `str_keys` lets a table become a `dict[int, ...]`.
         return msgspec.convert(node.value, hint, str_keys=True, dec_hook=_decode_other)
     except (msgspec.ValidationError, NotImplementedError) as error:
-        choices = _choices(hint)
+        choices = choices_of(hint)
         expected = f"expected one of {', '.join(map(repr, choices))}" if choices else str(error)
         problems.append(f"{node.source}: {key!r} is {node.value!r}: {expected}")
         return _MISSING
@@ -224,12 +224,12 @@ def _decode_other(hint: type, value: Any) -> Any:
     raise NotImplementedError(f"expected `{hint.__name__}`, got `{type(value).__name__}`")
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices_of(hint: Any) -> tuple[Any, ...]:
     """The values of a `Literal` type, alone or in a union."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(choice for arg in typing.get_args(hint) for choice in _choices(arg))
+        return tuple(choice for arg in typing.get_args(hint) for choice in choices_of(arg))
     return ()
 
 

@@ -6,7 +6,7 @@ The engine loop works on token ids alone. It decodes only for requests that have
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,13 @@ def encode_prompts(
     encoded = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
+            is_chat = isinstance(prompt, Mapping) and "role" in prompt
+            advice = (
+                "render a chat first, with the tokenizer's apply_chat_template(..., tokenize=False)"
+            )
             raise InvalidRequestError(
-                f"prompt {i}: got {type(prompt).__name__}, expected str; pass token ids as input_ids"
+                f"prompt {i}: got {type(prompt).__name__}, expected str; "
+                + (advice if is_chat else "pass token ids as input_ids")
             )
         if not _is_unicode(prompt):
             raise InvalidRequestError(

@@ -16,7 +16,14 @@ import typer
 from ..config import EngineConfig
 from ..sampling_params import SamplingParams
 from ..settings import load_settings
-from .options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
+from .options import (
+    ConfigFile,
+    Overrides,
+    as_overrides,
+    as_toml,
+    check_model_given,
+    setting_option,
+)
 from .output import Writer, check_output, finished_records, results_file
 from .prompts import (
     BadRecords,
@@ -158,6 +165,8 @@ def generate(
     }
     if print_config and config is None and model is None:
         options["engine.model_path"] = "PATH"
+    else:
+        check_model_given(model, config, overrides)
     settings = load_settings(GenerateSettings, config, [*(overrides or ()), *as_overrides(options)])
     if print_config:
         typer.echo(as_toml(settings))

@@ -61,8 +61,11 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
+    where = "this machine" if memory is None else f"an imagined GPU with {_size(int(memory))} free"
+    if settings.engine.seed is None:
+        facts["engine"]["seed"] = "another one at every start"
     for part in ("model", "engine", "memory of each rank"):
-        typer.secho(part, bold=True)
+        typer.secho(part if part == "model" else f"{part}, on {where}", bold=True)
         width = max(len(key) for key in facts[part])
         for key, value in facts[part].items():
             typer.echo(f"  {key:<{width}}  {_shown(key, value)}")
@@ -142,10 +145,20 @@ def _fields(settings: Any) -> dict[str, Any]:
     return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def _shown(key: str, value: Any) -> str:
     if key == "sliding_windows":
         full = {"None": "full attention"}
         return ", ".join(f"{full.get(w, w)} in {count} layers" for w, count in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ", ".join(f"{name} {item}" for name, item in _fields(value).items())
     if key.endswith("_bytes") and isinstance(value, int):
-        return f"{value:,} ({value / 1e9:.2f} GB)"
+        return f"{value:,} ({_size(value)})"
+    if key.startswith("requests of "):
+        return f"{value:,} at once"
+    if key == "seed":
+        return str(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from ..settings import default_of, keys_of, section_type
 
 #: The two options by which every command takes any of its settings.
@@ -42,6 +43,16 @@ def setting_option(cls: type, key: str, *names: str, text: str | None = None) ->
         *(names or (f"--{key.replace('_', '-')}",)),
         help=f"{text} [dim](default: {shown})[/dim]",
     )
+
+
+def check_model_given(model: str | None, config: Path | None, overrides: list[str] | None) -> None:
+    """`ConfigError` in the words of the command line where nothing names a model."""
+    said = any(override.strip().startswith("engine.model_path") for override in overrides or ())
+    if model is None and config is None and not said:
+        raise ConfigError(
+            "--model: got none, expected the folder of a checkpoint; pass --model FOLDER (`rollout tiny FOLDER` makes "
+            "one to try with)"
+        )
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

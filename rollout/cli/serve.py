@@ -10,7 +10,14 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..server.config import ServerConfig, ServeSettings
 from ..settings import load_settings
-from .options import ConfigFile, Overrides, as_overrides, as_toml, setting_option
+from .options import (
+    ConfigFile,
+    Overrides,
+    as_overrides,
+    as_toml,
+    check_model_given,
+    setting_option,
+)
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -112,6 +119,8 @@ def serve(
         raise ConfigError("got --model and --address, expected one of the two")
     if model is None and config is None and (print_config or address is not None):
         options["engine.model_path"] = "PATH"
+    else:
+        check_model_given(model, config, overrides)
     settings = load_settings(ServeSettings, config, [*(overrides or ()), *as_overrides(options)])
     if print_config:
         typer.echo(as_toml(settings))

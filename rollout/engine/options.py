@@ -6,13 +6,14 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..hints import did_you_mean
+from ..settings import choices_of
 from .dialect import engine_options
 
 _DEFAULTS: dict[str, Any] = {
@@ -43,7 +44,18 @@ def engine_config(model_path: str | Path, options: Mapping[str, Any]) -> EngineC
     try:
         return msgspec.convert({"model_path": _from_anywhere(model_path), **values}, EngineConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"Engine: {error}") from None
+        raise ConfigError(f"Engine: {_said_of(error, values)}") from None
+
+
+def _said_of(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
+    """What a validation says, in terms of options: their name, what was got, and the words that there are."""
+    text, _, where = str(error).rpartition(" - at `$.")
+    name = where.rstrip("`")
+    if name not in values:
+        return str(error)
+    choices = choices_of(get_type_hints(EngineConfig)[name])
+    expected = f"expected one of {', '.join(map(repr, choices))}" if choices else text.lower()
+    return f"{name}: got {values[name]!r}, {expected}"
 
 
 def _from_anywhere(path: str | Path) -> str:

@@ -207,6 +207,8 @@ def _check_others(call: str, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if not check_generate_argument(name, value, call):
             hint = did_you_mean(name, _KNOWN_BY_ENCODE if call == "encode" else _KNOWN)
+            if call == "generate" and name in SamplingParams.__struct_fields__:
+                hint = f"it is a sampling parameter: pass sampling_params={{{name!r}: {value!r}}}"
             raise InvalidRequestError(f"{call}: got an unknown argument {name}={value!r}; {hint}")
 
 

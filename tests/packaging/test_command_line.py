@@ -76,3 +76,10 @@ def test_an_unknown_setting_is_one_line_that_names_the_nearest_one(
 def test_the_traceback_of_an_error_is_there_when_asked_for():
     result = rollout("generate", "--set", "nonsense=1", ROLLOUT_DEBUG="1")
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["generate", "hello"], ["serve"]])
+def test_a_model_that_is_not_named_is_asked_for_in_the_command_lines_words(arguments):
+    result = rollout(*arguments)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert "--model FOLDER" in result.stderr and "rollout tiny" in result.stderr

@@ -234,6 +234,11 @@ def product(shape) -> int:
 def test_info_for_people_lists_tensors_when_asked(rollout, checkpoint):
     assert "model.norm.weight" not in rollout("info", checkpoint).stdout
     assert "model.norm.weight  [64]" in rollout("info", checkpoint, "--tensors").stdout
+    imagined = rollout("info", checkpoint, "--memory", "80e9", "--set", "engine.seed=1234").stdout
+    assert "memory of each rank, on an imagined GPU with 80.00 GB free" in imagined
+    assert any(line.split() == ["seed", "1234"] for line in imagined.splitlines())
+    assert "tokens  256 at once" in imagined
+    assert "RopeConfig(" not in imagined
 
 
 # ---- long runs -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ GRPO = [field.name for field in dataclasses.fields(GrpoConfig)]
         ("max_runing_requests", ENGINE, "max_running_requests"),
         ("prefix_cache", ENGINE, "enable_prefix_cache"),
         ("page_size", ENGINE, "block_size"),
+        ("tensor_paralel_size", ENGINE, "tp_size"),
+        ("gpu_memory_utilisation", ENGINE, "mem_fraction_static"),
     ],
 )
 def test_a_name_is_answered_with_the_one_that_means_it(name, known, meant):

@@ -136,11 +136,32 @@ class JointTarget:
     def __init__(self, targets: Sequence[Target]) -> None:
         if not targets:
             raise ValueError("engines: got none, expected at least one engine or address")
-        self._targets = list(targets)
+        self._targets = [check_target(target) for target in targets]
 
     def weight_channel(self) -> Channel:
         """A channel to all of them; closing it closes the connections."""
         return JointChannel(JointEngines(self._targets), owned=True)
+
+
+def check_target(target: Target) -> Target:
+    """The same; `ValueError` for what can be no engine, before anything is packed for it."""
+    if isinstance(target, str):
+        if target.startswith(("http://", "https://")):
+            raise ValueError(
+                f"not an engine: got {target!r}, the URL of a server, expected the address of the engine behind it; "
+                "start the server with --set engine.listen=ADDRESS, or update over HTTP (HttpServerEngineAdapter)"
+            )
+        if "://" not in target:
+            raise ValueError(
+                f"not an engine: got {target!r}, expected an engine, a pool, or its address such as "
+                '"ipc:///tmp/folder/socket"; use engine.address'
+            )
+    elif not hasattr(target, "weight_channel"):
+        raise ValueError(
+            f"not an engine: got {type(target).__name__} {str(target)[:40]!r}, expected an engine, a pool, or its "
+            "address; pass what Engine(...) returned, or its engine.address"
+        )
+    return target
 
 
 def _connect(target: Target) -> Channel:

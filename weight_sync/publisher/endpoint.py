@@ -12,7 +12,7 @@ import torch
 
 from ..devices.room import can_spare
 from ..errors import EngineRestartedError, ManifestMismatch, SyncError, TransportError
-from ..joint.engines import JointTarget, Target
+from ..joint.engines import JointTarget, Target, check_target
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
 from ..plan.encoding import FULL, Encoding
@@ -118,7 +118,7 @@ class EngineEndpoint:
         if isinstance(target, Sequence) and not isinstance(target, str):
             self._target = JointTarget(target)
         else:
-            self._target = target
+            self._target = check_target(target)
         self._bucket_bytes = bucket_bytes
         self._encoding = encoding
         self._transport = transport

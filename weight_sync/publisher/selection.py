@@ -160,6 +160,9 @@ class Selector:
         self._origin: list[str | None] = [None] * len(layout.shapes)
         self._unknown: list[str] = []
         self._problems: list[str] = []
+        self._refused: set[int] = (
+            set()
+        )  # rows whose tensor came, and did not fit: not missing as well
         self._untouched = True
 
     def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Selection:
@@ -231,18 +234,26 @@ class Selector:
             for name in unknown
         ]
         if strict and None in self._origin:
-            problems += [f"{meta}: missing" for meta in self._missing()]
+            missing = list(self._missing())
+            if unknown and len(missing) == len(self._origin) > 1:  # other names, or another model
+                problems.append(
+                    f"all {len(missing)} of the engine's, such as {missing[0]}: missing"
+                )
+            else:
+                problems += [f"{meta}: missing" for meta in missing]
         if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise mismatch(
-                f"{len(problems)} problems with the trainer's tensors; nothing was written",
+                f"{count} with the trainer's tensors; nothing was written",
                 problems,
                 "send Hugging Face names in the engine's shapes, each once"
                 + (", all of them (strict=False allows a part)" if strict else ""),
             )
 
     def _missing(self) -> Iterator[Any]:
-        for meta, origin in zip(self._layout.manifest.tensors, self._origin, strict=True):
-            if origin is None:
+        tensors = self._layout.manifest.tensors
+        for i, (meta, origin) in enumerate(zip(tensors, self._origin, strict=True)):
+            if origin is None and i not in self._refused:
                 yield meta
 
     def _pair(self, item: Any) -> tuple[str, torch.Tensor]:
@@ -270,6 +281,7 @@ class Selector:
                 return
             i, shape = found, layout.shapes[found]
         if not self._fits(name, tensor, shape, layout.dtypes[i], selection):
+            self._refused |= {i} if fused is None else {layout.index[part] for part in fused.parts}
             return
         held = tensor.detach()
         for row, part in [(i, held)] if fused is None else layout.parts(name, held):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..errors import ManifestMismatch
 from ..layout.manifest import NamedTensors
 from ..layout.spellings import named_weights
 
@@ -31,6 +33,11 @@ def unwrapped(name: str) -> str:
 def tensors_of(source: NamedTensors) -> Iterator[Iterable[tuple[str, torch.Tensor]]]:
     """What `source` names: a list where all tensors exist at once, else an iterator. Where a module has adapters, they
     are merged one layer at a time; a layer is what it was, to the bit, when it was passed or the block has ended."""
+    if source is None or isinstance(source, (str, bytes, Path, torch.Tensor)):
+        raise ManifestMismatch(
+            f"named_tensors: got {type(source).__name__} {str(source)[:60]!r}, expected a module, a mapping, or "
+            "(name, tensor) pairs; a checkpoint's folder goes to update_weights_from_disk"
+        )
     if isinstance(source, nn.Module) and any(_is_adapter(part) for part in source.modules()):
         merged = _merged(source)
         try:

@@ -43,7 +43,7 @@ class LocalExecutor:
             for rank in range(config.tp_size):
                 self._ranks.append(RankProcess(config, self._spec(config, rank)))
             deadline = time.monotonic() + config.start_timeout_s
-            self._address = await_ready(self._ranks, deadline)[0]
+            self._address = await_ready(self._ranks, deadline, config.start_timeout_s)[0]
             self._client = RpcClient(
                 self._address, REPLY_TYPES, errors=ERRORS, liveness=self._why_dead
             )

@@ -119,10 +119,11 @@ class RankProcess:
         self._output.close()
 
 
-def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
+def await_ready(ranks: Sequence[RankProcess], deadline: float, start_timeout_s: float) -> list[str]:
     """The addresses that all ranks report, in their order; the first error of any ends the wait.
 
-    Ranks wait for each other, so one that fails leaves the others waiting. `EngineDiedError` by `deadline` (monotonic).
+    Ranks wait for each other, so one that fails leaves the others waiting. `EngineDiedError` by `deadline` (monotonic),
+    which is the end of `start_timeout_s`.
     """
     addresses: dict[RankProcess, str] = {}
     with selectors.DefaultSelector() as selector:
@@ -133,7 +134,8 @@ def await_ready(ranks: Sequence[RankProcess], deadline: float) -> list[str]:
             if not ready:
                 late = [i for i, rank in enumerate(ranks) if rank not in addresses]
                 raise EngineDiedError(
-                    f"ranks {late} were not ready in time; raise start_timeout_s, or look at their messages above"
+                    f"ranks {late} were not ready within {start_timeout_s:.3g} s; raise start_timeout_s, or look at "
+                    "their messages above"
                 )
             for key, _ in ready:
                 address = key.data.read_report()

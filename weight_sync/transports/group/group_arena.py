@@ -137,9 +137,10 @@ class GroupTable:
         """The group of that name."""
         group = self._groups.get(group_name)
         if group is None:
+            made = ", ".join(map(repr, sorted(self._groups))) or "none yet"
             raise TransportError(
-                f"no update group {group_name!r}: expected one of {sorted(self._groups)}; call "
-                "init_weights_update_group first"
+                f"no update group {group_name!r}: expected one that was made ({made}); call init_weights_update_group "
+                "first"
             )
         return group
 
