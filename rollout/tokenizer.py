@@ -187,7 +187,7 @@ def encode_prompts(
                 f"prompt {i}: got {type(prompt).__name__}, expected str; "
                 + (advice if is_chat else "pass token ids as input_ids")
             )
-        if not _is_unicode(prompt):
+        if not is_unicode(prompt):
             raise InvalidRequestError(
                 f"prompt {i}: got half of a surrogate pair, expected text; decode it with errors='replace'"
             )
@@ -200,7 +200,8 @@ def encode_prompts(
     return encoded
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """It has no half of a surrogate pair, and so can be written down as bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -50,10 +50,16 @@ class GroupWeightCalls(WeightCalls):
             raise WeightUpdateError(
                 f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}; use gloo on a CPU"
             )
+        try:
+            port = int(master_port)
+        except (TypeError, ValueError, OverflowError):
+            raise WeightUpdateError(
+                f"master_port: got {str(master_port)[:60]!r}, expected a number from 1 to 65535"
+            ) from None
         self._group_updates.join(
             group_name=group_name,
             master_address=master_address,
-            master_port=int(master_port),
+            master_port=port,
             rank_offset=rank_offset,
             world_size=world_size,
             backend=BACKENDS[backend],

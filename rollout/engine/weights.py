@@ -24,7 +24,7 @@ from weight_sync.report import SyncReport
 from weight_sync.transports.disk import read_checkpoint
 from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.channel import Channel
-from weight_sync.wire.messages import KvPolicyName, SetLabel, VerifyMode
+from weight_sync.wire.messages import MAX_LABEL_CHARS, KvPolicyName, SetLabel, VerifyMode
 
 from ..errors import InvalidRequestError
 from ..models.model_config import ModelConfig
@@ -38,10 +38,10 @@ from ..protocol.commands import (
     Status,
     WeightValues,
 )
+from ..tokenizer import is_unicode
 from .client import EngineClient
 from .twins import Asking, asks, awaitable
 
-MAX_LABEL_CHARS = 512
 NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
 #: Keys that callers of the common dialect send, with the values that can be honoured: by doing nothing, but for
@@ -290,9 +290,9 @@ class WeightCalls(EngineClient):
         Requests that run go on, and their later tokens are a span with the new label.
         """
         label, limit = str(new_version), self.config.request_timeout_s
-        if not 0 < len(label) <= MAX_LABEL_CHARS:
+        if not 0 < len(label) <= MAX_LABEL_CHARS or not is_unicode(label):
             raise InvalidRequestError(
-                f"new_version: got {len(label)} characters, expected 1 to {MAX_LABEL_CHARS}"
+                f"new_version: got {len(label)} characters, expected 1 to {MAX_LABEL_CHARS}, whole ones"
             )
         message = SetLabel(label=label, nonce=secrets.token_hex(8), timeout_s=limit)
         self.weight_channel().call(message, limit)
@@ -352,7 +352,7 @@ def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
         return read_serialized_named_tensors(named_tensors)
     if load_format == "flattened_bucket":
         bucket = named_tensors
-        if isinstance(bucket, Mapping):
+        if isinstance(bucket, Mapping) and {"flattened_tensor", "metadata"} <= bucket.keys():
             bucket = FlattenedTensorBucket(
                 flattened_tensor=bucket["flattened_tensor"], metadata=bucket["metadata"]
             )
@@ -379,6 +379,10 @@ def _at_least_one(tensors: NamedTensors) -> NamedTensors:
         if not len(tensors):
             raise no_tensors("update_weights_from_tensor")
         return tensors
+    if not isinstance(tensors, Iterable):
+        raise ManifestMismatch(
+            f"named_tensors: got {type(tensors).__name__}, expected (name, tensor) pairs, a mapping or a module"
+        )
     rest = iter(tensors)
     try:
         first = next(rest)

@@ -102,9 +102,12 @@ def test_less_memory_than_two_blocks(folder):
     refused(ConfigError, folder, "kv_cache_bytes", "raise it", kv_cache_bytes=16)
 
 
-@pytest.mark.parametrize("name", ["start_timeout_s", "request_timeout_s", "pause_lease_s"])
-def test_deadlines_that_are_none(folder, name):
-    refused(ConfigError, folder, name, **{name: 0.0})
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), 1e9])
+@pytest.mark.parametrize(
+    "name", ["start_timeout_s", "request_timeout_s", "pause_lease_s", "progress_timeout_s"]
+)
+def test_deadlines_that_are_none(folder, name, value):
+    refused(ConfigError, folder, name, **{name: value})
 
 
 def test_a_log_level_that_is_none(folder):

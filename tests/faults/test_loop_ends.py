@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import pytest
 from versions import version_weights
 
 from rollout import Engine
+from rollout.engine.executors.executor import InlineCall
 from rollout.errors import RolloutError
+from rollout.protocol.commands import Generate, PromptSpec
+from rollout.sampling_params import SamplingParams
 from weight_sync import WeightPublisher
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, SyncError
 
@@ -124,3 +129,18 @@ def test_weights_that_are_being_read_are_not_released_meanwhile(
     assert found == [whole] and released[0].tags == ["weights"]
     with pytest.raises(SyncError, match="cannot be read"):
         engine.weights_fingerprint()
+
+
+def test_a_call_that_came_too_late_is_remembered_by_nobody(engine: Engine) -> None:
+    core = core_of(engine)
+    spec = PromptSpec(rid="late", input_ids=[5, 6], params=SamplingParams(max_new_tokens=1))
+    call = InlineCall(Generate(prompts=[spec]), time.monotonic() - 1.0, None)
+    held = weakref.ref(call)
+    future = call.future
+    core.submit(call)
+    with pytest.raises(DeadlineExceeded, match="before the loop came to it"):
+        future.result(20)
+    engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 1})
+    del call
+    gc.collect()
+    assert held() is None

@@ -438,5 +438,33 @@ def test_groups_and_formats_that_do_not_exist_are_refused_in_words(engine: Engin
         engine.update_weights_from_distributed(*given, NAME, kv_policy=policy)
     with pytest.raises(WeightUpdateError, match="backend"):
         engine.init_weights_update_group("127.0.0.1", 1, 1, 2, NAME, "mpi")
+    place: dict[str, Any] = {
+        "master_address": "127.0.0.1",
+        "master_port": 1,
+        "rank_offset": 1,
+        "world_size": 2,
+        "backend": "gloo",
+    }
+    wrong: list[tuple[str, Any]] = [
+        ("master_port", "http"),
+        ("master_port", None),
+        ("master_port", 1 << 16),
+        ("master_address", 7),
+        ("rank_offset", 0),
+        ("rank_offset", "1"),
+        ("world_size", 1.5),
+        ("group_name", ""),
+        ("timeout_s", float("nan")),
+    ]
+    for name, value in wrong:
+        with pytest.raises(WeightUpdateError, match=name):
+            engine.init_weights_update_group(**{**place, name: value})
+    for names, dtypes, shapes in (
+        ([7], ["float32"], [[64]]),
+        (["model.norm.weight"], ["float32"], [["64"]]),
+        (["model.norm.weight"], ["float32"], 64),
+    ):
+        with pytest.raises(WeightUpdateError):
+            engine.update_weights_from_distributed(names, dtypes, shapes, NAME)  # type: ignore[arg-type]
     with pytest.raises(TransportError):
         engine.destroy_weights_update_group("nobody")

@@ -146,6 +146,17 @@ def test_an_update_of_no_tensors_is_refused_and_is_no_version(engine: Engine, ki
     assert engine.version == before
 
 
+def test_what_is_no_tensors_at_all_is_refused_in_words(engine: Engine) -> None:
+    before = engine.version
+    for nothing in (None, 7):
+        with pytest.raises(ManifestMismatch, match="named_tensors: got"):
+            engine.update_weights_from_tensor(nothing)
+    half: Any = {"flattened_tensor": torch.zeros(4)}
+    with pytest.raises(weight_sync.WeightUpdateError, match="flattened_tensor and metadata"):
+        engine.update_weights_from_tensor(half, load_format="flattened_bucket")
+    assert engine.version == before
+
+
 def test_a_bucket_of_no_tensors_is_fine_in_a_session(engine: Engine, trainer: Any) -> None:
     named = iter(trainer.named_parameters())
     engine.begin_weight_update(strict=True)

@@ -4,14 +4,24 @@ The trainer broadcasts as rank 0 and knows nothing of sessions; whoever calls th
 trainer that uses `WeightPublisher(..., transport="process_group")` needs none of it.
 """
 
+import operator
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from ..errors import ArenaGoneError, DeadlineExceeded, ManifestMismatch, SyncError, TransportError
+import msgspec
+
+from ..errors import (
+    ArenaGoneError,
+    DeadlineExceeded,
+    ManifestMismatch,
+    SyncError,
+    TransportError,
+    WeightUpdateError,
+)
 from ..joint.engines import HasWeightChannel
 from ..layout.manifest import dtype_name, parse_dtype
 from ..report import SyncReport
@@ -32,6 +42,7 @@ from ..wire.process import current_process
 from .open_session import EngineArena, OpenSession, UpdateOptions
 from .selection import Layout
 
+T = TypeVar("T")
 Backend = Literal["gloo", "nccl"]
 GroupLayout = Literal["tensors", "bucket", "packed_bucket"]
 _GRACE_S = 5.0
@@ -87,7 +98,9 @@ class GroupUpdates:
     ) -> None:
         """Have every rank of the engine join the trainer's group; returns when all members have come."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        message = JoinGroup(
+        message = _checked(
+            JoinGroup,
+            WeightUpdateError,
             group_name=group_name,
             master_address=master_address,
             master_port=master_port,
@@ -141,10 +154,10 @@ class GroupUpdates:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         mine = threading.Event()
-        with self._lock:
-            self._turns.append(mine)
-            self._turns[0].set()
-        try:
+        try:  # at whatever line it is interrupted
+            with self._lock:
+                self._turns.append(mine)
+                self._turns[0].set()
             if not mine.wait(self._timeout_s):
                 raise DeadlineExceeded(
                     f"other updates over a group took longer than {self._timeout_s:.3g} s; wait for them, or raise "
@@ -153,7 +166,8 @@ class GroupUpdates:
             yield
         finally:
             with self._lock:
-                self._turns.remove(mine)
+                if mine in self._turns:
+                    self._turns.remove(mine)
                 if self._turns:
                     self._turns[0].set()
 
@@ -242,13 +256,15 @@ class Taking:
 
     def _receive(self, update: OpenSession, announced: Announced, deadline: Deadline) -> None:
         timeout_s = deadline.left_s("receive")
-        message = Receive(
+        message = _checked(
+            Receive,
+            ManifestMismatch,
             session_id=update.session_id,
             epoch=update.epoch,
             group_name=self._group_name,
-            names=tuple(announced.names),
-            dtypes=tuple(announced.dtypes),
-            shapes=tuple(tuple(shape) for shape in announced.shapes),
+            names=announced.names,
+            dtypes=announced.dtypes,
+            shapes=announced.shapes,
             layout=announced.layout,
             timeout_s=timeout_s,
             fingerprint=announced.fingerprint,
@@ -266,6 +282,23 @@ class Taking:
             self._updates._receiving = None
         self.taken = True
         _note(update, message)
+
+
+def _checked(kind: type[T], refusal: type[WeightUpdateError], **fields: Any) -> T:
+    """A message, with its fields checked here as at the other end of a wire; whole numbers may be of any library."""
+    try:
+        values = {"type": kind.__name__, **{name: _plain(value) for name, value in fields.items()}}
+        return msgspec.convert(values, kind)
+    except (TypeError, msgspec.ValidationError) as error:
+        raise refusal(f"{kind.__name__}: {error}; correct the call's arguments") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | float) or value is None:
+        return value
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return operator.index(value)
 
 
 def _abort(update: OpenSession, error: BaseException, deadline: Deadline) -> None:

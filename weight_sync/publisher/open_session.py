@@ -1,5 +1,6 @@
 """One session at an engine, as its trainer holds it: what was asked for, how it is opened, committed or ended."""
 
+import operator
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -8,11 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ..errors import SessionError
+from ..errors import SessionError, WeightUpdateError
 from ..report import SyncReport
 from ..wire.channel import Channel
 from ..wire.deadline import Deadline
 from ..wire.messages import (
+    MAX_LABEL_CHARS,
+    MAX_VERSION,
     Abort,
     Begin,
     BeginReply,
@@ -22,6 +25,7 @@ from ..wire.messages import (
     VerifyMode,
 )
 from ..wire.process import current_process
+from ..wire.rpc_wire import check_timeout
 from .selection import Layout
 
 _ABORT_WAIT_S = 10.0
@@ -48,6 +52,44 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         check_choice("kv_policy", self.kv_policy, (None, *get_args(KvPolicyName)))
         check_choice("verify", self.verify, get_args(VerifyMode))
+        # What an engine of this process took as it is, it could not tell those of others.
+        for name in ("version", "base_version"):
+            object.__setattr__(self, name, _number_of_version(name, getattr(self, name)))
+        _check_label(self.label)
+        if self.lease_s is not None:
+            check_timeout(self.lease_s, "lease_s")
+
+
+def _number_of_version(name: str, value: Any) -> int | None:
+    """A whole number of any library as Python's own."""
+    if value is None:
+        return None
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MAX_VERSION:
+        raise WeightUpdateError(
+            f"{name}: got {str(value)[:80]} ({type(value).__name__}), expected a whole number from 0 to 2**62; "
+            "versions are counted, labels are free"
+        )
+    return number
+
+
+def _check_label(label: Any) -> None:
+    if label is None:
+        return
+    text = str(label)
+    if len(text) > MAX_LABEL_CHARS:
+        raise WeightUpdateError(
+            f"label: got {len(text)} characters, expected at most {MAX_LABEL_CHARS}; shorten it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise WeightUpdateError(
+            "label: got half of a surrogate pair, expected text; decode it with errors='replace'"
+        ) from None
 
 
 def check_choice(name: str, got: object, choices: tuple[object, ...]) -> None:

@@ -31,6 +31,7 @@ from ..wire.messages import (
     VerifyMode,
 )
 from ..wire.process import Home
+from ..wire.rpc_wire import check_timeout
 from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
 from .open_session import UpdateOptions, check_choice
 from .publish_session import PublishSession
@@ -94,7 +95,7 @@ class WeightPublisher:
         check_choice("transport", transport, get_args(TransportChoice))
         check_choice("group_backend", group_backend, get_args(GroupBackend))
         check_choice("staging", staging, get_args(Staging))
-        self._timeout_s = timeout_s
+        self._timeout_s = check_timeout(timeout_s)
         self._home = Home("the publisher")
         self._lock = threading.RLock()
         self._endpoint = EngineEndpoint(
@@ -156,7 +157,7 @@ class WeightPublisher:
             expected_fingerprints=expected_fingerprints,
             check_finite=check_finite,
         )
-        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else check_timeout(timeout_s))
         with self._turn(deadline), tensors_of(named_tensors) as listed:
             self._refuse_open_session()
             return self._publish(listed, options, deadline)

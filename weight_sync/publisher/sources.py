@@ -98,6 +98,10 @@ def _listed(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
         return list(named_tensors.items())
     if isinstance(named_tensors, tuple):
         return list(named_tensors)
+    if not isinstance(named_tensors, Iterable):
+        raise ManifestMismatch(
+            f"named_tensors: got {type(named_tensors).__name__}, expected (name, tensor) pairs, a mapping or a module"
+        )
     return named_tensors
 
 

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -63,7 +64,8 @@ class WeightService:
     def __init__(self, receiver: WeightReceiver, *, name: str = "weights") -> None:
         self.receiver = receiver
         self._groups = GroupTable(receiver.rank, receiver.device)
-        self._lent: dict[str, torch.Tensor] = {}
+        # Weakly: nobody comes for what was lent by an update that gave up before its arena was opened.
+        self._lent: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
         self._allocations = OpenedAllocations(lambda: ipc_memory_of(receiver.device))
         self._actions: dict[type, Callable[[Any], Any]] = {
             Hello: lambda _: receiver.info(),
@@ -95,7 +97,8 @@ class WeightService:
         self._queue.put(call)
 
     def lend(self, buffer: torch.Tensor) -> str:
-        """Make a buffer of this process known; the key goes into a `LocalHandle`, which takes it."""
+        """Make a buffer of this process known; the key goes into a `LocalHandle`, which takes it. The lender holds it
+        until then."""
         key = secrets.token_hex(8)
         self._lent[key] = buffer
         return key

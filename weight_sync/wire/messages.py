@@ -28,10 +28,12 @@ PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that either side accepts."""
 
-Label = Annotated[str, Meta(max_length=512)]
+MAX_LABEL_CHARS = 512
+Label = Annotated[str, Meta(max_length=MAX_LABEL_CHARS)]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0)]
-Version = Annotated[int, Meta(ge=0, le=2**62)]
+MAX_VERSION = 2**62
+Version = Annotated[int, Meta(ge=0, le=MAX_VERSION)]
 Seconds = Annotated[float, Meta(ge=0, le=7 * 86_400)]
 Indices = Annotated[bytes, Meta(max_length=4 * MAX_TENSORS)]
 Fingerprints = Annotated[bytes, Meta(max_length=8 * MAX_TENSORS)]

@@ -131,11 +131,11 @@ def watch_peer(socket: "zmq.Socket[bytes]", address: str) -> None:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
-def check_timeout(timeout_s: float) -> float:
+def check_timeout(timeout_s: float, name: str = "timeout_s") -> float:
     """`timeout_s`, or a `ValueError` when it is not a deadline that will ever come."""
     if not (isinstance(timeout_s, int | float) and 0 < timeout_s <= 7 * 86_400):
         raise ValueError(
-            f"timeout_s must be a number of seconds above 0 and at most a week; got {timeout_s!r}; "
+            f"{name} must be a number of seconds above 0 and at most a week; got {timeout_s!r}; "
             "every remote call has a deadline"
         )
     return float(timeout_s)

@@ -102,6 +102,17 @@ _AT_LEAST_ONE_OR_NONE = (
 )
 
 
+_DAY_S = 86_400
+#: What messages between processes, and clocks, can carry.
+_MOST_SECONDS = {
+    "start_timeout_s": 7 * _DAY_S,
+    "request_timeout_s": 7 * _DAY_S,
+    "progress_timeout_s": 7 * _DAY_S,
+    "pause_lease_s": _DAY_S,
+    "log_interval_s": 7 * _DAY_S,
+}
+
+
 def check_config(config: EngineConfig) -> None:
     """Ranges that a type cannot express; one error for each field."""
     _check_folder("model_path", config.model_path)
@@ -122,10 +133,12 @@ def check_config(config: EngineConfig) -> None:
     fraction = config.mem_fraction_static
     if fraction is not None and not 0 < fraction < 1:
         raise ConfigError(f"mem_fraction_static: got {fraction}, expected a number within (0, 1)")
-    for name in ("start_timeout_s", "request_timeout_s", "pause_lease_s", "log_interval_s"):
+    for name, most in _MOST_SECONDS.items():
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name}: got {value}, expected a positive number of seconds")
+        if value is not None and not 0 < value <= most:
+            raise ConfigError(
+                f"{name}: got {value}, expected a positive number of seconds, at most {most}"
+            )
     _check_listen(config.listen, config.insecure)
     level = config.log_level
     if level is not None and level.upper() not in logging.getLevelNamesMapping():

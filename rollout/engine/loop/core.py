@@ -33,7 +33,7 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.batch import ScheduledBatch
 from ...scheduling.scheduler import Scheduler
 from .admission import Admission
-from .inbox import Inbox, in_time
+from .inbox import Inbox
 from .memory import MemoryOccupation
 from .memory_commands import MemoryCommands
 from .opening import BACKLOG, PIECE, Opening
@@ -274,7 +274,7 @@ class EngineCore:
         items = self._due()
         busy = items or self._may_step or self._may_open
         taken = self._inbox.take(0.0 if busy else self._patience())
-        items += [(item, call) for item, call in taken if in_time(call)]
+        items += [(item, call) for item, call in taken if self._watch.in_time(call)]
         items = [(self._still_wanted(item), call) for item, call in items]
         self._ticks.send(Tick(items=[item for item, _ in items]))
         return items
@@ -298,7 +298,7 @@ class EngineCore:
             )
             self._paused = None
             self._watch.moved()
-        elif self._ranks.spec.size > 1 or in_time(call):  # What came before it may have taken long.
+        elif self._ranks.spec.size > 1 or self._watch.in_time(call):  # It waited for others.
             self._command(call)
 
     def _command(self, call: Call) -> None:

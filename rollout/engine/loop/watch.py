@@ -8,6 +8,7 @@ import time
 from weight_sync.wire.rpc import Call
 
 from ...errors import NoProgressError
+from .inbox import in_time
 from .postprocess import Postprocessor
 
 
@@ -38,6 +39,13 @@ class Watch:
     def taken(self, call: Call) -> None:
         """The loop has taken it."""
         self._asked.pop(id(call), None)
+
+    def in_time(self, call: Call) -> bool:
+        """As `inbox.in_time`; one that is refused is nobody's any more."""
+        wanted = in_time(call)
+        if not wanted:
+            self.taken(call)
+        return wanted
 
     def begins(self) -> None:
         """A step is being computed from now on."""
