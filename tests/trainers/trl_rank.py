@@ -1,14 +1,14 @@
-"""One of two ranks of a TRL trainer: python trl_rank.py CHECKPOINT FOLDER shared|own."""
+"""One of two ranks of a TRL trainer: python trl_rank.py CHECKPOINT FOLDER shared|own|fsdp2."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from trl_support import DIFFERENCE, NUM_DIGITS, data, logged, make_trainer, poison
@@ -19,19 +19,35 @@ from trainers_integration.trl import attach
 from weight_sync import fingerprint
 
 
-def shard(trainer: Any) -> None:
-    """As FSDP2 does it; accelerate, which would do it for the trainer, does so on GPUs alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from trl.distributed import DistributedBackend
+def allow_fsdp_on_a_cpu() -> None:
+    """accelerate shards on GPUs alone; here it is told to on a CPU, and what it does then is its own and torch's."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
 
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in trainer.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(trainer.model, mesh=mesh)
-    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
-    trainer._dist = DistributedBackend(trainer.accelerator)
-    assert trainer._dist.is_fsdp
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self: Any, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        if named.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = named["fsdp_plugin"]
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin_sharded
+    # As `accelerate launch` with a configuration of FSDP2 sets them.
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def refused(trainer: Any, generation: Any) -> str:
@@ -54,6 +70,8 @@ def refused(trainer: Any, generation: Any) -> str:
 def main() -> None:
     checkpoint, folder, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
+    if mode == "fsdp2":
+        allow_fsdp_on_a_cpu()
     rank = int(os.environ["RANK"])
     # The ranks meet at a file: no port that another process might have taken meanwhile.
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -70,6 +88,9 @@ def main() -> None:
         "publishes": generation.publishes,
         "label": engine.weight_version,
         "differences": logged(trainer, DIFFERENCE),
+        "is_sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "held": sum(local(p).numel() for p in trainer.model.parameters()),
+        "all": sum(p.numel() for p in trainer.model.parameters()),
     }
     generation.sync_weights()
     said["expected"] = fingerprint(trainer.model)
@@ -78,13 +99,6 @@ def main() -> None:
         said["error"] = refused(trainer, generation)
         said["served_after_error"] = engine.weights_fingerprint()
         dist.barrier()  # both have looked
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter.mul_(1.01)
-        said["expected_from_shards"] = fingerprint(trainer.model)
-        shard(trainer)
-        generation.sync_weights()
-        said["served_from_shards"] = engine.weights_fingerprint()
     dist.barrier()
     generation.close()
     if own is not None:

@@ -6,6 +6,7 @@ for the names it must use, and a difference is one error that says what to insta
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -39,6 +40,37 @@ def check_version() -> None:
             f"the TRL adapter cannot be used: got trl {trl.__version__}, expected {VERSION}, whose private attributes "
             f"it sets; {INSTALL}"
         )
+
+
+_PRIVATE = {
+    "sharded parameters": (
+        "trl.generation.vllm_generation",
+        ("VLLMGeneration._init_vllm", "VLLMGeneration._iter_named_params"),
+    ),
+    "conversations": (
+        "trl.experimental.async_grpo.async_rollout_worker",
+        ("TurnRecord", "parse_response", "_chain_to_sequences"),
+    ),
+}
+"""What else is private and used: to gather sharded parameters, and to make training rows of conversations."""
+
+
+def check_private(purpose: str) -> None:
+    """`ConfigError` unless TRL has what is used for "sharded parameters", or for "conversations"."""
+    module, names = _PRIVATE[purpose]
+    found = importlib.import_module(module)
+    missing = [name for name in names if not _has(found, name)]
+    if missing:
+        raise ConfigError(
+            f"the TRL adapter cannot be used for {purpose}: got a {module} without {', '.join(missing)}, expected trl "
+            f"{VERSION}'s; {INSTALL}"
+        )
+
+
+def _has(owner: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        owner = getattr(owner, name, None)
+    return owner is not None
 
 
 def check_engine(engine: Any) -> None:
@@ -75,7 +107,8 @@ def _check_options(trainer: Any) -> None:
     args = trainer.args
     if trainer.use_vllm:
         raise ConfigError(
-            "attach: got use_vllm=True, expected False: the engine takes vLLM's place; leave use_vllm out"
+            "attach: got use_vllm=True, expected False: the engine takes vLLM's place, and one engine is enough; leave "
+            "use_vllm out, and make a new trainer for another engine"
         )
     if trainer._is_vlm:
         raise ConfigError(

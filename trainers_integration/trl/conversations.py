@@ -16,6 +16,7 @@ from typing import Any
 
 from rollout.errors import ConfigError, RolloutError
 
+from .contract import check_private
 from .groups import Rollout, Row
 from .sampling import checked_logprobs, oldest_version, token_ids
 
@@ -116,6 +117,7 @@ class Conversations:
     """Converses for a worker, and counts what happens."""
 
     def __init__(self, toolbox: Toolbox, tokenizer: Any, args: Any, context_length: int) -> None:
+        check_private("conversations")
         from trl.chat_template_utils import (
             add_response_schema,
             get_training_chat_template,

@@ -16,7 +16,7 @@ from rollout import Engine
 from rollout.errors import ConfigError, WeightUpdateError
 from weight_sync import WeightPublisher
 
-from .contract import check_engine
+from .contract import check_engine, check_private
 
 _TEXT_BYTES = 1024
 
@@ -34,6 +34,8 @@ class WeightSync:
         if engine is not None:
             check_engine(engine)
         self._trainer = trainer
+        if self._is_sharded:
+            check_private("sharded parameters")
         accelerator = trainer.accelerator
         own = engine if isinstance(engine, str) else "" if engine is None else engine.address
         addresses = _texts(accelerator, own)
@@ -42,18 +44,25 @@ class WeightSync:
                 "attach: got no engine on rank 0, expected one there; other ranks may give None and use it"
             )
         address = own or addresses[0]
-        if isinstance(engine, Engine):
-            self.engine = engine
-        else:
-            self.engine = Engine.connect(address, skip_tokenizer_init=True)
+        self._connected = not isinstance(engine, Engine)
+        self.engine: Engine = (
+            engine
+            if isinstance(engine, Engine)
+            else Engine.connect(address, skip_tokenizer_init=True)
+        )
         owners = [text or addresses[0] for text in addresses]
         self._publisher: WeightPublisher | None = None
+        self._given = publisher
         if owners.index(address) == accelerator.process_index:
             limit = self.engine.config.request_timeout_s
             self._publisher = publisher or WeightPublisher(self.engine, timeout_s=limit)
         self._owners, self._address = owners, address
         self.version = 0
         """Number of the version that this trainer published last; 0: none."""
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self._trainer._dist.is_fsdp or self._trainer._dist.is_zero3)
 
     @property
     def publishes(self) -> bool:
@@ -97,14 +106,16 @@ class WeightSync:
     def _tensors(self) -> Any:
         """What to publish: the module, where it holds whole parameters, else an iterator that gathers them."""
         trainer = self._trainer
-        if not (trainer._dist.is_fsdp or trainer._dist.is_zero3):
+        if not self._is_sharded:
             return trainer.accelerator.unwrap_model(trainer.model)
         return gathered(trainer)
 
     def close(self) -> None:
-        """Give back what publishing took; the engine goes on."""
-        if self._publisher is not None:
+        """Give back what this object opened; the engine goes on, and so does a publisher that was given."""
+        if self._publisher is not None and self._given is None:
             self._publisher.close()
+        if self._connected:
+            self.engine.shutdown()
 
 
 def gathered(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
