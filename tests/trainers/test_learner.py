@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rollout.errors import RolloutError
 from trainers_integration.demo.config import ModelConfig
 from trainers_integration.demo.model import build_model
 from trainers_integration.grpo.batch import make_batch
@@ -114,9 +115,18 @@ def test_the_learning_rate_warms_up_and_falls_to_its_final_share(model):
 
 
 def test_an_answer_of_the_engine_without_log_probabilities_is_refused():
-    result = {"output_ids": [5, 1], "meta_info": {"output_token_logprobs": []}}
+    meta = {"output_token_logprobs": [], "finish_reason": {"type": "stop"}}
     with pytest.raises(ValueError, match="0 log-probabilities for 2 tokens"):
-        parse_completion([3, 2], result)
+        parse_completion([3, 2], {"output_ids": [5, 1], "meta_info": meta})
+
+
+def test_a_completion_that_was_cut_off_is_no_sample():
+    meta = {
+        "output_token_logprobs": [[-0.5, 5, None]],
+        "finish_reason": {"type": "abort", "message": "a pause ended it"},
+    }
+    with pytest.raises(RolloutError, match=r"after 1 tokens: a pause ended it.*engine\.resume"):
+        parse_completion([3, 2], {"output_ids": [5], "meta_info": meta})
 
 
 @pytest.mark.parametrize("key", ["steps", "samples_per_prompt", "temperature", "minibatches"])

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rollout.errors import RolloutError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
@@ -32,7 +34,7 @@ class Completion:
     spans: tuple[VersionSpan, ...]
     """Which weight version sampled which tokens."""
     finish_reason: str
-    """"stop", "length" or "abort"."""
+    """"stop" or "length"."""
     latency_s: float
     """From the request's arrival in the engine to its last token."""
     token_times: tuple[float, ...]
@@ -42,9 +44,19 @@ class Completion:
 
 
 def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Completion:
-    """One result of `engine.generate(..., return_logprob=True)` as a `Completion`; checks that the lengths agree."""
+    """One result of `engine.generate(..., return_logprob=True)` as a `Completion`; checks that the lengths agree.
+
+    Raises `RolloutError` for one that was ended from outside: it is no sample of the policy's. `engine.resume` goes on
+    with such results.
+    """
     meta = result["meta_info"]
     output_ids = tuple(result["output_ids"])
+    reason = meta["finish_reason"]
+    if reason["type"] == "abort":
+        raise RolloutError(
+            f"a completion was ended after {len(output_ids)} tokens: {reason['message']}; leave the requests of a "
+            "trainer alone, or hand the results to engine.resume first"
+        )
     logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
     if len(logprobs) != len(output_ids):
         raise ValueError(
@@ -59,7 +71,7 @@ def parse_completion(prompt_ids: Sequence[int], result: dict[str, Any]) -> Compl
             VersionSpan(version=s["number"], start=s["start"], end=s["end"])
             for s in meta["weight_versions"]
         ),
-        finish_reason=(meta.get("finish_reason") or {}).get("type", "abort"),
+        finish_reason=reason["type"],
         latency_s=float(meta["e2e_latency"]),
         token_times=tuple(meta["token_times"]),
         routes=meta.get("routed_experts"),
