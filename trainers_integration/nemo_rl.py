@@ -1,9 +1,10 @@
 """NeMo-RL's plug for checkpoint engines: its policy workers publish into our engines.
 
-    policy.generation.refit_cfg: backend: "trainers_integration.nemo_rl:PublishingCheckpointEngine"
+    policy.generation.refit_transport: "trainers_integration.nemo_rl:PublishingCheckpointEngine"
 
-NeMo-RL makes one in every policy worker and walks through its lifecycle at each refit. Its own generation workers run
-vLLM, which this cannot feed: it refuses to be used there rather than leave them with old weights.
+NeMo-RL makes one in every policy worker and walks through its lifecycle, at each refit or once for all of them. Its own
+generation workers run vLLM or SGLang, which this cannot feed: it refuses to be used there rather than leave them with
+old weights.
 """
 
 from __future__ import annotations
@@ -15,35 +16,47 @@ import torch
 
 from rollout.errors import ConfigError
 
-from .pushing import Pusher, Weights, exhaust, exhausted_on_error
+from .pushing import Pusher, Weights, checked_options, exhaust, exhausted_on_error
 
 
 class PublishingCheckpointEngine:
     """Rank 0 of the policy publishes every refit as one version to all `addresses`; other ranks only keep step.
 
-    `bucket_size` (bytes) comes from NeMo-RL; the rest are its `engine_kwargs`: the addresses of engines and pools, and
-    options of `WeightPublisher`.
+    `bucket_size` (bytes) comes from NeMo-RL; the rest is what the configuration has under this class's path: the
+    addresses of engines and pools, whether `finalize` gives memory back, and options of `WeightPublisher`.
     """
 
     cleanup_after_load = True
+    # Both names that the base class has had for it: every rank's iterator gives whole tensors.
+    shard_hf_weights = False
+    shard_expert_weights = False
 
     def __init__(
-        self, bucket_size: int, *, addresses: Sequence[str], **publisher_options: Any
+        self,
+        bucket_size: int,
+        *,
+        addresses: Sequence[str] = (),
+        release_after_refit: bool = False,
+        **publisher_options: Any,
     ) -> None:
         if isinstance(addresses, str) or not addresses:
             raise ConfigError(
-                f"engine_kwargs.addresses: got {addresses!r}, expected a list with the address of at least one engine "
-                "(Engine.address)"
+                f"addresses: got {addresses!r}, expected a list with the address of at least one engine "
+                "(Engine.address); it stands under this class's path in policy.generation.refit_cfg"
             )
         self._addresses = list(addresses)
         self._bucket_bytes = bucket_size
-        self._options = publisher_options
+        self._options = checked_options(publisher_options, "policy.generation.refit_cfg")
+        self._releases = release_after_refit or torch.cuda.is_available()
         self._sends = False
         self._pusher: Pusher | None = None
 
     def prepare(self) -> dict[str, Any]:
         """Nothing is allocated before the first refit."""
         return {}
+
+    def get_target_weight_layout(self) -> None:
+        """None: whole tensors are wanted; each rank of an engine keeps its part itself."""
 
     def init_policy_process_group(
         self,
@@ -90,7 +103,8 @@ class PublishingCheckpointEngine:
         yield []  # unreachable: it makes this a generator
 
     def finalize(self) -> None:
-        """Give memory back where training needs it; elsewhere the next refit uses it again."""
-        if torch.cuda.is_available() and self._pusher is not None:
+        """Give memory back where training needs it, on a GPU or by `release_after_refit`; elsewhere the next refit uses
+        it again."""
+        if self._releases and self._pusher is not None:
             self._pusher.close()
             self._pusher = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 
+from rollout.errors import ConfigError
 from weight_sync import SyncReport, WeightPublisher
 from weight_sync.wire.messages import KvPolicyName
 
@@ -36,6 +38,22 @@ async def exhausted_on_error(weights: Weights) -> AsyncIterator[Weights]:
     except BaseException:
         await exhaust(stream)
         raise
+
+
+def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`options` of `WeightPublisher`, from a configuration at `where`; `ConfigError` names those that it does not have.
+
+    Whoever connects later calls this first: an unknown option is an error before training, and not at the first update.
+    """
+    known = list(inspect.signature(WeightPublisher).parameters)
+    known = [name for name in known if name not in ("engine_or_address", "bucket_bytes")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"{where}: got {', '.join(unknown)}, expected options of WeightPublisher ({', '.join(known)}); leave them "
+            "out"
+        )
+    return dict(options)
 
 
 class Pusher:

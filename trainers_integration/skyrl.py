@@ -17,7 +17,7 @@ import torch
 from rollout.errors import ConfigError
 from weight_sync.wire.messages import KvPolicyName
 
-from .pushing import Pusher, exhaust
+from .pushing import Pusher, checked_options, exhaust
 
 BUCKET_BYTES = 512 << 20
 
@@ -55,7 +55,10 @@ class PublishingTrainerEngine:
         self.version = 0
         """Syncs so far; the label of what was published last."""
         self._flush = False
-        self._options = {"bucket_bytes": bucket_bytes, **publisher_options}
+        self._options = {
+            "bucket_bytes": bucket_bytes,
+            **checked_options(publisher_options, "PublishingTrainerEngine"),
+        }
         self._addresses = list(addresses)
         self._pusher: Pusher | None = None
 

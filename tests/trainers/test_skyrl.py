@@ -68,6 +68,11 @@ def test_addresses_are_a_list_of_at_least_one(addresses: Any) -> None:
         PublishingTrainerEngine(addresses, is_sender=True)
 
 
+def test_an_option_that_nobody_knows_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="got timeout, expected options of WeightPublisher"):
+        PublishingTrainerEngine(["tcp://127.0.0.1:1"], is_sender=False, timeout=3)
+
+
 def test_a_source_is_needed() -> None:
     with pytest.raises(ConfigError, match="source"):
         PublishingTrainerEngine(["tcp://127.0.0.1:1"], is_sender=True).send_weights()
