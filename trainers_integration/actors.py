@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
+
+from weight_sync.errors import DeadlineExceeded
+
+ANSWER_S = 1800.0
+"""How long an actor may take to answer: it may be reading a large model, or moving it to the host."""
 
 
 def here() -> str:
@@ -55,9 +61,38 @@ def start_actor(
     return ray.remote(kind).options(**options).remote(*arguments, **named)
 
 
-def wait_for(references: list[Any]) -> list[Any]:
-    """The values of references, from outside of an event loop."""
+def wait_for(references: list[Any], what: str, *, timeout_s: float = ANSWER_S) -> list[Any]:
+    """The values of references, from outside of an event loop; `DeadlineExceeded` says that `what` did not come."""
     import ray
 
-    values: list[Any] = ray.get(references)
+    try:
+        values: list[Any] = ray.get(references, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise _late(what, timeout_s) from None
     return values
+
+
+async def answer(reference: Any, what: str, *, timeout_s: float = ANSWER_S) -> Any:
+    """The value of a reference; `DeadlineExceeded` says that `what` did not come."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await reference
+    except TimeoutError as error:
+        if isinstance(error, DeadlineExceeded):  # the actor's own
+            raise
+        raise _late(what, timeout_s) from None
+
+
+def end_actors(actors: list[Any]) -> None:
+    """End actors that nobody will use, also those that Ray has not placed yet."""
+    import ray
+
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _late(what: str, timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{what}: got no answer in {timeout_s:.0f} s, expected one; Ray waits for ever for CPUs or GPUs that the "
+        "cluster does not have free: compare `ray status` with what the actors ask for"
+    )

@@ -13,7 +13,7 @@ import torch
 from plain_group import PlainGroup
 from versions import TOLERANCE, Reference, version_weights
 
-from rollout.errors import InvalidRequestError
+from rollout.errors import InvalidRequestError, RolloutError
 from trainers_integration.openrlhf.engines import OpenRLHFEngine, opened
 from weight_sync.errors import ManifestMismatch, TransportError, WeightUpdateError
 
@@ -147,6 +147,87 @@ def test_samples_have_the_shape_that_vllm_gives(actor: OpenRLHFEngine) -> None:
     assert [(o.prompt_token_ids, len(o.outputs)) for o in outputs] == [(PROMPT, 2), ([7], 2)]
     with pytest.raises(InvalidRequestError, match="temprature"):
         asyncio.run(actor.generate(PROMPT, {"temprature": 1.0}))
+
+
+def test_a_trainer_that_came_back_after_an_update_half_sent_begins_anew(
+    actor: OpenRLHFEngine, folder: Path
+) -> None:
+    first, second = Trainer(actor), Trainer(actor)
+    tensors = version_weights(folder, 1)
+
+    async def course() -> None:
+        await first.connect()
+        await first.broadcast(dict(list(tensors.items())[:3]), last=False)
+        assert actor.engine.in_weight_update
+        await second.connect()
+        assert not actor.engine.in_weight_update
+        await second.broadcast(tensors)
+        assert actor.engine.status().version == 1
+
+    try:
+        asyncio.run(course())
+    finally:
+        first.group.destroy()
+        second.group.destroy()
+
+
+def test_results_come_in_the_order_of_the_calls_and_a_call_without_any_ends_at_once(
+    actor: OpenRLHFEngine,
+) -> None:
+    async def course() -> None:
+        with pytest.raises(InvalidRequestError, match="add_requests first"):
+            await actor.get_responses()
+        with pytest.raises(InvalidRequestError, match="top_p"):
+            await actor.add_requests(VllmParams(top_p=7.0), [PROMPT])
+        with pytest.raises(InvalidRequestError, match="add_requests first"):
+            await actor.get_responses()
+        one = asyncio.ensure_future(actor.add_requests(VllmParams(max_tokens=40), [PROMPT]))
+        two = asyncio.ensure_future(actor.add_requests(VllmParams(max_tokens=2), [[7]]))
+        await asyncio.sleep(0)
+        assert [(await actor.get_responses())[0].prompt_token_ids for _ in range(2)] == [
+            PROMPT,
+            [7],
+        ]
+        await asyncio.gather(one, two)
+
+    asyncio.run(course())
+
+
+def test_what_vllm_would_do_otherwise_is_refused_and_not_left_out(actor: OpenRLHFEngine) -> None:
+    for asked in ({"bad_words": ["no"]}, {"allowed_token_ids": [1]}, {"structured_outputs": {}}):
+        with pytest.raises(InvalidRequestError, match=next(iter(asked))):
+            asyncio.run(actor.generate(PROMPT, VllmParams(**asked)))
+    alone = asyncio.run(
+        actor.generate(PROMPT, VllmParams(bad_words=[], structured_outputs=None, logprobs=0))
+    )
+    assert len(own_logprobs(alone)) == 6
+    biased = asyncio.run(actor.generate(PROMPT, VllmParams(logit_bias={11: 100.0})))
+    assert biased.outputs[0].token_ids == [11] * 6
+
+
+def test_without_a_limit_an_answer_fills_the_context(folder: Path) -> None:
+    small = OpenRLHFEngine(str(folder), executor="inline", context_length=200, **OPTIONS)
+    output = asyncio.run(small.generate(PROMPT, VllmParams(max_tokens=None)))
+    asyncio.run(small.shutdown())
+    assert len(PROMPT) + len(output.outputs[0].token_ids) == 200
+
+
+def test_samples_that_would_be_trained_on_wrongly_are_refused(actor: OpenRLHFEngine) -> None:
+    async def aborted() -> None:
+        running = asyncio.ensure_future(actor.generate(PROMPT, VllmParams(max_tokens=400)))
+        while not await actor.get_num_unfinished_requests():
+            await asyncio.sleep(0.01)
+        await actor.engine.async_abort_request(abort_all=True)
+        await running
+
+    with pytest.raises(RolloutError, match="nothing may abort"):
+        asyncio.run(aborted())
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    with pytest.raises(InvalidRequestError, match="prompt of 4 tokens and room for 4"):
+        asyncio.run(actor.generate_responses("abcd", "", VllmParams(max_tokens=None), 4, tokenizer))
 
 
 def test_a_response_covers_prompt_and_output(actor: OpenRLHFEngine) -> None:

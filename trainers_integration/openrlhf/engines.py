@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rollout import Engine
-from rollout.errors import InvalidRequestError
+from rollout.errors import ConfigError, InvalidRequestError
 from weight_sync.errors import TransportError, WeightUpdateError
 
-from ..actors import start_actor, wait_for
+from ..actors import end_actors, start_actor, wait_for
 from .outputs import RequestOutput, request_output, response, sampling_call
 
 SEED_STRIDE = 1 << 32
@@ -28,14 +30,18 @@ def create_engines(
     tensor_parallel_size: int = 1,
     seed: int = 42,
     ray_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ready_timeout_s: float = 600.0,
     **engine_options: Any,
 ) -> list[Any]:
     """Start `num_engines` actors, and return their handles when all of them serve: what the trainer takes as
     `vllm_engines`.
 
     ray_options: those of Ray for each actor (`num_gpus`, `scheduling_strategy`, `num_cpus`), one mapping for all or one
-    for each. engine_options: those of `Engine`.
+    for each. ready_timeout_s: how long Ray's placement and the start may take; then, or when one fails, all are ended.
+    engine_options: those of `Engine`.
     """
+    if num_engines < 1:
+        raise ConfigError(f"num_engines: got {num_engines}, expected at least 1")
     if isinstance(ray_options, Mapping) or ray_options is None:
         ray_options = [ray_options or {}] * num_engines
     if len(ray_options) != num_engines:
@@ -53,7 +59,12 @@ def create_engines(
         )
         for number, options in enumerate(ray_options)
     ]
-    wait_for([engine.address.remote() for engine in engines])
+    try:
+        serving = [engine.address.remote() for engine in engines]
+        wait_for(serving, f"{num_engines} engines of OpenRLHF", timeout_s=ready_timeout_s)
+    except BaseException:
+        end_actors(engines)
+        raise
     return engines
 
 
@@ -71,7 +82,7 @@ class OpenRLHFEngine:
         self._group: str | None = None
         self._turn = asyncio.Lock()
         self._in_session = False
-        self._responses: asyncio.Queue[list[RequestOutput]] = asyncio.Queue()
+        self._asked: deque[asyncio.Task[list[RequestOutput]]] = deque()
 
     async def address(self) -> str:
         """Where a `WeightPublisher` connects, which sends all tensors in one call."""
@@ -95,6 +106,9 @@ class OpenRLHFEngine:
                 "init_process_group: got use_ray=True, expected a group of torch.distributed; leave out "
                 "--vllm_sync_with_ray"
             )
+        if self._in_session:  # of a trainer that has died in the middle of an update
+            self._in_session = False
+            await self.engine.async_abort_weight_update()
         await self.engine.async_init_weights_update_group(
             master_address, master_port, rank_offset, world_size, group_name, backend
         )
@@ -191,11 +205,22 @@ class OpenRLHFEngine:
         self, sampling_params: Any, prompt_token_ids: Sequence[Sequence[int]]
     ) -> None:
         """Generate, and keep the results for the next `get_responses`."""
-        await self._responses.put(await self._generate(prompt_token_ids, sampling_params))
+        task = asyncio.ensure_future(self._generate(prompt_token_ids, sampling_params))
+        self._asked.append(task)
+        try:
+            await task
+        except BaseException:
+            with contextlib.suppress(ValueError):  # `get_responses` waits for it already
+                self._asked.remove(task)
+            raise
 
     async def get_responses(self) -> list[RequestOutput]:
         """The results of one `add_requests`, the oldest first."""
-        return await self._responses.get()
+        if not self._asked:
+            raise InvalidRequestError(
+                "get_responses: got a call, but nothing was asked for; call add_requests first"
+            )
+        return await self._asked.popleft()
 
     async def generate_responses(
         self,
@@ -209,7 +234,8 @@ class OpenRLHFEngine:
     ) -> list[dict[str, Any]]:
         """Samples of a text as OpenRLHF's sample generator reads them; rewards are the trainer's to add.
 
-        max_length: tokens of prompt and output together, where `sampling_params` has no `max_tokens`.
+        max_length: tokens of prompt and output together, where `sampling_params` has no `max_tokens`. Raises
+        `RolloutError` for a sample that was ended from outside: OpenRLHF would train on it as on a whole one.
         """
         if images:
             raise InvalidRequestError(
@@ -217,13 +243,22 @@ class OpenRLHFEngine:
             )
         ids: list[int] = hf_tokenizer(prompt, add_special_tokens=False)["input_ids"]
         params, wants_logprobs = sampling_call(sampling_params)
-        params.setdefault("max_new_tokens", max(0, max_length - len(ids)))
+        if params.setdefault("max_new_tokens", max_length - len(ids)) < 1:
+            raise InvalidRequestError(
+                f"generate_responses: got a prompt of {len(ids)} tokens and room for {max_length}, expected room for "
+                "an answer; raise max_len, or leave out longer prompts"
+            )
         params["n"] = num_samples
         results = await self.engine.async_generate(
             input_ids=ids, sampling_params=params, return_logprob=wants_logprobs
         )
         output = request_output(results if num_samples > 1 else [results], ids)
         return [response(prompt, label, ids, sample) for sample in output.outputs]
+
+    @property
+    def _longest(self) -> int:
+        """What vLLM's `max_tokens=None` means: until the context is full."""
+        return int(self.engine.status().resolved["context_length"] or 0)
 
     async def get_num_unfinished_requests(self) -> int:
         """Requests that run or wait."""
@@ -238,6 +273,7 @@ class OpenRLHFEngine:
         self, prompts: Sequence[Sequence[int]], sampling_params: Any
     ) -> list[RequestOutput]:
         params, wants_logprobs = sampling_call(sampling_params)
+        params.setdefault("max_new_tokens", self._longest)
         num_samples = int(params.get("n", 1))
         rows = [[int(token) for token in ids] for ids in prompts]
         results = await self.engine.async_generate(

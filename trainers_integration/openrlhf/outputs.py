@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Names of vLLM's sampling parameters and ours; what has another name here is translated, the rest is not passed on.
+from rollout.errors import InvalidRequestError, RolloutError
+
+#: Names of vLLM's sampling parameters and ours; what has another name here is translated.
 _NAMES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -24,7 +26,13 @@ _NAMES = {
     "ignore_eos": "ignore_eos",
     "skip_special_tokens": "skip_special_tokens",
     "include_stop_str_in_output": "no_stop_trim",
+    "logit_bias": "logit_bias",
 }
+#: What vLLM has and this engine does not: it would change what is drawn, so it is refused where it asks for something.
+_UNKNOWN_HERE = (
+    *("allowed_token_ids", "bad_words", "best_of", "guided_decoding", "logits_processors"),
+    *("prompt_logprobs", "structured_outputs", "truncate_prompt_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +55,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     """For each token a table with its own log-probability; None: not asked for."""
     finish_reason: str
-    """"stop", "length" or "abort"."""
+    """"stop" or "length"."""
     stop_reason: int | str | None
     """The token or string that ended it."""
 
@@ -68,23 +76,36 @@ def sampling_call(params: Any) -> tuple[dict[str, Any], bool]:
     """Our sampling parameters, and whether log-probabilities are wanted.
 
     `params`: vLLM's `SamplingParams` or any object with its attributes, or a dictionary with their names; None stands
-    for a default. A dictionary may also have our names, which `Engine.generate` checks.
+    for a default. A dictionary may also have our names, which `Engine.generate` checks. Raises `InvalidRequestError`
+    for what vLLM would do and this engine does not.
     """
     if isinstance(params, Mapping):
         given = dict(params)
     else:
-        names = (*_NAMES, "logprobs")
+        names = (*_NAMES, *_UNKNOWN_HERE, "logprobs")
         given = {name: getattr(params, name) for name in names if hasattr(params, name)}
-    wants_logprobs = given.pop("logprobs", None) not in (None, False)
+    unknown = {name: given.pop(name) for name in _UNKNOWN_HERE if name in given}
+    asked = [f"{name}={value!r}" for name, value in unknown.items() if value not in (None, [])]
+    if asked:
+        raise InvalidRequestError(
+            f"sampling_params: got {', '.join(asked)}, expected none of these; this engine has no such option"
+        )
+    logprobs = given.pop("logprobs", None)
+    wants_logprobs = logprobs is not None and logprobs is not False  # 0: of the sampled token alone
     ours = {_NAMES.get(name, name): value for name, value in given.items() if value is not None}
     return ours, wants_logprobs
 
 
 def request_output(results: list[Mapping[str, Any]], prompt_ids: list[int]) -> RequestOutput:
-    """The samples of one prompt as `Engine.generate` returned them."""
+    """The samples of one prompt as `Engine.generate` returned them; `RolloutError` where one was ended from outside."""
     outputs = []
     for index, result in enumerate(results):
         meta = result["meta_info"]
+        if meta["finish_reason"]["type"] == "abort":
+            raise RolloutError(
+                f"a sample was ended after {len(result['output_ids'])} tokens: {meta['finish_reason']['message']}; "
+                "nothing may abort the requests of a trainer"
+            )
         entries = meta.get("output_token_logprobs")
         tables = None
         if entries is not None:
