@@ -29,6 +29,20 @@ def test_every_file_that_the_documents_name_is_there(checkout):
         assert missing == [], document.name
 
 
+def test_each_page_of_a_trainer_has_a_script_the_lines_that_change_and_versions(checkout):
+    """A page without one of them leaves its reader to guess; what a page of models is about is no trainer."""
+    for page in sorted((checkout / "docs" / "trainers").glob("*.md")):
+        if page.stem == "reward_models":
+            continue
+        text = page.read_text()
+        scripts = re.findall(r"(?:python |\.\./\.\./)(examples/[\w./-]+\.py)", text)
+        assert scripts or "`rollout demo" in text, page.name
+        assert all((checkout / script).is_file() for script in scripts), page.name
+        assert "```diff" in text, page.name
+        _, found, versions = text.partition("## Versions tried")
+        assert found and re.search(r"^\|.*\d+\.\d+", versions, re.MULTILINE), page.name
+
+
 def exists(checkout: Path, path: str) -> bool:
     """A path from the checkout, or from inside `rollout/` as the architecture document writes it."""
     return (checkout / path).is_file() or (checkout / "rollout" / path).is_file()

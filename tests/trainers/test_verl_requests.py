@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,12 @@ from versions import version_weights
 
 from rollout import Engine
 from rollout.errors import ConfigError, InvalidRequestError
+from trainers_integration.actors import answer
 from trainers_integration.pushing import Pusher, exhaust
 from trainers_integration.verl.checkpoint_engine import PublishingCheckpointEngine
 from trainers_integration.verl.options import engine_options
 from trainers_integration.verl.requests import Limits, generate_call, refuse_media, token_output
-from weight_sync.errors import ManifestMismatch
+from weight_sync.errors import DeadlineExceeded, ManifestMismatch
 
 LIMITS = Limits(prompt_length=8, response_length=6, ignore_eos=False, seed=None)
 ASKED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
@@ -200,3 +203,34 @@ def test_a_master_without_replicas_says_so_and_exhausts() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.name=rollout_sync"):
         asyncio.run(master.send_weights(stream({"a": torch.zeros(1)}, walked), 1))
     assert walked == ["a"]
+
+
+def test_beside_another_series_of_verl_nothing_is_registered_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = importlib.import_module("trainers_integration.verl.plugin")
+    monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="0.10.0"))
+    with pytest.raises(ConfigError, match=r"got verl 0\.10\.0"):
+        plugin.register()
+    plugin._register_if_possible()
+    (record,) = caplog.records
+    assert "got verl 0.10.0; expected verl 0.9.1" in record.getMessage()
+    assert "pip install" in record.getMessage()
+
+
+def test_an_actor_that_does_not_answer_is_named() -> None:
+    async def ask(reference: Any) -> Any:
+        return await answer(reference, "the server of rollout replica 3", timeout_s=0.05)
+
+    async def never() -> None:
+        with pytest.raises(DeadlineExceeded, match=r"server of rollout replica 3.*ray status"):
+            await ask(asyncio.get_running_loop().create_future())
+
+    async def its_own() -> None:
+        failed = asyncio.get_running_loop().create_future()
+        failed.set_exception(DeadlineExceeded("what the engine says"))
+        with pytest.raises(DeadlineExceeded, match="what the engine says"):
+            await ask(failed)
+
+    asyncio.run(never())
+    asyncio.run(its_own())

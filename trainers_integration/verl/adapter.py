@@ -11,7 +11,7 @@ import torch
 
 from rollout.errors import ConfigError
 
-from ..actors import actor_named
+from ..actors import actor_named, answer
 from ..pushing import Pusher, Weights, exhaust, exhausted_on_error
 from .options import NAME, refuse_unsupported
 from .replica import server_name
@@ -57,12 +57,12 @@ class ServerAdapter:
     async def resume(self, tags: Sequence[str]) -> None:
         """Take the memory of "weights" or "kv_cache" again."""
         if self.is_leader_rank and self.config.free_cache_engine:
-            await self._server.wake_up.remote(tags=list(tags))
+            await self._answer(self._server.wake_up.remote(tags=list(tags)))
 
     async def release(self) -> None:
         """Give the memory of both back."""
         if self.is_leader_rank and self.config.free_cache_engine:
-            await self._server.sleep.remote()
+            await self._answer(self._server.sleep.remote())
 
     async def update_weights(
         self,
@@ -103,7 +103,11 @@ class ServerAdapter:
 
     async def _connected(self) -> Pusher:
         bucket_bytes = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        return Pusher([await self._server.address.remote()], bucket_bytes=bucket_bytes)
+        address = await self._answer(self._server.address.remote())
+        return Pusher([address], bucket_bytes=bucket_bytes)
+
+    async def _answer(self, reference: Any) -> Any:
+        return await answer(reference, f"the server of rollout replica {self.replica_rank}")
 
     def generate_sequences(self, prompts: Any) -> Any:
         """verl generates through the server; refused here."""

@@ -14,8 +14,8 @@ import torch
 
 from rollout.errors import ConfigError
 
-from ..actors import actor_named, here, this_address
-from ..pushing import Pusher, Weights, exhaust, exhausted_on_error
+from ..actors import actor_named, answer, here, this_address
+from ..pushing import Pusher, Weights, checked_options, exhaust, exhausted_on_error
 from .adapter import leading_server
 from .options import NAME
 
@@ -40,7 +40,9 @@ class PublishingCheckpointEngine:
         self._bucket_bytes = bucket_size
         self._is_master = is_master
         self._transport = transport
-        self._options = publisher_options
+        self._options = checked_options(
+            publisher_options, f"checkpoint_engine.engine_kwargs[{NAME!r}]"
+        )
         self._servers: list[tuple[str, str]] = []
         self._pusher: Pusher | None = None
 
@@ -103,7 +105,8 @@ class PublishingCheckpointEngine:
                 f"checkpoint_engine.backend={NAME}: got no replica of rollout.name={NAME}, expected at least one"
             )
         handles = [actor_named(name) for name, _ in self._servers]
-        addresses = await asyncio.gather(*[handle.address.remote() for handle in handles])
+        asked = asyncio.gather(*[handle.address.remote() for handle in handles])
+        addresses = await answer(asked, "the servers of the replicas")
         options: dict[str, Any] = {"transport": self._transport, **self._options}
         if self._transport == "auto" and any(node != here() for _, node in self._servers):
             options["transport"] = "process_group"

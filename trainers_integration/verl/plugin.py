@@ -8,7 +8,10 @@ unknown rollout.
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from typing import Any
+
+from rollout.errors import ConfigError
 
 from .checkpoint_engine import PublishingCheckpointEngine
 from .options import NAME
@@ -16,9 +19,21 @@ from .replica import ReplicaServers
 
 logger = logging.getLogger(__name__)
 
+SERIES = "0.9"
+"""The releases of verl that this was read in and is tested with."""
+_INSTALL = "expected verl 0.9.1 with its dependencies; pip install 'rollout-sync[verl]'"
+
 
 def register() -> None:
-    """Enter the rollout and the checkpoint engine into verl's tables; raises whatever verl does."""
+    """Enter the rollout and the checkpoint engine into verl's tables.
+
+    Raises `ConfigError` for another series of verl, whose interfaces may be others, and whatever verl does.
+    """
+    import verl  # perhaps not whole yet
+
+    version = str(getattr(verl, "__version__", None) or metadata.version("verl"))
+    if version.split(".")[:2] != SERIES.split("."):
+        raise ConfigError(f"got verl {version}")
     from verl.checkpoint_engine.base import CheckpointEngineRegistry
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry
@@ -38,12 +53,10 @@ def replica_class() -> type[Any]:
 def _register_if_possible() -> None:
     try:
         register()
-    except ImportError as error:
+    except (ImportError, ConfigError) as error:
         if getattr(error, "name", None) != "verl":  # else verl is not there at all
             logger.warning(
-                "rollout.name=%s is not available in verl: got %s: %s; expected verl 0.9.1 with its dependencies; "
-                "pip install 'rollout-sync[verl]'",
-                *(NAME, type(error).__name__, error),
+                "rollout.name=%s is not available in verl: %s; %s", NAME, error, _INSTALL
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rollout.errors import ConfigError
 
-from ..actors import here, listen_address, start_actor, this_address
+from ..actors import answer, here, listen_address, start_actor, this_address
 from .options import NAME
 from .server import RolloutServer
 
@@ -47,9 +47,9 @@ class ReplicaServers:
                 "one node; lower tensor_model_parallel_size to at most n_gpus_per_node"
             )
         keyword = get_visible_devices_keyword()
-        places = await asyncio.gather(
-            *[worker.__ray_call__.remote(place_of, keyword) for worker in self.workers]
-        )
+        asked = [worker.__ray_call__.remote(place_of, keyword) for worker in self.workers]
+        named = f"rollout replica {self.replica_rank}"
+        places = await answer(asyncio.gather(*asked), f"the workers of {named}")
         node_id, node_ip, _ = places[0]
         devices = ",".join(dict.fromkeys(device for _, _, device in places if device))
         kind = "reward_" if self.is_reward_model else "teacher_" if self.is_teacher_model else ""
@@ -67,10 +67,10 @@ class ReplicaServers:
                 "max_concurrency": self.max_concurrency,
             },
         )
-        await server.launch_server.remote()
+        await answer(server.launch_server.remote(), f"the server of {named}")
         self.servers = [server]
         self._server_handle = server
-        address: str = await server.address.remote()
+        address: str = await answer(server.address.remote(), f"the server of {named}")
         self._server_address = address.removeprefix("tcp://").partition("?")[0]  # it is printed
 
 
