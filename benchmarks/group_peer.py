@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import weight_sync
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.staging.joined_group import JoinedGroup
 
 from .shapes import DTYPES
 
@@ -105,7 +105,7 @@ class Receiver:
         ]
         store = dist.TCPStore(HOST, setup["store_port"], is_master=False)
         self._plain = plain_gloo(dist.PrefixStore("plain", store), rank=1)
-        self._group = UpdateGroup.join(
+        self._group = JoinedGroup.join(
             master_address=HOST,
             master_port=setup["group_port"],
             rank=1,

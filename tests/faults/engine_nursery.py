@@ -25,7 +25,7 @@ from versions import version_weights
 
 from rollout import Engine, RolloutPool
 from weight_sync import WeightPublisher
-from weight_sync.transports.group.group_arena import GroupArena
+from weight_sync.transports.group_arena import GroupArena
 
 BUCKET_BYTES = 100_000
 """Over a group: several buckets."""

@@ -18,7 +18,7 @@ from weight_sync.layout.manifest import Manifest
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.session import Phase, Session
-from weight_sync.transports.local import OpenedLocalArena
+from weight_sync.staging.opened_arena import OpenedLocalArena
 from weight_sync.wire.messages import (
     Abort,
     ArenaOpened,

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,19 +14,36 @@ WEIGHT_SYNC = [
     ["errors", "report"],
     ["devices"],
     ["layout"],
-    ["wire", "plan", "process_groups"],
+    ["wire", "process_groups"],
     ["transports"],
     ["joint"],
     ["publisher", "foreign"],
-    ["receiver", "spmd"],
+    ["plan", "spmd"],
+    ["staging"],
+    ["receiver"],
 ]
 #: Rooms on one line that do not know each other at all.
-STRANGERS = [("wire", "process_groups"), ("receiver", "spmd"), ("publisher", "foreign")]
+STRANGERS = [
+    *(("wire", "process_groups"), ("publisher", "foreign")),
+    *(("spmd", "plan"), ("spmd", "staging"), ("spmd", "receiver")),
+]
 #: Inside `rollout.engine`: the surface that users import stands on the executors, those on the loop.
 ENGINE = [["loop"], ["executors"], [""]]
 
-#: Modules whose import stands for a trainer's process, and what they must not bring with them.
-TRAINERS = ("weight_sync.publisher.publisher", "weight_sync.spmd.publisher")
+#: What a trainer's process does first, and what of ours it must not load by that: the engine's half of everything.
+TRAINERS = (
+    "import weight_sync.publisher.publisher",
+    "import weight_sync; weight_sync.WeightPublisher",
+    "import weight_sync.spmd.publisher",
+    "import weight_sync; weight_sync.update_weights",
+)
+ENGINES_HALF = (
+    "rollout",
+    *("weight_sync.plan", "weight_sync.staging", "weight_sync.receiver"),
+    *("weight_sync.process_groups.receiving_process", "weight_sync.process_groups.receiving_child"),
+    *("weight_sync.process_groups.expected", "weight_sync.process_groups.last_reads"),
+    "weight_sync.process_groups.children",
+)
 
 
 def edges(sources, package):
@@ -127,14 +145,31 @@ def test_the_search_for_circles_finds_one():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("module", TRAINERS)
-def test_a_trainers_process_loads_the_trainers_half_alone(module):
-    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+def of_the_engines_half(module):
+    return any(module == name or module.startswith(f"{name}.") for name in ENGINES_HALF)
+
+
+@pytest.mark.parametrize("statement", TRAINERS)
+def test_a_trainers_process_loads_the_trainers_half_alone(statement):
+    code = f"import json, sys; {statement}; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
         ).stdout
     )
-    engines_half = [name for name in loaded if name.startswith("weight_sync.receiver")]
-    assert engines_half == []
-    assert not any(name.split(".")[0] == "rollout" for name in loaded)
+    assert "weight_sync.publisher.endpoint" in loaded
+    assert [module for module in loaded if of_the_engines_half(module)] == []
+
+
+def test_the_engines_half_is_where_that_test_looks_for_it(sources):
+    modules = {source.module for source in sources}
+    assert [name for name in ENGINES_HALF if name not in modules] == []
+    engines_end = re.compile(r"Opened\w*Arena|\w+Stage|JoinedGroup|ReceivingProcess|Plan|Replay")
+    homes = {
+        source.module
+        for source in sources
+        if source.module.startswith("weight_sync.")
+        for node in source.tree.body
+        if isinstance(node, ast.ClassDef) and engines_end.fullmatch(node.name)
+    }
+    assert len(homes) > 8 and [module for module in homes if not of_the_engines_half(module)] == []

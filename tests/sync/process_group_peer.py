@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from weight_sync.errors import SyncError
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.staging.joined_group import JoinedGroup
+from weight_sync.transports.served_group import ServedGroup
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
 
@@ -32,33 +33,33 @@ class Peer:
     """The groups of this process."""
 
     def __init__(self) -> None:
-        self.group: UpdateGroup | None = None
+        self.group: ServedGroup | JoinedGroup | None = None
         self.plain: Any = None
         self.store: Any = None
         self.how = ""
 
     def serve(self, **options: Any) -> int:
         self.destroy()
-        self.group = UpdateGroup.serve(**options)
+        self.group = ServedGroup.serve(**options)
         return self.group.master_port
 
     def join(self, **options: Any) -> None:
         self.destroy()
-        self.group = UpdateGroup.join(master_address="127.0.0.1", **options)
+        self.group = JoinedGroup.join(master_address="127.0.0.1", **options)
 
     def joined(self) -> bool:
         assert self.group is not None
         self.group.joined.result()
-        return self.group.peer_is_ours
+        return isinstance(self.group, ServedGroup) or self.group.peer_is_ours
 
     def broadcast(
         self, num_bytes: int, seed: int, spans: Any = None, timeout_s: float = 10
     ) -> None:
-        assert self.group is not None
+        assert isinstance(self.group, ServedGroup)
         self.group.broadcast(content(num_bytes, seed), spans, timeout_s=timeout_s).result()
 
     def receive(self, num_bytes: int, seed: int, spans: Any = None, timeout_s: float = 10) -> bool:
-        assert self.group is not None
+        assert isinstance(self.group, JoinedGroup)
         buffer = self.group.landing(num_bytes)
         buffer = torch.zeros(num_bytes, dtype=torch.uint8) if buffer is None else buffer
         self.group.receive_into(buffer, spans, timeout_s=timeout_s).result()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.staging.joined_group import JoinedGroup
 
 NAME = "update"
 REPLY_S = 30.0
@@ -131,10 +131,10 @@ class PeerPool:
         self._peers = [peer for peer in self._peers if peer not in peers]
 
 
-def join(port: int | str, **options: Any) -> UpdateGroup:
+def join(port: int | str, **options: Any) -> JoinedGroup:
     """This process as engine rank 1 of the group at `port`."""
     defaults = {"rank": 1, "world_size": 2, "group_name": NAME, "timeout_s": 20.0}
-    return UpdateGroup.join(master_address="127.0.0.1", master_port=port, **{**defaults, **options})
+    return JoinedGroup.join(master_address="127.0.0.1", master_port=port, **{**defaults, **options})
 
 
 def free_port() -> int:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from weight_sync.errors import ERRORS, DeadlineExceeded, WeightUpdateError
+from weight_sync.layout.encoding import FULL, Encoding
 from weight_sync.layout.weight_map import Placement, WeightMap
-from weight_sync.plan.encoding import FULL, Encoding
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService

@@ -30,7 +30,8 @@ from weight_sync.errors import (
     TransportError,
 )
 from weight_sync.publisher.update import Update
-from weight_sync.transports.cuda_ipc import CudaIpcArena, OpenedAllocations, OpenedCudaIpcArena
+from weight_sync.staging.opened_cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
+from weight_sync.transports.cuda_ipc import CudaIpcArena
 from weight_sync.wire.messages import CudaIpcHandle, OpenArena
 from weight_sync.wire.process import current_process
 
@@ -336,12 +337,12 @@ def test_an_arena_on_another_gpu_is_read_once_into_a_stage_where_there_is_room(
     make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch, room: bool
 ) -> None:
     from weight_sync.receiver import service
-    from weight_sync.transports import cuda_ipc
-    from weight_sync.transports.group import shadow_stage
+    from weight_sync.staging import opened_cuda_ipc, shadow_stage
 
     stand_in(monkeypatch)
     monkeypatch.setattr(service, "ipc_memory_of", lambda device: Elsewhere())
-    monkeypatch.setattr(cuda_ipc, "_check_owner", lambda handle: None)  # the trainer is here too
+    # The trainer is here too.
+    monkeypatch.setattr(opened_cuda_ipc, "_check_owner", lambda handle: None)
     monkeypatch.setattr(shadow_stage, "can_spare", lambda device, num_bytes: room)
     engine = make_engine(serve=True)
     with WeightPublisher(engine.address, transport="cuda_ipc", timeout_s=10) as publisher:

@@ -14,11 +14,11 @@ import weight_sync
 from weight_sync import WeightPublisher
 from weight_sync.errors import FingerprintMismatch, ProtocolError
 from weight_sync.layout import region as regions
+from weight_sync.layout.encoding import Encoding
 from weight_sync.layout.manifest import Manifest, TensorMeta
 from weight_sync.layout.tensor_sums import tensor_fingerprint
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.plan.copies import Copy, Indices, Occupied
-from weight_sync.plan.encoding import Encoding
 from weight_sync.plan.plan import compile_plan
 from weight_sync.receiver import service
 

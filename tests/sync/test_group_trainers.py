@@ -21,7 +21,7 @@ from weight_sync.errors import (
     SyncError,
     TransportError,
 )
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.staging.joined_group import JoinedGroup
 
 NAME = "trainers"
 NORM, OTHER_NORM, HEAD = (
@@ -160,7 +160,7 @@ def test_it_does_something_else_than_a_broadcast(trainer: Trainer) -> None:
 def test_another_member_has_taken_the_engines_rank(engine: Engine, trainer: Trainer) -> None:
     """Two engines were told the same rank of three: nobody is the third, and all hear of it by the deadline."""
     crowded = Trainer(engine, world_size=3)
-    member = UpdateGroup.join(
+    member = JoinedGroup.join(
         master_address="127.0.0.1",
         master_port=crowded.group.master_port,
         rank=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weight_sync.plan.parallel_copy import copy_tensors
+from weight_sync.layout.parallel_copy import copy_tensors
 
 
 def pairs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

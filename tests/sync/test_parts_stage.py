@@ -31,9 +31,9 @@ from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
 from weight_sync.receiver.service import WeightService
-from weight_sync.transports import cuda_ipc
-from weight_sync.transports.group.shadow_stage import StageMemory
-from weight_sync.transports.parts_stage import PartsStage
+from weight_sync.staging import opened_cuda_ipc
+from weight_sync.staging.parts_stage import PartsStage
+from weight_sync.staging.shadow_stage import StageMemory
 from weight_sync.wire.channel import RpcChannel
 from weight_sync.wire.messages import WeightReply, WeightRequest
 from weight_sync.wire.rpc import RpcClient, RpcServer
@@ -96,7 +96,7 @@ def engine(maps: list[WeightMap], monkeypatch: pytest.MonkeyPatch) -> Iterator[E
     stand_in(monkeypatch)
     monkeypatch.setattr(service, "ipc_memory_of", lambda device: MemoryFiles())
     # The trainer is in this process too.
-    monkeypatch.setattr(cuda_ipc, "_check_owner", lambda handle: None)
+    monkeypatch.setattr(opened_cuda_ipc, "_check_owner", lambda handle: None)
     engine = Engine(maps)
     yield engine
     engine.close()

@@ -32,11 +32,13 @@ from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.expected import (
     BEHIND_BYTES,
     ExpectedMessage,
+    receive_expected,
     telling_bytes,
 )
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
-from weight_sync.process_groups.streams import receive_expected, send_parts
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.process_groups.streams import broadcast_parts
+from weight_sync.staging.joined_group import JoinedGroup
+from weight_sync.transports.served_group import ServedGroup
 
 MIB = 1 << 20
 TENSORS: list[tuple[str, list[int], int]] = [
@@ -73,7 +75,7 @@ def assert_arrived(tensors: list[torch.Tensor]) -> None:
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), sent)
 
 
-def receive_tensors(group: UpdateGroup, metas: list[TensorMeta]) -> list[torch.Tensor]:
+def receive_tensors(group: JoinedGroup, metas: list[TensorMeta]) -> list[torch.Tensor]:
     spans, end = [], 0
     for meta in metas:
         spans.append((end, end + meta.num_bytes))
@@ -212,12 +214,12 @@ def test_what_cannot_be_a_member_is_refused_at_once(options: dict[str, Any], wor
     valid = {"rank": 1, "world_size": 2, "group_name": NAME, "master_port": 1}
     before = group_threads()
     with pytest.raises(TransportError, match=words):
-        UpdateGroup.join(master_address="127.0.0.1", **{**valid, **options})
+        JoinedGroup.join(master_address="127.0.0.1", **{**valid, **options})
     assert group_threads() <= before
 
 
 def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():
-    with UpdateGroup.serve(world_size=1, group_name=NAME) as group:
+    with ServedGroup.serve(world_size=1, group_name=NAME) as group:
         group.joined.result()
         with pytest.raises(TransportError, match="expected contiguous bytes"):
             group.broadcast(torch.zeros(4), timeout_s=1)
@@ -260,7 +262,7 @@ class Tree:
         def member(rank: int) -> Any:
             end = time.monotonic() + 10
             if rank == 0:
-                return send_parts(self.members[0], sent, depth=2, end=end)
+                return broadcast_parts(self.members[0], sent, depth=2, end=end)
             buffer = torch.zeros(sum(expected) + BEHIND_BYTES, dtype=torch.uint8)
             parts = list(buffer[:-BEHIND_BYTES].split(expected))
             try:
@@ -330,8 +332,8 @@ def test_ipv6_addresses_come_with_and_without_brackets(host: str, address: str):
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
-    with UpdateGroup.serve(world_size=2, group_name=NAME, host=host, timeout_s=10) as trainer:
-        engine = UpdateGroup.join(
+    with ServedGroup.serve(world_size=2, group_name=NAME, host=host, timeout_s=10) as trainer:
+        engine = JoinedGroup.join(
             master_address=address,
             master_port=trainer.master_port,
             rank=1,
@@ -350,6 +352,6 @@ def test_ipv6_addresses_come_with_and_without_brackets(host: str, address: str):
 def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TransportError, match="expected 'gloo'"):
-        UpdateGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cuda")
+        ServedGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cuda")
     with pytest.raises(TransportError, match="expected a CUDA device"):
-        UpdateGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cpu")
+        ServedGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cpu")

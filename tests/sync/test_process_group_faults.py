@@ -28,7 +28,7 @@ from weight_sync.process_groups.communicator import (
 )
 from weight_sync.process_groups.meeting import PROTOCOL_VERSION, GroupTerms, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.transports.served_group import ServedGroup
 
 MIB = 1 << 20
 SLACK_S = 1.5
@@ -247,7 +247,7 @@ def test_a_port_that_strangers_knock_at_still_makes_the_group(peers):
 def test_a_port_in_use_is_refused_at_once():
     server = StoreServer()
     with pytest.raises(TransportError, match="pass port 0"):
-        UpdateGroup.serve(world_size=2, group_name=NAME, port=server.port)
+        ServedGroup.serve(world_size=2, group_name=NAME, port=server.port)
     server.close()
 
 

@@ -22,7 +22,7 @@ from sync_support import eventually
 from weight_sync.errors import TransportError
 from weight_sync.process_groups.last_reads import read_away
 from weight_sync.process_groups.receiving_process import ReceivingProcesses
-from weight_sync.transports.group.process_group import UpdateGroup
+from weight_sync.staging.joined_group import JoinedGroup
 
 MIB = 1 << 20
 
@@ -36,11 +36,11 @@ def processes() -> Iterator[ReceivingProcesses]:
 
 @pytest.fixture
 def connect(processes: ReceivingProcesses) -> Iterator[Callable[[], Any]]:
-    groups: list[UpdateGroup] = []
+    groups: list[JoinedGroup] = []
 
-    def make() -> tuple[PlainGroup, UpdateGroup]:
+    def make() -> tuple[PlainGroup, JoinedGroup]:
         trainer = PlainGroup.serve(world_size=2, group_name=NAME, timeout_s=60)
-        engine = UpdateGroup.join(
+        engine = JoinedGroup.join(
             master_address="127.0.0.1",
             master_port=trainer.master_port,
             rank=1,
@@ -59,7 +59,7 @@ def connect(processes: ReceivingProcesses) -> Iterator[Callable[[], Any]]:
         group.destroy()
 
 
-def arrives(trainer: PlainGroup, engine: UpdateGroup, num_bytes: int, seed: int) -> bool:
+def arrives(trainer: PlainGroup, engine: JoinedGroup, num_bytes: int, seed: int) -> bool:
     buffer = engine.landing(num_bytes)
     assert buffer is not None
     receiving = engine.receive_into(buffer, timeout_s=20)

@@ -27,7 +27,7 @@ from weight_sync.layout.weight_map import WeightMap
 from weight_sync.plan.plan import Plan, compile_plan
 from weight_sync.process_groups.parts import receive_buffer
 from weight_sync.publisher.update import Update
-from weight_sync.transports.group.shadow_stage import ShadowStage, StageMemory
+from weight_sync.staging.shadow_stage import ShadowStage, StageMemory
 from weight_sync.transports.spans import chunks_of, spans_of
 
 CHUNK_BYTES = 20_000
@@ -304,9 +304,7 @@ def test_memory_that_a_broken_group_may_still_write_is_never_used_again() -> Non
 def test_a_chunk_arrives_while_the_one_before_it_is_checked_in_another_buffer(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "weight_sync.transports.group.shadow_plan.Chunk._find_home", lambda *_: None
-    )
+    monkeypatch.setattr("weight_sync.staging.shadow_plan.Chunk._find_home", lambda *_: None)
     config = ModelConfig.from_folder(tiny_checkpoint("llama", tie_word_embeddings=False))
     rank = Rank(build_model(config, torch.float32, "cpu").weight_map)
     seen: list[tuple[int, int]] = []
@@ -477,7 +475,7 @@ def test_no_memory_for_a_receive_buffer_is_an_error_and_the_next_update_works(
     with WeightPublisher(engine, transport="process_group", timeout_s=20) as publisher:
         publisher.publish(weights(1.0))
         with monkeypatch.context() as patch:
-            patch.setattr("weight_sync.transports.group.shadow_stage.receive_buffer", scarce)
+            patch.setattr("weight_sync.staging.shadow_stage.receive_buffer", scarce)
             engine.receiver.stage_memory._incoming.clear()
             with pytest.raises(TransportError, match="no memory on cpu"):
                 publisher.publish(weights(2.0))

@@ -27,10 +27,10 @@ from sync_support import (
 from weight_sync import WeightPublisher
 from weight_sync.errors import TransportError
 from weight_sync.receiver import service
-from weight_sync.transports.group import shadow_stage
+from weight_sync.staging import shadow_stage
+from weight_sync.staging.opened_shared_memory import OpenedSharedMemoryArena
 from weight_sync.transports.shared_memory import (
     HEADER_BYTES,
-    OpenedSharedMemoryArena,
     SharedMemoryArena,
 )
 from weight_sync.wire.messages import SharedMemoryHandle
@@ -74,7 +74,8 @@ def test_a_trainer_can_neither_shrink_nor_grow_nor_unseal_an_arena() -> None:
 def test_the_engine_cannot_write_into_an_arena() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import sync_support\n"
-        "from weight_sync.transports.shared_memory import *\n"
+        "from weight_sync.transports.shared_memory import SharedMemoryArena\n"
+        "from weight_sync.staging.opened_shared_memory import OpenedSharedMemoryArena\n"
         "arena = SharedMemoryArena(4096)\n"
         "OpenedSharedMemoryArena(arena.handle).buffer.fill_(1)\n"
     )

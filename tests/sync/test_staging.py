@@ -25,8 +25,8 @@ from weight_sync.errors import (
     WeightUpdateError,
 )
 from weight_sync.publisher.update import Update
-from weight_sync.transports import cuda_ipc
-from weight_sync.transports.group.shadow_stage import StageMemory
+from weight_sync.staging import opened_cuda_ipc
+from weight_sync.staging.shadow_stage import StageMemory
 
 NAMED = list(weights(0.0))
 WAYS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,9 @@ def make_publisher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., tuple[ToyEngine, WeightPublisher]]]:
     stand_in(monkeypatch)
-    monkeypatch.setattr(cuda_ipc, "_check_owner", lambda handle: None)  # the trainer is here too
+    monkeypatch.setattr(
+        opened_cuda_ipc, "_check_owner", lambda handle: None
+    )  # the trainer is here too
     made = []
 
     def make(staging: str) -> tuple[ToyEngine, WeightPublisher]:

@@ -19,13 +19,14 @@ from rollout_kernels.span_table import ByteSpan
 
 from ..errors import ManifestMismatch
 from ..layout import region as regions
+from ..layout.encoding import FULL, Encoding
 from ..layout.fingerprints import ArenaFingerprints, Indices, SubsetSums
 from ..layout.manifest import Manifest, dtype_name, mismatch
 from ..layout.memory import Storage, byte_range, storage_key, storage_view, writable
 from ..layout.tensor_sums import region_sum
 from ..layout.weight_map import Located, Placement, WeightMap
 from .copies import Copy
-from .encoding import FULL, Encoding
+from .decoding import decoder_of
 
 
 def compile_plan(manifest: Manifest, weight_map: WeightMap, encoding: Encoding = FULL) -> Plan:
@@ -96,7 +97,7 @@ class Plan:
             for memory in (writable(placement.destination),)
         )
         """The table: what a replay copies, before neighbours are joined."""
-        self._decoder = encoding.decoder(manifest, self.copies, weight_map.occupied())
+        self._decoder = decoder_of(encoding, manifest, self.copies, weight_map.occupied())
 
     def replay(self, stage: torch.Tensor, present: Indices | None = None) -> None:
         """Write the arena `stage` (uint8) into the parameters; only the tensors `present`, unless it is None.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ManifestMismatch, ProtocolError
+from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import Manifest, WireManifest, mismatch
 from ..layout.tensor_sums import name_key
 from ..layout.weight_map import WeightMap
-from .encoding import FULL, Encoding
 from .plan import Plan, compile_plan
 
 _KEPT = 8

@@ -10,9 +10,13 @@ marks and all: whoever gets bytes through others sees the same marks as they do,
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import TransportError
+from .communicator import Communicator
 
 _TAIL = bytes(range(0x51, 0x5F)) + b"\xfb\xff"
 """Over the last expected bytes. Its end is no number in any floating-point format: two bytes of it tell enough."""
@@ -65,6 +69,29 @@ class ExpectedMessage:
         same = self._inside == _mark(_TAIL)[len(_TAIL) - self._inside.numel() :]
         changed = same.logical_not().nonzero()
         return self._inside.numel() - (int(changed[-1]) + 1 if changed.numel() else 0)
+
+
+def receive_expected(
+    communicator: Communicator,
+    parts: Sequence[torch.Tensor],
+    *,
+    end: float,
+    telling: Sequence[int],
+) -> None:
+    """What others receive with `broadcast_parts`, over gloo and one at a time, each with a proof of its length.
+
+    `telling`: one number for each part. What is behind a part is scratch until the next one comes.
+    """
+    for i, (part, tells) in enumerate(zip(parts, telling, strict=True)):
+        message = ExpectedMessage(part, telling=tells)
+        left_s = end - time.monotonic()
+        try:
+            communicator.post_broadcast(message.posted, root=0, timeout_s=left_s).wait()
+        except TransportError as error:
+            raise TransportError(
+                f"{error} (a member ends, too, when it gets more bytes than announced)"
+            ) from error
+        message.check(f"group {communicator.name!r}, part {i}")
 
 
 def _mark(data: bytes) -> torch.Tensor:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store
 
 from ..errors import SyncError, TransportError
 from .backends import open_gloo, open_nccl
 from .communicator import Communicator
 from .meeting import GroupTerms, Meeting, attend, convene, find_plain, find_terms, report_failure
-from .receiving_child import Connect
 from .rendezvous import Lifeline, StoreServer, connect_store, first_line, left, poll, under
 
 BACKENDS = ("gloo", "nccl")
@@ -184,21 +183,4 @@ def connect(
         connections=meeting.offer.connections if meeting.offer is not None else 1,
         join_timeout_s=left_s,
         timeout_s=left_s,
-    )
-
-
-def connect_command(
-    member: Joiner, place: RendezvousPlace, meeting: Meeting, *, end: float
-) -> Connect:
-    """What makes a `ReceivingProcess` a member in place of this one."""
-    assert isinstance(place.store, TCPStore)
-    return Connect(
-        host=place.store.host,
-        port=place.store.port,
-        prefix=meeting.prefix,
-        rank=member.rank,
-        size=member.world_size,
-        name=member.name,
-        address=place.address,
-        end=end,
     )

@@ -28,10 +28,10 @@ from ..errors import DeadlineExceeded, SyncError, TransportError
 from .backends import open_gloo
 from .children import life_of
 from .communicator import Communicator
+from .expected import receive_expected
 from .last_reads import read_away_at_the_end
 from .parts import MADV_POPULATE_WRITE
 from .rendezvous import left, store_error, under
-from .streams import receive_expected
 
 NUM_DESCRIPTORS = 3
 """What a member gets: its end of a socket, memory to receive into, and a file for its last words."""

@@ -21,12 +21,15 @@ from collections.abc import Sequence
 
 import msgspec
 import torch
+from torch.distributed import TCPStore
 
 from ..errors import DeadlineExceeded, TransportError
 from ..layout.memory import Range, storage_key
 from .calls import GRACE_S
 from .children import start_command
 from .expected import BEHIND_BYTES
+from .joining import Joiner, RendezvousPlace
+from .meeting import Meeting
 from .receiving_child import ERRORS, Connect, Done, Part, Take
 
 _NAME = "update-group"
@@ -207,3 +210,20 @@ class ReceivingProcess:
             f"{self._me}: {what} failed, got the end of the process that receives (it said last: "
             f"{' '.join(lines[-3:])[-500:]!r}), expected it to live; make a new group"
         )
+
+
+def connect_command(
+    member: Joiner, place: RendezvousPlace, meeting: Meeting, *, end: float
+) -> Connect:
+    """What makes a `ReceivingProcess` a member in place of this one."""
+    assert isinstance(place.store, TCPStore)
+    return Connect(
+        host=place.store.host,
+        port=place.store.port,
+        prefix=meeting.prefix,
+        rank=member.rank,
+        size=member.world_size,
+        name=member.name,
+        address=place.address,
+        end=end,
+    )

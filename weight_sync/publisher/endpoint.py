@@ -13,15 +13,15 @@ import torch
 from ..devices.room import can_spare
 from ..errors import EngineRestartedError, ManifestMismatch, SyncError, TransportError
 from ..joint.engines import JointTarget, Target, check_target
+from ..layout.encoding import FULL, Encoding
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
-from ..plan.encoding import FULL, Encoding
 from ..transports.arena import Arena
 from ..transports.cuda_ipc import CudaIpcArena
-from ..transports.group.group_arena import GroupArena
-from ..transports.group.process_group import UpdateGroup
+from ..transports.group_arena import GroupArena
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import LocalArena
+from ..transports.served_group import ServedGroup
 from ..transports.shared_memory import SharedMemoryArena
 from ..wire.channel import Channel, RpcChannel
 from ..wire.deadline import Deadline
@@ -334,7 +334,7 @@ class EngineEndpoint:
         backend = self._group_backend
         if backend == "auto":
             backend = "nccl" if info.device.startswith("cuda") else "gloo"
-        group = UpdateGroup.serve(
+        group = ServedGroup.serve(
             world_size=1 + info.tp_size,
             group_name=f"publisher-{secrets.token_hex(6)}",
             host=self._group_host,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import ManifestMismatch
+from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
-from ..plan.encoding import FULL, Encoding
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
 from .sources import unwrapped

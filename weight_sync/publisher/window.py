@@ -16,7 +16,7 @@ from ..errors import TransportError
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.finite import FiniteCheck
 from ..layout.manifest import ALIGNMENT, Manifest, align
-from ..plan.parallel_copy import copy_tensors
+from ..layout.parallel_copy import copy_tensors
 from .packer import DevicePacker
 
 _KEPT = 256

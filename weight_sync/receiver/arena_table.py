@@ -4,7 +4,7 @@ import secrets
 from collections import Counter
 
 from ..errors import ArenaGoneError, TransportError
-from ..transports.arena import OpenedArena
+from ..staging.opened_arena import OpenedArena
 from ..wire.process import why_dead
 
 MAX_ARENAS = 16

@@ -21,8 +21,8 @@ from ..errors import (
     TornWeightsError,
     WeightUpdateError,
 )
-from ..plan.parallel_copy import copy_tensors
-from ..plan.stage import as_uint64
+from ..layout.parallel_copy import copy_tensors
+from ..staging.stage import as_uint64
 from .agreement import RankAgreement, check_in_time, together, whole_values
 from .host import WeightHost
 from .session import Phase, Session

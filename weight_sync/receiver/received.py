@@ -16,10 +16,10 @@ from ..layout.bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 from ..layout.fingerprints import fingerprint
 from ..layout.finite import refuse_non_finite
 from ..layout.manifest import Manifest, TensorMeta, align, mismatch, parse_dtype
-from ..plan.stage import Stage
 from ..process_groups.expected import telling_bytes
 from ..publisher.selection import Layout, Selector
-from ..transports.group.process_group import UpdateGroup
+from ..staging.joined_group import JoinedGroup
+from ..staging.stage import Stage
 from ..wire.messages import EngineInfo, Receive
 from .session import Phase, Session
 
@@ -32,7 +32,7 @@ _SPARE_BYTES = 64 << 20
 
 
 @contextmanager
-def left_on_error(group: UpdateGroup) -> Iterator[None]:
+def left_on_error(group: JoinedGroup) -> Iterator[None]:
     """Bytes of the group may be under way that nobody takes: it cannot be used again."""
     try:
         yield
@@ -54,7 +54,7 @@ def check_can_receive(session: Session, canonical: Manifest) -> None:
 
 
 def receive(
-    group: UpdateGroup, message: Receive, timeout_s: float, session: Session
+    group: JoinedGroup, message: Receive, timeout_s: float, session: Session
 ) -> list[NamedTensor]:
     """What the trainer broadcasts for `message`, in memory of the session's stage.
 
@@ -112,7 +112,7 @@ def _check_sizes(metas: Sequence[TensorMeta], manifest: Manifest) -> None:
 
 
 def _receive_tensors(
-    group: UpdateGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
+    group: JoinedGroup, metas: Sequence[TensorMeta], timeout_s: float, stage: Stage
 ) -> list[NamedTensor]:
     spans, end = [], 0
     for meta in metas:
@@ -131,7 +131,7 @@ def _receive_tensors(
 
 
 def _receive_bucket(
-    group: UpdateGroup,
+    group: JoinedGroup,
     metas: Sequence[TensorMeta],
     timeout_s: float,
     stage: Stage,

@@ -27,13 +27,13 @@ from ..errors import (
     WeightUpdateError,
 )
 from ..joint.session import next_version
+from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import Manifest
 from ..layout.weight_map import WeightMap
-from ..plan.encoding import FULL, Encoding
 from ..plan.plan_cache import PlanCache
-from ..transports.arena import OpenedArena
-from ..transports.group.process_group import UpdateGroup
-from ..transports.group.stage_memories import StageMemories
+from ..staging.joined_group import JoinedGroup
+from ..staging.opened_arena import OpenedArena
+from ..staging.stage_memories import StageMemories
 from ..wire.messages import (
     PROTOCOL_VERSION,
     Begin,
@@ -249,7 +249,7 @@ class WeightReceiver:
             num_staged=int(session.present.sum()), stage_s=time.perf_counter() - start
         )
 
-    def receive(self, message: Receive, group: UpdateGroup) -> BucketReply:
+    def receive(self, message: Receive, group: JoinedGroup) -> BucketReply:
         """Receive what a plain trainer broadcasts, and stage it; a failure ends the session.
 
         Whoever does not take the bytes leaves the group, lest the next call take them for its own. All ranks
@@ -279,7 +279,7 @@ class WeightReceiver:
             received=received,
         )
 
-    def miss(self, message: Bucket | Receive, group: UpdateGroup | None, reason: Exception) -> None:
+    def miss(self, message: Bucket | Receive, group: JoinedGroup | None, reason: Exception) -> None:
         """`message` came too late to be carried out, so what it announced is never taken; its session ends."""
         session = self._session
         if session is not None and (session.request.session_id, session.epoch) == (

@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import FingerprintMismatch, WeightUpdateError
 from ..layout.tensor_sums import name_key
 from ..plan.plan_cache import KnownPlan, PlanCache
-from ..plan.stage import as_uint64
+from ..staging.stage import as_uint64
 from .agreement import RankAgreement, whole_values
 from .host import WeightHost
 

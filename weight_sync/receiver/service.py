@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from ..errors import DeadlineExceeded, ProtocolError, TransportError
-from ..transports.arena import OpenedArena
-from ..transports.cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
-from ..transports.group.group_arena import GroupTable, OpenedGroupArena
-from ..transports.group.shadow_stage import NoStageMemory, StageMemory
+from ..staging.opened_arena import OpenedArena, OpenedLocalArena
+from ..staging.opened_cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
+from ..staging.opened_group import GroupTable, OpenedGroupArena
+from ..staging.opened_shared_memory import OpenedSharedMemoryArena
+from ..staging.shadow_stage import NoStageMemory, StageMemory
+from ..staging.uploaded_arena import OpenedUploadedArena, needs_upload
 from ..transports.ipc_memory import ipc_memory_of
-from ..transports.local import OpenedLocalArena
-from ..transports.shared_memory import OpenedSharedMemoryArena
-from ..transports.uploaded_arena import OpenedUploadedArena, needs_upload
 from ..wire.call_queue import CallQueue, answer_later
 from ..wire.messages import (
     Abort,

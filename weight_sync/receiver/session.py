@@ -13,11 +13,11 @@ from ..errors import FingerprintMismatch, ProtocolError, SessionBusy, WeightUpda
 from ..layout.manifest import Manifest, mismatch
 from ..plan.plan import Plan
 from ..plan.plan_cache import KnownPlan
-from ..plan.stage import ArenaStage, Stage
-from ..transports.group.joint_stage import JointStage
-from ..transports.group.process_group import UpdateGroup
-from ..transports.group.shadow_stage import StageMemory
-from ..transports.uploaded_arena import UploadedStage
+from ..staging.joined_group import JoinedGroup
+from ..staging.joint_stage import JointStage
+from ..staging.shadow_stage import StageMemory
+from ..staging.stage import ArenaStage, Stage
+from ..staging.uploaded_arena import UploadedStage
 from ..wire.messages import Begin, Bucket
 
 MAX_NAMED = 20
@@ -149,7 +149,7 @@ class Session:
         self.stage_s += self.stage.accept(indices, self._check_staged, self.lease_left_s, bucket.at)
         self.present[indices] = True
 
-    def take_from_groups(self, memory: StageMemory, group: UpdateGroup) -> None:
+    def take_from_groups(self, memory: StageMemory, group: JoinedGroup) -> None:
         """From now on tensors may come over `group` as well; what is staged stays staged."""
         if isinstance(self.stage, UploadedStage):
             memory = self.stage.memory  # beside what is there

@@ -1,8 +1,8 @@
 """The memory through which weights travel: written by a trainer, read by an engine, reused by every update.
 
-A trainer's `Arena` has a buffer and a handle; the engine opens the handle once and keeps the `OpenedArena`. Which of
-the two may touch the bytes is the protocol's business: the trainer until it has said `Bucket`, then the engine until
-the session has ended.
+A trainer's `Arena` has a buffer and a handle; the engine opens the handle once and keeps what it opened
+(`staging.opened_arena`). Which of the two may touch the bytes is the protocol's business: the trainer until it has said
+`Bucket`, then the engine until the session has ended.
 """
 
 import contextlib
@@ -10,16 +10,12 @@ import mmap
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from ..layout.memory import Range
-from ..wire.messages import ArenaHandle, ProcessRef
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-    from ..plan.stage import Stage
+from ..wire.messages import ArenaHandle
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -46,30 +42,6 @@ class Arena(Protocol):
 
     def close(self) -> None:
         """Give the memory back, here; the engine's mapping lives until it closes too. Safe to repeat."""
-
-
-class OpenedArena(Protocol):
-    """The engine's end."""
-
-    @property
-    def owner(self) -> ProcessRef:
-        """The trainer; when it dies, the arena is of no use."""
-
-    @property
-    def unstaged(self) -> bool:
-        """Its bytes are written as they come: an update must be complete."""
-
-    def stage(self, plan: "Plan") -> "Stage":
-        """Where a session's bytes wait for its commit; `TransportError` when the arena is too small for the plan."""
-
-    def refuse(self) -> None:
-        """A bucket was announced and not taken. What carries it must not take its bytes for those of another one."""
-
-    def given_up(self) -> bool:
-        """The trainer has certainly closed its end, although it may not have been able to say so."""
-
-    def close(self) -> None:
-        """Give the mapping back. Safe to repeat."""
 
 
 class SharedBytes:

@@ -5,10 +5,7 @@ import mmap
 import torch
 
 from ..errors import TransportError
-from ..plan.plan import Plan
-from ..plan.stage import ArenaStage
-from ..wire.messages import LocalHandle, ProcessRef
-from ..wire.process import current_process
+from ..wire.messages import LocalHandle
 from .arena import Mapping, SharedBytes
 
 
@@ -44,25 +41,3 @@ class LocalArena(SharedBytes):
         self._buffer = torch.empty(0, dtype=torch.uint8)
         if self._mapping is not None:
             self._mapping.close()
-
-
-class OpenedLocalArena(SharedBytes):
-    """The engine's end: the same tensor."""
-
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self._buffer: torch.Tensor | None = buffer
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        assert self._buffer is not None, "the arena was closed"
-        return self._buffer
-
-    @property
-    def owner(self) -> ProcessRef:
-        return current_process()
-
-    def stage(self, plan: Plan) -> ArenaStage:
-        return ArenaStage(self.buffer, plan)
-
-    def close(self) -> None:
-        self._buffer = None

@@ -15,8 +15,6 @@ import torch
 
 from ..devices.registration import Registration
 from ..errors import TransportError
-from ..plan.plan import Plan
-from ..plan.stage import ArenaStage, Stage
 from ..wire.messages import ProcessRef, SharedMemoryHandle
 from ..wire.process import current_process, host_id, why_dead
 from .arena import Mapping, SharedBytes
@@ -69,10 +67,11 @@ class SharedMemoryArena(SharedBytes):
             self._mapping.close()
 
 
-class OpenedSharedMemoryArena(SharedBytes):
-    """The engine's end: a read-only mapping of what `handle` names; `TransportError` when it is not an arena."""
+class MappedMemoryFile(SharedBytes):
+    """What `handle` names, mapped by another process; `TransportError` when it is not an arena."""
 
     _writable = False
+    """Whether it is mapped to be written."""
 
     def __init__(self, handle: SharedMemoryHandle) -> None:
         self._owner = handle.owner
@@ -101,9 +100,6 @@ class OpenedSharedMemoryArena(SharedBytes):
     def owner(self) -> ProcessRef:
         return self._owner
 
-    def stage(self, plan: Plan) -> Stage:
-        return ArenaStage(self.buffer, plan)
-
     def given_up(self) -> bool:
         """The trainer's descriptor is closed, or is another file by now."""
         try:
@@ -117,7 +113,7 @@ class OpenedSharedMemoryArena(SharedBytes):
         self._mapping.close()
 
 
-class WritableSharedMemoryArena(OpenedSharedMemoryArena):
+class WritableSharedMemoryArena(MappedMemoryFile):
     """Another process of the trainer's end: a mapping to write shards into."""
 
     _writable = True

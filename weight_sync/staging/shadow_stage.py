@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...devices.room import can_spare
-from ...errors import TransportError
-from ...layout.weight_map import WeightMap
-from ...plan.plan import Plan
-from ...plan.stage import Check, Fill, WriteMark, check_size, refuse_window
-from ...process_groups.communicator import keep_until_aborted
-from ...process_groups.parts import receive_buffer
-from ..spans import chunks_of
-from .process_group import UpdateGroup
+from ..devices.room import can_spare
+from ..errors import TransportError
+from ..layout.weight_map import WeightMap
+from ..plan.plan import Plan
+from ..process_groups.communicator import keep_until_aborted
+from ..process_groups.parts import receive_buffer
+from ..transports.spans import chunks_of
+from .joined_group import JoinedGroup
 from .shadow import Shadow
 from .shadow_plan import Chunk, ShadowPlan
+from .stage import Check, Fill, WriteMark, check_size, refuse_window
 
 _KEPT_PLANS = 4
 
@@ -159,7 +159,7 @@ class ShadowStage:
 
     in_parts = False
 
-    def __init__(self, memory: StageMemory, group: UpdateGroup, num_bytes: int, plan: Plan) -> None:
+    def __init__(self, memory: StageMemory, group: JoinedGroup, num_bytes: int, plan: Plan) -> None:
         check_size(num_bytes, plan)
         self._memory = memory
         self._group = group

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ...layout.memory import Range, Storage
-from ...layout.weight_map import WeightMap
-from ...wire.messages import Staging
+from ..layout.memory import Range, Storage
+from ..layout.weight_map import WeightMap
+from ..wire.messages import Staging
 from .shadow import Pairs, Shadow
 from .shadow_stage import StageMemory
 

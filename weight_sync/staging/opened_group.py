@@ -1,68 +1,23 @@
-"""An arena that travels: the trainer's bytes are broadcast over an update group, and every engine rank keeps its part.
+"""An engine rank's end of an arena that travels, and the update groups that the rank has joined."""
 
-The trainer packs into ordinary memory and announces a bucket; each rank that hears of it receives those bytes, chunk by
-chunk, into the stage of its session. Both ends cut the bytes alike, from the manifest and the announced tensors alone.
-"""
+from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 
 import torch
 
-from ...errors import TransportError
-from ...layout.memory import Range
-from ...plan.plan import Plan
-from ...process_groups.communicator import keep_until_aborted
-from ...process_groups.receiving_process import ReceivingProcesses
-from ...wire.messages import GroupHandle, ProcessRef
-from ...wire.process import current_process
-from .process_group import UpdateGroup
+from ..errors import TransportError
+from ..plan.plan import Plan
+from ..process_groups.receiving_process import ReceivingProcesses
+from ..wire.messages import GroupHandle, ProcessRef
+from .joined_group import JoinedGroup
 from .shadow_stage import ShadowStage, StageMemory
-
-
-class GroupArena:
-    """The trainer's end: memory of its own, and the group that carries it."""
-
-    def __init__(self, num_bytes: int, group: UpdateGroup) -> None:
-        self._group = group
-        self._buffer: torch.Tensor | None = torch.zeros(
-            num_bytes, dtype=torch.uint8, device=group.device
-        )
-        self._num_bytes = num_bytes
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        assert self._buffer is not None, "the arena was closed"
-        return self._buffer
-
-    @property
-    def handle(self) -> GroupHandle:
-        return GroupHandle(
-            owner=current_process(),
-            group_name=self._group.name,
-            num_bytes=self._num_bytes,
-            ends_group=True,
-        )
-
-    @property
-    def broken(self) -> str | None:
-        """Why nothing can be sent any more, or None."""
-        return self._group.broken
-
-    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
-        """Broadcast these bytes; they must not change until the future is done."""
-        return self._group.broadcast(self.buffer, spans, timeout_s=timeout_s) if spans else None
-
-    def close(self) -> None:
-        buffer, self._buffer = self._buffer, None
-        self._group.destroy()
-        keep_until_aborted(buffer)
 
 
 class OpenedGroupArena:
     """An engine rank's end: holds the memory of stages, not the arena's bytes. A publisher's own group goes with it."""
 
-    def __init__(self, groups: "GroupTable", handle: GroupHandle, memory: StageMemory) -> None:
+    def __init__(self, groups: GroupTable, handle: GroupHandle, memory: StageMemory) -> None:
         self._groups = groups
         self._group = groups.get(handle.group_name)
         self._num_bytes = handle.num_bytes
@@ -101,7 +56,7 @@ class GroupTable:
     def __init__(self, tp_rank: int, device: torch.device) -> None:
         self._tp_rank = tp_rank
         self._device = device
-        self._groups: dict[str, UpdateGroup] = {}
+        self._groups: dict[str, JoinedGroup] = {}
         self._processes = ReceivingProcesses()
 
     def join(
@@ -114,12 +69,12 @@ class GroupTable:
         world_size: int,
         backend: str,
         timeout_s: float,
-    ) -> "Future[None]":
+    ) -> Future[None]:
         """Join the trainer's group as rank `rank_offset` + tensor-parallel rank; done when all members have come."""
         old = self._groups.pop(group_name, None)
         if old is not None:
             old.destroy()
-        group = UpdateGroup.join(
+        group = JoinedGroup.join(
             master_address=master_address,
             master_port=master_port,
             rank=rank_offset + self._tp_rank,
@@ -133,7 +88,7 @@ class GroupTable:
         self._groups[group_name] = group
         return group.joined
 
-    def get(self, group_name: str) -> UpdateGroup:
+    def get(self, group_name: str) -> JoinedGroup:
         """The group of that name."""
         group = self._groups.get(group_name)
         if group is None:
@@ -144,7 +99,7 @@ class GroupTable:
             )
         return group
 
-    def find(self, group_name: str) -> UpdateGroup | None:
+    def find(self, group_name: str) -> JoinedGroup | None:
         """The group of that name, or None; from any thread."""
         return self._groups.get(group_name)
 
@@ -153,7 +108,7 @@ class GroupTable:
         self.get(group_name).destroy()
         del self._groups[group_name]
 
-    def drop(self, group: UpdateGroup) -> None:
+    def drop(self, group: JoinedGroup) -> None:
         """Leave this very group, which may have been left or replaced before."""
         if self._groups.get(group.name) is group:
             del self._groups[group.name]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...layout.manifest import ALIGNMENT, align
-from ...layout.memory import Range, Storage, byte_range, storage_key, storage_view
-from ...layout.weight_map import WeightMap
-from ...plan.copies import only_padding
-from ..arena import Mapping
+from ..layout.manifest import ALIGNMENT, align
+from ..layout.memory import Range, Storage, byte_range, storage_key, storage_view
+from ..layout.weight_map import WeightMap
+from ..plan.copies import only_padding
+from ..transports.arena import Mapping
 
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Memory of the model, and the memory of the shadow that is copied there."""

@@ -11,16 +11,17 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from ...layout import region as regions
-from ...layout.fingerprints import ArenaFingerprints
-from ...layout.manifest import Manifest
-from ...layout.memory import byte_range, storage_key
-from ...plan.copies import Copy, Occupied, copy_ranges
-from ...plan.encoding import Encoding
-from ...plan.plan import PlacedSums, Plan
-from ...plan.stage import as_uint64
-from ..spans import lengths_of
+from ..layout import region as regions
+from ..layout.encoding import Encoding
+from ..layout.fingerprints import ArenaFingerprints
+from ..layout.manifest import Manifest
+from ..layout.memory import byte_range, storage_key
+from ..plan.copies import Copy, Occupied, copy_ranges
+from ..plan.decoding import decoder_of
+from ..plan.plan import PlacedSums, Plan
+from ..transports.spans import lengths_of
 from .shadow import Pairs, Shadow
+from .stage import as_uint64
 
 _CACHED_ARENAS = 4
 _CACHED_SUBSETS = 16
@@ -127,7 +128,7 @@ class Chunk:
             for i, row in enumerate(rows.tolist())
             for copy in copies[row]
         ]
-        self._decoder = encoding.decoder(self.manifest, moved, occupied)
+        self._decoder = decoder_of(encoding, self.manifest, moved, occupied)
         self.home = self._find_home(moved, shadow, occupied) if encoding.verbatim else None
         """Memory of the shadow that has the layout of the receive buffer, and can be it; or None."""
 

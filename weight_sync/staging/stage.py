@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ProtocolError, TransportError
-from .plan import Plan
+from ..plan.plan import Plan
 
 Check = Callable[[np.ndarray, np.ndarray], None]
 """`check(rows, values)` raises unless `values` (N,) uint64 are the fingerprints to expect of `rows` (N,)."""

@@ -15,17 +15,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..layout.manifest import Manifest, TensorMeta
-from .copies import Copy, Indices, Occupied, Replay
+from .manifest import Manifest, TensorMeta
 from .parallel_copy import copy_tensors
-
-
-class Decoder(Protocol):
-    """Compiled once for a manifest, or a chunk of one, and the rows of its plan."""
-
-    def run(self, stage: torch.Tensor, present: Indices | None) -> None:
-        """Write what has travelled, in `stage` (uint8), to the rows' destinations; only the tensors `present`, unless
-        it is None. Returns when every copy was issued."""
 
 
 class Encoding(Protocol):
@@ -34,7 +25,8 @@ class Encoding(Protocol):
     name: str
     """What `Begin.encoding` says."""
     verbatim: bool
-    """What travels is what is written: it may arrive in the memory from which it is written."""
+    """What travels is what is written: it may arrive in the memory from which it is written, and needs no decoder. Any
+    other encoding is a `plan.decoding.Decoding` too."""
 
     def carried(self, meta: TensorMeta) -> TensorMeta:
         """What travels for a tensor of the model, under the same name. A function of `meta` alone."""
@@ -51,12 +43,6 @@ class Encoding(Protocol):
         Sources may have another dtype than the model's, any strides and any device. Returns the fingerprints of the
         tensors (N,) uint64, in the model's dtypes; None: they are those of what travels. Values that are not finite
         are looked for in what travels; whoever hides them there looks here.
-        """
-
-    def decoder(self, manifest: Manifest, copies: Sequence[Copy], occupied: Occupied) -> Decoder:
-        """The engine's end: what writes rows of a plan. `manifest`: what travels; `Copy.resident`: what serves now.
-
-        The part of a tensor that a rank holds is all that it may look at: what it decodes depends on no other part.
         """
 
 
@@ -77,9 +63,6 @@ class Full:
         arena: Sequence[torch.Tensor],
     ) -> None:
         copy_tensors(list(arena), list(sources))
-
-    def decoder(self, manifest: Manifest, copies: Sequence[Copy], occupied: Occupied) -> Replay:
-        return Replay(manifest, copies, occupied)
 
 
 FULL = Full()

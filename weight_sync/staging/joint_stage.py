@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ...plan.stage import ArenaStage, Check, Fill
-from ..uploaded_arena import UploadedStage
-from .process_group import UpdateGroup
+from .joined_group import JoinedGroup
 from .shadow_stage import ShadowStage, StageMemory
+from .stage import ArenaStage, Check, Fill
+from .uploaded_arena import UploadedStage
 
 
 class JointStage:
@@ -23,7 +23,7 @@ class JointStage:
         self,
         arena: ArenaStage | UploadedStage,
         memory: StageMemory,
-        group: UpdateGroup,
+        group: JoinedGroup,
         rows: np.ndarray,
     ) -> None:
         """`rows`: those of the arena that are complete, ascending."""

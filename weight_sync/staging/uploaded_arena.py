@@ -17,12 +17,12 @@ from ..devices.registration import Registration
 from ..errors import DeadlineExceeded, ProtocolError
 from ..layout.memory import Range
 from ..plan.plan import Plan
-from ..plan.stage import ArenaStage, Check, WriteMark, check_size, refuse_window
+from ..transports.shared_memory import MappedMemoryFile
+from ..transports.spans import chunks_of, ranges_of
 from ..wire.messages import SharedMemoryHandle
-from .group.shadow_plan import Chunk, ShadowPlan
-from .group.shadow_stage import StageMemory
-from .shared_memory import OpenedSharedMemoryArena
-from .spans import chunks_of, ranges_of
+from .shadow_plan import Chunk, ShadowPlan
+from .shadow_stage import StageMemory
+from .stage import ArenaStage, Check, WriteMark, check_size, refuse_window
 
 
 def needs_upload(device: torch.device) -> bool:
@@ -30,7 +30,7 @@ def needs_upload(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class OpenedUploadedArena(OpenedSharedMemoryArena):
+class OpenedUploadedArena(MappedMemoryFile):
     """An engine rank's end: the trainer's memory file, registered, and a hold on the rank's stage memory."""
 
     _writable = True  # what is registered must be

@@ -15,8 +15,8 @@ import torch
 
 from ..errors import DeadlineExceeded
 from ..plan.plan import Plan
-from ..plan.stage import Check
-from .group.shadow_stage import StageMemory
+from .shadow_stage import StageMemory
+from .stage import Check
 from .uploaded_arena import UploadedStage
 
 

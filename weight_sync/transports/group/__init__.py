@@ -1,1 +1,0 @@
-"""Bytes that arrive over a process group, and where they wait."""
