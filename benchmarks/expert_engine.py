@@ -6,58 +6,12 @@ Arguments: "experts" or "dense", layers, experts, width, inner width. Prints its
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
 from weight_sync.layout.weight_map import Placement, WeightMap
-from weight_sync.receiver.receiver import WeightReceiver
-from weight_sync.receiver.service import WeightService
-from weight_sync.wire.messages import WeightRequest
-from weight_sync.wire.rpc import RpcServer
 
-
-class IdleHost:
-    """`WeightHost` of an engine that never steps: every moment is between two steps."""
-
-    named: Callable[[str], AbstractContextManager[Any]] = nullcontext
-
-    def between_steps(
-        self, action: Callable[[], Any], timeout_s: float, name: str | None = None
-    ) -> Any:
-        return action()
-
-    def forgo(self, name: str) -> None:
-        """Its actions run at once."""
-
-    def unwritable(self) -> str | None:
-        return None
-
-    def reading(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def lend_kv_cache(self) -> None:
-        """There is none."""
-
-    def return_kv_cache(self) -> None:
-        """There is none."""
-
-    def weights_written(self, version: int, label: str | None, kv_policy: str | None) -> None:
-        """Nothing is derived from them."""
-
-    def label_changed(self, label: str) -> None:
-        """Nobody asks for it."""
-
-    def hold_outputs(self) -> None:
-        """There are none."""
-
-    def release_outputs(self, ok: bool) -> None:
-        """There are none."""
-
-    def weights_torn(self, reason: str) -> None:
-        raise SystemExit(reason)
+from .idle_host import serve
 
 
 def expert_shapes(layers: int, experts: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -116,14 +70,7 @@ def main() -> None:
     layers, experts, width, inner = map(int, sizes)
     make = {"experts": expert_map, "dense": dense_map}[kind]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    receiver = WeightReceiver(make(layers, experts, width, inner, device), IdleHost())
-    service = WeightService(receiver)
-    server = RpcServer(service.handle, WeightRequest)
-    server.start()
-    print(server.address, flush=True)
-    sys.stdin.read()
-    server.close()
-    service.close()
+    serve(make(layers, experts, width, inner, device))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ Floors are measured in the same run: one copy of the bytes, and one pass that re
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from rollout.errors import ConfigError
 from weight_sync import WeightPublisher
 
 from .expert_engine import dense_shapes, expert_shapes
+from .idle_host import served
 from .parts import parts_of
 from .pause import streaming
 from .results import BenchResult, Headline, Table, summary
@@ -235,7 +233,7 @@ def _experts(settings: GpuSyncBench) -> dict[str, Any]:
             for name, shape in shapes(*sizes).items()
         }
         with (
-            _expert_engine(kind, sizes) as address,
+            served("expert_engine", kind, *sizes) as address,
             WeightPublisher(address, transport="cuda_ipc") as publisher,
         ):
             series = _rounds(
@@ -255,23 +253,6 @@ def _experts(settings: GpuSyncBench) -> dict[str, Any]:
         del tensors
         _let_go()
     return numbers
-
-
-@contextmanager
-def _expert_engine(kind: str, sizes: tuple[int, ...]) -> Iterator[str]:
-    command = [sys.executable, "-m", f"{__package__}.expert_engine", kind, *map(str, sizes)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
 
 
 def _let_go() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from rollout import Engine
 from weight_sync import WeightPublisher
 
 from .floor import PlainCopy, UsualWay
+from .idle_host import served
 from .parts import parts_of
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
@@ -100,34 +98,14 @@ def _small(settings: SyncBench, screen: Screen) -> Series:
         tensor_name(i): torch.full((size, size), float(i % 251), dtype=torch.bfloat16)
         for i in range(settings.num_small)
     }
-    with _small_host(settings) as address, WeightPublisher(address) as publisher:
+    with (
+        served("small_host", settings.num_small, size) as address,
+        WeightPublisher(address) as publisher,
+    ):
         title = f"{settings.num_small:,} tensors of {size} x {size}"
         series = _rounds(settings, screen, title, tensors, publisher)
         assert publisher.fingerprint() == weight_sync.fingerprint(tensors)
     return series
-
-
-@contextmanager
-def _small_host(settings: SyncBench) -> Iterator[str]:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "rollout_benchmarks.small_host"),
-            *(str(settings.num_small), str(settings.small_size)),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        if not address:
-            raise RuntimeError("the process with the small tensors ended; its messages are above")
-        yield address
-    finally:
-        process.stdin.close()
-        process.wait(timeout=30)
-        process.stdout.close()
 
 
 def _rounds(
