@@ -16,7 +16,6 @@ B rows of a graph, of which the last may be padding; W blocks of a table.
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -109,8 +108,6 @@ class CudaGraphRunner:
         self._graphs: dict[_Kind, Callable[[], None]] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool: Any = None
-        self.capture_s = 0.0
-        """Seconds that the last `capture` took."""
         self.num_captures = 0
         """How often `capture` was called."""
 
@@ -133,7 +130,6 @@ class CudaGraphRunner:
         self.forget()
         self._addresses = self._current_addresses()
         self.num_captures += 1
-        start = time.perf_counter()
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
             kinds = [_Kind(size=size) for size in self._batch_sizes]
@@ -148,7 +144,6 @@ class CudaGraphRunner:
                         progress(f"decode step of {kind.size}", done, len(kinds))
                     self._graphs[kind] = self._captured(kind, stream)
             torch.cuda.current_stream(self._device).wait_stream(stream)
-        self.capture_s = time.perf_counter() - start
 
     @property
     def captured(self) -> bool:

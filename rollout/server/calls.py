@@ -278,7 +278,7 @@ class Calls:
         num_samples = await self._check_size(arguments, prompts, 128 if method == GENERATE else 0)
         await self._let_in(num_samples)
         call = Call(client, arguments, num_samples, method=method)
-        rids = _rids(arguments.get("rid"), len(prompts), is_list)
+        rids = _rids(arguments.get("rid"), len(prompts))
         ids = [uuid.uuid4().hex for _ in prompts]
         call.given = dict(zip(ids, rids, strict=True))
         arguments["rid"] = ids if is_list else ids[0]
@@ -417,7 +417,7 @@ def _count(value: Any, default: int) -> int:
     return value if type(value) is int and value >= 0 else default
 
 
-def _rids(given: Any, num: int, is_list: bool) -> list[str | None]:
+def _rids(given: Any, num: int) -> list[str | None]:
     """The client's id of each prompt."""
     if given is None:
         return [None] * num

@@ -73,8 +73,6 @@ class Record:
         self.listeners: list[Listener] = []
         self.num_in_flight = 0
         """Samples that clients wait for now."""
-        self.num_started = 0
-        """Samples that were ever asked for."""
         self.num_finished = 0
         """Samples that were handed out whole, or with the reason of their abort."""
         self.num_output_tokens = 0
@@ -84,7 +82,6 @@ class Record:
 
     def started(self, num_samples: int) -> None:
         """A call begins."""
-        self.num_started += num_samples
         self.num_in_flight += num_samples
 
     def ended(self, num_samples: int) -> None:
