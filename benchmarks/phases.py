@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from rollout.config import EngineConfig
-from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop.build import build_core
 from rollout.engine.loop.core import EngineCore
 from rollout.layers import linear, torch_step
 from rollout.layers.attention import PagedAttention
 from rollout.layers.norm import RMSNorm
 from rollout.protocol.commands import Generate, Shutdown
+from weight_sync.wire.local_call import LocalCall
 
 REST = "forward: the rest"
 
@@ -110,9 +110,9 @@ def watched(core: EngineCore) -> Iterator[PhaseTimer]:
 def profile_run(config: EngineConfig, command: Generate) -> dict[str, Any]:
     """Run one command on an engine loop on this thread; seconds, calls and shares of each phase."""
     core = build_core(config)
-    call = InlineCall(command, time.monotonic() + config.request_timeout_s, None)
+    call = LocalCall(command, time.monotonic() + config.request_timeout_s)
     call.future.add_done_callback(
-        lambda _: core.submit(InlineCall(Shutdown(), time.monotonic() + 60, None))
+        lambda _: core.submit(LocalCall(Shutdown(), time.monotonic() + 60))
     )
     with watched(core) as timer:
         start = time.perf_counter()

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout import Engine
 from rollout.config import EngineConfig
-from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop.build import build_core
 from rollout.engine.loop.core import EngineCore
 from rollout.engine.prepare import prepare
+from weight_sync.wire.local_call import LocalCall
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -162,7 +162,7 @@ def test_a_decode_step_reads_nothing_and_uploads_once(
     assert uploads["all"] <= (40 if kind in ("penalties", "bias") else 20)
 
 
-def generate_call(prompts: list[list[int]], params: dict[str, Any], **options: Any) -> InlineCall:
+def generate_call(prompts: list[list[int]], params: dict[str, Any], **options: Any) -> LocalCall:
     """A command as the engine's client makes it."""
     prepared = prepare(
         None,
@@ -182,7 +182,7 @@ def generate_call(prompts: list[list[int]], params: dict[str, Any], **options: A
             **options,
         },
     )
-    return InlineCall(prepared.command, time.monotonic() + 60, None)
+    return LocalCall(prepared.command, time.monotonic() + 60)
 
 
 @pytest.mark.gpu

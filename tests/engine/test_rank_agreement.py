@@ -23,13 +23,13 @@ from hypothesis.stateful import (
 )
 
 from rollout.config import EngineConfig
-from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop import core as core_module
 from rollout.engine.loop.build import build_core
 from rollout.engine.loop.core import EngineCore
 from rollout.protocol import commands as cmd
 from rollout.protocol.tick_messages import Tick
 from rollout.sampling_params import SamplingParams
+from weight_sync.wire.local_call import LocalCall
 
 FOREVER = float("inf")
 NUM_BLOCKS = 14  # Few: requests are retracted, and prefixes evicted.
@@ -116,7 +116,7 @@ class Ranks(RuleBasedStateMachine):
         return self.cores[0]
 
     def tell(self, body: Any, deadline: float = FOREVER) -> None:
-        self.leader.submit(InlineCall(body, deadline, None))
+        self.leader.submit(LocalCall(body, deadline))
 
     @rule(
         lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
@@ -196,7 +196,7 @@ class Ranks(RuleBasedStateMachine):
     def ticks(self, times: int) -> None:
         for _ in range(times):
             if self.leader._patience() > 0 and not self.leader._may_step:
-                self.leader._inbox.put_call(InlineCall(cmd.GetStatus(), FOREVER, None))
+                self.leader._inbox.put_call(LocalCall(cmd.GetStatus(), FOREVER))
             for core in self.cores:
                 core.turn()
             assert self.batches[0] == self.batches[1]

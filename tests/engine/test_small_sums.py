@@ -10,10 +10,10 @@ import torch
 
 from rollout.distributed.group_coordinator import GroupCoordinator
 from rollout.distributed.small_sums import Limits, SmallSums
-from rollout.engine.executors.executor import InlineCall
 from rollout.engine.loop.memory_commands import MemoryCommands
 from rollout.layers.linear import RowParallelLinear
 from rollout.protocol import commands as cmd
+from weight_sync.wire.local_call import LocalCall
 
 
 class Others:
@@ -111,6 +111,6 @@ def test_graphs_are_lost_on_all_ranks_or_on_none(other_moved: int) -> None:
     order = SimpleNamespace(size=2, all_reduce=lambda tensor: tensor + answers.pop(0))
     memory = SimpleNamespace(resume=lambda tags: (["kv_cache"], 7), released=set())
     commands = MemoryCommands(memory, runner, None, None, order, lambda: None)  # type: ignore[arg-type]
-    call = InlineCall(cmd.ResumeMemory(tags=["kv_cache"]), 1e9, None)
+    call = LocalCall(cmd.ResumeMemory(tags=["kv_cache"]), 1e9)
     commands.handlers()[cmd.ResumeMemory](call)
     assert events == ["forget"] * other_moved and not answers

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..errors import (
 from ..wire import messages as msg
 from ..wire.call_queue import CallQueue, answer_later
 from ..wire.channel import wait
+from ..wire.local_call import LocalCall
 from ..wire.rpc_wire import REFUSALS, Call, typed
 from .arenas import JointArenas
 from .members import Asked, Member, collect, left, same, tell_all
@@ -340,7 +341,7 @@ class JointChannel:
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
         # Somewhat earlier than whoever asked gives up, to whom we say who was late.
         margin_s = min(0.2, 0.05 * timeout_s) if self._owned else 0.0
-        call = _JointCall(message, time.monotonic() + timeout_s - margin_s)
+        call = LocalCall(message, time.monotonic() + timeout_s - margin_s)
         self._service.handle(call)
         return call.future
 
@@ -356,34 +357,7 @@ class JointChannel:
             self._service.close(wait=wait)
 
 
-class _JointCall:
-    """`rpc.Call` without a connection."""
-
-    peer = "local"
-
-    def __init__(self, body: Any, deadline: float) -> None:
-        self.body = body
-        self.deadline = deadline
-        self.future: Future[Any] = Future()
-
-    def reply(self, body: Any) -> None:
-        self._answer(self.future.set_result, body)
-
-    def stream(self, body: Any) -> None:
-        raise NotImplementedError("weight messages have one reply each")
-
-    def fail(self, error: BaseException) -> None:
-        self._answer(self.future.set_exception, error)
-
-    @staticmethod
-    def _answer(answer: Callable[[Any], None], value: Any) -> None:
-        try:
-            answer(value)
-        except InvalidStateError:
-            pass  # the caller has cancelled
-
-
-class _Action(_JointCall):
+class _Action(LocalCall):
     """A call of our own."""
 
     def __init__(self, action: Callable[[], None]) -> None:

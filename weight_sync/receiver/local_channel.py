@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,38 +10,9 @@ import torch
 
 from ..errors import EngineDiedError
 from ..wire.channel import wait
+from ..wire.local_call import LocalCall
 from ..wire.process import Home
 from .service import WeightService
-
-
-class _LocalCall:
-    """`rpc.Call` without a connection."""
-
-    __slots__ = ("_lock", "body", "deadline", "future")
-
-    def __init__(self, body: Any, timeout_s: float) -> None:
-        self.body = body
-        self.deadline = time.monotonic() + timeout_s
-        self.future: Future[Any] = Future()
-        self._lock = threading.Lock()
-
-    @property
-    def peer(self) -> str:
-        return "local"
-
-    def reply(self, body: Any) -> None:
-        self._answer(lambda: self.future.set_result(body))
-
-    def stream(self, body: Any) -> None:
-        raise NotImplementedError("weight messages have one reply each")
-
-    def fail(self, error: BaseException) -> None:
-        self._answer(lambda: self.future.set_exception(error))
-
-    def _answer(self, answer: Callable[[], None]) -> None:
-        with self._lock:
-            if not self.future.done():
-                answer()
 
 
 class LocalChannel:
@@ -59,7 +28,7 @@ class LocalChannel:
 
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
         self._home.check()
-        call = _LocalCall(message, timeout_s)
+        call = LocalCall(message, time.monotonic() + timeout_s)
         if self._closed:
             call.fail(EngineDiedError("the channel was closed; make a new one"))
         else:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import ERRORS, DeadlineExceeded, TransportError
+from .deadline import in_time
 from .messages import WeightReply
 from .rpc_client import RpcClient
 
@@ -82,12 +83,10 @@ class RpcChannel:
 
 def wait(future: "Future[Any]", message: Any, timeout_s: float) -> Any:
     """The result of a submitted call, or `DeadlineExceeded`; whatever arrives later is dropped."""
-    try:
-        return future.result(timeout_s)
-    except TimeoutError as error:
-        if isinstance(error, DeadlineExceeded):
-            raise
-        raise DeadlineExceeded(
+    with in_time(
+        lambda: DeadlineExceeded(
             f"{type(message).__name__} was not answered within {timeout_s:.3f} s; whatever arrives later is "
             "dropped; raise the timeout or look at the engine"
-        ) from None
+        )
+    ):
+        return future.result(timeout_s)

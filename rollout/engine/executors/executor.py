@@ -7,24 +7,22 @@ above it is the same for all of them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from weight_sync.errors import DeadlineExceeded
 from weight_sync.wire.channel import Channel
+from weight_sync.wire.deadline import in_time
+from weight_sync.wire.local_call import LocalCall
 from weight_sync.wire.rpc import RpcServer
 
 from ...config import EngineConfig
 from ...protocol.wire import REQUEST_TYPES
 from ..loop.build import build_core
 
-logger = logging.getLogger(__name__)
 OnChunk = Callable[[Any], None]
 
 
@@ -51,33 +49,6 @@ class Executor(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class InlineCall:
-    """A command whose caller is in this process."""
-
-    body: Any
-    deadline: float
-    on_chunk: OnChunk | None
-    future: Future[Any] = field(default_factory=Future)
-    peer: str = "inline"
-
-    def reply(self, body: Any) -> None:
-        with contextlib.suppress(InvalidStateError):  # The caller has cancelled.
-            self.future.set_result(body)
-
-    def stream(self, body: Any) -> None:
-        if self.on_chunk is None:
-            return
-        try:
-            self.on_chunk(body)
-        except RuntimeError:  # The caller's event loop is closed; the engine's loop must not care.
-            logger.debug("a caller is gone", exc_info=True)
-
-    def fail(self, error: BaseException) -> None:
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
 class InlineExecutor:
     """Runs the loop on a thread of this process; the socket for other processes opens when it is first asked for, or at
     once where the configuration says where."""
@@ -99,7 +70,7 @@ class InlineExecutor:
     def submit(
         self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
     ) -> Future[Any]:
-        call = InlineCall(body, time.monotonic() + timeout_s, on_chunk)
+        call = LocalCall(body, time.monotonic() + timeout_s, on_chunk)
         self._core.submit(call)
         return call.future
 
@@ -141,19 +112,11 @@ def no_answer(timeout_s: float, what: str) -> DeadlineExceeded:
 
 def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
     """Result of `future`; `DeadlineExceeded` when the engine does not answer in time."""
-    try:
+    with in_time(lambda: no_answer(timeout_s, what)):
         return future.result(timeout_s)
-    except TimeoutError as error:
-        if isinstance(error, DeadlineExceeded):
-            raise
-        raise no_answer(timeout_s, what) from None
 
 
 async def answer_of(future: Future[Any], timeout_s: float, what: str) -> Any:
     """As `wait`, awaitable."""
-    try:
+    with in_time(lambda: no_answer(timeout_s, what)):
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
-    except TimeoutError as error:
-        if isinstance(error, DeadlineExceeded):
-            raise
-        raise no_answer(timeout_s, what) from None

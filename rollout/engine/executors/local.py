@@ -11,12 +11,9 @@ import contextlib
 import shutil
 import threading
 import time
-from concurrent.futures import Future
-from typing import Any
 
 from weight_sync.errors import SyncError
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.wire.channel import Channel, RpcChannel
 from weight_sync.wire.rpc import RpcClient
 from weight_sync.wire.rpc_server import private_folder
 
@@ -25,11 +22,11 @@ from ...errors import ERRORS
 from ...protocol.commands import Shutdown
 from ...protocol.wire import REPLY_TYPES
 from ..loop.ranks import RankSpec
-from .executor import OnChunk
+from .over_rpc import OverRpc
 from .rank_process import RankProcess, await_ready
 
 
-class LocalExecutor:
+class LocalExecutor(OverRpc):
     """Starts the ranks, waits until the model is loaded, and notices when one dies."""
 
     def __init__(self, config: EngineConfig, owner_folder: str = "") -> None:
@@ -51,18 +48,6 @@ class LocalExecutor:
             self._stop(grace_s=0.0)
             raise
 
-    def submit(
-        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
-    ) -> Future[Any]:
-        return self._client.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
-
-    def weight_channel(self) -> Channel:
-        return RpcChannel(self._client)
-
-    @property
-    def address(self) -> str:
-        return self._address
-
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks."""
@@ -74,16 +59,16 @@ class LocalExecutor:
         )
         if self._why_dead() is None:
             with contextlib.suppress(SyncError, OSError):
-                self._client.call(Shutdown(), timeout_s=5.0)
+                self._connection.call(Shutdown(), timeout_s=5.0)
                 grace_s = 10.0
-        self._client.close()
+        self._connection.close()
         self._stop(grace_s)
 
     def kill(self) -> None:
         """End the ranks now, whatever they do, and give everything back."""
         for rank in self._ranks:
             rank.kill()
-        self._client.close()
+        self._connection.close()
         self._stop(grace_s=0.0)
 
     def _spec(self, config: EngineConfig, rank: int) -> RankSpec:

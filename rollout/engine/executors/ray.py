@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 
 from weight_sync.errors import SyncError
-from weight_sync.wire.channel import Channel, RpcChannel
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
@@ -32,12 +31,12 @@ from ...protocol.commands import Shutdown
 from ...protocol.wire import REPLY_TYPES
 from ..loop.checks import check_config
 from ..loop.ranks import RankSpec
-from .executor import OnChunk
+from .over_rpc import OverRpc
 from .rank_server import reported_address
 from .ray_rank import RankHost
 
 
-class RayExecutor:
+class RayExecutor(OverRpc):
     """Reserves room on one node, starts the ranks there, and notices when one dies."""
 
     def __init__(self, config: EngineConfig, room_timeout_s: float | None = None) -> None:
@@ -47,7 +46,6 @@ class RayExecutor:
         self._runs: list[Future[Any]] = []
         self._dead: str | None = None
         self._closing = False
-        self._client: RpcClient | None = None
         deadline = time.monotonic() + config.start_timeout_s
         self._placement = ReservedRoom(
             reservation(config), room_timeout_s or config.start_timeout_s
@@ -64,18 +62,6 @@ class RayExecutor:
             self.kill()
             raise
         threading.Thread(target=self._watch, name="rollout-ray-watch", daemon=True).start()
-
-    def submit(
-        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
-    ) -> Future[Any]:
-        return self._connection.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
-
-    def weight_channel(self) -> Channel:
-        return RpcChannel(self._connection)
-
-    @property
-    def address(self) -> str:
-        return self._address
 
     @property
     def pids(self) -> list[int]:
@@ -103,11 +89,6 @@ class RayExecutor:
         self._placement.release()
         if self._client is not None:
             self._client.close()
-
-    @property
-    def _connection(self) -> RpcClient:
-        assert self._client is not None, "the executor is still starting"
-        return self._client
 
     def _meet(self, config: EngineConfig, deadline: float) -> list[ProcessPlace]:
         """Where the ranks are, which is where an engine can work."""

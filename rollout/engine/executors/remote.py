@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import Future
-from typing import Any
 
 import msgspec
 
-from weight_sync.wire.channel import Channel, RpcChannel
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
 from ...errors import ERRORS
 from ...protocol.commands import GetStatus, Status
 from ...protocol.wire import REPLY_TYPES
-from .executor import OnChunk, wait
+from .executor import wait
+from .over_rpc import OverRpc
 
 
-class RemoteExecutor:
+class RemoteExecutor(OverRpc):
     """Carries commands to an address."""
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
@@ -30,25 +28,13 @@ class RemoteExecutor:
                 self.submit(GetStatus(), timeout_s=timeout_s), timeout_s, "the first status"
             )
         except BaseException:
-            self._client.close()
+            self._connection.close()
             raise
         self.config = _config_of(status)
         """What the engine runs with, as far as a client needs it."""
 
-    def submit(
-        self, body: Any, *, timeout_s: float, on_chunk: OnChunk | None = None
-    ) -> Future[Any]:
-        return self._client.submit(body, timeout_s=timeout_s, on_chunk=on_chunk)
-
-    def weight_channel(self) -> Channel:
-        return RpcChannel(self._client)
-
-    @property
-    def address(self) -> str:
-        return self._address
-
     def close(self) -> None:
-        self._client.close()
+        self._connection.close()
 
 
 def _config_of(status: Status) -> EngineConfig:
