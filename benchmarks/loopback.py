@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import weight_sync
-from weight_sync.transports.served_group import ServedGroup
+from weight_sync.transports.trainer_group import TrainerGroup
 
 from .group_peer import DEADLINE_S, HOST, Line, cut_evenly, plain_gloo, side_by_side
 
@@ -33,7 +33,7 @@ class LoopbackPeer:
         self._tensors = list(tensors.values())
         self._named = tensors
         self._source = source
-        self._group = ServedGroup.serve(
+        self._group = TrainerGroup.serve(
             world_size=2,
             group_name=f"bench-{secrets.token_hex(4)}",
             host=HOST,
@@ -82,7 +82,7 @@ class LoopbackPeer:
         return self._timed(send, way="sockets", num=num)
 
     def group(self) -> float:
-        """`ServedGroup.broadcast` alone: no session, no check, no copy."""
+        """`TrainerGroup.broadcast` alone: no session, no check, no copy."""
 
         def send() -> None:
             self._group.broadcast(self._source, timeout_s=DEADLINE_S).result(DEADLINE_S)

@@ -7,10 +7,10 @@ from typing import Any
 from weight_sync.process_groups.backends import open_gloo
 from weight_sync.process_groups.joining import RendezvousPlace
 from weight_sync.process_groups.rendezvous import left, under
-from weight_sync.transports.served_group import ServedGroup
+from weight_sync.transports.trainer_group import TrainerGroup
 
 
-class PlainGroup(ServedGroup):
+class PlainGroup(TrainerGroup):
     """Rank 0 of a gloo group that is made under the keys of `torch.distributed`, and offers nothing else."""
 
     def _sit_as_trainer(self, server: Any, offer: Any, end: float) -> None:

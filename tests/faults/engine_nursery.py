@@ -84,10 +84,10 @@ def send_one_bucket(report: Any) -> None:
     """Over a group: what comes after the first bucket is announced, and then its bytes do not come."""
     send, sent = GroupArena.send, []
 
-    def send_first(self: GroupArena, spans: Any, timeout_s: float) -> Any:
+    def send_first(self: GroupArena, ranges: Any, timeout_s: float) -> Any:
         if not sent:
             sent.append(True)
-            return send(self, spans, timeout_s)
+            return send(self, ranges, timeout_s)
         say(report, halfway=True)
         return Future()
 

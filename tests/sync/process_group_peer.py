@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from weight_sync.errors import SyncError
 from weight_sync.staging.joined_group import JoinedGroup
-from weight_sync.transports.served_group import ServedGroup
+from weight_sync.transports.trainer_group import TrainerGroup
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
 
@@ -33,14 +33,14 @@ class Peer:
     """The groups of this process."""
 
     def __init__(self) -> None:
-        self.group: ServedGroup | JoinedGroup | None = None
+        self.group: TrainerGroup | JoinedGroup | None = None
         self.plain: Any = None
         self.store: Any = None
         self.how = ""
 
     def serve(self, **options: Any) -> int:
         self.destroy()
-        self.group = ServedGroup.serve(**options)
+        self.group = TrainerGroup.serve(**options)
         return self.group.master_port
 
     def join(self, **options: Any) -> None:
@@ -50,19 +50,19 @@ class Peer:
     def joined(self) -> bool:
         assert self.group is not None
         self.group.joined.result()
-        return isinstance(self.group, ServedGroup) or self.group.peer_is_ours
+        return isinstance(self.group, TrainerGroup) or self.group.peer_is_ours
 
     def broadcast(
-        self, num_bytes: int, seed: int, spans: Any = None, timeout_s: float = 10
+        self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 10
     ) -> None:
-        assert isinstance(self.group, ServedGroup)
-        self.group.broadcast(content(num_bytes, seed), spans, timeout_s=timeout_s).result()
+        assert isinstance(self.group, TrainerGroup)
+        self.group.broadcast(content(num_bytes, seed), ranges, timeout_s=timeout_s).result()
 
-    def receive(self, num_bytes: int, seed: int, spans: Any = None, timeout_s: float = 10) -> bool:
+    def receive(self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 10) -> bool:
         assert isinstance(self.group, JoinedGroup)
         buffer = self.group.landing(num_bytes)
         buffer = torch.zeros(num_bytes, dtype=torch.uint8) if buffer is None else buffer
-        self.group.receive_into(buffer, spans, timeout_s=timeout_s).result()
+        self.group.receive_into(buffer, ranges, timeout_s=timeout_s).result()
         return torch.equal(buffer, content(num_bytes, seed))
 
     def destroy(self) -> None:

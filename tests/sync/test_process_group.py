@@ -38,7 +38,7 @@ from weight_sync.process_groups.expected import (
 from weight_sync.process_groups.rendezvous import StoreServer, connect_store
 from weight_sync.process_groups.streams import broadcast_parts
 from weight_sync.staging.joined_group import JoinedGroup
-from weight_sync.transports.served_group import ServedGroup
+from weight_sync.transports.trainer_group import TrainerGroup
 
 MIB = 1 << 20
 TENSORS: list[tuple[str, list[int], int]] = [
@@ -76,16 +76,16 @@ def assert_arrived(tensors: list[torch.Tensor]) -> None:
 
 
 def receive_tensors(group: JoinedGroup, metas: list[TensorMeta]) -> list[torch.Tensor]:
-    spans, end = [], 0
+    ranges, end = [], 0
     for meta in metas:
-        spans.append((end, end + meta.num_bytes))
+        ranges.append((end, end + meta.num_bytes))
         end += align(meta.num_bytes)
     buffer = group.landing(end)
     assert buffer is not None
-    group.receive_into(buffer, spans, timeout_s=10).result()
+    group.receive_into(buffer, ranges, timeout_s=10).result()
     return [
         buffer[start:stop].view(meta.dtype).view(meta.shape)
-        for meta, (start, stop) in zip(metas, spans, strict=True)
+        for meta, (start, stop) in zip(metas, ranges, strict=True)
     ]
 
 
@@ -138,10 +138,10 @@ def test_one_update_after_another_arrives_whole_at_every_engine_rank(peers):
         for update in range(10):
             num_bytes = 3 * MIB + 1000 * update + update % 2
             buffer = torch.zeros(num_bytes, dtype=torch.uint8)
-            spans = [(start, min(start + MIB, num_bytes)) for start in range(0, num_bytes, MIB)]
-            trainer.start("broadcast", num_bytes=num_bytes, seed=update, spans=spans)
-            other.start("receive", num_bytes=num_bytes, seed=update, spans=spans)
-            group.receive_into(buffer, spans, timeout_s=10).result()
+            ranges = [(start, min(start + MIB, num_bytes)) for start in range(0, num_bytes, MIB)]
+            trainer.start("broadcast", num_bytes=num_bytes, seed=update, ranges=ranges)
+            other.start("receive", num_bytes=num_bytes, seed=update, ranges=ranges)
+            group.receive_into(buffer, ranges, timeout_s=10).result()
             assert torch.equal(buffer, content(num_bytes, update))
             trainer.finish()
             assert other.finish() is True
@@ -219,7 +219,7 @@ def test_what_cannot_be_a_member_is_refused_at_once(options: dict[str, Any], wor
 
 
 def test_buffers_that_do_not_fit_are_refused_before_anything_is_sent():
-    with ServedGroup.serve(world_size=1, group_name=NAME) as group:
+    with TrainerGroup.serve(world_size=1, group_name=NAME) as group:
         group.joined.result()
         with pytest.raises(TransportError, match="expected contiguous bytes"):
             group.broadcast(torch.zeros(4), timeout_s=1)
@@ -332,7 +332,7 @@ def test_ipv6_addresses_come_with_and_without_brackets(host: str, address: str):
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
-    with ServedGroup.serve(world_size=2, group_name=NAME, host=host, timeout_s=10) as trainer:
+    with TrainerGroup.serve(world_size=2, group_name=NAME, host=host, timeout_s=10) as trainer:
         engine = JoinedGroup.join(
             master_address=address,
             master_port=trainer.master_port,
@@ -352,6 +352,6 @@ def test_ipv6_addresses_come_with_and_without_brackets(host: str, address: str):
 def test_nccl_without_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TransportError, match="expected 'gloo'"):
-        ServedGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cuda")
+        TrainerGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cuda")
     with pytest.raises(TransportError, match="expected a CUDA device"):
-        ServedGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cpu")
+        TrainerGroup.serve(world_size=2, group_name=NAME, backend="nccl", device="cpu")

@@ -28,7 +28,7 @@ from weight_sync.process_groups.communicator import (
 )
 from weight_sync.process_groups.meeting import PROTOCOL_VERSION, GroupTerms, attend, convene
 from weight_sync.process_groups.rendezvous import StoreServer
-from weight_sync.transports.served_group import ServedGroup
+from weight_sync.transports.trainer_group import TrainerGroup
 
 MIB = 1 << 20
 SLACK_S = 1.5
@@ -76,12 +76,12 @@ def test_a_trainer_killed_in_the_middle_of_a_broadcast_is_an_error_at_once_and_c
     port = trainer.do("serve", world_size=2, group_name=NAME)
     with join(port) as group:
         buffer = torch.zeros(64 * MIB, dtype=torch.uint8)
-        spans = [(i * MIB, (i + 1) * MIB) for i in range(64)]
+        ranges = [(i * MIB, (i + 1) * MIB) for i in range(64)]
         # Nobody takes the parts behind the first one, and few may be under way, so the broadcast is not over.
-        trainer.start("broadcast", num_bytes=64 * MIB, seed=1, spans=spans, timeout_s=30)
-        group.receive_into(buffer, spans[:1], timeout_s=30).result()
+        trainer.start("broadcast", num_bytes=64 * MIB, seed=1, ranges=ranges, timeout_s=30)
+        group.receive_into(buffer, ranges[:1], timeout_s=30).result()
         trainer.signal(signal.SIGKILL)
-        received = group.receive_into(buffer, spans[1:], timeout_s=30)
+        received = group.receive_into(buffer, ranges[1:], timeout_s=30)
         assert "expected every member to live" in str(error_of(received, within_s=1))
         assert group.broken is not None
         later = error_of(group.receive_into(buffer, timeout_s=30), within_s=0.1)
@@ -214,8 +214,8 @@ def test_a_plain_trainer_that_announced_another_shape_is_an_error_and_no_crash(p
         trainer.finish()
         trainer.start("plain_broadcast", tensors=[("float32", [32, 32], 1), ("float32", sent, 2)])
         buffer = group.landing(3 * 4096)
-        spans = [(start, start + 4096) for start in range(0, 3 * 4096, 4096)]
-        message = str(error_of(group.receive_into(buffer, spans, timeout_s=20), within_s=10))
+        ranges = [(start, start + 4096) for start in range(0, 3 * 4096, 4096)]
+        message = str(error_of(group.receive_into(buffer, ranges, timeout_s=20), within_s=10))
         assert words in message and "expected 4096" in message
         trainer.finish()
     trainer.do("plain_destroy")
@@ -247,7 +247,7 @@ def test_a_port_that_strangers_knock_at_still_makes_the_group(peers):
 def test_a_port_in_use_is_refused_at_once():
     server = StoreServer()
     with pytest.raises(TransportError, match="pass port 0"):
-        ServedGroup.serve(world_size=2, group_name=NAME, port=server.port)
+        TrainerGroup.serve(world_size=2, group_name=NAME, port=server.port)
     server.close()
 
 

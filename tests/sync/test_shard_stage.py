@@ -28,7 +28,7 @@ from weight_sync.plan.plan import Plan, compile_plan
 from weight_sync.process_groups.parts import receive_buffer
 from weight_sync.publisher.update import Update
 from weight_sync.staging.shadow_stage import ShadowStage, StageMemory
-from weight_sync.transports.spans import chunks_of, spans_of
+from weight_sync.transports.chunks import chunks_of, ranges_of
 
 CHUNK_BYTES = 20_000
 CPU = torch.device("cpu")
@@ -37,12 +37,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models in as many pieces as large ones."""
-    monkeypatch.setattr("weight_sync.transports.spans.CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr("weight_sync.transports.spans.PART_BYTES", 7_000)
+    monkeypatch.setattr("weight_sync.transports.chunks.CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr("weight_sync.transports.chunks.PART_BYTES", 7_000)
 
 
 class Wire:
-    """A group's receiving end whose messages are the spans of an arena, in the order of the trainer's broadcasts."""
+    """A group's receiving end whose messages are the ranges of an arena, in the order of the trainer's broadcasts."""
 
     def __init__(self, arena: torch.Tensor, manifest: Manifest) -> None:
         self._arena, self._manifest = arena, manifest
@@ -59,16 +59,16 @@ class Wire:
         """It takes any memory."""
 
     def announce(self, rows: np.ndarray) -> None:
-        self._coming += spans_of(self._manifest, rows)
+        self._coming += ranges_of(self._manifest, rows)
 
     def receive_into(
-        self, buffer: torch.Tensor, spans: Sequence[tuple[int, int]], *, timeout_s: float
+        self, buffer: torch.Tensor, ranges: Sequence[tuple[int, int]], *, timeout_s: float
     ) -> Future[None]:
         done: Future[None] = Future()
         if len(self.posted) == self.fail_at:
             done.set_exception(TransportError("the wire broke on purpose"))
             return done
-        for start, stop in spans:
+        for start, stop in ranges:
             first, last = self._coming.pop(0)
             assert stop - start == last - first, "both ends cut alike"
             buffer[start:stop] = self._arena[first:last]
@@ -118,7 +118,7 @@ class Rank:
 
     def chunk_bytes(self, rows: np.ndarray) -> int:
         sizes = [
-            sum(stop - start for start, stop in spans_of(self.manifest, chunk))
+            sum(stop - start for start, stop in ranges_of(self.manifest, chunk))
             for chunk in chunks_of(self.manifest, rows)
         ]
         return max(sizes)
@@ -462,8 +462,8 @@ def test_updates_after_a_refused_bucket_get_their_own_bytes(
 def test_no_memory_for_a_receive_buffer_is_an_error_and_the_next_update_works(
     make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weight_sync.transports.spans.CHUNK_BYTES", 2_000)
-    monkeypatch.setattr("weight_sync.transports.spans.PART_BYTES", 700)
+    monkeypatch.setattr("weight_sync.transports.chunks.CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("weight_sync.transports.chunks.PART_BYTES", 700)
     engine = make_engine()
     calls = itertools.count()
 

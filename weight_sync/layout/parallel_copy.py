@@ -26,7 +26,7 @@ _GROUP = 512
 
 _IS_CUDA = attrgetter("is_cuda")
 
-Job = Callable[[], None]
+Task = Callable[[], None]
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
         torch._foreach_copy_(destinations, sources)
         return
     others: list[tuple[torch.Tensor, torch.Tensor]] = []
-    jobs = iter(list(_jobs(destinations, sources, others)))
-    _share(jobs, threads)
+    tasks = iter(list(_tasks(destinations, sources, others)))
+    _share(tasks, threads)
     if others:
         torch._foreach_copy_([to for to, _ in others], [source for _, source in others])
 
@@ -61,11 +61,11 @@ def _download(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> 
         torch.cuda.current_stream(device).synchronize()
 
 
-def _jobs(
+def _tasks(
     destinations: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
     others: list[tuple[torch.Tensor, torch.Tensor]],
-) -> Iterator[Job]:
+) -> Iterator[Task]:
     """Pieces for any thread; large tensors that are no plain bytes go to `others`, which torch shares out itself."""
     small: list[tuple[torch.Tensor, torch.Tensor]] = []
     for pair in zip(destinations, sources, strict=True):
@@ -94,13 +94,13 @@ def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
-def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Job]:
+def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Task]:
     for first in range(0, len(source), _PIECE_BYTES):
         part = slice(first, first + _PIECE_BYTES)
         yield partial(np.copyto, destination[part], source[part])
 
 
-def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Job:
+def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Task:
     def copy() -> None:
         with torch.no_grad():  # a thread has a mode of its own
             torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
@@ -108,12 +108,12 @@ def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Job:
     return copy
 
 
-def _share(jobs: Iterator[Job], threads: int) -> None:
+def _share(tasks: Iterator[Task], threads: int) -> None:
     def work() -> None:
-        for job in (
-            jobs
+        for task in (
+            tasks
         ):  # shared: each thread takes the next one; all of them let go of the interpreter lock
-            job()
+            task()
 
     with ThreadPoolExecutor(threads - 1, thread_name_prefix="copy") as pool:
         helpers = [pool.submit(work) for _ in range(threads - 1)]

@@ -18,7 +18,7 @@ GRACE_S = 0.25
 _WATCH_S = 0.1
 
 
-class _Job:
+class _Task:
     """One call and what became of it."""
 
     __slots__ = ("call", "end", "future", "timeout_s", "what")
@@ -62,8 +62,8 @@ class CallThread:
         self._on_overrun = on_overrun
         self._on_end = on_end
         self._changed = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._current: _Job | None = None
+        self._tasks: deque[_Task] = deque()
+        self._current: _Task | None = None
         self._over: str | None = None
         self._worker = threading.Thread(target=self._work, name=f"{name}-calls", daemon=True)
         self._guard = threading.Thread(
@@ -79,14 +79,14 @@ class CallThread:
 
     def submit(self, call: Callable[[], T], *, timeout_s: float, what: str) -> Future[T]:
         """Run `call` after those before it; `what` names it in errors."""
-        job = _Job(call, timeout_s, what)
+        task = _Task(call, timeout_s, what)
         with self._changed:
             if self._over is not None:
-                job.resolve(error=_unanswered(job, self._over))
+                task.resolve(error=_unanswered(task, self._over))
             else:
-                self._jobs.append(job)
+                self._tasks.append(task)
                 self._changed.notify_all()
-        return job.future
+        return task.future
 
     def run(self, call: Callable[[], T], *, timeout_s: float, what: str) -> T:
         """`submit`, and wait for the result."""
@@ -103,37 +103,37 @@ class CallThread:
         self._worker.join(timeout=wait_s)
         return not self._worker.is_alive()
 
-    def _pending(self) -> list[_Job]:
-        return [*([self._current] if self._current is not None else []), *self._jobs]
+    def _pending(self) -> list[_Task]:
+        return [*([self._current] if self._current is not None else []), *self._tasks]
 
     def _end(self, why: str) -> None:
         """With the lock held: accept nothing more, and fail what waits."""
         self._over = self._over or why
-        for job in self._pending():
-            job.resolve(error=_unanswered(job, self._over))
-        self._jobs.clear()
+        for task in self._pending():
+            task.resolve(error=_unanswered(task, self._over))
+        self._tasks.clear()
         self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._over is not None)
+                self._changed.wait_for(lambda: self._tasks or self._over is not None)
                 if self._over is not None:
                     break
-                job = self._current = self._jobs.popleft()
+                task = self._current = self._tasks.popleft()
             result: Any = None
             error: BaseException | None = None
             try:
-                result = job.call()
+                result = task.call()
             except (
                 BaseException
             ) as caught:  # whatever it is, it belongs to whoever waits for the future
                 error = caught
             with self._changed:
                 self._current = None
-                job.resolve(result, error)
+                task.resolve(result, error)
                 self._changed.notify_all()
-            del job, result, error  # or they would keep buffers alive until the next call
+            del task, result, error  # or they would keep buffers alive until the next call
         if self._on_end is not None:
             self._on_end()
 
@@ -142,11 +142,11 @@ class CallThread:
         with self._changed:
             while self._over is None:
                 now = time.monotonic()
-                late = min(self._pending(), key=lambda job: job.end, default=None)
+                late = min(self._pending(), key=lambda task: task.end, default=None)
                 if late is not None and late.end + GRACE_S <= now:
                     late.resolve(error=_overran(late))
                     if late is not self._current:
-                        self._jobs.remove(late)
+                        self._tasks.remove(late)
                         continue
                     self._end(f"the call before it ({late.what}) did not end by its deadline")
                     break
@@ -161,21 +161,21 @@ class CallThread:
         if self._on_overrun is not None:
             self._on_overrun()
 
-    def _nap_s(self, next_late: _Job | None, now: float) -> float | None:
+    def _nap_s(self, next_late: _Task | None, now: float) -> float | None:
         if next_late is None:
             return None
         until_late_s = next_late.end + GRACE_S - now
         return until_late_s if self._watch is None else min(until_late_s, _WATCH_S)
 
 
-def _overran(job: _Job) -> DeadlineExceeded:
+def _overran(task: _Task) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"{job.what}: got no result within {job.timeout_s:.1f} s, expected every member to take part in time; "
+        f"{task.what}: got no result within {task.timeout_s:.1f} s, expected every member to take part in time; "
         "look for one that is late, stopped or dead, or raise the timeout"
     )
 
 
-def _unanswered(job: _Job, why: str) -> TransportError:
+def _unanswered(task: _Task, why: str) -> TransportError:
     return TransportError(
-        f"{job.what}: got no result because {why}, expected an open group; make a new one"
+        f"{task.what}: got no result because {why}, expected an open group; make a new one"
     )

@@ -16,24 +16,24 @@ DEFAULT_PART_BYTES = 64 << 20
 """With several of these under way at once, a loopback or a fast network is busy all the time."""
 
 
-def cut(buffer: torch.Tensor, spans: Sequence[Range] | None) -> list[torch.Tensor]:
-    """The `spans` of a uint8 buffer as views; None: all of it, in parts of `DEFAULT_PART_BYTES`."""
+def cut(buffer: torch.Tensor, ranges: Sequence[Range] | None) -> list[torch.Tensor]:
+    """The `ranges` of a uint8 buffer as views; None: all of it, in parts of `DEFAULT_PART_BYTES`."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
         raise TransportError(
             f"cannot send or receive a {buffer.dtype} buffer of shape {tuple(buffer.shape)}, expected contiguous bytes "
             "(uint8, one dimension); pass a view of it as uint8"
         )
     size = buffer.numel()
-    if spans is None:
+    if ranges is None:
         step = DEFAULT_PART_BYTES
-        spans = [(start, min(start + step, size)) for start in range(0, size, step)]
-    for start, stop in spans:
+        ranges = [(start, min(start + step, size)) for start in range(0, size, step)]
+    for start, stop in ranges:
         if not 0 <= start <= stop <= size:
             raise TransportError(
-                f"a span does not fit: got bytes {start} to {stop}, expected a part of a buffer of {size}; check the "
+                f"a range does not fit: got bytes {start} to {stop}, expected a part of a buffer of {size}; check the "
                 "layout"
             )
-    return [buffer[start:stop] for start, stop in spans]
+    return [buffer[start:stop] for start, stop in ranges]
 
 
 def receive_buffer(num_bytes: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Connect(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Deadline, on the clock that all processes of a machine share (`time.monotonic`)."""
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True):
+class Incoming(msgspec.Struct, frozen=True, array_like=True):
     """One message to receive."""
 
     start: int
@@ -72,7 +72,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 class Take(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Receive messages into the memory, in order."""
 
-    parts: Sequence[Part]
+    parts: Sequence[Incoming]
     """Where each of them belongs."""
     end: float
     """Deadline, as in `Connect`."""
@@ -93,7 +93,7 @@ ERRORS: dict[str, type[SyncError]] = {
 """What a command may fail with."""
 
 
-class Member:
+class Membership:
     """The group that this process is in."""
 
     def __init__(self, memory: int) -> None:
@@ -176,7 +176,7 @@ def _be_member(owner: list[int], commands: int, memory: int, words: int) -> NoRe
     """In a forked process: one member, until its commands end."""
     os.dup2(words, 1)
     os.dup2(words, 2)
-    member, line = Member(memory), socket.socket(fileno=commands)
+    member, line = Membership(memory), socket.socket(fileno=commands)
     threading.Thread(target=_end_with, args=(line, owner), name="lifeline", daemon=True).start()
     for command in line.makefile("rb"):
         done = Done()

@@ -30,7 +30,7 @@ from .children import start_command
 from .expected import BEHIND_BYTES
 from .joining import Joiner, RendezvousPlace
 from .meeting import Meeting
-from .receiving_child import ERRORS, Connect, Done, Part, Take
+from .receiving_child import ERRORS, Connect, Done, Incoming, Take
 
 _NAME = "update-group"
 _MOST_WORDS = 4000
@@ -138,17 +138,17 @@ class ReceivingProcess:
             return self._landing[:num_bytes]
 
     def receive(
-        self, buffer: torch.Tensor, spans: Sequence[Range], *, telling: Sequence[int], end: float
+        self, buffer: torch.Tensor, ranges: Sequence[Range], *, telling: Sequence[int], end: float
     ) -> None:
-        """Fill the `spans` of `buffer`, which is of `landing`, with a broadcast of rank 0 each.
+        """Fill the `ranges` of `buffer`, which is of `landing`, with a broadcast of rank 0 each.
 
         `telling`: see `telling_bytes`. `TransportError` when another number of bytes came.
         """
         assert storage_key(buffer) == storage_key(self._landing), "of `landing`"
         first = int(buffer.storage_offset())
         parts = [
-            Part(first + start, first + stop, tells)
-            for (start, stop), tells in zip(spans, telling, strict=True)
+            Incoming(first + start, first + stop, tells)
+            for (start, stop), tells in zip(ranges, telling, strict=True)
         ]
         self._carry_out(Take(parts=parts, end=end), f"a receive of {len(parts)} messages", end)
 

@@ -21,8 +21,8 @@ from ..transports.cuda_ipc import CudaIpcArena
 from ..transports.group_arena import GroupArena
 from ..transports.ipc_memory import ipc_memory_of
 from ..transports.local import LocalArena
-from ..transports.served_group import ServedGroup
 from ..transports.shared_memory import SharedMemoryArena
+from ..transports.trainer_group import TrainerGroup
 from ..wire.channel import Channel, RpcChannel
 from ..wire.deadline import Deadline
 from ..wire.messages import (
@@ -334,7 +334,7 @@ class EngineEndpoint:
         backend = self._group_backend
         if backend == "auto":
             backend = "nccl" if info.device.startswith("cuda") else "gloo"
-        group = ServedGroup.serve(
+        group = TrainerGroup.serve(
             world_size=1 + info.tp_size,
             group_name=f"publisher-{secrets.token_hex(6)}",
             host=self._group_host,

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import EngineDiedError, FingerprintMismatch
 from ..report import SyncReport
-from ..transports.spans import spans_of
+from ..transports.chunks import ranges_of
 from ..wire.deadline import Deadline
 from ..wire.messages import BeginReply, Bucket, Commit
 from .endpoint import PackedArena
@@ -235,7 +235,7 @@ class Update(OpenSession):
         """Tell the engine that rows are complete, without waiting for its answer."""
         self._submit_bucket(packed, deadline)  # it must know what comes before it comes
         sent = self.packed.arena.send(
-            spans_of(self.packed.layout.carried, packed.indices), deadline.left_s("send")
+            ranges_of(self.packed.layout.carried, packed.indices), deadline.left_s("send")
         )
         if sent is not None:
             self._in_step = False

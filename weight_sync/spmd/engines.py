@@ -22,8 +22,8 @@ from ..publisher.selection import Layout
 from ..publisher.update import PackedRows, Update
 from ..report import SyncReport
 from ..transports.arena import SharedBytes
+from ..transports.chunks import ranges_of
 from ..transports.shared_memory import SharedMemoryArena
-from ..transports.spans import spans_of
 from ..wire.channel import Channel
 from ..wire.deadline import Deadline
 from ..wire.messages import EngineInfo, SharedMemoryHandle
@@ -160,7 +160,7 @@ class Engines:
         assert self._arena is not None and update is not None
         if update.packed.transport == "process_group":  # it travels from the group's own memory
             manifest = update.packed.layout.manifest
-            for start, stop in spans_of(manifest, rows):
+            for start, stop in ranges_of(manifest, rows):
                 update.packed.buffer[start:stop].copy_(self._arena.buffer[start:stop])
         update.announce(PackedRows(indices=rows, fingerprints=values), deadline)
 

@@ -87,23 +87,23 @@ class JoinedGroup(UpdateGroup[Communicator | ReceivingProcess]):
     def receive_into(
         self,
         buffer: torch.Tensor,
-        spans: Sequence[Range] | None = None,
+        ranges: Sequence[Range] | None = None,
         *,
         timeout_s: float,
         telling: Sequence[int] | None = None,
     ) -> Future[None]:
-        """Fill the `spans` of a uint8 `buffer` with what the trainer broadcasts, one part each.
+        """Fill the `ranges` of a uint8 `buffer` with what the trainer broadcasts, one part each.
 
-        The spans must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
+        The ranges must be as long as the trainer's, and share no bytes. None is what `broadcast` makes of None if the
         trainer is ours, and the whole buffer in one part if it is not. A plain trainer's parts over gloo must come into
         a buffer of `landing`; one of another length than announced is an error then, on all members alike. `telling`:
-        how many bytes at the end of each span tell that they never came (see `telling_bytes`), None where any might.
+        how many bytes at the end of each range tell that they never came (see `telling_bytes`), None where any might.
         """
         whole = [(0, buffer.numel())]
 
         def receive(end: float) -> None:
             connection = self._connected(end)
-            known = spans if spans is not None or self.peer_is_ours else whole
+            known = ranges if ranges is not None or self.peer_is_ours else whole
             parts = cut(buffer, known)
             if isinstance(connection, Communicator):
                 broadcast_parts(connection, parts, depth=self._depth, end=end)

@@ -25,7 +25,7 @@ Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
+class _Extent:
     """Parameters that follow each other in one allocation, with less than 256 bytes between them."""
 
     first: int
@@ -50,16 +50,16 @@ class Shadow:
                 key = storage_key(parameter)
                 extents[key].append(byte_range(parameter))
                 self._address[key] = parameter.untyped_storage().data_ptr() % ALIGNMENT
-        self._pieces: dict[Storage, list[_Piece]] = {}
+        self._extents: dict[Storage, list[_Extent]] = {}
         sizes: defaultdict[torch.device, int] = defaultdict(int)
         for key, held in extents.items():
             device = key[0]
-            self._pieces[key] = []
+            self._extents[key] = []
             for first, end in _joined(sorted(held)):
                 # At the same place within 256 bytes: what is aligned there is aligned here.
                 at = align(sizes[device]) + (self._address[key] + first) % ALIGNMENT
                 sizes[device] = at + end - first
-                self._pieces[key].append(_Piece(first=first, end=end, at=at))
+                self._extents[key].append(_Extent(first=first, end=end, at=at))
         self._buffers = {device: _zeros(device, align(size)) for device, size in sizes.items()}
 
     @property
@@ -136,9 +136,9 @@ class Shadow:
         return start == end or (aligned and only_padding(self._occupied[key], end, start))
 
     def _at(self, key: Storage, byte: int) -> int:
-        pieces = self._pieces[key]
-        piece = pieces[bisect_right(pieces, byte, key=lambda piece: piece.first) - 1]
-        return piece.at + byte - piece.first
+        extents = self._extents[key]
+        extent = extents[bisect_right(extents, byte, key=lambda extent: extent.first) - 1]
+        return extent.at + byte - extent.first
 
 
 def _joined(extents: Sequence[Range]) -> Iterator[Range]:
@@ -156,9 +156,9 @@ def _overlapping(
     tensors: Sequence[torch.Tensor],
 ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
     """Tensors of one allocation that reach over each other: first byte, end, and which they are, in ascending order."""
-    spans = sorted((*byte_range(tensor), i) for i, tensor in enumerate(tensors))
-    first, end, group = spans[0][0], spans[0][1], [tensors[spans[0][2]]]
-    for start, stop, i in spans[1:]:
+    ranges = sorted((*byte_range(tensor), i) for i, tensor in enumerate(tensors))
+    first, end, group = ranges[0][0], ranges[0][1], [tensors[ranges[0][2]]]
+    for start, stop, i in ranges[1:]:
         if start >= end:
             yield first, end, group
             first, end, group = start, stop, []

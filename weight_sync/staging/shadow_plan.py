@@ -19,7 +19,7 @@ from ..layout.memory import byte_range, storage_key
 from ..plan.copies import Copy, Occupied, copy_ranges
 from ..plan.decoding import decoder_of
 from ..plan.plan import PlacedSums, Plan
-from ..transports.spans import lengths_of
+from ..transports.chunks import lengths_of
 from .shadow import Pairs, Shadow
 from .stage import as_uint64
 
@@ -115,7 +115,7 @@ class Chunk:
         )
         """How they lie in the receive buffer."""
         ends = list(accumulate(lengths_of(manifest, rows), initial=0))
-        self.spans = list(pairwise(ends))
+        self.ranges = list(pairwise(ends))
         """The ranges of the receive buffer that travel as one each."""
         self._fingerprints = ArenaFingerprints(self.manifest)
         moved = [

@@ -26,7 +26,7 @@ from ..layout.weight_map import WeightMap
 from ..plan.plan import Plan
 from ..process_groups.communicator import keep_until_aborted
 from ..process_groups.parts import receive_buffer
-from ..transports.spans import chunks_of
+from ..transports.chunks import chunks_of
 from .joined_group import JoinedGroup
 from .shadow import Shadow
 from .shadow_plan import Chunk, ShadowPlan
@@ -102,7 +102,7 @@ class StageMemory:
                     if self._device.type == "cpu"
                     else torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
                 )
-            self.settle()  # steps may still use what was there; uploads come on another stream
+            self.wait_for_device()  # steps may still use what was there; uploads come on another stream
         return buffer[:num_bytes]
 
     def forget(self) -> None:
@@ -130,7 +130,7 @@ class StageMemory:
     def session_over(self) -> None:
         """The session that had a plan of it has ended. Safe to repeat."""
 
-    def settle(self) -> None:
+    def wait_for_device(self) -> None:
         """Wait for the device: the copies of a stage are done before any other stream or thread looks."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -139,7 +139,7 @@ class StageMemory:
         if self._shadow is None:
             with _no_memory_is_an_answer(self.shadow_bytes, self._device):
                 self._shadow = Shadow(self._weight_map)
-            self.settle()  # its zeros are written before any other stream writes there
+            self.wait_for_device()  # its zeros are written before any other stream writes there
         return self._shadow
 
 
@@ -190,7 +190,7 @@ class ShadowStage:
         self._receiving = False
         if failure is not None:
             raise failure
-        self._memory.settle()
+        self._memory.wait_for_device()
         return work_s
 
     def receive(self, num_bytes: int, fill: Fill) -> torch.Tensor:
@@ -213,7 +213,7 @@ class ShadowStage:
             found.append(chunk.fingerprints(incoming))
             self._memory.before_move()
             chunk.move(incoming)
-        self._memory.settle()
+        self._memory.wait_for_device()
         return np.concatenate(found)
 
     def summands(self, rows: np.ndarray | None) -> np.ndarray:
@@ -266,7 +266,7 @@ class ShadowStage:
             if chunk.home is None:
                 num_incoming, which = num_incoming + 1, 1 - which
             left_s = max(0.0, end - time.monotonic())
-            whole = self._group.receive_into(incoming, chunk.spans, timeout_s=left_s)
+            whole = self._group.receive_into(incoming, chunk.ranges, timeout_s=left_s)
             under_way.append((chunk, incoming, whole))
         while under_way:
             yield arrived()

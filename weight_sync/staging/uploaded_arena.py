@@ -17,8 +17,8 @@ from ..devices.registration import Registration
 from ..errors import DeadlineExceeded, ProtocolError
 from ..layout.memory import Range
 from ..plan.plan import Plan
+from ..transports.chunks import chunks_of, ranges_of_chunk
 from ..transports.shared_memory import MappedMemoryFile
-from ..transports.spans import chunks_of, ranges_of
 from ..wire.messages import SharedMemoryHandle
 from .shadow_plan import Chunk, ShadowPlan
 from .shadow_stage import StageMemory
@@ -158,7 +158,7 @@ class UploadedStage:
         for number, part in enumerate(chunks_of(self._manifest, rows)):
             chunk = self._plan.chunk(part)
             size = chunk.manifest.arena_bytes
-            ranges = ranges_of(self._manifest, part) if at is None else [(at, at + size)]
+            ranges = ranges_of_chunk(self._manifest, part) if at is None else [(at, at + size)]
             if ranges:
                 self._check_range(ranges[-1][1])
             incoming = chunk.home

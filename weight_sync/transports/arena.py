@@ -37,7 +37,7 @@ class Arena(Protocol):
     def broken(self) -> str | None:
         """Why it cannot carry anything any more, or None."""
 
-    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+    def send(self, ranges: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """Carry these ranges to the engine, which has been told to expect them; None where it sees them anyway."""
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class SharedBytes:
     broken: str | None = None
     unstaged: bool = False
 
-    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+    def send(self, ranges: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """The engine sees the bytes."""
         return None
 

@@ -13,13 +13,13 @@ from ..layout.memory import Range
 from ..process_groups.communicator import keep_until_aborted
 from ..wire.messages import GroupHandle
 from ..wire.process import current_process
-from .served_group import ServedGroup
+from .trainer_group import TrainerGroup
 
 
 class GroupArena:
     """The trainer's end: memory of its own, and the group that carries it."""
 
-    def __init__(self, num_bytes: int, group: ServedGroup) -> None:
+    def __init__(self, num_bytes: int, group: TrainerGroup) -> None:
         self._group = group
         self._buffer: torch.Tensor | None = torch.zeros(
             num_bytes, dtype=torch.uint8, device=group.device
@@ -45,9 +45,9 @@ class GroupArena:
         """Why nothing can be sent any more, or None."""
         return self._group.broken
 
-    def send(self, spans: Sequence[Range], timeout_s: float) -> "Future[None] | None":
+    def send(self, ranges: Sequence[Range], timeout_s: float) -> "Future[None] | None":
         """Broadcast these bytes; they must not change until the future is done."""
-        return self._group.broadcast(self.buffer, spans, timeout_s=timeout_s) if spans else None
+        return self._group.broadcast(self.buffer, ranges, timeout_s=timeout_s) if ranges else None
 
     def close(self) -> None:
         buffer, self._buffer = self._buffer, None

@@ -41,7 +41,7 @@ _NCCL_DEPTH = 16
 
 
 class UpdateGroup(Generic[ConnectionT]):
-    """One member of an update group: a trainer's `ServedGroup` or an engine rank's `JoinedGroup`.
+    """One member of an update group: a trainer's `TrainerGroup` or an engine rank's `JoinedGroup`.
 
     Calls of a member run in the order in which they are made; all members make them in the same order. A future's
     result is to be awaited before its buffers are used again.

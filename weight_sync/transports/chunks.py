@@ -30,27 +30,27 @@ def chunks_of(manifest: Manifest, indices: np.ndarray) -> list[np.ndarray]:
     return chunks
 
 
-def spans_of(manifest: Manifest, indices: np.ndarray) -> list[Range]:
+def ranges_of(manifest: Manifest, indices: np.ndarray) -> list[Range]:
     """(start, stop) of the tensors `indices` in the arena, chunk by chunk: neighbours joined, then cut into parts."""
     bounds = _bounds(manifest)
-    return [span for rows in chunks_of(manifest, indices) for span in _spans(bounds, rows)]
+    return [one for rows in chunks_of(manifest, indices) for one in _ranges(bounds, rows)]
 
 
-def ranges_of(manifest: Manifest, rows: np.ndarray) -> list[Range]:
-    """(start, stop) of each span of one chunk in the arena; `rows` ascending."""
-    return list(_spans(_bounds(manifest), rows))
+def ranges_of_chunk(manifest: Manifest, rows: np.ndarray) -> list[Range]:
+    """(start, stop) of each range of one chunk in the arena; `rows` ascending."""
+    return list(_ranges(_bounds(manifest), rows))
 
 
 def lengths_of(manifest: Manifest, rows: np.ndarray) -> list[int]:
-    """Bytes of each span of one chunk."""
-    return [stop - start for start, stop in _spans(_bounds(manifest), rows)]
+    """Bytes of each range of one chunk."""
+    return [stop - start for start, stop in _ranges(_bounds(manifest), rows)]
 
 
 def _bounds(manifest: Manifest) -> np.ndarray:
     return np.array((*manifest.offsets, manifest.arena_bytes), dtype=np.int64)
 
 
-def _spans(bounds: np.ndarray, rows: np.ndarray) -> Iterator[Range]:
+def _ranges(bounds: np.ndarray, rows: np.ndarray) -> Iterator[Range]:
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     starts = bounds[rows[np.concatenate(([0], breaks))]].tolist()
     ends = bounds[rows[np.concatenate((breaks - 1, [len(rows) - 1]))] + 1].tolist()

@@ -18,7 +18,7 @@ from ..process_groups.streams import broadcast_parts
 from .update_group import UpdateGroup
 
 
-class ServedGroup(UpdateGroup[Communicator]):
+class TrainerGroup(UpdateGroup[Communicator]):
     """Rank 0; made with `serve`."""
 
     _server: StoreServer | None = None
@@ -60,12 +60,12 @@ class ServedGroup(UpdateGroup[Communicator]):
     def broadcast(
         self,
         buffer: torch.Tensor,
-        spans: Sequence[Range] | None = None,
+        ranges: Sequence[Range] | None = None,
         *,
         timeout_s: float,
     ) -> Future[None]:
-        """Send the `spans` of a uint8 `buffer` (None: all of it, in parts of 64 MiB)."""
-        parts = cut(buffer, spans)
+        """Send the `ranges` of a uint8 `buffer` (None: all of it, in parts of 64 MiB)."""
+        parts = cut(buffer, ranges)
         return self._submit(
             f"a broadcast of {sum(part.numel() for part in parts)} bytes",
             timeout_s,
