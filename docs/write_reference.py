@@ -62,6 +62,7 @@ GENERATE = {
     "routed_experts_start_len": "the first position whose experts are wanted",
     "timeout_s": "deadline, after which everything comes back as it is; None: none",
     "attention_mask": "where the tokens are in padded `input_ids`",
+    "input_embeds": "rows in place of tokens, (tokens, hidden size) numbers: one prompt or a list",
     "add_special_tokens": (
         "None: the tokenizer's, without a second begin token; True: exactly the tokenizer's; False: none"
     ),

@@ -14,7 +14,6 @@ from ..errors import ConfigError, InvalidRequestError
 
 #: Arguments of `generate` that cannot be honoured, and why.
 REFUSED_IN_GENERATE = {
-    "input_embeds": "input embeddings are not supported",
     "image_data": "images are not supported",
     "audio_data": "audio is not supported",
     "video_data": "video is not supported",

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 _OWN = (
     *("prompt", "sampling_params", "input_ids", "stream", "rid", "return_text_in_logprobs"),
     *("flat_logprobs", "return_token_versions", "return_prompt_token_ids", "min_weight_version"),
-    *("attention_mask", "add_special_tokens"),
+    *("attention_mask", "add_special_tokens", "input_embeds"),
 )
 _PER_PROMPT = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
@@ -85,21 +85,23 @@ class GenerationCalls(EngineClient):
         return_prompt_token_ids: bool = False,
         min_weight_version: int | None = None,
         cache_salt: str | Sequence[str] | None = None,
+        input_embeds: Any = None,
         **others: Any,
     ) -> Asking[Any]:
         """Complete prompts.
 
-        Give `prompt` (text) or `input_ids` (token ids), one or a list; the other arguments are one value for all or
-        a list with one per prompt. `sampling_params`: a dictionary, `SamplingParams`, or a `GenerationConfig` of
-        transformers; `logprobs` in a dictionary is `return_logprob` with so many top tokens. Arguments not mentioned
-        here belong to the common dialect, whose order this is: refused, or ignored with a warning if no result changes.
+        Give `prompt` (text), `input_ids` (token ids) or `input_embeds`, one or a list; other arguments are one value
+        for all or a list with one per prompt. `sampling_params`: a dictionary (whose `logprobs` is `return_logprob`
+        with so many top tokens), `SamplingParams`, or transformers' `GenerationConfig`. Arguments not mentioned here
+        belong to the common dialect, whose order this is: refused, or ignored with a warning if no result changes.
 
         Returns one dictionary for one prompt with n = 1, else a list, prompt-major; with `stream`, an iterator of
         cumulative dictionaries (with their `index` where there are several samples), async from `async_generate`.
 
         Text gets the special tokens that the tokenizer adds, but no second begin token where a chat template has put
         one; `add_special_tokens` True or False: exactly the tokenizer's, or none. `input_ids` may be tensors or arrays;
-        padding is refused unless `attention_mask` says where it is.
+        padding is refused unless `attention_mask` says where it is. `input_embeds`: (tokens, hidden size) rows in place
+        of embedded tokens, such as a soft prompt; penalties and log-probabilities then know the output alone.
 
         A result has `text`, `output_ids` (list of int) and `meta_info`; docs/reference.md has all keys. With
         `return_logprob` that has `output_token_logprobs` and `input_token_logprobs` (from position `logprob_start_len`;
@@ -113,15 +115,13 @@ class GenerationCalls(EngineClient):
         prompts share cached prefixes only with those of the same salt.
 
         There is no deadline unless `timeout_s` gives one: after so many seconds everything comes back as it is then,
-        finished samples whole, the others with finish reason "abort" and a message that says why they were not
-        finished. So they do when the engine has computed nothing for `progress_timeout_s` (600 s), be it paused
-        or out of memory. While generation is paused requests wait, and the message names the pause and its end.
-
+        finished samples whole, the others with finish reason "abort" and a message that says why. So they do when the
+        engine has computed nothing for `progress_timeout_s` (600 s), be it paused or out of memory.
         Raises `InvalidRequestError` (a `ValueError`) for arguments that cannot be run, before any of them runs;
         `NoUpdateYetError` and `TornWeightsError` while the weights must not be used; `DeadlineExceeded` when the engine
         does not even answer; `EngineDiedError` when its process is gone.
         """
-        if is_empty(others.get("text", prompt)) and input_ids is None:
+        if is_empty(others.get("text", prompt)) and input_ids is None and input_embeds is None:
             return (yield Form(iter(()), _nothing())) if stream else []
         prepared = self._prepare(locals())
         if not stream:

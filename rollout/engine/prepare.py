@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InvalidRequestError
 from ..hints import did_you_mean
 from ..protocol.commands import Generate, PromptSpec, SampleUpdate, too_many_samples
+from ..protocol.embeds import places_of, read_embeds
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .dialect import check_generate_argument
@@ -68,6 +69,7 @@ def prepare(
     attention_mask: Any = None,
     add_special_tokens: bool | None = None,
     pad_token_id: int | None = None,
+    input_embeds: Any = None,
     pooling: str | None = None,
     call: str = "generate",
 ) -> PreparedGenerate:
@@ -77,14 +79,16 @@ def prepare(
     call: whose arguments they are.
     """
     _check_others(call, others)
-    ids, is_list = prompt_token_ids(
-        tokenizer,
-        prompt,
-        input_ids,
-        attention_mask=attention_mask,
-        add_special_tokens=add_special_tokens,
-        pad_token_id=pad_token_id,
-    )
+    if input_embeds is not None:
+        _check_alone(prompt, input_ids, attention_mask, return_prompt_token_ids)
+        embeds, is_list = read_embeds(input_embeds)
+        ids = [places_of(rows) for rows in embeds]
+    else:
+        pads: dict[str, Any] = {"attention_mask": attention_mask, "pad_token_id": pad_token_id}
+        ids, is_list = prompt_token_ids(
+            tokenizer, prompt, input_ids, add_special_tokens=add_special_tokens, **pads
+        )
+        embeds = []
     num = len(ids)
     read = [
         _params(value, i, len(ids[i]))
@@ -105,12 +109,12 @@ def prepare(
             first_sample=i * read[i][0].n if shared else 0,
             flat_logprobs=flat_logprobs,
             pooling=pooling,
+            input_embeds=embeds[i] if embeds else None,
             **{k: v[i] for k, v in columns.items()},
         )
         for i in range(num)
     ]
-    problem = too_many_samples(specs)
-    if problem is not None:
+    if (problem := too_many_samples(specs)) is not None:
         raise InvalidRequestError(problem)
     extras = Extras(
         text_in_logprobs=return_text_in_logprobs,
@@ -136,6 +140,20 @@ def _check_rids(rids: list[Any]) -> None:
     if len(set(rids)) != len(rids):
         raise InvalidRequestError(
             f"rid: got {str(rids)[:200]}, expected a different id for each prompt"
+        )
+
+
+def _check_alone(prompt: Any, input_ids: Any, attention_mask: Any, wants_ids: bool) -> None:
+    """`InvalidRequestError` for what only prompts of tokens have, beside `input_embeds`."""
+    given = {"prompt": prompt, "input_ids": input_ids, "attention_mask": attention_mask}
+    beside = [name for name, value in given.items() if value is not None]
+    if beside:
+        raise InvalidRequestError(
+            f"input_embeds: got {' and '.join(beside)} beside it, expected one kind of prompt; leave out the others"
+        )
+    if wants_ids:
+        raise InvalidRequestError(
+            "return_prompt_token_ids: got True with input_embeds, expected False: such a prompt has no tokens"
         )
 
 
@@ -241,6 +259,7 @@ _KNOWN = (
     "min_weight_version",
     "attention_mask",
     "add_special_tokens",
+    "input_embeds",
     "stream",
     "rid",
     "timeout_s",

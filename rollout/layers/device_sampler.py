@@ -268,8 +268,9 @@ class DeviceSampler:
         num_output = request.num_output_tokens
         if place.num_counted != num_output:
             start = request.num_prompt_tokens
-            tokens = np.array(request.token_ids, np.int64)
-            prompt, output = self._upload([tokens[:start], tokens[start:]])
+            known = np.array(request.known_prompt, np.int64)
+            drawn = np.array(request.token_ids[start:], np.int64)
+            prompt, output = self._upload([known, drawn])
             assert self._counts is not None
             repeats = request.params.repetition_penalty != 1.0
             count_table(self._counts[place.index], prompt if repeats else None, output)

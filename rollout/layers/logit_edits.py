@@ -25,7 +25,7 @@ class TokenCounts:
         self._start(request)
 
     def _start(self, request: Request) -> None:
-        prompt = np.unique(np.asarray(request.token_ids[: request.num_prompt_tokens], np.int64))
+        prompt = np.unique(np.asarray(request.known_prompt, np.int64))
         if request.params.repetition_penalty == 1.0:
             prompt = prompt[:0]
         self._size = len(prompt)

@@ -7,6 +7,7 @@ and K KV heads of this rank, D head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -113,6 +114,16 @@ class DecoderLayer(nn.Module):
         yield from self.feed_forward.placements(f"{prefix}.mlp")
 
 
+@dataclass(frozen=True, slots=True)
+class GivenRows:
+    """What the first layer reads at some tokens in place of their embeddings."""
+
+    rows: torch.Tensor
+    """(G) int64, which of the T."""
+    values: torch.Tensor
+    """(G, E) in the parameters' dtype."""
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm and output head of one rank.
 
@@ -159,10 +170,14 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             yield layer
 
-    def forward(self, token_ids: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, step: LayerStep, given: GivenRows | None = None
+    ) -> torch.Tensor:
         """token_ids (T) -> hidden states after the final norm, (T, E), valid until the next step."""
         shape = (token_ids.shape[0], self.config.hidden_size)
         residual = self.embedding(token_ids, step.take("residual", shape))
+        if given is not None:
+            residual.index_copy_(0, given.rows, given.values)
         x: torch.Tensor | None = None
         for layer in self.layers:
             x = layer(residual, x, step)

@@ -31,13 +31,24 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
     """Base of every command and answer: immutable, tagged with its class name, unknown fields refused."""
 
 
+class InputEmbeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands for a prompt's tokens where it has none: what the first layer reads at each of its positions."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of `data`; the engine computes with its own."""
+    shape: tuple[Annotated[int, Meta(ge=1, lt=1 << 31)], Annotated[int, Meta(ge=1, lt=1 << 31)]]
+    """Tokens, hidden size."""
+    data: bytes
+    """Little-endian, row-major."""
+
+
 class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt of a `Generate`; its `params.n` samples share the prompt's KV."""
 
     rid: Ident
     """Request id; with n > 1 the samples are `rid`-0, `rid`-1, and so on."""
     input_ids: TokenIds
-    """Prompt tokens, at least one."""
+    """Prompt tokens, at least one; with `input_embeds` they only hold the places."""
     params: SamplingParams
     """How to sample."""
     first_sample: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
@@ -61,6 +72,8 @@ class PromptSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """First position whose experts are wanted."""
     cache_salt: Annotated[str, Meta(max_length=512)] = ""
     """Prompts share cached prefixes with those of the same salt alone."""
+    input_embeds: InputEmbeds | None = None
+    """Rows in place of the tokens of `input_ids`, of the same number."""
 
 
 class Generate(Message, frozen=True, kw_only=True):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..layers.step import LayerStep
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, GivenRows
 from ..models.model_config import ModelConfig
-from ..scheduling.batch import ScheduledBatch
+from ..scheduling.batch import ScheduledBatch, ScheduledItem
 from ..scheduling.request import Request
 from .kv_pool import KVPool
 
@@ -25,6 +28,27 @@ class DrawnTokens:
     """Who drew which of them."""
 
 
+def given_rows(
+    items: Sequence[ScheduledItem],
+) -> tuple[npt.NDArray[np.int64], torch.Tensor] | None:
+    """Of prompts that are rows in place of tokens: which tokens of the step, in item order, and the rows for them.
+
+    None: there are none, and that is all that other steps pay.
+    """
+    if all(item.request.input_embeds is None for item in items):
+        return None
+    places: list[int] = []
+    values: list[torch.Tensor] = []
+    first = 0
+    for item in items:
+        rows = item.request.input_embeds
+        if rows is not None and item.start < len(rows):
+            values.append(rows[item.start : item.end])  # what lies behind the prompt has tokens
+            places += range(first, first + len(values[-1]))
+        first += item.length
+    return (np.array(places, np.int64), torch.cat(values)) if places else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStep:
     """What the model needs for one step."""
@@ -35,6 +59,8 @@ class PlannedStep:
     """Everything else."""
     item_rows: torch.Tensor | None
     """(T): the row of each token in item order; None: rows are in item order."""
+    given: GivenRows | None = None
+    """Rows that stand in for tokens; None: there are none."""
 
 
 class AttentionBackend(Protocol):

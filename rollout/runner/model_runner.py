@@ -261,7 +261,7 @@ class ModelRunner:
         with torch.inference_mode():
             planned = self.backend.plan(batch, drawn)
             step = planned.step if self._ranges is None else self._ranges.over(planned.step)
-            states = self.model(planned.token_ids, step)
+            states = self.model(planned.token_ids, step, planned.given)
             if planned.item_rows is None:
                 return hidden.copy_(states)
             return torch.index_select(states, 0, planned.item_rows, out=hidden)

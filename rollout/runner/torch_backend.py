@@ -8,9 +8,10 @@ import torch
 from ..layers.attention import PagedStep
 from ..layers.torch_step import TorchStep
 from ..layers.workspace import Workspace
+from ..models.decoder import GivenRows
 from ..scheduling.batch import ScheduledBatch
 from ..scheduling.request import PENDING
-from .attention_backend import BackendContext, DrawnTokens, PlannedStep
+from .attention_backend import BackendContext, DrawnTokens, PlannedStep, given_rows
 from .forward_batch import AttentionPlanner, ForwardBatch, GroupLimits, Ints
 
 _GATHER_BYTES = 8 << 20
@@ -61,7 +62,16 @@ class TorchBackend:
                 routes=context.kv_pool.routes,
             ),
             item_rows=self._upload(host.item_rows),
+            given=self._given(batch, host),
         )
+
+    def _given(self, batch: ScheduledBatch, host: ForwardBatch) -> GivenRows | None:
+        found = given_rows(batch.items)
+        if found is None:
+            return None
+        places, values = found
+        values = values.to(self._context.device, self._context.dtype)
+        return GivenRows(self._upload(host.item_rows[places]), values)
 
     def _token_ids(
         self, batch: ScheduledBatch, host: ForwardBatch, drawn: DrawnTokens | None

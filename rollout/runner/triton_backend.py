@@ -13,9 +13,10 @@ from rollout_kernels.qk_norm_rope import rotary_table
 from rollout_kernels.shared_prefix_decode import SharedState
 
 from ..layers.triton_step import DeviceBatch, TritonStep
+from ..models.decoder import GivenRows
 from ..scheduling.batch import ScheduledBatch
 from ..scheduling.request import PENDING
-from .attention_backend import BackendContext, DrawnTokens, PlannedStep
+from .attention_backend import BackendContext, DrawnTokens, PlannedStep, given_rows
 from .staging import Array, Staging
 
 _TABLE_UNIT = 16
@@ -108,7 +109,17 @@ class TritonBackend:
                 )
             ),
             item_rows=None,
+            given=self._given(batch),
         )
+
+    def _given(self, batch: ScheduledBatch) -> GivenRows | None:
+        """Rows are large and rare: the host waits for their copy, so that none of them stays pinned."""
+        found = given_rows(batch.items)
+        if found is None:
+            return None
+        context = self.context
+        rows = torch.from_numpy(found[0]).to(context.device)
+        return GivenRows(rows, found[1].to(context.device, context.dtype))
 
     def compute_padding(self, num_decodes: int, num_tokens: int) -> torch.Tensor:
         """A step of nobody's decodes and of a prompt of nobody's tokens, of which nothing is kept; hidden states."""

@@ -39,6 +39,7 @@ class Request(CachedSequence):
         "arrival",
         "final_length",
         "group",
+        "input_embeds",
         "logprob_position",
         "logprob_start_len",
         "num_cached_tokens",
@@ -71,6 +72,7 @@ class Request(CachedSequence):
         stop_ids: Sequence[int] = (),
         outputs: Any = None,
         root_uid: int = ROOT_UID,
+        input_embeds: Any = None,
     ) -> None:
         super().__init__(prompt_ids, root_uid)
         self.rid = rid
@@ -113,6 +115,9 @@ class Request(CachedSequence):
         """The sampler's own."""
         self.outputs = outputs
         """The engine's own."""
+        self.input_embeds = input_embeds
+        """(prompt tokens, hidden), the runner's: what the first layer reads at the prompt, whose ids mean nothing then.
+        Kept to the end, because blocks may be taken back. None: the ids are the prompt."""
 
     def rewind_input_logprobs(self) -> None:
         """Want input log-probabilities from the first on, unless the prompt was computed and a token drawn from it."""
@@ -135,6 +140,11 @@ class Request(CachedSequence):
     def output_ids(self) -> list[int]:
         """Tokens drawn so far (a copy)."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def known_prompt(self) -> list[int]:
+        """Tokens of the prompt, for what looks at tokens; of a prompt of rows none."""
+        return [] if self.input_embeds is not None else self.token_ids[: self.num_prompt_tokens]
 
     @property
     def reuse_limit(self) -> int:

@@ -15,6 +15,7 @@ from weight_sync.layout.bucket import FlattenedTensorBucket
 from weight_sync.report import SyncReport
 
 from ..errors import ERRORS, DeadlineExceeded, EngineDiedError, RolloutError
+from ..protocol.embeds import read_embeds
 
 Result = dict[str, Any]
 _TABLES = (
@@ -60,6 +61,9 @@ def generate_body(arguments: dict[str, Any]) -> dict[str, Any]:
     body = {name: value for name, value in arguments.items() if name not in ("self", "others")}
     body |= arguments["others"]
     body["text"] = body.pop("prompt")
+    if body.get("input_embeds") is not None:
+        embeds, is_list = read_embeds(body["input_embeds"])
+        body["input_embeds"] = embeds if is_list else embeds[0]
     return {name: value for name, value in body.items() if value is not None}
 
 

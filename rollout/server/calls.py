@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 from ..engine.engine import Engine
 from ..errors import InvalidRequestError
+from ..protocol.embeds import read_embeds
 from ..sampling_params import asked_new_tokens
 from ..tokenizer import Tokenizer, encode_prompts
 from .access import Client
@@ -312,6 +313,15 @@ class Calls:
     async def _prompts(self, arguments: dict[str, Any]) -> tuple[list[Any], bool]:
         """Prompts as token ids, text replaced by them, and whether there is a list of prompts."""
         prompt, ids = arguments.get("prompt"), arguments.get("input_ids")
+        embeds = arguments.get("input_embeds")
+        if embeds is not None:
+            if prompt is not None or ids is not None:
+                raise HttpError(
+                    400, "got input_embeds beside text or input_ids, expected exactly one"
+                )
+            found, is_list = await asyncio.to_thread(read_embeds, embeds)
+            arguments["input_embeds"] = found if is_list else found[0]
+            return [[0] * rows.shape[0] for rows in found], is_list
         if (prompt is None) == (ids is None):
             got = "neither" if prompt is None else "both"
             raise HttpError(400, f"got {got} of text and input_ids, expected exactly one")

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from ..protocol.commands import InputEmbeds
 from .bodies import Body
 from .calls import ResultStream
 from .disconnects import EventStream
@@ -21,13 +22,14 @@ DONE = b"data: [DONE]\n\n"
 
 
 class GenerateBody(Body):
-    """Exactly one of `text` and `input_ids`; the other fields are one value for all prompts or a list of values."""
+    """Exactly one of `text`, `input_ids`, `input_embeds`; the other fields are one value for all prompts or a list."""
 
     model: str | None = None
     """The served model's name, as routers put it here; null: whatever is served."""
     text: str | list[str] | None = None
     input_ids: list[int | TokenIds] | None = None
-    input_embeds: list[Any] | None = None
+    input_embeds: InputEmbeds | list[InputEmbeds | list[Any]] | None = None
+    """Rows of numbers, one prompt or a list of prompts, or such with their bytes in base64."""
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
@@ -64,12 +66,10 @@ def sse(value: Any) -> bytes:
 async def generate(ask: Ask) -> Response:
     """Complete prompts; with `stream`, cumulative results as server-sent events."""
     body: GenerateBody = ask.body
-    if body.input_embeds is not None:
-        raise not_implemented("input_embeds: got input embeddings, expected text or token ids")
     check_model(ask, body.model)
     arguments = {**ask.extras, **msgspec.structs.asdict(body)}
     arguments["prompt"] = arguments.pop("text")
-    del arguments["input_embeds"], arguments["stream"], arguments["model"]
+    del arguments["stream"], arguments["model"]
     if not body.stream:
         return json_reply(await ask.state.calls.whole(ask.request, ask.client, arguments))
     return event_stream(ask, await ask.state.calls.stream(ask.request, ask.client, arguments), sse)
@@ -103,7 +103,10 @@ async def _events(
 
 async def generate_from_file(ask: Ask) -> Response:
     """Complete a prompt of input embeddings from a file."""
-    raise not_implemented("input embeddings in a file: expected text or token ids at /generate")
+    raise not_implemented(
+        "/generate_from_file: got a form with a file, expected JSON; send what the file holds as input_embeds of "
+        "/generate"
+    )
 
 
 ROUTES = (
@@ -115,5 +118,5 @@ ROUTES = (
         hands_on=True,
         statuses=(429, 501, 503),
     ),
-    Route(path="/generate_from_file", handler=generate_from_file, statuses=(501,)),
+    Route(path="/generate_from_file", handler=generate_from_file, unread=True, statuses=(501,)),
 )

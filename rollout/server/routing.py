@@ -58,6 +58,8 @@ class Route:
     query: type[Body] | None = None
     hands_on: bool = False
     """Fields that `body` lacks go to the handler, which knows what may be there."""
+    unread: bool = False
+    """It answers without a look at the body, whatever that is."""
     admin: bool = False
     """It concerns everybody: only an admin may."""
     update: bool = False
@@ -111,6 +113,8 @@ async def _asked(route: Route, state: ServerState, request: Request) -> Ask:
     extras: dict[str, Any] = {}
     query = None if route.query is None else _query(route.query, request)
     content = await read_bytes(request, state.config.slow_client_s)
+    if route.unread:
+        return Ask(state, request, client_of(request), None, None, {})
     if route.body is None and content:
         query = _query_in_body(route.query, parse_object(content), query)
     elif route.body is not None and request.method == "GET" and not content:

@@ -1,11 +1,14 @@
 """`/generate` against a server in another process: what goes in, what comes out, and what is refused."""
 
+import base64
 import json
 
 import httpx
 import pytest
+from safetensors.torch import load_file
 
 from rollout import Engine
+from rollout.server import HttpServerEngineAdapter
 from rollout.server.access import Client
 from rollout.server.calls import Call
 
@@ -111,13 +114,54 @@ def test_a_body_that_is_no_object_is_answered_with_400(http, content):
     assert http.post("/generate", content=content).status_code == 400
 
 
+def test_what_the_engine_does_not_have_is_answered_with_501(http):
+    reply = http.post("/generate_from_file", files={"file": b"[[0.5]]"})
+    assert reply.status_code == 501 and "input_embeds of /generate" in reply.json()["message"]
+
+
+def test_rows_in_place_of_tokens_come_as_lists_as_bytes_and_through_the_adapter(
+    http, server, folder
+):
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    sampling = {"temperature": 0.0, "max_new_tokens": 6}
+    prompts = [[5, 9, 2, 77], [11, 12]]
+    rows = [embedding[ids] for ids in prompts]
+    expected = http.post("/generate", json={"input_ids": prompts, "sampling_params": sampling})
+    wanted = [result["output_ids"] for result in expected.json()]
+    record = {
+        "dtype": "float32",
+        "shape": list(rows[0].shape),
+        "data": base64.b64encode(rows[0].numpy().tobytes()).decode(),
+    }
+    for given, ids in (
+        ([each.tolist() for each in rows], wanted),
+        ([record, rows[1].tolist()], wanted),
+        (record, wanted[:1]),
+        (rows[0].tolist(), wanted[:1]),
+    ):
+        reply = http.post("/generate", json={"input_embeds": given, "sampling_params": sampling})
+        assert reply.status_code == 200, reply.text
+        found = reply.json() if isinstance(reply.json(), list) else [reply.json()]
+        assert [result["output_ids"] for result in found] == ids
+    with HttpServerEngineAdapter(server.url) as engine:
+        one = engine.generate(input_embeds=rows[0], sampling_params=sampling)
+        both = engine.generate(input_embeds=rows, sampling_params=sampling)
+    assert [one["output_ids"], *(result["output_ids"] for result in both)] == [wanted[0], *wanted]
+
+
 @pytest.mark.parametrize(
-    ("path", "body"),
-    [("/generate", {"input_embeds": [[0.5]]}), ("/generate_from_file", {})],
+    ("body", "words"),
+    [
+        ({"input_embeds": [[0.5]]}, "expected the model's hidden size"),
+        ({"input_embeds": [["a"]]}, "input_embeds of prompt 0"),
+        ({"input_embeds": {"dtype": "int8", "shape": [1, 1], "data": ""}}, "Invalid enum value"),
+        ({"input_embeds": {"dtype": "float32", "shape": [2, 64], "data": "AAAA"}}, "got 3 bytes"),
+        ({"input_embeds": [[0.5]], "text": "a"}, "expected exactly one"),
+    ],
 )
-def test_what_the_engine_does_not_have_is_answered_with_501(http, path, body):
-    reply = http.post(path, json=body)
-    assert reply.status_code == 501 and "yet" in reply.json()["message"]
+def test_rows_that_are_none_are_answered_with_400(http, body, words):
+    reply = http.post("/generate", json=body)
+    assert reply.status_code == 400 and words in reply.json()["message"], reply.text
 
 
 def test_the_server_says_what_it_is(http, folder):

@@ -18,6 +18,7 @@ from ...cache.prefix_cache import root_of
 from ...config import ResolvedConfig
 from ...errors import InvalidRequestError
 from ...protocol.commands import Done, Generate, PromptSpec, too_many_samples
+from ...protocol.embeds import check_embeds, rows_of, salt_of
 from ...sampling_params import SamplingParams
 from ...scheduling.admission import check_fits, in_use
 from ...scheduling.request import Request
@@ -32,11 +33,16 @@ class Admission:
     """Makes requests; counts arrivals so that requests without a seed get one that the engine's seed determines."""
 
     def __init__(
-        self, config: ResolvedConfig, tokenizer: Tokenizer | None, end_ids: frozenset[int]
+        self,
+        config: ResolvedConfig,
+        tokenizer: Tokenizer | None,
+        end_ids: frozenset[int],
+        hidden_size: int,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._end_ids = end_ids
+        self._hidden_size = hidden_size
         self._num_prompts = 0
         self._num_groups = 0
         self.pid = os.getpid()
@@ -96,6 +102,11 @@ class Admission:
         spec = part.spec
         params = self._within_context(spec)
         inputs = twin.outputs.inputs if twin is not None else self._inputs(spec)
+        embeds, salt = spec.input_embeds, spec.cache_salt
+        rows = None
+        if embeds is not None:
+            salt = salt_of(embeds, salt)
+            rows = rows_of(embeds) if twin is None else twin.input_embeds
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._end_ids
@@ -121,7 +132,8 @@ class Admission:
                     token_ids_logprob=spec.token_ids_logprob,
                     stop_ids=sorted(stop_ids),
                     outputs=state,
-                    root_uid=root_of(spec.cache_salt),
+                    root_uid=root_of(salt),
+                    input_embeds=rows,
                 )
             )
         return samples
@@ -150,6 +162,13 @@ class Admission:
                 "engine with a larger context_length"
             )
         self._check_tokens(spec.input_ids, vocab, what)
+        if spec.input_embeds is not None:
+            check_embeds(spec.input_embeds, num, self._hidden_size, what)
+            if spec.return_logprob and spec.logprob_start_len >= 0:
+                raise InvalidRequestError(
+                    f"{what}: got logprob_start_len {spec.logprob_start_len} with input_embeds, expected -1: a prompt "
+                    "without tokens has no log-probabilities of its own"
+                )
         self._check_tokens(spec.token_ids_logprob or (), vocab, f"{what}, token_ids_logprob")
         if spec.logprob_start_len > num:
             raise InvalidRequestError(
@@ -201,5 +220,6 @@ def _asked_of_prompt(spec: PromptSpec) -> Hashable:
         spec.top_logprobs_num,
         spec.pooling,
         spec.cache_salt,
+        spec.input_embeds,
         None if spec.token_ids_logprob is None else tuple(spec.token_ids_logprob),
     )

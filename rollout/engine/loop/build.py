@@ -81,7 +81,7 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
         runner=runner,
         scheduler=scheduler,
         sampler=runner.sampler,
-        admission=Admission(resolved, tokenizer, end_ids),
+        admission=Admission(resolved, tokenizer, end_ids, runner.model_config.hidden_size),
         ranks=ranks,
     )
 
