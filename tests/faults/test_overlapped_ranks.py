@@ -153,3 +153,21 @@ def test_when_a_rank_dies_before_it_has_compared_nobody_gets_what_was_held(
         update.result(30)
     wait_for("the end of its ranks", lambda: not any(map(is_alive, engine.pids)))
     engine.close()
+
+
+def test_when_the_engine_is_shut_down_meanwhile_what_was_held_is_not_handed_out(
+    make_engine_with_faults: Callable[..., FaultyEngine], threads: ThreadPoolExecutor
+) -> None:
+    engine = make_engine_with_faults(tp_size=2)
+    publish(engine, OLD)
+    pids = engine.pids
+    update, call = held_at(engine, 1, threads)
+    ended = threads.submit(engine.engine.shutdown)
+    result = call.result(30)
+    assert result["output_ids"] == []
+    assert "shut down" in result["meta_info"]["finish_reason"]["message"]
+    engine.points.clear()
+    with pytest.raises(weight_sync.SyncError):
+        update.result(60)
+    ended.result(60)
+    wait_for("the end of its ranks", lambda: not any(map(is_alive, pids)))
