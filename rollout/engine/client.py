@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import msgspec
 
 from weight_sync.wire.process import Home
 
@@ -47,11 +50,37 @@ class EngineClient(EngineBase):
 
     def _call(self, body: Any, timeout_s: float | None = None) -> Any:
         """Send one command and wait for its answer."""
-        limit = self._timeout(timeout_s)
+        body, limit = sendable(body), self._timeout(timeout_s)
         return wait(self._executor.submit(body, timeout_s=limit), limit, type(body).__name__)
 
     async def _async_call(self, body: Any, timeout_s: float | None = None) -> Any:
         """As `_call`, awaitable, without a thread."""
-        limit = self._timeout(timeout_s)
+        body, limit = sendable(body), self._timeout(timeout_s)
         future = self._executor.submit(body, timeout_s=limit)
         return await answer_of(future, limit, type(body).__name__)
+
+
+T = TypeVar("T")
+
+
+def sendable(command: T) -> T:
+    """`command` as a message carries it: an engine of this process takes what one elsewhere would, and nothing else.
+
+    `InvalidRequestError` names the field; whole numbers of any library are Python's.
+    """
+    kind = type(command)
+    try:
+        message = msgspec.msgpack.encode(command, enc_hook=_as_number)
+        return msgspec.msgpack.decode(message, type=kind)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(
+            f"{kind.__name__}: {error}; correct the call's arguments"
+        ) from None
+
+
+def _as_number(value: Any) -> int | float:
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"got {type(value).__name__}, which no message carries")

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -409,6 +409,10 @@ def _abort(rid: str | None, abort_all: bool) -> AbortRequests:
 
 def memory_tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
     """The tags that a caller means; `InvalidRequestError` for unknown ones."""
+    if tags is not None and not isinstance(tags, Iterable):
+        raise InvalidRequestError(
+            f"tags: got {type(tags).__name__}, expected some of {', '.join(MEMORY_TAGS)}"
+        )
     chosen: list[Any] = list(
         MEMORY_TAGS if tags is None else [tags] if isinstance(tags, str) else tags
     )

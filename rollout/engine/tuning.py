@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -41,6 +42,10 @@ class TuningCalls(EngineClient):
         queued again, the last first. `InvalidRequestError` for other options, and other values.
         """
         known = SetLimits.__struct_fields__
+        if not isinstance(server_args, Mapping):
+            raise InvalidRequestError(
+                f"set_internal_state: got {type(server_args).__name__}, expected a dict of {', '.join(known)}"
+            )
         for name in server_args:
             if name not in known:
                 raise InvalidRequestError(

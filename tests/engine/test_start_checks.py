@@ -90,6 +90,11 @@ def test_an_address_that_is_none(folder, listen):
     refused(ConfigError, folder, "listen", "tcp://127.0.0.1:0", listen=listen)
 
 
+@pytest.mark.parametrize("listen", ["tcp://\ud800:1", "ipc:///tmp/a\nb/c"])
+def test_an_address_that_cannot_be_shown(folder, listen):
+    refused(ConfigError, folder, "listen", "printable", listen=listen)
+
+
 def test_ranks_that_do_not_divide_the_model(folder):
     refused(ConfigError, folder, "tp_size", tp_size=3)
 
@@ -107,6 +112,14 @@ def test_less_memory_than_two_blocks(folder):
     "name", ["start_timeout_s", "request_timeout_s", "pause_lease_s", "progress_timeout_s"]
 )
 def test_deadlines_that_are_none(folder, name, value):
+    refused(ConfigError, folder, name, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 1 << 63), ("weight_version", "x" * 513), ("weight_version", "\ud800")],
+)
+def test_what_the_engine_could_not_tell_others(folder, name, value):
     refused(ConfigError, folder, name, **{name: value})
 
 

@@ -3,10 +3,16 @@
 import asyncio
 import inspect
 
+import msgspec
+import numpy as np
 import pytest
 
 from rollout import Engine, RolloutPool
+from rollout.engine.client import sendable
 from rollout.engine.twins import asks, awaitable
+from rollout.errors import InvalidRequestError
+from rollout.protocol import commands as cmd
+from weight_sync.wire.process import Home
 
 NO_TWIN = {"connect", "from_model", "weight_channel"}
 """Constructors, and what sends nothing."""
@@ -95,3 +101,53 @@ def test_wrong_arguments_are_refused_before_anything_is_sent():
     with pytest.raises(TypeError, match="unexpected keyword argument 'valeu'"):
         asyncio.run(recorder.async_twice(valeu=3))
     assert recorder.limits == []
+
+
+class Closed:
+    """An executor that must not be asked."""
+
+    def submit(self, body, *, timeout_s, on_chunk=None):
+        raise AssertionError(f"{body} was sent")
+
+
+def engine_of_this_process():
+    engine = Engine.__new__(Engine)
+    engine._home, engine._maybe_executor = Home("the engine"), Closed()
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "says"),
+    [
+        ("get_weights_by_name", {"name": 5}, r"\$\.name"),
+        ("get_weights_by_name", {"name": "x" * 513}, r"\$\.name"),
+        ("get_weights_by_name", {"name": "\ud800"}, "surrogates"),
+        ("get_weights_by_name", {"name": "x", "truncate_size": -1}, "truncate_size"),
+        ("get_weights_by_name", {"name": "x", "truncate_size": 1.5}, "truncate_size"),
+        ("get_weights_by_name", {"name": object()}, "no message carries"),
+        ("save_sharded_model", {"path": "x" * 5000}, "path"),
+        ("save_sharded_model", {"path": "x", "max_size": 0}, "max_size"),
+        ("abort_request", {"rid": "x" * 300}, "rids"),
+        ("abort_request", {"rid": ["a"]}, "rid"),
+        ("flush_cache", {"recompute": "yes"}, "recompute"),
+        ("release_memory_occupation", {"tags": 5}, "tags"),
+        ("release_memory_occupation", {"tags": [["weights"]]}, "tags"),
+        ("set_internal_state", {"server_args": None}, "expected a dict"),
+        ("set_internal_state", {"server_args": {"max_running_requests": "1"}}, "int"),
+    ],
+)
+def test_an_engine_of_this_process_takes_no_more_than_one_elsewhere(call, arguments, says):
+    engine = engine_of_this_process()
+    engine.config = type("Config", (), {"request_timeout_s": 5.0})
+    with pytest.raises(InvalidRequestError, match=says):
+        getattr(engine, call)(**arguments)
+    with pytest.raises(InvalidRequestError, match=says):
+        asyncio.run(getattr(engine, f"async_{call}")(**arguments))
+
+
+def test_numbers_of_other_libraries_are_sent_as_numbers():
+    command = cmd.GetWeights(name="x", truncate_size=np.int64(3))
+    assert sendable(command) == cmd.GetWeights(name="x", truncate_size=3)
+    assert sendable(cmd.SlowDown(seconds=np.float32(0.5))).seconds == 0.5
+    for kind in msgspec.inspect.type_info(cmd.Command).types:
+        assert kind.cls.__struct_config__.tag is not None  # all of them are messages

@@ -17,7 +17,7 @@ from weight_sync.errors import (
     UnauthorizedError,
 )
 from weight_sync.wire import keys as keys_module
-from weight_sync.wire.keys import ServerKeys, shown
+from weight_sync.wire.keys import Address, ServerKeys, shown
 from weight_sync.wire.rpc import RpcClient, RpcServer
 
 ELSEWHERE = "tcp://0.0.0.0:0"
@@ -319,3 +319,10 @@ def test_a_folder_that_others_may_enter_is_refused(serve, tmp_path, mode):
 def test_a_socket_without_a_folder_is_refused(serve, name):
     with pytest.raises(InsecureAddressError, match="a socket without a folder"):
         serve(f"ipc://{name}")
+
+
+@pytest.mark.parametrize("address", [None, 5, b"tcp://127.0.0.1:1", [], "tcp://\ud800:1", "\x00"])
+def test_what_is_no_text_is_no_address(address: object) -> None:
+    for kind in (Address.of_client, Address.of_server):
+        with pytest.raises(ValueError, match="not an address"):
+            kind(address)  # type: ignore[arg-type]

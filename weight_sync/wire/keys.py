@@ -159,6 +159,11 @@ class Address:
     @classmethod
     def parse(cls, address: str, known: tuple[str, ...]) -> Self:
         """`ValueError` for options other than the `known` ones, of which it has one at most."""
+        if not (isinstance(address, str) and address.isprintable()):
+            raise ValueError(
+                f"not an address: got {type(address).__name__}, expected a text such as 'tcp://127.0.0.1:5555' or "
+                "'ipc:///tmp/folder/socket', all of it printable; use the address as the engine gives it"
+            )
         endpoint, mark, query = (
             address.partition("?") if address.startswith("tcp://") else (address, "", "")
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from weight_sync.wire.keys import Address, is_on_this_machine, require_curve
+from weight_sync.wire.messages import MAX_LABEL_CHARS
 
 from ...config import EngineConfig, default_block_size, free_memory_bytes
 from ...errors import ConfigError
@@ -20,7 +21,7 @@ from ...models.model_config import ModelConfig
 from ...runner.attention_backend import BackendNeeds
 from ...runner.backend_registry import check_backend, resolve_backend
 from ...runner.kv_pool import KVPool
-from ...tokenizer import check_tokenizer_files
+from ...tokenizer import check_tokenizer_files, is_unicode
 from .ranks import RankSpec, device_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,6 +141,13 @@ def check_config(config: EngineConfig) -> None:
                 f"{name}: got {value}, expected a positive number of seconds, at most {most}"
             )
     _check_listen(config.listen, config.insecure)
+    if config.seed is not None and not -(1 << 63) <= config.seed < 1 << 63:
+        raise ConfigError(f"seed: got {config.seed}, expected a number of 64 bits")
+    label = config.weight_version or ""
+    if len(label) > MAX_LABEL_CHARS or not is_unicode(label):
+        raise ConfigError(
+            f"weight_version: got {len(label)} characters, expected at most {MAX_LABEL_CHARS}, whole ones; shorten it"
+        )
     level = config.log_level
     if level is not None and level.upper() not in logging.getLevelNamesMapping():
         raise ConfigError(f"log_level: got {level!r}, expected one such as 'INFO' or 'WARNING'")
