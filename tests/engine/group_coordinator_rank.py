@@ -26,13 +26,13 @@ class Command(msgspec.Struct):
 
 
 def meet(port: int, rank: int, size: int, name: str, **options: Any) -> StatelessProcessGroup:
-    options = {"timeout_s": 20.0, "served": True, **options}
+    options = {"timeout_s": 120.0, "served": True, **options}
     return StatelessProcessGroup.create("127.0.0.1", port, rank, size, name=name, **options)
 
 
 def coordinate(port: int, rank: int, size: int, name: str, **options: Any) -> GroupCoordinator:
     with meet(port, rank, size, name) as group:
-        return GroupCoordinator.create(group, timeout_s=options.get("timeout_s", 10.0))
+        return GroupCoordinator.create(group, timeout_s=options.get("timeout_s", 120.0))
 
 
 def error_of(call: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def objects(port: int, rank: int, size: int) -> dict[str, Any]:
     result["wrong"] = error_of(lambda: group.broadcast_object(wrong, type=Command))
     result["late"] = error_of(
         lambda: (
-            time.sleep(1.0) if rank == 0 else group.broadcast_object(type=Command, timeout_s=0.3)
+            time.sleep(4.0) if rank == 0 else group.broadcast_object(type=Command, timeout_s=0.3)
         )
     )
     group.destroy()
@@ -155,7 +155,7 @@ def stores(port: int, rank: int, size: int) -> dict[str, Any]:
         gathered = [group.all_gather_bytes(f"{rank}:{i}".encode()).copy() for i in range(3)]
         told = [group.broadcast_bytes(b"\x00\xff" if rank == 2 else None, src=2)]
         if rank == 0:
-            time.sleep(0.3)
+            time.sleep(1.5)
         started = time.monotonic()
         group.barrier()
         waited_s = time.monotonic() - started
@@ -167,7 +167,7 @@ def stores(port: int, rank: int, size: int) -> dict[str, Any]:
                 keys.append(group.store.num_keys())
                 group.barrier()
         again = error_of(lambda: meet(port, rank, size, "meeting", timeout_s=2.0))
-        late = error_of(lambda: time.sleep(1.0) if rank == 1 else group.barrier(timeout_s=0.3))
+        late = error_of(lambda: time.sleep(5.0) if rank == 1 else group.barrier(timeout_s=2.0))
         after = error_of(lambda: rank == 1 or group.barrier())
     return {
         "gathered": [[part.decode() for part in parts] for parts in gathered],

@@ -26,9 +26,13 @@ def engine(tiny_checkpoint: Callable[..., Path]) -> Iterator[Engine]:
 
 def test_a_deadline_hands_out_what_there_is_and_says_why_it_is_not_all(engine: Engine) -> None:
     params = [{**GREEDY, "max_new_tokens": n, "ignore_eos": True} for n in (2, 400)]
+    engine.slow_down(
+        0.02
+    )  # The long one takes seconds, the short one none, however fast or busy the machine.
     results = engine.generate(
-        input_ids=PROMPTS[:2], sampling_params=params, return_logprob=True, timeout_s=0.3
+        input_ids=PROMPTS[:2], sampling_params=params, return_logprob=True, timeout_s=4.0
     )
+    engine.slow_down(None)
     done, partial = (result["meta_info"] for result in results)
     assert done["finish_reason"] == {"type": "length", "length": 2}
     assert partial["finish_reason"]["type"] == "abort"

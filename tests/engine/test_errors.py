@@ -81,7 +81,7 @@ def test_a_step_that_hangs_fails_what_waits_for_it_and_what_comes(
 ) -> None:
     import threading
 
-    with Engine(folder, progress_timeout_s=0.4, **OPTIONS) as engine:
+    with Engine(folder, progress_timeout_s=2.0, **OPTIONS) as engine:
         core, go_on = engine._executor._core, threading.Event()  # type: ignore[attr-defined]
         launch = core.runner.launch
         monkeypatch.setattr(core.runner, "launch", lambda *step: go_on.wait(20) and launch(*step))

@@ -300,8 +300,10 @@ def test_no_new_tokens_means_prompt_only(engine: Engine) -> None:
 
 
 def start_long(engine: Engine, results: list[Any], **extra: Any) -> threading.Thread:
-    """Run one long request on a thread and return when it has produced something."""
+    """Run one long request on a thread and return when it has produced something; it goes on for seconds, unless the
+    engine is told not to be slow."""
     ready = threading.Event()
+    engine.slow_down(0.02)
 
     def run() -> None:
         params = {"temperature": 0.0, "max_new_tokens": 400, "ignore_eos": True}
@@ -310,6 +312,7 @@ def start_long(engine: Engine, results: list[Any], **extra: Any) -> threading.Th
         ):
             ready.set()
             last = chunk
+        engine.slow_down(None)
         results.append(last)
 
     thread = threading.Thread(target=run)
@@ -322,7 +325,7 @@ def test_an_aborted_request_returns_what_it_has(engine: Engine) -> None:
     results: list[Any] = []
     thread = start_long(engine, results, rid="long", return_logprob=True)
     assert engine.abort_request("long") == 1
-    thread.join(30)
+    thread.join(300)
     meta = results[0]["meta_info"]
     assert meta["finish_reason"]["type"] == "abort"
     assert 0 < meta["completion_tokens"] < 400
@@ -347,7 +350,7 @@ def test_a_request_aborted_in_the_queue_has_the_same_keys(engine: Engine) -> Non
         thread.start()
         while engine.abort_request("queued") == 0:
             time.sleep(0.01)
-        thread.join(30)
+        thread.join(300)
     finally:
         engine.continue_generation()
     assert results[0]["meta_info"].keys() == whole["meta_info"].keys()
@@ -372,7 +375,8 @@ def test_a_pause_holds_requests_and_they_finish_as_if_nothing_had_been(
     assert thread.is_alive() and before.paused == after.paused == mode
     assert before.num_running == after.num_running == (1 if mode == "in_place" else 0)
     engine.continue_generation()
-    thread.join(60)
+    engine.slow_down(None)
+    thread.join(300)
     assert results[0]["output_ids"] == expected
 
 
@@ -380,7 +384,7 @@ def test_a_pause_of_mode_abort_returns_partial_results(engine: Engine) -> None:
     results: list[Any] = []
     thread = start_long(engine, results)
     assert engine.pause_generation("abort") == 1
-    thread.join(30)
+    thread.join(300)
     engine.continue_generation()
     assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
     assert results[0]["output_ids"]
@@ -399,7 +403,8 @@ def test_flush_cache_refuses_while_requests_run(engine: Engine) -> None:
     thread = start_long(engine, results)
     with pytest.raises(RolloutError, match="pending"):
         engine.flush_cache()
-    thread.join(60)
+    engine.slow_down(None)
+    thread.join(300)
     engine.flush_cache()
 
 
@@ -432,7 +437,8 @@ def test_a_bad_request_is_refused_in_words_and_disturbs_nobody(
     thread = start_long(engine, results)
     with pytest.raises(InvalidRequestError, match=f"(?s){message}"):
         engine.generate(**arguments)
-    thread.join(60)
+    engine.slow_down(None)
+    thread.join(300)
     assert len(results[0]["output_ids"]) == 400
 
 

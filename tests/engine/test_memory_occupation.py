@@ -155,10 +155,12 @@ def test_requests_wait_for_the_kv_cache_and_none_is_lost(folder: Path) -> None:
                 started.set()
             results.append(chunk)
 
+        engine.slow_down(0.02)  # Or it may be over before this thread gets to it.
         thread = threading.Thread(target=run)
         thread.start()
         assert started.wait(30)
         engine.release_memory_occupation(["kv_cache"])
+        engine.slow_down(None)
         assert engine.status().released == ["kv_cache"]
         time.sleep(0.1)
         assert thread.is_alive()

@@ -216,7 +216,7 @@ def test_after_too_many_failed_starts_the_pool_goes_on_without_and_then_says_why
     while len(nursery.slots) < 5 and time.monotonic() < end:
         time.sleep(0.01)
     with pytest.raises(EngineDiedError):
-        pool.submit(GetStatus(), timeout_s=5).result(5)
+        pool.submit(GetStatus(), timeout_s=60).result(60)
 
 
 def test_a_replica_more_that_does_not_start_is_the_callers_error(nursery: Nursery) -> None:
@@ -229,10 +229,10 @@ def test_a_replica_more_that_does_not_start_is_the_callers_error(nursery: Nurser
 
 def test_a_replica_that_comes_while_generation_is_paused_is_paused_too(nursery: Nursery) -> None:
     pool = nursery.pool(num_replicas=1)
-    pool.submit(PauseGeneration(mode="in_place", lease_s=60), timeout_s=5).result(5)
+    pool.submit(PauseGeneration(mode="in_place", lease_s=60), timeout_s=60).result(60)
     pool.add_replica()
     for engine in nursery.born:
-        status: Status = engine.submit(GetStatus(), timeout_s=5).result(5)
+        status: Status = engine.submit(GetStatus(), timeout_s=60).result(60)
         assert status.paused == "in_place"
 
 
@@ -241,16 +241,16 @@ def test_a_replica_that_comes_while_memory_is_released_gives_its_own_back(
     nursery: Nursery, dies: bool
 ) -> None:
     pool = nursery.pool(num_replicas=2)
-    pool.submit(ReleaseMemory(tags=["weights", "kv_cache"]), timeout_s=5).result(5)
+    pool.submit(ReleaseMemory(tags=["weights", "kv_cache"]), timeout_s=60).result(60)
     if dies:
         nursery.born[0].dead = "killed"
     else:
         with pytest.raises(TornWeightsError):  # It is there, and has nothing to serve.
             pool.add_replica()
     assert eventually(lambda: len(nursery.born) == 3 and released(nursery.born[2]) == BOTH)
-    pool.submit(ResumeMemory(tags=["weights"]), timeout_s=5).result(5)
+    pool.submit(ResumeMemory(tags=["weights"]), timeout_s=60).result(60)
     assert released(nursery.born[2]) == ["kv_cache"]
-    pool.submit(ResumeMemory(tags=["kv_cache"]), timeout_s=5).result(5)
+    pool.submit(ResumeMemory(tags=["kv_cache"]), timeout_s=60).result(60)
     with WeightPublisher(pool) as publisher:
         report = publisher.publish(weights(nursery, 1.5))
         assert publisher.fingerprint() == report.fingerprint
@@ -262,7 +262,7 @@ BOTH = ["kv_cache", "weights"]
 
 
 def released(engine: Mortal) -> list[str]:
-    status: Status = engine.submit(GetStatus(), timeout_s=5).result(5)
+    status: Status = engine.submit(GetStatus(), timeout_s=60).result(60)
     return list(status.released)
 
 
@@ -329,11 +329,11 @@ def test_what_cannot_be_sent_is_refused_before_it_counts(
     fields = {"input_ids": [1], "params": SamplingParams(max_new_tokens=2), **changes}
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="cannot be sent"):
-            pool.submit(Generate(prompts=[PromptSpec(**fields)]), timeout_s=5).result(5)
+            pool.submit(Generate(prompts=[PromptSpec(**fields)]), timeout_s=60).result(60)
     with pytest.raises(InvalidRequestError, match="at most a week"):
         pool.submit(GetStatus(), timeout_s=8 * 86_400)
     with pytest.raises(InvalidRequestError, match="cannot be sent"):
-        pool.submit(AbortRequests(rids=["\ud800"]), timeout_s=5)
+        pool.submit(AbortRequests(rids=["\ud800"]), timeout_s=60)
     good = PromptSpec(rid="good", input_ids=[1], params=SamplingParams(max_new_tokens=2))
     assert pool.submit(Generate(prompts=[good]), timeout_s=10).result(10).count == 1
     assert pool.replica_statuses()[0].num_inflight == 0

@@ -111,7 +111,7 @@ def test_an_engine_of_two_ranks_is_packed_on_a_node_and_dies_as_a_whole(
         start = time.monotonic()
         os.kill(executor.pids[1], signal.SIGKILL)
         thread.join(30)
-        assert isinstance(failure[0], EngineDiedError) and time.monotonic() - start < 5.0
+        assert isinstance(failure[0], EngineDiedError) and time.monotonic() - start < 25.0
         assert gone(executor.pids)
         with pytest.raises(EngineDiedError):
             engine.generate(input_ids=[1])

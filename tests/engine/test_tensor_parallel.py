@@ -97,8 +97,12 @@ def test_a_refused_request_leaves_both_ranks_in_step(one: Engine, two: Engine) -
 
 
 def start_long(engine: Engine, rid: str) -> tuple[threading.Thread, list[dict[str, Any]]]:
-    """A long streaming request on a thread of its own; returns when its first token has come."""
+    """A long streaming request on a thread of its own; returns when its first token has come.
+
+    The engine is slow from then on, so that the request runs for as long as a test may take to do something about it.
+    """
     started, chunks = threading.Event(), []
+    engine.slow_down(0.02)
 
     def run() -> None:
         for chunk in engine.generate(
@@ -121,13 +125,15 @@ def test_pauses_and_aborts_reach_both_ranks(one: Engine, two: Engine, mode: Any)
     if mode != "abort":
         assert thread.is_alive()
     two.continue_generation()
-    thread.join(60)
+    two.slow_down(None)
+    thread.join(300)
     output = chunks[-1]["output_ids"]
     assert output == expected[: len(output)]
     assert (len(output) < 200) == (mode == "abort")
     thread, chunks = start_long(two, f"again-{mode}")
     assert two.abort_request(f"again-{mode}") == 1
-    thread.join(60)
+    thread.join(300)
+    two.slow_down(None)
     assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "abort"
     two.flush_cache()
     status = two.status()
@@ -162,10 +168,11 @@ def test_many_calls_that_end_at_once_leave_both_ranks_in_step(one: Engine, two: 
         filler.start()
         two.abort_request(abort_all=True)
         for thread, chunks in streams:
-            thread.join(60)
+            thread.join(300)
             assert chunks[-1]["meta_info"]["finish_reason"]["type"] == "abort"
         two.abort_request(abort_all=True)
-        filler.join(60)
+        filler.join(300)
+    two.slow_down(None)
     params = {**LONG, "max_new_tokens": 10}
     expected = [r["output_ids"] for r in one.generate(input_ids=PROMPTS, sampling_params=params)]
     got = [r["output_ids"] for r in two.generate(input_ids=PROMPTS, sampling_params=params)]

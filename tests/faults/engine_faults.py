@@ -34,7 +34,7 @@ PROMPT_SETS = [[5, 9, 2], [7] * 21, list(range(20, 41))]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
 
 
-def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> float:
+def wait_for(what: str, condition: Any, timeout_s: float = 120.0) -> float:
     """Seconds until `condition()` was true; fails when it does not come true."""
     start = time.monotonic()
     while not condition():
@@ -343,7 +343,7 @@ class Actor:
         text = self._report.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def says(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def says(self, timeout_s: float = 120.0) -> dict[str, Any]:
         """How it went."""
         wait_for("its report", lambda: len(self.lines()) > 1 or not is_alive(self.pid), timeout_s)
         return self.lines()[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROWS_VARIABLE = "FAULT_ROWS"
 """Folder in which a test run leaves a file for each case that it passed."""
-PROMPTLY_S = 10.0
+PROMPTLY_S = 30.0
 """Nobody waits longer: far below any deadline in use, far above what a loaded machine needs."""
 UPDATE = ("begin", "stage", "vote", "commit")
 PHASES = ("idle", "generating", *UPDATE)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 TESTS = str(Path(__file__).parent.parent)
-GRACE_S = 5.0
+GRACE_S = 30.0
 
 
 def of_tests(thread: threading.Thread) -> bool:

@@ -28,7 +28,7 @@ from versions import Reference
 
 from rollout import RolloutActor
 
-ANSWER_S = 60.0
+ANSWER_S = 240.0
 SPARE_DESCRIPTORS = 6
 """Fewer than the cases that share an actor, so that one more for each case is found out."""
 

@@ -35,7 +35,7 @@ def make(
 
     def make(**options: Any) -> tuple[ToyEngine, WeightPublisher]:
         engine = make_engine(serve=request.param == "served", **options)
-        publisher = WeightPublisher(engine, timeout_s=10)
+        publisher = WeightPublisher(engine, timeout_s=60)
         publishers.append(publisher)
         publisher.publish(weights(1.0))
         engine.host.events.clear()
@@ -183,7 +183,7 @@ def test_an_overlapped_update_that_cannot_be_undone_is_torn(
     make_engine: Callable[..., ToyEngine],
 ) -> None:
     engine = make_engine(keep_previous=True)
-    publisher = WeightPublisher(engine, timeout_s=1.0)
+    publisher = WeightPublisher(engine, timeout_s=60)
     engine.host.look_away()
 
     def flip_and_block() -> None:
@@ -192,7 +192,7 @@ def test_an_overlapped_update_that_cannot_be_undone_is_torn(
 
     break_replay(engine, flip_and_block)
     with pytest.raises((TornWeightsError, DeadlineExceeded)):
-        publisher.publish(weights(2.0), verify="overlapped")
+        publisher.publish(weights(2.0), verify="overlapped", timeout_s=4.0)
     assert eventually(lambda: engine.receiver.torn is not None)
     assert engine.host.events[-2:] == ["torn", ("release", False)]
     engine.host.blocked.clear()
@@ -255,7 +255,7 @@ def test_a_deadline_before_the_step_boundary_leaves_the_old_version(
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         impatient.publish(weights(2.0))
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 30
     engine.host.blocked.clear()
     time.sleep(0.05)
     assert_serves(engine, publisher, 1)

@@ -67,12 +67,12 @@ def lie(case: Case, engine: Any, publisher: WeightPublisher, folder: Path, tmp_p
             time.sleep(0.5)
             publisher.commit()
         case "trainer sets a deadline that passes":
-            with WeightPublisher(engine.engine.address, timeout_s=2.0) as hasty:
+            with WeightPublisher(engine.engine.address, timeout_s=6.0) as hasty:
                 hasty.begin(label="lie")
                 hasty.send(new)
                 engine.points.stop("step", 0)
                 engine.points.reached("step", 0)
-                with released_after(3.0, engine):
+                with released_after(60.0, engine):
                     hasty.commit()
         case "last rank raises" | "last rank raises half-way":
             engine.points.fail(case.phase, last)

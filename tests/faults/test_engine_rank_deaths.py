@@ -107,10 +107,10 @@ def test_ranks_but_the_first_listen_to_the_first_alone() -> None:
     for message in (Hello(), FromRank0(secret=b"guessed", body=GetFingerprint())):
         stranger = RpcClient(address.address, WeightReply, errors=ERRORS)
         with pytest.raises(ProtocolError):
-            stranger.call(message, 5.0)
+            stranger.call(message, 60.0)
         stranger.close()
     rank_0 = RankChannel(connect_weights(address.address), address.secret)
-    assert rank_0.call(Hello(), 5.0).engine_id == toy.receiver.engine_id
+    assert rank_0.call(Hello(), 60.0).engine_id == toy.receiver.engine_id
     rank_0.close()
     following.close()
     toy.close()

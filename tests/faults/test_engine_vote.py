@@ -203,7 +203,7 @@ def test_a_call_whose_caller_gives_up_is_carried_out_on_all_ranks_all_the_same()
     call = LocalCall(GetFingerprint(), timeout_s=0.2)
     service.handle(call)
     with pytest.raises(DeadlineExceeded):
-        call.future.result(5.0)
+        call.future.result(60.0)
     # A collective that one rank refuses because it is late would leave the other one waiting.
     for rank in ranks:
         (told,) = rank.told
@@ -228,7 +228,7 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
     ranks = [Rank(), Rank()]
     service = RankedService(ranks)
     manifest = Manifest(tensors=toy_map().metas(), bucket_bytes=512 << 20)
-    opened = LocalCall(OpenArena(handle=LocalHandle(key="k", num_bytes=8)), timeout_s=5.0)
+    opened = LocalCall(OpenArena(handle=LocalHandle(key="k", num_bytes=8)), timeout_s=60.0)
     service.handle(opened)
     assert eventually(lambda: len(ranks[0].futures) == 1)
     for rank in ranks:
@@ -253,7 +253,7 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
     assert eventually(lambda: len(ranks[0].futures) == 2)
     ranks[0].futures[1].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
     with pytest.raises(DeadlineExceeded):
-        call.future.result(5.0)
+        call.future.result(60.0)
     for rank in ranks:
         abort, timeout_s = rank.told[-1]
         assert isinstance(abort, Abort) and abort.session_id.startswith("late.")

@@ -145,7 +145,7 @@ def test_a_replica_that_cannot_write_is_behind_until_it_has_caught_up(
     report = publisher.publish(weights(2.0))
     assert report.version == 2 and fleet.values == [{2.0}, {1.0}, {2.0}]
     assert fleet.weights.serving == {0, 2} and "on purpose" in str(fleet.weights.behind[1])
-    fleet.weights.bring_up(1).result(20)
+    fleet.weights.bring_up(1).result(60)
     assert fleet.values == [{2.0}] * 3 and fleet.weights.serving == {0, 1, 2}
     assert fleet.weights.behind == {}
 
@@ -170,7 +170,7 @@ def test_a_torn_replica_is_whole_again_once_it_has_caught_up(
     fleet.engines[2].host.fail_in = "weights_written"
     publisher.publish(weights(2.0))
     assert fleet.engines[2].receiver.torn is not None and fleet.weights.serving == {0, 1}
-    fleet.weights.bring_up(2).result(20)
+    fleet.weights.bring_up(2).result(60)
     assert fleet.engines[2].receiver.torn is None and fleet.values == [{2.0}] * 3
 
 
@@ -248,7 +248,7 @@ def test_a_parameter_is_read_from_a_peer_in_pieces(
             ask=lambda body, timeout_s: None,
         )
     )
-    fleet.weights.add(fleet.members[-1]).result(20)
+    fleet.weights.add(fleet.members[-1]).result(60)
     assert publisher.fingerprint() == report.fingerprint
     assert fleet.weights.serving == {0, 1, 2, 3}
 
@@ -287,7 +287,7 @@ def test_a_newcomer_that_loads_other_weights_than_the_others_does_not_serve(
     )
     fleet.members.append(member)
     with pytest.raises(FingerprintMismatch, match="replica 9"):
-        fleet.weights.add(member).result(20)
+        fleet.weights.add(member).result(60)
     assert fleet.weights.serving == {0, 1, 2} and 9 in fleet.weights.behind
 
 
@@ -302,7 +302,7 @@ def test_an_update_of_parts_leaves_out_who_is_behind(
     publisher.publish([("norm.weight", torch.full((7,), 3.0))], strict=False)
     assert fleet.versions == [1, 3, 3]  # No mixture of versions 1 and 3.
     assert fleet.engines[0].values() == {1.0} and fleet.weights.serving == {1, 2}
-    fleet.weights.bring_up(0).result(20)
+    fleet.weights.bring_up(0).result(60)
     assert fleet.values == [{2.0, 3.0}] * 3 and fleet.weights.serving == {0, 1, 2}
 
 
@@ -349,7 +349,7 @@ def test_a_publisher_sees_one_engine_whatever_replicas_come_and_go(
     publisher.publish(weights(1.0))
     before = publisher.engine_info()
     fleet.kill(0)
-    fleet.weights.remove(0).result(5)
+    fleet.weights.remove(0).result(60)
     fleet.add()
     after = publisher.engine_info()
     assert after.engine_id == before.engine_id and after.version == before.version == 1
@@ -365,7 +365,7 @@ def test_lost_weights_are_whole_again_after_a_complete_update(
     publisher.publish(weights(1.0))
     for engine in fleet.engines:
         engine.receiver.lose_weights("released")
-    fleet.weights.look().result(5)
+    fleet.weights.look().result(60)
     assert "released" in str(publisher.engine_info().torn)
     publisher.publish(weights(2.0))
     assert publisher.engine_info().torn is None and fleet.weights.lost is None
@@ -377,7 +377,7 @@ def test_one_of_several_that_has_lost_its_weights_does_not_serve(
     """Its memory was released after a commit, that of the others before it."""
     publisher.publish(weights(2.0))
     fleet.engines[1].receiver.lose_weights("their memory was released")
-    fleet.weights.look().result(20)
+    fleet.weights.look().result(60)
     assert fleet.weights.serving == {0, 2} and fleet.weights.lost is None
     assert isinstance(fleet.weights.behind[1], TornWeightsError)
     assert publisher.fingerprint() == publisher.publish(weights(2.0)).fingerprint
@@ -398,5 +398,5 @@ def test_a_bucket_that_makes_no_sense_is_refused_as_by_one_engine(fleet: Fleet) 
                 fingerprints=np.array(values, dtype="<u8").tobytes(),
             )
             with pytest.raises((ProtocolError, SessionError)):
-                trainer.call(bucket, 5.0)
+                trainer.call(bucket, 60.0)
     assert fleet.versions == [0] * 3

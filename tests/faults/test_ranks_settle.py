@@ -179,7 +179,7 @@ def test_a_vote_that_no_commit_follows_ends_on_all_ranks_with_its_lease() -> Non
         publisher.send(weights(1.0))
         update = publisher._update
         assert update is not None
-        update.channel.call(Vote(session_id=update.session_id, epoch=update.epoch), 5.0)
+        update.channel.call(Vote(session_id=update.session_id, epoch=update.epoch), 60.0)
         with pytest.raises(SessionBusy):
             next_.publish(weights(2.0))
         assert eventually(lambda: not any(receiver.updating for receiver in engine.receivers))

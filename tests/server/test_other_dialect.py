@@ -130,7 +130,7 @@ def test_a_pause_that_waits_ends_with_resume_or_with_its_client(http, server, un
             replies.append(http.post("/pause", params={"mode": "wait"}))
 
         # What is frozen never ends: whoever waits for that waits until somebody resumes, or gives up.
-        with httpx.Client(base_url=server.url, timeout=1.0) as impatient:
+        with httpx.Client(base_url=server.url, timeout=httpx.Timeout(60.0, read=1.0)) as impatient:
             with pytest.raises(httpx.ReadTimeout):
                 impatient.post("/pause", params={"mode": "wait"})
         later = in_background(http, answers, 2)

@@ -407,10 +407,12 @@ def test_requests_run_through_an_update_and_tell_their_versions(http, other, unt
                     first.set()
 
     http.post("/continue_generation", json={}).raise_for_status()
+    http.post("/slow_down", json={"forward_sleep_time": 0.1}).raise_for_status()
     thread = threading.Thread(target=ask)
     thread.start()
     assert first.wait(60)
     http.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    http.post("/slow_down", json={"forward_sleep_time": 0}).raise_for_status()
     half = len(answers)
     update = {"model_path": str(folder), "weight_version": "mid", "flush_cache": False}
     http.post("/update_weights_from_disk", json=update).raise_for_status()

@@ -53,12 +53,12 @@ class Peer:
         return isinstance(self.group, TrainerGroup) or self.group.peer_is_ours
 
     def broadcast(
-        self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 10
+        self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 60
     ) -> None:
         assert isinstance(self.group, TrainerGroup)
         self.group.broadcast(content(num_bytes, seed), ranges, timeout_s=timeout_s).result()
 
-    def receive(self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 10) -> bool:
+    def receive(self, num_bytes: int, seed: int, ranges: Any = None, timeout_s: float = 60) -> bool:
         assert isinstance(self.group, JoinedGroup)
         buffer = self.group.landing(num_bytes)
         buffer = torch.zeros(num_bytes, dtype=torch.uint8) if buffer is None else buffer
@@ -72,7 +72,7 @@ class Peer:
 
     def plain_connect(self, how: str, port: int, world_size: int, name: str) -> None:
         self.how = how
-        timeout = timedelta(seconds=20)
+        timeout = timedelta(seconds=120)
         if how == "default group":
             url = f"tcp://127.0.0.1:{port}"
             dist.init_process_group("gloo", init_method=url, world_size=world_size, rank=0)

@@ -17,7 +17,7 @@ from typing import Any
 from weight_sync.staging.joined_group import JoinedGroup
 
 NAME = "update"
-REPLY_S = 30.0
+REPLY_S = 180.0
 
 
 class PeerError(Exception):
@@ -133,7 +133,7 @@ class PeerPool:
 
 def join(port: int | str, **options: Any) -> JoinedGroup:
     """This process as engine rank 1 of the group at `port`."""
-    defaults = {"rank": 1, "world_size": 2, "group_name": NAME, "timeout_s": 20.0}
+    defaults = {"rank": 1, "world_size": 2, "group_name": NAME, "timeout_s": 120.0}
     return JoinedGroup.join(master_address="127.0.0.1", master_port=port, **{**defaults, **options})
 
 

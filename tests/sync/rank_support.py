@@ -10,7 +10,7 @@ import numpy as np
 from weight_sync.errors import EngineDiedError
 
 NUM_RANKS = 2
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 class Meeting:

@@ -282,7 +282,7 @@ def read_line(process: subprocess.Popen[str]) -> str:
 def kill(process: subprocess.Popen[str]) -> None:
     """End it the hard way, and do not collect it at once: it is a zombie for a while, as in life."""
     process.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         stat = Path(f"/proc/{process.pid}/stat").read_text()
         if stat.rsplit(")", 1)[1].split()[0] in "ZX":
@@ -301,7 +301,7 @@ def collect(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
     """Whether `condition` becomes true in time."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

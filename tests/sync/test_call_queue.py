@@ -34,10 +34,10 @@ def test_what_fails_while_nobody_calls_does_not_end_the_thread() -> None:
         idle=idle,
         end=lambda: None,
     )
-    assert failed.wait(5)
+    assert failed.wait(60)
     call: Any = Asked()
     queue.put(call)
-    assert call.answer.result(5) == "served"
+    assert call.answer.result(60) == "served"
     queue.close()
 
 
@@ -46,7 +46,7 @@ def test_an_end_that_fails_still_answers_what_is_queued() -> None:
 
     def serve(call: Any) -> None:
         serving.set()
-        assert go_on.wait(5)
+        assert go_on.wait(60)
 
     def end() -> None:
         raise RuntimeError("the end broke on purpose")
@@ -57,7 +57,7 @@ def test_an_end_that_fails_still_answers_what_is_queued() -> None:
         first: Any = Asked()
         second: Any = Asked()
         queue.put(first)
-        assert serving.wait(5)
+        assert serving.wait(60)
         queue.put(second)
         closing = threading.Thread(target=queue.close)
         closing.start()
@@ -65,6 +65,6 @@ def test_an_end_that_fails_still_answers_what_is_queued() -> None:
             pass
         go_on.set()
         assert isinstance(second.answer.exception(5), EngineDiedError)
-        closing.join(5)
+        closing.join(60)
     finally:
         threading.excepthook = before

@@ -14,6 +14,7 @@ import pytest
 import torch
 from plain_group import PlainGroup
 from process_group_support import free_port
+from sync_support import eventually
 
 import weight_sync
 from rollout import Engine
@@ -40,7 +41,7 @@ def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module", params=["inline", "two ranks"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     two = {"executor": "local", "tp_size": 2, "num_threads": 1} if request.param != "inline" else {}
-    with Engine(folder, kv_cache_bytes=1 << 20, request_timeout_s=20.0, **two) as engine:
+    with Engine(folder, kv_cache_bytes=1 << 20, request_timeout_s=60.0, **two) as engine:
         yield engine
 
 
@@ -65,7 +66,7 @@ class PlainTrainer:
 
     def connect(self) -> None:
         world = 1 + self.engine.config.tp_size
-        self.group = PlainGroup.serve(world_size=world, group_name=NAME, timeout_s=20)
+        self.group = PlainGroup.serve(world_size=world, group_name=NAME, timeout_s=120)
         self.engine.init_weights_update_group(
             "127.0.0.1", str(self.group.master_port), 1, world, NAME, "gloo"
         )
@@ -88,7 +89,7 @@ class PlainTrainer:
         else:
             parts = [tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in named]
         for part in parts:
-            self.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+            self.group.broadcast(part, [(0, part.numel())], timeout_s=60).result()
         return answer.result(30)
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ def test_a_publisher_pushes_over_a_group_of_its_own(engine: Engine, trainer: Any
 
 
 def test_a_publisher_makes_a_new_group_after_a_failure(engine: Engine, trainer: Any) -> None:
-    with WeightPublisher(engine, **GLOO, timeout_s=20) as publisher:
+    with WeightPublisher(engine, **GLOO, timeout_s=120) as publisher:
         publisher.publish(trainer)
         publisher._endpoint._packed.arena._group.destroy()  # type: ignore[union-attr]
         publisher.publish(trainer)
@@ -221,7 +222,7 @@ def test_a_refused_call_leaves_the_group_so_that_nobody_takes_its_bytes_for_the_
             with suppress(TransportError, DeadlineExceeded):
                 plain.group.broadcast(part, [(0, part.numel())], timeout_s=2).result()
             with pytest.raises(kind) as caught:
-                answer.result(10)
+                answer.result(60)
             words = [str(caught.value), *getattr(caught.value, "__notes__", [])]
             assert any("init_weights_update_group" in text for text in words)
         with pytest.raises(TransportError, match="no update group"):
@@ -250,12 +251,13 @@ def test_calls_of_many_threads_take_their_turns(
             )
         )
         threads[-1].start()
-        time.sleep(0.05)  # the order of the calls is the order of the broadcasts
+        # The order of the calls is the order of the broadcasts.
+        assert eventually(lambda i=i: len(engine._group_updates._turns) == i + 1)
     for i in range(4):
         part = (norm + i).view(torch.uint8)
-        plain.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+        plain.group.broadcast(part, [(0, part.numel())], timeout_s=60).result()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert [(report.updated, report.label) for report in reports] == [
         (1, f"turn {i}") for i in range(4)
     ]
@@ -272,15 +274,15 @@ def test_an_engine_that_waits_for_a_trainer_answers_everybody_else_and_can_be_to
     time.sleep(0.3)
     assert not waiting.done()
     started = time.monotonic()
-    with WeightPublisher(engine, timeout_s=10) as other:
+    with WeightPublisher(engine, timeout_s=60) as other:
         other.engine_info()
         other.fingerprint()
         with pytest.raises(SessionBusy):
             other.publish(trainer)
     engine.abort_weight_update()
     with pytest.raises(WeightUpdateError, match="aborted"):
-        waiting.result(5)
-    assert time.monotonic() - started < 5
+        waiting.result(20)
+    assert time.monotonic() - started < 30
     plain.close()
     plain = PlainTrainer(engine)
     assert plain.update(list(trainer.named_parameters())).complete
@@ -299,7 +301,7 @@ def test_a_trainer_that_sends_another_size_than_it_announced_is_refused(
     waiting = plain.pool.submit(
         engine.update_weights_from_distributed, ["model.norm.weight"], ["float32"], [[64]], NAME
     )
-    plain.group.broadcast(part, [(0, part.numel())], timeout_s=10).result()
+    plain.group.broadcast(part, [(0, part.numel())], timeout_s=60).result()
     with pytest.raises(TransportError, match="bytes than announced"):
         waiting.result(10)
     plain.close()
@@ -354,7 +356,7 @@ def test_a_tensor_of_integers_is_no_parameter_however_many_of_its_bytes_come(
     waiting = plain.pool.submit(
         engine.update_weights_from_distributed, ["model.norm.weight"], [dtype], [[64]], NAME
     )
-    plain.group.broadcast(sent, [(0, sent.numel())], timeout_s=10).result()
+    plain.group.broadcast(sent, [(0, sent.numel())], timeout_s=60).result()
     with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight|bytes than announced"):
         waiting.result(10)
     plain.close()
@@ -391,7 +393,7 @@ def test_a_trainer_that_stops_in_the_middle_costs_a_deadline_and_no_version(
 
     thread = threading.Thread(target=ask)
     thread.start()
-    plain.group.broadcast(torch.zeros(256, dtype=torch.uint8), [(0, 256)], timeout_s=5).result()
+    plain.group.broadcast(torch.zeros(256, dtype=torch.uint8), [(0, 256)], timeout_s=60).result()
     plain.close()
     thread.join(40)
     assert isinstance(failed[0], (DeadlineExceeded, TransportError))
@@ -409,7 +411,7 @@ def test_a_trainer_that_never_comes_is_named_by_the_deadline_of_the_call(engine:
         engine.init_weights_update_group(
             "127.0.0.1", port, 1, 1 + engine.config.tp_size, "nobody", backend="gloo", timeout_s=0.5
         )
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("size", [-64, 64 << 40], ids=["below zero", "terabytes"])

@@ -72,11 +72,11 @@ class Updates(RuleBasedStateMachine):
         if self.group is not None:
             self.group.destroy(wait_s=5.0)
         world = 1 + self.engine.num_members
-        self.group = PlainGroup.serve(world_size=world, group_name=NAME, timeout_s=20)
+        self.group = PlainGroup.serve(world_size=world, group_name=NAME, timeout_s=120)
         self.engine.init_weights_update_group(
-            *("127.0.0.1", self.group.master_port, 1, world, NAME, "gloo"), timeout_s=20
+            *("127.0.0.1", self.group.master_port, 1, world, NAME, "gloo"), timeout_s=120
         )
-        self.group.joined.result(20)
+        self.group.joined.result(120)
 
     def broadcast(self, value: float) -> None:
         """As a trainer does that has asked for an update; it goes on to wait where nobody takes it, as theirs do."""
@@ -91,7 +91,7 @@ class Updates(RuleBasedStateMachine):
     def settled(self, answer: Future[Any], value: float) -> None:
         """An update that is accepted took its own bytes; after any other the group is in step, or was left."""
         try:
-            answer.result(30)
+            answer.result(150)
         except (SyncError, ValueError, TypeError):
             if self.session is not None:
                 self.session = "failed"
@@ -123,7 +123,7 @@ class Updates(RuleBasedStateMachine):
         if order == "sends first":
             sending = self.pool.submit(self.broadcast, value)
             self.settled(self.pool.submit(lambda: self.ask(**options)), value)
-            sending.result(30)
+            sending.result(150)
             return
         answer = self.pool.submit(lambda: self.ask(**options))
         if order == "asks first":

@@ -115,12 +115,12 @@ def test_a_missed_deadline_raises_in_time_and_the_late_reply_reaches_nobody(
 ) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"Echo was not answered within 0.050 s"):
-        client.call(Echo(text="late", delay_s=0.8), 0.05)
-    assert time.monotonic() - start < 0.7
+        client.call(Echo(text="late", delay_s=3.0), 0.05)
+    assert time.monotonic() - start < 2.9
     i = 0
-    while time.monotonic() - start < 1.0:
+    while time.monotonic() - start < 3.2:
         i += 1
-        assert client.call(Echo(text=str(i), delay_s=0.01), 5.0).text == str(i)
+        assert client.call(Echo(text=str(i), delay_s=0.01), 60.0).text == str(i)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), None])
@@ -131,12 +131,12 @@ def test_a_call_without_a_deadline_that_comes_is_refused(client: RpcClient, time
 
 def test_known_errors_keep_their_type_and_others_are_named(client: RpcClient) -> None:
     with pytest.raises(ManifestMismatch, match="the tensor is wrong"):
-        client.call(Fail(how="typed"), 5.0)
+        client.call(Fail(how="typed"), 60.0)
     with pytest.raises(RemoteError, match="ZeroDivisionError: a bug"):
-        client.call(Fail(how="bug"), 5.0)
+        client.call(Fail(how="bug"), 60.0)
     with pytest.raises(ManifestMismatch, match="first"):
-        client.call(Fail(how="late answer"), 5.0)
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+        client.call(Fail(how="late answer"), 60.0)
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
 
 
 def test_a_callback_that_raises_fails_its_own_call_alone(client: RpcClient) -> None:
@@ -145,15 +145,15 @@ def test_a_callback_that_raises_fails_its_own_call_alone(client: RpcClient) -> N
 
     with pytest.raises(KeyError):
         client.submit(Echo(text="x", num_chunks=3), 5.0, broken).result()
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
 
 
 def test_messages_that_are_too_large_are_refused_on_either_side(client: RpcClient) -> None:
     with pytest.raises(ProtocolError, match="Echo is too large"):
-        client.call(Echo(text="x" * (1 << 20)), 5.0)
+        client.call(Echo(text="x" * (1 << 20)), 60.0)
     with pytest.raises(ProtocolError, match="the reply is too large"):
-        client.call(Echo(text="x", num_bytes=1 << 20), 5.0)
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+        client.call(Echo(text="x", num_bytes=1 << 20), 60.0)
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_messages_that_are_too_large_are_refused_on_either_side(client: RpcClien
 )
 def test_a_wrong_field_is_answered_with_its_name(client: RpcClient, body: Any, field: str) -> None:
     with pytest.raises(ProtocolError, match=field):
-        client.call(body, 5.0)
+        client.call(body, 60.0)
 
 
 def test_another_protocol_version_is_refused(server: RpcServer) -> None:
@@ -236,7 +236,7 @@ def test_no_bytes_kill_the_server(
     dealer.send_multipart(frames)
     while dealer.poll(0):
         dealer.recv_multipart()
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
 
 
 class HostileServer:
@@ -294,9 +294,9 @@ def test_no_reply_hangs_a_client(hostile: HostileServer, frames: list[bytes]) ->
     start = time.monotonic()
     with contextlib.suppress(DeadlineExceeded, ProtocolError):
         hostile.client.call(Echo(text="x"), 0.02)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 20.0
     hostile.frames = []
-    assert hostile.client.call(Echo(text="x"), 5.0).text == "honest"
+    assert hostile.client.call(Echo(text="x"), 60.0).text == "honest"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_foreign_protocols_on_the_port_are_harmless(noise: bytes) -> None:
             except OSError:
                 pass
     client = connect(server.address)
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
     client.close()
     server.close()
 
@@ -330,23 +330,23 @@ def test_foreign_protocols_on_the_port_are_harmless(noise: bytes) -> None:
 def test_a_frame_beyond_the_limit_ends_that_connection_alone(server: RpcServer) -> None:
     client = connect(server.address)
     raw(server.address, [HEADER, bytes(2 << 20)])
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
     client.close()
 
 
 def test_pending_and_later_calls_fail_at_once_when_the_server_goes(server: RpcServer) -> None:
     client = connect(server.address)
-    client.call(Echo(text="x"), 5.0)
+    client.call(Echo(text="x"), 60.0)
     futures = [client.submit(Echo(text="x", delay_s=30.0 * i), 60.0) for i in (1, 2)]
     time.sleep(0.05)
     start = time.monotonic()
     server.close()
     for future in futures:
         with pytest.raises(EngineDiedError, match="was lost"):
-            future.result(5)
+            future.result(20)
     with pytest.raises(EngineDiedError):
         client.call(Echo(text="x"), 60.0)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 20.0
     assert client.dead is not None
     client.close()
 
@@ -358,7 +358,7 @@ def test_a_peer_that_is_known_to_be_dead_fails_its_calls_with_the_reason(server:
     time.sleep(0.05)
     reason.append("the engine's process ended with code 9")
     with pytest.raises(EngineDiedError, match="code 9"):
-        future.result(5)
+        future.result(60)
     client.close()
 
 
@@ -369,7 +369,7 @@ def test_an_address_where_nobody_listens_fails_within_the_connect_timeout() -> N
         start = time.monotonic()
         with pytest.raises(EngineDiedError, match="nobody answers at"):
             client.call(Echo(text="x"), 30.0)
-        assert time.monotonic() - start < 3.0
+        assert time.monotonic() - start < 20.0
         client.close()
     with pytest.raises(ValueError, match="not an address"):
         connect("somewhere")
@@ -392,7 +392,7 @@ def test_closing_gives_back_descriptors_threads_and_the_socket_folder() -> None:
         server = RpcServer(handler, Echo | Fail)
         server.start()
         client = connect(server.address)
-        assert client.call(Echo(text="x"), 5.0).text == "x"
+        assert client.call(Echo(text="x"), 60.0).text == "x"
         folder = os.path.dirname(server.address.removeprefix("ipc://"))
         assert os.stat(folder).st_mode & 0o777 == 0o700
         client.close()
@@ -410,10 +410,10 @@ def test_closing_gives_back_descriptors_threads_and_the_socket_folder() -> None:
 
 
 def test_a_call_that_the_caller_cancelled_is_dropped(client: RpcClient) -> None:
-    future = client.submit(Echo(text="x", delay_s=0.05), 5.0)
+    future = client.submit(Echo(text="x", delay_s=0.05), 60.0)
     assert future.cancel()
     time.sleep(0.1)
-    assert client.call(Echo(text="alive"), 5.0).text == "alive"
+    assert client.call(Echo(text="alive"), 60.0).text == "alive"
 
 
 def test_the_last_reply_before_a_server_closes_still_arrives() -> None:

@@ -36,7 +36,6 @@ def main() -> None:
         assert update is not None
         commit = Commit(session_id=update.session_id, epoch=update.epoch, timeout_s=30.0)
         update.channel.submit(commit, 30.0)
-        time.sleep(0.2)
     print("ready")
     time.sleep(60)
 

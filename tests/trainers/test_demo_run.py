@@ -44,7 +44,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert ISSUED <= summary.keys()
     assert summary["logprob_gap_max"] < 1e-4
     assert summary["num_syncs"] == summary["version"] == 3
-    assert 0 < summary["pause_s_p99"] < summary["sync_s_p99"] < 10
+    assert 0 < summary["pause_s_p99"] < summary["sync_s_p99"] < 60
     for name in ("learning", "logprob_gap", "timeline", "sync"):
         assert (folder / f"{name}.png").exists()
         assert f"{name}.png" in screen
