@@ -19,6 +19,8 @@ TORCH := $(if $(HAS_GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
 HAS_BROWSER := $(shell command -v chromium)
 MARKS := -m "not load$(if $(HAS_GPU),, and not gpu)$(if $(HAS_BROWSER),, and not browser)"
 
+# Whole files to one process, in the order of `tests/conftest.py`: the longest first.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 .PHONY: help venv lint format test test-slow test-load test-verl test-clients faults gpu gpu-faults demo clean
@@ -33,7 +35,7 @@ demo: $(STAMP) ## train a small model with GRPO, pushing weights into a running 
 
 test: lint ## lint, then every test that this machine can run, but for minutes of load
 	@$(if $(HAS_BROWSER),:,echo "no chromium here: the tests marked browser are left out")
-	$(PYTEST) -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) $(BY_FILE) $(MARKS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## only the tests marked slow, which `make test` runs too
 	$(PYTEST) -m slow $(PYTEST_ARGS)
@@ -70,7 +72,7 @@ FAULTS := $(addprefix tests/faults/test_,ray_deaths.py engine_*deaths.py pool_de
 
 faults: $(STAMP) ## kill and lie in every phase of an update, and write docs/faults.md from what happened
 	rows=$$(mktemp -d); trap 'rm -rf "$$rows"' EXIT; \
-	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) --dist loadfile $(FAULTS); \
+	FAULT_ROWS=$$rows $(PYTEST) -n $(WORKERS) $(BY_FILE) $(FAULTS); \
 	$(BIN)/python docs/write_faults.py $$rows
 
 GPU_ARGS ?=

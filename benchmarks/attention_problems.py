@@ -135,8 +135,8 @@ def searches(head_dims: Sequence[int], group: int, tiny: bool = False) -> list[S
     prompts: tuple[int, ...] = (2048,) * 8
     prefix, programs, shared_programs = 512, DECODE_PROGRAMS, SHARED_PROGRAMS
     if tiny:
-        many, samples, prompts = (70, 40, 90), (140, 150, 133), (70, 20)
-        prefix, programs, shared_programs = 128, 6, 2
+        many, samples, prompts = (70, 20), (80, 90), (40, 20)
+        prefix, programs, shared_programs = 64, 6, 2
     found: list[Search] = []
     for size in head_dims:
         exact = EXACT_KEYS[size]
@@ -157,7 +157,7 @@ def searches(head_dims: Sequence[int], group: int, tiny: bool = False) -> list[S
                 decode_candidates(exact, 0),
                 **more,
             )
-        rl = {**common, "lengths": samples, "samples": 3 if tiny else 8, "prefix": prefix}
+        rl = {**common, "lengths": samples, "samples": 2 if tiny else 8, "prefix": prefix}
         add("shared", Problem(**rl, kind="shared"), shared_candidates(None, shared_programs))
         add(
             "shared_deterministic",

@@ -22,6 +22,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))  # for `versions`
 
+from forks import Forking, forking
+
+STARTED_ANEW = {
+    *("test_engine_process", "test_engine_lifetimes", "test_engine_executors"),
+    *("test_receiving_process", "test_examples", "test_endings"),
+}
+"""Files that show how processes start. Those of others are forks, seconds sooner; not near a GPU, which forks lose."""
+
+LONG = """
+test_ray_deaths test_trl_attach test_kernel_edges test_engine_rank_deaths test_pool_deaths test_paged_attention
+test_sampling_kernels test_engine_trainer_deaths test_trl_async test_message_machine test_group_machine
+test_pool_supervisor_machine test_commit_faults test_deterministic test_deterministic_mixtures
+test_steps_of_two_ranks test_triton_backend test_engine_lies test_finite_numbers test_grouped_experts
+test_layer_kernels test_demo_run test_description test_attention_search test_pool_machine test_lm_eval test_wheel
+""".split()
+"""Files that take longest: they come first, so that no process has one left when the others have ended.
+
+Ray has one of them alone: two that begin early would wait for each other.
+"""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of `LONG` first; else, and inside each file, the order stays."""
+    turn = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -64,6 +91,23 @@ def reference_model() -> Callable[[Path], Any]:
         return loaded[folder]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forking]:
+    """The processes that children of this one are forked from."""
+    made = Forking()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _children_are_forks(request: pytest.FixtureRequest, forks: Forking) -> Iterator[None]:
+    if request.path.stem in STARTED_ANEW or os.path.exists("/dev/nvidiactl"):
+        yield
+        return
+    with forking(forks):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

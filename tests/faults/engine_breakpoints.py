@@ -59,10 +59,12 @@ def install(folder: Path) -> None:
 
     from rollout.engine.loop import core, ranks
     from rollout.engine.loop.core import EngineCore
+    from weight_sync.receiver import service
     from weight_sync.receiver.commit import WeightCommit
     from weight_sync.receiver.receiver import WeightReceiver
 
     points = Points(folder)
+    service._SWEEP_INTERVAL_S = 0.05
     silence = folder / "silence"
     if silence.exists():
         ranks.SILENCE_S = float(silence.read_text())

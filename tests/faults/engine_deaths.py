@@ -39,8 +39,8 @@ from weight_sync.transports.disk import write_checkpoint
 from weight_sync.wire.rpc import RpcClient
 
 OLD, NEW, NEXT = 1, 2, 3
-SWEEP_S = 0.4
-"""Longer than the interval at which ranks look after their trainers."""
+SWEEP_S = 0.2
+"""Longer than the interval at which ranks with breakpoints look after their trainers."""
 
 
 class Background:

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from engine_zygote import ForkedRank, Zygote
 from fault_matrix import PROMPTLY_S
+from forks import Popen, Zygote
 from versions import TOLERANCE, Reference, output_logprobs, version_weights
 
 import weight_sync
@@ -93,13 +93,18 @@ def kill_all(pids: Iterable[int]) -> None:
 def use_breakpoints(folder: Path, zygote: Zygote) -> None:
     """Ranks and actors that this process starts from now on stop at the breakpoints of `folder`."""
 
+    prelude = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"from pathlib import Path; from engine_breakpoints import install; install(Path({str(folder)!r}))"
+    )
+
     class Patched:
         def __getattr__(self, name: str) -> Any:
             return start if name == "Popen" else getattr(subprocess, name)
 
-    def start(command: list[str], *, env: dict[str, str], **options: Any) -> ForkedRank:
+    def start(command: list[str], **options: Any) -> Popen:
         assert "rollout.engine.executors.child" in command[3]
-        return ForkedRank(zygote, folder, int(command[4]), env)
+        return Popen(command, zygote=zygote, prelude=prelude, **options)
 
     rank_process.subprocess = Patched()  # type: ignore[assignment]
     executor_ray.RankHost = with_breakpoints(RankHost, folder)  # type: ignore[misc]

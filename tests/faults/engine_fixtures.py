@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engine_faults import FaultyEngine, Nursery, without_breakpoints
-from engine_zygote import Zygote
+from forks import Forking, Zygote
 from versions import Reference
 
 
@@ -52,11 +52,9 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
+def zygote(forks: Forking) -> Zygote:
     """Where the ranks of engines in child processes come from."""
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
+    return forks.zygote(None)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def own(
     report: Any, folder: str, points: str, env: dict[str, str], ray: str, options: dict[str, Any]
 ) -> None:
     from engine_faults import use_breakpoints
-    from engine_zygote import Zygote
+    from forks import Zygote
 
     os.environ.update(env)
     tempfile.tempdir = None

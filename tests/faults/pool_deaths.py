@@ -23,8 +23,8 @@ from engine_faults import (
     use_breakpoints,
     wait_for,
 )
-from engine_zygote import Zygote
 from fault_matrix import GROUP, UPDATE, Case, Outcome
+from forks import Zygote
 from versions import Reference, version_weights
 
 import weight_sync

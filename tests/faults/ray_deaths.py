@@ -22,8 +22,8 @@ from engine_faults import (
     use_breakpoints,
     wait_for,
 )
-from engine_zygote import Zygote
 from fault_matrix import UPDATE, Case, Outcome
+from forks import Zygote
 from versions import Reference
 
 from rollout import RolloutActor

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from engine_deaths import owner_dies
 from engine_faults import Breakpoints, Nursery, wait_for
-from engine_zygote import Zygote
 from fault_matrix import POOL_OWNER_DEATHS, POOL_TRAINER_DEATHS, REPLICA_DEATHS, Case, record
+from forks import Zygote
 from pool_deaths import FaultyPool, pool_trainer_dies, replica_dies
 from versions import Reference
 

@@ -19,7 +19,6 @@ from engine_faults import (
     num_descriptors,
     wait_for,
 )
-from engine_zygote import Zygote
 from fault_matrix import (
     ACTOR_DEATHS,
     ACTOR_TRAINER_DEATHS,
@@ -31,6 +30,7 @@ from fault_matrix import (
     Case,
     record,
 )
+from forks import Zygote
 from pool_deaths import FaultyPool, pool_trainer_dies, replica_dies
 from ray_cluster import ray_cluster
 from ray_deaths import (

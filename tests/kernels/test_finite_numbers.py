@@ -80,11 +80,11 @@ def verdict(way: str, dtype: torch.dtype, device: torch.device) -> str:
     stride = 2 if way == "strided" else 1
     bad = ["nan"] if dtype is E4M3 else ["nan", "inf", "-inf"]
     tensors, wanted = [], []
-    for length in LENGTHS:
-        for value, at in (
-            (None, 0),
-            *((value, at) for value in bad for at in (0, length // 2, -1)),
-        ):
+    for turn, length in enumerate(LENGTHS):
+        # Each value, and each place, in turn with another one: all pairs would be minutes of the interpreter.
+        places = (0, length // 2, length - 1)
+        values = [bad[(turn + i) % len(bad)] for i in range(3)]
+        for value, at in ((None, 0), *zip(values, places, strict=True)):
             least = (
                 source_dtype if torch.finfo(source_dtype).max < torch.finfo(dtype).max else dtype
             )

@@ -67,3 +67,12 @@ def test_continuous_integration_calls_make_test_and_nothing_else(checkout):
     commands = [line for line in script.read_text().splitlines() if not line.startswith("#")]
     assert commands == ["set -e", 'cd "$(dirname "$0")/.."', "make test"]
     assert os.access(script, os.X_OK)
+
+
+def test_the_files_that_come_first_are_there(checkout, pytestconfig):
+    (plugin,) = (p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "STARTED_ANEW"))
+    stems = {path.stem for path in (checkout / "tests").rglob("test_*.py")}
+    assert set(plugin.LONG) | plugin.STARTED_ANEW <= stems
+    assert (
+        len([name for name in plugin.LONG if name.startswith(("test_ray", "test_examples"))]) == 1
+    )
