@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -42,6 +43,20 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
+def _what_is_there(request: Request, status: int) -> str | None:
+    """In place of "Not Found" and "Method Not Allowed": the route that was probably meant, the methods that it has."""
+    path = request.url.path
+    if status == 404:
+        paths = sorted(route.path for route in ROUTES)
+        near = get_close_matches(path, paths, n=1, cutoff=0.75)
+        hint = f"did you mean {near[0]}?" if near else "docs/server.md and /openapi.json list them"
+        return f"no route {path[:200]}; {hint}"
+    methods = {method for route in ROUTES if route.path == path for method in route.methods}
+    if status == 405 and methods:
+        return f"{path}: got {request.method}, expected {' or '.join(sorted(methods))}"
+    return None
+
+
 def build_app(state: ServerState) -> ASGIApp:
     """An application over `state.engine`, which stays the caller's to shut down."""
 
@@ -60,8 +75,9 @@ def build_app(state: ServerState) -> ASGIApp:
     add_routes(app, state, ROUTES)
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
-        return error_reply(HttpError(error.status_code, str(error.detail), error.headers))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        message = _what_is_there(request, error.status_code) or str(error.detail)
+        return error_reply(HttpError(error.status_code, message, error.headers))
 
     return Access(
         app,

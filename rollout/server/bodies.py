@@ -67,16 +67,19 @@ def convert(
 
 def _allowed(cls: type[Body], error: str) -> str:
     """Of a field that takes one of a few words, those words."""
-    named = re.search(r"`\$\.(\w+)`", error)
+    named = re.search(r"`\$\.(\w+)(?:\[\d+\]|\[\.\.\.\])?`", error)
     if named is None or not error.startswith("Invalid enum value"):
         return ""
     kind = {info.encode_name: info.type for info in msgspec.structs.fields(cls)}[named[1]]
-    words = [word for each in (kind, *get_args(kind)) for word in _words(each)]
+    words = dict.fromkeys(_words(kind))
     return f": expected one of {', '.join(map(repr, words))}"
 
 
 def _words(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    """Those of a `Literal`, also inside of unions and lists."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for each in get_args(kind) for word in _words(each))
 
 
 def only(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -92,7 +92,7 @@ def error_body(error: BaseException, status: int) -> dict[str, Any]:
         "message": message,
         "error": {
             "message": message,
-            "type": _NAMES.get(status, "internal_server_error"),
+            "type": _NAMES.get(status, _NAMES[400] if status < 500 else "internal_server_error"),
             "param": None,
             "code": status,
             "class": type(error).__name__,  # For adapters, which raise what the engine raised.

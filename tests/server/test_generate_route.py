@@ -191,6 +191,13 @@ def test_health_asks_the_engine_and_health_generate_draws_a_token(http):
 def test_unknown_routes_and_methods_are_json_errors(http):
     assert http.get("/nothing").status_code == 404
     assert http.get("/nothing").json()["error"]["code"] == 404
+    assert http.post("/generat").json()["message"] == "no route /generat; did you mean /generate?"
+    wrong = http.get("/generate")
+    assert wrong.status_code == 405
+    assert wrong.json()["message"] == "/generate: got GET, expected POST or PUT"
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
+    unknown = http.post("/release_memory_occupation", json={"tags": ["kv"]}).json()["message"]
+    assert unknown.endswith("expected one of 'weights', 'kv_cache', 'cuda_graph'"), unknown
     assert http.delete("/generate").status_code == 405
 
 
