@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine is no fault, and a run is to say the same the next time; `--hypothesis-profile=random` looks further.
-settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("steady", settings.get_profile("random"), derandomize=True)
-settings.load_profile("steady")
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))  # for `versions`
 
 from forks import Forking, forking
+
+# A busy machine is no fault, and a run is to say the same the next time; `--hypothesis-profile=random` looks further.
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("steady", settings.get_profile("random"), derandomize=True)
+settings.load_profile("steady")
 
 STARTED_ANEW = {
     *("test_engine_process", "test_engine_lifetimes", "test_engine_executors"),
