@@ -387,6 +387,7 @@ def test_a_trainer_uses_an_engine_of_another_process_by_its_address(task):
         assert process.wait(60) == 0
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["shared", "own", "fsdp2"])
 def test_several_ranks_of_a_trainer_sample_from_what_was_published(task, tmp_path, mode):
     """`shared`: rank 0 has an engine, rank 1 uses it, and groups lie across both; `own`: an engine each; `fsdp2`: as
@@ -431,7 +432,7 @@ def run_ranks(checkpoint, folder, mode):
         for rank in range(2)
     ]
     try:
-        answers = [process.communicate(timeout=200) for process in ranks]
+        answers = [process.communicate(timeout=500) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
