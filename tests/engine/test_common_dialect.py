@@ -67,7 +67,7 @@ def test_generate_takes_positions_as_the_common_dialect_has_them() -> None:
         *("external_trace_header", "rid", "session_params", "priority"),
         *("return_text_in_logprobs", "return_token_times", "routed_experts_start_len"),
         *("timeout_s", "attention_mask","add_special_tokens", "flat_logprobs", "return_token_versions"),
-        *("return_prompt_token_ids", "min_weight_version", "cache_salt", "others"),
+        *("return_prompt_token_ids", "min_weight_version", "cache_salt", "input_embeds", "others"),
     ]  # fmt: skip
 
 
