@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from process_group_support import Peer, PeerPool
 from sync_support import ToyEngine, collect, spawn
 
 
@@ -47,3 +48,18 @@ def child() -> Iterator[Callable[..., Any]]:
     yield start
     for process in started:
         collect(process)
+
+
+@pytest.fixture(scope="module")
+def peer_pool() -> Iterator[PeerPool]:
+    """Processes for members of update groups, used again by the tests of a module."""
+    pool = PeerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def peers(peer_pool: PeerPool) -> Iterator[Callable[[int], list[Peer]]]:
+    """Gives that many of them; those that a test leaves unfit for the next are replaced."""
+    yield peer_pool.take
+    peer_pool.tidy()

@@ -6,7 +6,6 @@ import operator
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +15,6 @@ import torch.distributed as dist
 from process_group_peer import content
 from process_group_support import (
     NAME,
-    Peer,
-    PeerPool,
     free_port,
     group_threads,
     join,
@@ -53,19 +50,6 @@ METAS = [
     TensorMeta(name=f"t{i}", shape=tuple(shape), dtype=DTYPES[dtype])
     for i, (dtype, shape, _) in enumerate(TENSORS)
 ]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[PeerPool]:
-    pool = PeerPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def peers(pool: PeerPool) -> Iterator[Callable[[int], list[Peer]]]:
-    yield pool.take
-    pool.tidy()
 
 
 def assert_arrived(tensors: list[torch.Tensor]) -> None:

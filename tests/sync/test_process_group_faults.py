@@ -8,14 +8,13 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 import torch
 from process_group_peer import content
-from process_group_support import NAME, Peer, PeerError, PeerPool, free_port, group_threads, join
+from process_group_support import NAME, Peer, PeerError, free_port, group_threads, join
 from stopped import go_on, stop
 
 from weight_sync.errors import DeadlineExceeded, TransportError
@@ -33,19 +32,6 @@ from weight_sync.transports.trainer_group import TrainerGroup
 MIB = 1 << 20
 SLACK_S = 40.0
 """What a busy machine may add to a deadline."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[PeerPool]:
-    pool = PeerPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def peers(pool: PeerPool) -> Iterator[Callable[[int], list[Peer]]]:
-    yield pool.take
-    pool.tidy()
 
 
 def error_of(future: Future[object], *, within_s: float) -> Exception:
