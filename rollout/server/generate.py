@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from ..protocol.commands import InputEmbeds
-from .bodies import Body
+from .bodies import Body, convert
 from .calls import ResultStream
 from .disconnects import EventStream
-from .replies import HttpError, error_body, json_reply, not_implemented, status_of
+from .replies import HttpError, error_body, json_reply, status_of
 from .routing import Ask, Route
 
 logger = logging.getLogger(__name__)
 TokenIds = list[int]
 DONE = b"data: [DONE]\n\n"
+FROM_FILE = {"repetition_penalty": 1.2, "temperature": 0.2, "max_new_tokens": 512}
+"""What the common dialect samples with where a file comes alone (SGLang, `generate_from_file_request`)."""
+_MOST_FIELDS = 64
 
 
 class GenerateBody(Body):
@@ -102,11 +108,36 @@ async def _events(
 
 
 async def generate_from_file(ask: Ask) -> Response:
-    """Complete a prompt of input embeddings from a file."""
-    raise not_implemented(
-        "/generate_from_file: got a form with a file, expected JSON; send what the file holds as input_embeds of "
-        "/generate"
-    )
+    """Complete prompts of input embeddings, the JSON of a form's `file`; other fields are JSON, as in `/generate`."""
+    fields = await _form(ask.request)
+    if "input_embeds" in fields:
+        raise HttpError(400, "input_embeds: got a field, expected them in `file` alone")
+    fields["input_embeds"] = fields.pop("file")
+    body, extras = convert(GenerateBody, fields)
+    if body.stream:
+        raise HttpError(400, "stream: got true, expected /generate for streams")
+    if body.sampling_params is None:
+        body.sampling_params = dict(FROM_FILE)
+    return await generate(replace(ask, body=body, extras=extras))
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    """The values of a form's fields, each of them JSON, with `file` among them; 400 for anything else."""
+    values: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=1, max_fields=_MOST_FIELDS) as form:
+            for name, value in form.multi_items():
+                content = value if isinstance(value, str) else await value.read()
+                values[name] = msgspec.json.decode(content)
+    except HTTPException as error:
+        raise HttpError(400, f"the form: {error.detail}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise HttpError(400, f"{name}: got what is no JSON: {error}") from None
+    if "file" not in values:
+        raise HttpError(
+            400, "the form: got no field `file`, expected rows of numbers in it, as JSON"
+        )
+    return values
 
 
 ROUTES = (
@@ -118,5 +149,7 @@ ROUTES = (
         hands_on=True,
         statuses=(429, 501, 503),
     ),
-    Route(path="/generate_from_file", handler=generate_from_file, unread=True, statuses=(501,)),
+    Route(
+        path="/generate_from_file", handler=generate_from_file, form=True, statuses=(429, 501, 503)
+    ),
 )

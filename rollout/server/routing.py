@@ -58,8 +58,8 @@ class Route:
     query: type[Body] | None = None
     hands_on: bool = False
     """Fields that `body` lacks go to the handler, which knows what may be there."""
-    unread: bool = False
-    """It answers without a look at the body, whatever that is."""
+    form: bool = False
+    """Its body is a form with files, which the handler reads."""
     admin: bool = False
     """It concerns everybody: only an admin may."""
     update: bool = False
@@ -113,7 +113,7 @@ async def _asked(route: Route, state: ServerState, request: Request) -> Ask:
     extras: dict[str, Any] = {}
     query = None if route.query is None else _query(route.query, request)
     content = await read_bytes(request, state.config.slow_client_s)
-    if route.unread:
+    if route.form:
         return Ask(state, request, client_of(request), None, None, {})
     if route.body is None and content:
         query = _query_in_body(route.query, parse_object(content), query)
@@ -182,6 +182,11 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
 
 def _description(route: Route, method: str) -> dict[str, Any]:
     extra: dict[str, Any] = {}
+    if route.form:
+        file = {"type": "string", "format": "binary"}
+        schema = {"type": "object", "properties": {"file": file}, "required": ["file"]}
+        content = {"multipart/form-data": {"schema": schema}}
+        extra["requestBody"] = {"required": True, "content": content}
     if route.body is not None and method != "GET":
         schema = {"$ref": _REF.format(name=route.body.__name__)}
         required = any(info.required for info in msgspec.structs.fields(route.body))

@@ -114,9 +114,39 @@ def test_a_body_that_is_no_object_is_answered_with_400(http, content):
     assert http.post("/generate", content=content).status_code == 400
 
 
-def test_what_the_engine_does_not_have_is_answered_with_501(http):
-    reply = http.post("/generate_from_file", files={"file": b"[[0.5]]"})
-    assert reply.status_code == 501 and "input_embeds of /generate" in reply.json()["message"]
+def test_a_file_of_rows_is_completed_as_its_tokens_are(http, folder):
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    sampling = {"temperature": 0.0, "max_new_tokens": 6}
+    expected = http.post("/generate", json={"input_ids": [5, 9, 2], "sampling_params": sampling})
+    file = json.dumps(embedding[[5, 9, 2]].tolist()).encode()
+    fields = {"sampling_params": json.dumps(sampling)}
+    reply = http.post("/generate_from_file", files={"file": file}, data=fields)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["output_ids"] == expected.json()["output_ids"]
+    alone = http.post("/generate_from_file", files={"file": file}).json()
+    assert 0 < alone["meta_info"]["completion_tokens"] <= 512
+
+
+@pytest.mark.parametrize(
+    ("form", "word"),
+    [
+        ({"files": {"file": b"[[0.5]]"}}, "input_embeds"),
+        ({"files": {"file": b"[[0.5]"}}, "file: got what is no JSON"),
+        ({"files": {"file": b"\xff\xfe"}}, "file: got what is no JSON"),
+        ({"files": {"rows": b"[[0.5]]"}}, "`file`"),
+        ({"files": {"file": b"[[0.5]]"}, "data": {"stream": "true"}}, "stream"),
+        ({"files": {"file": b"[[0.5]]"}, "data": {"input_embeds": "[]"}}, "input_embeds"),
+        ({"files": {"file": b"[[0.5]]"}, "data": {"sampling_params": "{}", "tex": "1"}}, "tex"),
+        ({"files": {f"file{i}": b"1" for i in range(3)}}, "the form"),
+        ({"data": {f"field{i}": "1" for i in range(70)}, "files": {"file": b"[]"}}, "the form"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, "the form"),
+        ({"json": [[0.5]]}, "`file`"),
+    ],
+)
+def test_a_form_that_cannot_be_run_is_answered_with_400_and_the_reason(http, form, word):
+    reply = http.post("/generate_from_file", **form)
+    assert reply.status_code == 400, reply.text
+    assert word in reply.json()["error"]["message"]
 
 
 def test_rows_in_place_of_tokens_come_as_lists_as_bytes_and_through_the_adapter(
