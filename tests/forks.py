@@ -41,6 +41,9 @@ STARTED = (
 """Our modules whose processes may be forks."""
 INTERPRETED = "TRITON_INTERPRET"
 """Triton reads it when it is imported."""
+INTERPRETING = {INTERPRETED: "1", "OPENBLAS_CORETYPE": "Sandybridge"}
+"""Of a process that interprets kernels. The interpreter's products are numpy's, and what OpenBLAS has for processors with
+fused multiply-adds and without AVX-512 rounds a row by its place in a tile, as no kernel does."""
 
 
 class Zygote:
@@ -61,7 +64,7 @@ class Zygote:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             environment.pop(INTERPRETED, None)
             if interpreted:
-                environment[INTERPRETED] = "1"
+                environment.update(INTERPRETING)
             command = [sys.executable, str(TESTS / "forks.py"), str(theirs.fileno())]
             self._process = _REAL(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()

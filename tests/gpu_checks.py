@@ -119,6 +119,7 @@ def all_parts() -> list[Part]:
         suite("bytes", "kernels/test_fingerprint", "kernels/test_finite_numbers", gpus=2, **slow),
         suite("no-waits", "engine/test_no_syncs", **slow),
         suite("bfloat16", "parity/test_bfloat16", "parity/test_flash_backend", **slow),
+        suite("embeddings", "parity/test_input_embeds", **slow),
         suite("ray", "engine/test_ray_gpu", gpus=2),
         suite("bench", "engine/test_bench", gpus=2),
         bench("between-small", "gpu", gpus=2, limit_s=120.0),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import INTERPRETING
 
 Check = Callable[..., None]
 
@@ -83,7 +84,7 @@ def run_interpreted(file: str) -> str:
     """What the script prints whose triton is the interpreter."""
     done = subprocess.run(
         [sys.executable, file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, **INTERPRETING, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=840,
