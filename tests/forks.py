@@ -42,8 +42,8 @@ STARTED = (
 INTERPRETED = "TRITON_INTERPRET"
 """Triton reads it when it is imported."""
 INTERPRETING = {INTERPRETED: "1", "OPENBLAS_CORETYPE": "Sandybridge"}
-"""Of a process that interprets kernels. The interpreter's products are numpy's, and what OpenBLAS has for processors with
-fused multiply-adds and without AVX-512 rounds a row by its place in a tile, as no kernel does."""
+"""Of a process that interprets kernels. The interpreter's products are numpy's, and what OpenBLAS has for processors
+with fused multiply-adds and without AVX-512 rounds a row by its place in a tile, as no kernel does."""
 
 
 class Zygote:

@@ -14,12 +14,12 @@ import pytest
 from versions import version_weights
 
 from rollout import Engine
-from rollout.engine.executors.executor import InlineCall
 from rollout.errors import RolloutError
 from rollout.protocol.commands import Generate, PromptSpec
 from rollout.sampling_params import SamplingParams
 from weight_sync import WeightPublisher
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, SyncError
+from weight_sync.wire.local_call import LocalCall
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_weights_that_are_being_read_are_not_released_meanwhile(
 def test_a_call_that_came_too_late_is_remembered_by_nobody(engine: Engine) -> None:
     core = core_of(engine)
     spec = PromptSpec(rid="late", input_ids=[5, 6], params=SamplingParams(max_new_tokens=1))
-    call = InlineCall(Generate(prompts=[spec]), time.monotonic() - 1.0, None)
+    call = LocalCall(Generate(prompts=[spec]), time.monotonic() - 1.0, None)
     held = weakref.ref(call)
     future = call.future
     core.submit(call)
