@@ -47,7 +47,7 @@ def serve(toys: list[ToyEngine], value: float, version: int) -> None:
 def test_one_pack_reaches_all_of_them_again_and_again(
     publisher: WeightPublisher, toys: list[ToyEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weight_sync.plan import encoding
+    from weight_sync.layout import encoding
 
     copies: list[int] = []
     copy = encoding.copy_tensors
