@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -30,13 +31,34 @@ LOST = (EngineDiedError, EngineClosedError, TornWeightsError)
 class Target(Protocol):
     """A replica as the dispatcher sees it. Its answers come back through `Dispatcher.update` and `.ended`."""
 
-    number: int
+    @property
+    def number(self) -> int:
+        """Never another's."""
+
+    @property
+    def takes_more(self) -> bool:
+        """It may be given prompts."""
 
     def generate(self, job: Job) -> None:
         """Start a job; returns at once."""
 
     def abort(self, job: Job, rids: Collection[str]) -> None:
         """End those of `rids` that name a job of its, or samples of it, early; returns at once."""
+
+    def lost(self, error: Exception) -> None:
+        """It must not be used: an answer of it, `error`, says so."""
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """A replica that has, or may have, something to do."""
+
+    target: Target
+    """The way to it."""
+    jobs: dict[Job, None] = field(default_factory=dict)
+    """What it runs, in the order in which it was given it."""
+    load: int = 0
+    """Samples that it is busy with."""
 
 
 _CLOCK_SLACK_S = 0.05
@@ -53,15 +75,12 @@ class Dispatcher:
         *,
         seed: int,
         max_reruns: int,
-        on_lost: Callable[[int, Exception], None],
         served: Callable[[], tuple[str, int]],
     ) -> None:
-        """`on_lost(number, error)` tells of a replica that must not be used; `served()` is the label and the number of
-        the version that serves."""
+        """`served()` is the label and the number of the version that serves."""
         self._router = router
         self._seed = seed
         self._max_reruns = max_reruns
-        self._on_lost = on_lost
         self._served = served
         self._num_prompts = 0
         self._num_given = 0
@@ -69,10 +88,7 @@ class Dispatcher:
             str, PoolCall
         ] = {}  # by the ids of their samples, until some time after their end
         self._queue: deque[Job] = deque()
-        self._targets: dict[int, Target] = {}
-        self._running: dict[int, dict[Job, None]] = {}
-        self._loads: dict[int, int] = {}
-        self._retired: set[int] = set()
+        self._lanes: dict[int, Lane] = {}  # by number
         self._blocked: Exception | None = None
         self._refusal: Exception | None = None
 
@@ -83,8 +99,8 @@ class Dispatcher:
 
     @property
     def loads(self) -> dict[int, int]:
-        """Samples that each replica is busy with."""
-        return dict(self._loads)
+        """Samples that each replica is busy with, of those that were given to it to serve."""
+        return {number: lane.load for number, lane in self._lanes.items()}
 
     # ---- callers -----------------------------------------------------------------------------------------------------
 
@@ -135,16 +151,16 @@ class Dispatcher:
                 self._end_waiting(job, message)
             elif abort_all or job.spec.rid in names:
                 job.aborted = True
-                self._targets[job.replica].abort(job, [job.spec.rid])
+                self._lanes[job.replica].target.abort(job, [job.spec.rid])
             else:
                 job.aborted = True  # A sample of it; which one, its replica knows.
-                self._targets[job.replica].abort(job, sorted(names))
+                self._lanes[job.replica].target.abort(job, sorted(names))
         return num
 
     def expect_aborts(self, message: str) -> int:
         """Whoever calls is about to end everything that runs; what waits ends here. Returns how many samples waited."""
-        for jobs in self._running.values():
-            for job in jobs:
+        for lane in self._lanes.values():
+            for job in lane.jobs:
                 job.aborted = True
         waiting = list(self._queue)
         self._queue.clear()
@@ -166,29 +182,22 @@ class Dispatcher:
     # ---- replicas ----------------------------------------------------------------------------------------------------
 
     def join(self, target: Target) -> None:
-        """A replica that serves the current version is there."""
-        self._targets[target.number] = target
-        self._running.setdefault(target.number, {})
-        self._loads.setdefault(target.number, 0)
-        self._blocked = None
-        self.pump()
+        """A replica that serves the current version is there; nothing happens if it was."""
+        if target.number not in self._lanes:
+            self._lanes[target.number] = Lane(target)
+            self._blocked = None
+            self.pump()
 
     def leave(self, number: int, error: Exception) -> None:
         """A replica is gone, or must not be used: what it was doing runs again elsewhere."""
-        target = self._targets.pop(number, None)
-        self._retired.discard(number)
-        self._loads.pop(number, None)
-        lost = self._running.pop(number, {})
-        if target is not None:  # It may be alive, and come back.
-            for job in lost:
-                target.abort(job, [job.spec.rid])
-        for job in reversed(lost):
+        lane = self._lanes.pop(number, None)
+        if lane is None:
+            return
+        for job in lane.jobs:  # It may be alive, and come back.
+            lane.target.abort(job, [job.spec.rid])
+        for job in reversed(lane.jobs):
             self._run_again(job, error)
         self.pump()
-
-    def retire(self, number: int) -> None:
-        """Give a replica nothing new; it finishes what it has."""
-        self._retired.add(number)
 
     def refuse(self, error: Exception | None) -> None:
         """Fail new calls and hand out nothing, while no replica can compute; None ends it."""
@@ -236,7 +245,7 @@ class Dispatcher:
             self._queue.appendleft(job)  # It came too late; its replica is as it should be.
             return
         if isinstance(error, LOST):
-            self._on_lost(number, error)
+            self._lanes[number].target.lost(error)
             self.leave(number, error)
             return
         self._take_back(job)
@@ -254,7 +263,7 @@ class Dispatcher:
             job = next((job for job in self._queue if not self._early(job.call)), None)
             if job is None:
                 return
-            loads = {n: load for n, load in self._loads.items() if n not in self._retired}
+            loads = {n: lane.load for n, lane in self._lanes.items() if lane.target.takes_more}
             number = self._router.choose(job.affinity, job.num_samples, loads)
             if number is None:
                 return
@@ -263,12 +272,13 @@ class Dispatcher:
                 continue
             job.replica, job.load = number, job.num_samples
             job.attempt += 1
-            self._running[number][job] = None
-            self._loads[number] += job.load
+            lane = self._lanes[number]
+            lane.jobs[job] = None
+            lane.load += job.load
             self._num_given += 1
             job.wire_rid = f"{self._num_given}.{job.spec.rid}"[:MAX_RID]
             try:
-                self._targets[number].generate(job)
+                lane.target.generate(job)
             except (
                 Exception
             ) as error:  # Whatever it is, it is about this prompt, and takes nothing along.
@@ -278,7 +288,7 @@ class Dispatcher:
     # ---- below -------------------------------------------------------------------------------------------------------
 
     def _jobs(self) -> list[Job]:
-        return [*self._queue, *(job for jobs in self._running.values() for job in jobs)]
+        return [*self._queue, *(job for lane in self._lanes.values() for job in lane.jobs)]
 
     def _run_again(self, job: Job, error: Exception) -> None:
         """Put a lost job in front of the queue, unless it was to be ended, or is lost again and again."""
@@ -301,15 +311,15 @@ class Dispatcher:
 
     def _take_back(self, job: Job) -> None:
         """It is on no replica any more."""
-        if job.replica in self._running:
-            self._running[job.replica].pop(job, None)
+        if job.replica in self._lanes:
+            self._lanes[job.replica].jobs.pop(job, None)
         self._unload(job, job.load)
         job.replica = None
 
     def _unload(self, job: Job, num_samples: int) -> None:
         job.load -= num_samples
-        if job.replica in self._loads:
-            self._loads[job.replica] -= num_samples
+        if job.replica in self._lanes:
+            self._lanes[job.replica].load -= num_samples
 
     def _end_waiting(self, job: Job, message: str) -> None:
         for sample in range(job.num_samples):
@@ -322,6 +332,6 @@ class Dispatcher:
         """End a call: its other prompts are not wanted any more."""
         call.fail(error)
         for job in call.jobs:
-            if job.replica in self._targets and not job.complete:
-                self._targets[job.replica].abort(job, [job.spec.rid])
+            if job.replica in self._lanes and not job.complete:
+                self._lanes[job.replica].target.abort(job, [job.spec.rid])
         self._queue = deque(job for job in self._queue if job.call is not call)

@@ -35,20 +35,18 @@ from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
 from .job import PoolCall
-from .replica import Replica, ReplicaStatus, State, answers_of, when_all_have_answered
+from .orders import StandingOrders
+from .replica import Replica, ReplicaStatus, answers_of, when_all_have_answered
 from .routing import Router
+from .states import State
 from .supervisor import MakeExecutor, Supervisor
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_EXPIRE_INTERVAL_S = 0.25
+_TICK_S = 0.25
+"""How often, at least, the pool looks at the clock."""
 WEIGHT_MESSAGES = get_args(WeightRequest)
-NOTED = (
-    *(cmd.PauseGeneration, cmd.ContinueGeneration, cmd.ReleaseMemory, cmd.ResumeMemory),
-    *(cmd.SlowDown, cmd.SetLimits),
-)
-"""Commands that replicas get too that come later."""
 ABORTED = "generation was paused (mode abort); resubmit prompt plus partial output"
 
 
@@ -77,7 +75,6 @@ class PoolExecutor:
         self._fleet = fleet = FleetWeights(
             label=config.weight_version if config.weight_version is not None else "0",
             timeout_s=config.request_timeout_s,
-            on_change=self._changed,
             group_host=group_host,
             awaits=NoUpdateYetError.STATE if config.awaits_first_update else None,
         )
@@ -92,8 +89,7 @@ class PoolExecutor:
             ),
             seed=secrets.randbits(63) if config.seed is None else config.seed,
             max_reruns=pool.max_reruns,
-            on_lost=self._lost,
-            served=lambda: (fleet.served.label, fleet.served.version),
+            served=fleet.version_now,
         )
         self._supervisor = Supervisor(
             pool,
@@ -102,6 +98,7 @@ class PoolExecutor:
             fleet=fleet,
             post=self._events.put,
         )
+        self._tick_s = min(_TICK_S, pool.health_interval_s)
         self._thread = threading.Thread(target=self._run, name="pool", daemon=True)
         self._thread.start()
         try:
@@ -242,10 +239,10 @@ class PoolExecutor:
     # ---- the pool's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        wake = 0.0
+        next_tick = 0.0
         while True:
             try:
-                event = self._events.get(timeout=max(0.0, wake - time.monotonic()))
+                event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
                 event = _nothing
             if event is None:
@@ -253,8 +250,10 @@ class PoolExecutor:
             try:
                 event()
                 now = time.monotonic()
-                self._dispatcher.expire(now)
-                wake = min(now + _EXPIRE_INTERVAL_S, self._supervisor.tick(now))
+                if now >= next_tick:  # Under load as well.
+                    next_tick = now + self._tick_s
+                    self._dispatcher.expire(now)
+                    self._supervisor.tick(now)
             except Exception:  # One event must not end the dispatching of all requests.
                 logger.exception("the pool failed at an event")
 
@@ -273,12 +272,6 @@ class PoolExecutor:
         limit = self._config.start_timeout_s + self._config.request_timeout_s
         number: int = wait(came, limit, "the start of a replica")
         return number
-
-    def _changed(self) -> None:
-        self._events.put(self._supervisor.reconcile)
-
-    def _lost(self, number: int, error: Exception) -> None:
-        self._supervisor.lost(number, error)
 
     def _serve(self, call: Call) -> None:
         """A command from another process."""
@@ -319,7 +312,7 @@ class PoolExecutor:
         if isinstance(body, cmd.GetWeights | cmd.SaveShardedModel):
             serving = self._fleet.serving
             replicas = sorted(replicas, key=lambda replica: replica.number not in serving)[:1]
-        elif isinstance(body, NOTED):
+        elif isinstance(body, StandingOrders.KINDS):
             self._supervisor.note(body)
         if isinstance(body, cmd.PauseGeneration) and body.mode == "abort":
             num = self._dispatcher.expect_aborts(ABORTED)

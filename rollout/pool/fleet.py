@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -58,6 +59,20 @@ class ReplicaMember(Member):
     """Why it does not hold the served version; None: it does, or is new."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the replicas have said, all as of one moment."""
+
+    served: ServedVersion
+    """What all of them should hold."""
+    serving: frozenset[int]
+    """Those that hold it, whole, and live as far as one knows."""
+    behind: dict[int, Exception]
+    """Those that do not, and why."""
+    lost: str | None
+    """See `FleetWeights.lost`."""
+
+
 class FleetWeights(JointService):
     """Serves trainers on behalf of all replicas, and brings those up that do not hold what the others serve."""
 
@@ -69,13 +84,10 @@ class FleetWeights(JointService):
         *,
         label: str,
         timeout_s: float,
-        on_change: Callable[[], None],
         group_host: str = "127.0.0.1",
         awaits: str | None = None,
     ) -> None:
-        """`on_change()` is told, on the thread, whenever `serving`, `behind` or `lost` may have changed.
-
-        label: of what the replicas load. timeout_s: for bringing up one replica. group_host: where replicas on other
+        """label: of what the replicas load. timeout_s: for bringing up one replica. group_host: where replicas on other
         machines reach this one. awaits: why what the replicas load is not to be used; None: it is.
         """
         self.served = ServedVersion(version=0, label=label, fingerprint=None)
@@ -84,7 +96,8 @@ class FleetWeights(JointService):
         self._awaits = awaits
         self._engine_id = secrets.token_hex(8)
         self._timeout_s = timeout_s
-        self._on_change = on_change
+        self._on_change: Callable[[], None] = lambda: None
+        self._lock = threading.RLock()  # Around what `known` tells at once.
         self._group_host = group_host
         self._num_tensors = 0
         self._source: KnownArena | None = None
@@ -95,15 +108,33 @@ class FleetWeights(JointService):
 
     # ---- any thread --------------------------------------------------------------------------------------------------
 
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """From now on `on_change()` is told, on the thread, whenever what is `known` may have changed."""
+        self._on_change = on_change
+
+    def known(self) -> Known:
+        """What one may rely on until something happens."""
+        with self._lock:
+            return Known(
+                served=self.served,
+                serving=frozenset(m.number for m in self._members if self._serves(m)),
+                behind={m.number: why for m in self._members if (why := _why_not(m)) is not None},
+                lost=self.lost,
+            )
+
     @property
-    def serving(self) -> set[int]:
-        """Replicas that hold the served version, whole, and live as far as one knows."""
-        return {member.number for member in self._members if self._serves(member)}
+    def serving(self) -> frozenset[int]:
+        """See `Known`."""
+        return self.known().serving
 
     @property
     def behind(self) -> dict[int, Exception]:
-        """Replicas that do not hold the served version, and why."""
-        return {m.number: m.why for m in self._members if m.why is not None}
+        """See `Known`."""
+        return self.known().behind
+
+    def version_now(self) -> tuple[str, int]:
+        """Label and number of what is served."""
+        return self.served.label, self.served.version
 
     def add(self, member: ReplicaMember) -> Future[None]:
         """Take a replica in and bring it to the served version. With an error it is there, but behind."""
@@ -245,16 +276,16 @@ class FleetWeights(JointService):
         self._source = KnownArena.after(
             session, self._source, self._arenas.handle(session.request.arena_id)
         )
-        self.served = ServedVersion(
-            version=session.version, label=reply.label, fingerprint=fingerprint
-        )
-        for member in self._members:
-            found = outcome.committed.get(member)
-            if found is not None and found.fingerprint == fingerprint:
-                self._hold(member)
-            else:
-                why = outcome.failed.get(member) or WeightUpdateError("it took no part in it")
-                self._fall_behind(member, why)
+        served = ServedVersion(version=session.version, label=reply.label, fingerprint=fingerprint)
+        with self._lock:
+            self.served = served
+            for member in self._members:
+                found = outcome.committed.get(member)
+                if found is not None and found.fingerprint == fingerprint:
+                    self._hold(member)
+                else:
+                    why = outcome.failed.get(member) or WeightUpdateError("it took no part in it")
+                    self._fall_behind(member, why)
         if self.lost is not None:
             info = self._ask_one(msg.Hello(), time.monotonic() + self._timeout_s)
             self.lost = info.torn and self.lost
@@ -264,11 +295,13 @@ class FleetWeights(JointService):
     # ---- who holds what ----------------------------------------------------------------------------------------------
 
     def _hold(self, member: ReplicaMember) -> None:
-        member.holds, member.why = self.served.version, None
+        with self._lock:
+            member.holds, member.why = self.served.version, None
 
     def _fall_behind(self, member: ReplicaMember, error: Exception) -> None:
         logger.warning("%s does not hold version %d: %s", member.name, self.served.version, error)
-        member.holds, member.why = None, error
+        with self._lock:
+            member.holds, member.why = None, error
 
     def _ask_those_in_doubt(self, end: float) -> None:
         """Ask those that may have committed the last update; `DeadlineExceeded` when they do not say in time."""
@@ -284,14 +317,14 @@ class FleetWeights(JointService):
         reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left(end))
         logger.warning("%s has committed version %d late", member.name, info.version)
         label = info.label if info.label is not None else str(info.version)
-        self.served = ServedVersion(
-            version=info.version, label=label, fingerprint=reply.fingerprint
-        )
+        served = ServedVersion(version=info.version, label=label, fingerprint=reply.fingerprint)
         self._doubt, self._source = None, None
-        for other in self._members:
-            why = WeightUpdateError(f"{member.name} has committed version {info.version}")
-            self._fall_behind(other, why)
-        self._hold(member)
+        why = WeightUpdateError(f"{member.name} has committed version {info.version}")
+        with self._lock:
+            self.served = served
+            for other in self._members:
+                self._fall_behind(other, why)
+            self._hold(member)
         self._on_change()
 
     def _bring_up(self, member: ReplicaMember) -> None:
@@ -320,7 +353,13 @@ class FleetWeights(JointService):
             self._fall_behind(member, error)
             raise
         else:
-            self.served = msgspec.structs.replace(self.served, fingerprint=fingerprint)
-            self._hold(member)
+            with self._lock:
+                self.served = msgspec.structs.replace(self.served, fingerprint=fingerprint)
+                self._hold(member)
         finally:
             self._on_change()
+
+
+def _why_not(member: ReplicaMember) -> Exception | None:
+    dead = member.channel.dead
+    return member.why or (EngineDiedError(dead) if dead is not None else None)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import enum
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
-from weight_sync.errors import EngineDiedError
+from weight_sync.errors import EngineDiedError, TornWeightsError
 
 from ..engine.executors.executor import Executor
 from ..protocol.commands import AbortRequests, SampleUpdate
 from .dispatcher import Dispatcher
 from .fleet import GONE
 from .job import Job
+from .states import State
 
 ABORT_TIMEOUT_S = 30.0
 
@@ -52,21 +52,6 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why it does not serve; None: it does."""
 
 
-class State(enum.Enum):
-    """Where a replica stands; `Supervisor` has the transitions."""
-
-    COMING = "coming"
-    """It is told what the pool was asked for, and is brought to the served version."""
-    SERVING = "serving"
-    """It holds the served version, and gets requests."""
-    BEHIND = "behind"
-    """It does not hold the served version."""
-    RETIRING = "retiring"
-    """It gets nothing new, and ends when it has finished what it has."""
-    GONE = "gone"
-    """It is no part of the pool any more."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Replica:
     """A replica. Its fields are the pool's thread's, its answers come there."""
@@ -81,22 +66,50 @@ class Replica:
     """Takes its answers."""
     post: Post
     """To the pool's thread."""
+    changed: Callable[[], None]
+    """Looks at all replicas anew; called there."""
+    came: Future[int]
+    """Has its number once it serves, or why it does not."""
     state: State = State.COMING
-    """Where it stands."""
+    """What `states.decide` said last."""
+    asked: bool = True
+    """See `states.Facts`."""
+    denied: Exception | None = None
+    """Likewise; the answer."""
+    dead: Exception | None = None
+    """Likewise; how one knows."""
     tried: int | None = None
     """The version that it could not be brought to; None: it was not tried in vain."""
+    again: float = 0.0
+    """When it is tried again although nothing has changed, on the monotonic clock."""
     num_failures: int = 0
     """How often in a row it could not be."""
-    again: float | None = None
-    """When it is tried again although nothing has changed, on the monotonic clock."""
+    has_served: bool = False
+    """It held the served version once."""
+    leaving: tuple[float, Future[int]] | None = None
+    """When it ends at the latest, and who waits for that; None: it stays."""
     check: Future[Any] | None = None
     """The last question after its health."""
-    came: Future[int] = field(default_factory=Future)
-    """Has its number once it serves, or why it does not."""
+
+    @property
+    def takes_more(self) -> bool:
+        """It may be given prompts."""
+        return self.leaving is None
+
+    def lost(self, error: Exception) -> None:
+        """An answer says that it must not be used: its weights are no version, or it has died."""
+        if isinstance(error, TornWeightsError):
+            self.denied = error
+        else:
+            self.dead = error
 
     def generate(self, job: Job) -> None:
         """Start a job; returns at once."""
         attempt, dispatcher, post = job.attempt, self.dispatcher, self.post
+
+        def end(error: BaseException | None) -> None:
+            dispatcher.ended(job, attempt, error)
+            self.changed()
 
         def on_chunk(update: SampleUpdate) -> None:
             if isinstance(update, SampleUpdate):
@@ -104,7 +117,7 @@ class Replica:
 
         def on_end(future: Future[Any]) -> None:
             error = future.exception()
-            post(lambda: dispatcher.ended(job, attempt, error))
+            post(lambda: end(error))
 
         # One that is late already comes back at once, as any other does at its deadline.
         left_s = max(0.001, job.call.deadline - time.monotonic()) + job.call.grace_s

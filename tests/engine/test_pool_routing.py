@@ -98,6 +98,8 @@ class FakeReplica:
         self.number = number
         self.jobs: list[tuple[Job, int]] = []
         self.aborts: list[list[str]] = []
+        self.errors: list[Exception] = []
+        self.takes_more = True
 
     def generate(self, job: Job) -> None:
         self.jobs.append((job, job.attempt))
@@ -105,18 +107,19 @@ class FakeReplica:
     def abort(self, job: Job, rids: Collection[str]) -> None:
         self.aborts.append(list(rids))
 
+    def lost(self, error: Exception) -> None:
+        self.errors.append(error)
+
 
 class Pool:
     """A dispatcher with fake replicas."""
 
     def __init__(self, num_replicas: int, limit: int = 4, max_reruns: int = 2) -> None:
-        self.lost: list[int] = []
         self.chunks: dict[int, list[SampleUpdate]] = {}
         self.dispatcher = Dispatcher(
             Router(limit=limit, affinity_tokens=0, slack=0),
             seed=7,
             max_reruns=max_reruns,
-            on_lost=lambda number, error: self.lost.append(number),
             served=lambda: ("v5", 5),
         )
         self.replicas = {i: FakeReplica(i) for i in range(num_replicas)}
@@ -263,7 +266,8 @@ def test_an_error_of_a_lost_replica_takes_it_out_and_tells(error: Exception) -> 
     call = pool.call(2)
     job, attempt = pool.replicas[0].jobs[0]
     pool.dispatcher.ended(job, attempt, error)
-    assert pool.lost == [0] and sorted(pool.prompts(1)) == ["c0p0", "c0p1"]
+    assert pool.replicas[0].errors == [error] and pool.replicas[1].errors == []
+    assert sorted(pool.prompts(1)) == ["c0p0", "c0p1"]
     pool.finish(1)
     pool.finish(1)
     assert call.future.done() and list(pool.dispatcher.loads) == [1]
@@ -352,7 +356,7 @@ def test_without_any_replica_prompts_wait_and_when_none_will_come_they_fail() ->
 def test_a_retired_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
     pool = Pool(2)
     call = pool.call(2)
-    pool.dispatcher.retire(0)
+    pool.replicas[0].takes_more = False
     pool.call(2)
     assert pool.prompts(0) == ["c0p0"] and pool.prompts(1) == ["c0p1", "c1p0", "c1p1"]
     assert pool.dispatcher.abort(["c0p0"], False, "") == 1 and pool.replicas[0].aborts

@@ -21,7 +21,7 @@ class Fleet:
         self._make_engine = make_engine
         self.engines: list[ToyEngine] = []
         self.members: list[ReplicaMember] = []
-        self.weights = FleetWeights(label="0", timeout_s=60.0, on_change=lambda: None)
+        self.weights = FleetWeights(label="0", timeout_s=60.0)
 
     def weight_channel(self) -> JointChannel:
         return JointChannel(self.weights)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
+from rollout.pool.catch_up import ServedVersion
+from rollout.pool.fleet import Known
 from rollout.protocol.commands import (
     Done,
     FinishReason,
@@ -81,20 +82,28 @@ class Engine:
 class Fleet:
     """What replicas hold, by their number, as the machine has it."""
 
-    def __init__(
-        self, changed: Callable[[], None], brought_up: Callable[[int, Exception | None], None]
-    ) -> None:
+    def __init__(self, brought_up: Callable[[int, Exception | None], None]) -> None:
         self.brought_up = brought_up
-        self.served = SimpleNamespace(version=0, label="0")
+        self.served = ServedVersion(version=0, label="0", fingerprint=None)
         self.lost: str | None = None
         self.holds: dict[int, bool] = {}
         self.behind: dict[int, Exception] = {}
         self.asked: list[tuple[int, Future[None]]] = []
+
+    def watch(self, changed: Callable[[], None]) -> None:
         self._changed = changed
 
+    def known(self) -> Known:
+        return Known(
+            served=self.served, serving=self.serving, behind=dict(self.behind), lost=self.lost
+        )
+
+    def version_now(self) -> tuple[str, int]:
+        return self.served.label, self.served.version
+
     @property
-    def serving(self) -> set[int]:
-        return {number for number, holds in self.holds.items() if holds}
+    def serving(self) -> frozenset[int]:
+        return frozenset(number for number, holds in self.holds.items() if holds)
 
     def add(self, member: Any) -> Future[None]:
         self.holds[member.number] = False

@@ -125,7 +125,7 @@ class Fleet(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fleet = FleetWeights(label="v0", timeout_s=5.0, on_change=lambda: None)
+        self.fleet = FleetWeights(label="v0", timeout_s=5.0)
         self.replicas: list[Replica] = []
         self.publisher = WeightPublisher(self, timeout_s=5.0)
         self.values = {"v0": 0.0}

@@ -21,11 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pool_stand_ins import Engine, Fleet
 
 from rollout.pool import supervisor as supervision
+from rollout.pool.catch_up import ServedVersion
 from rollout.pool.config import PoolConfig
 from rollout.pool.dispatcher import Dispatcher
 from rollout.pool.job import PoolCall
-from rollout.pool.replica import State
 from rollout.pool.routing import Router
+from rollout.pool.states import State
 from rollout.pool.supervisor import Supervisor
 from rollout.protocol.commands import PromptSpec, SampleUpdate
 from rollout.sampling_params import SamplingParams
@@ -52,13 +53,12 @@ class Pool(RuleBasedStateMachine):
         self.engines: list[Engine] = []
         self.starts_fail = self.some_start_failed = False
         self.retired: list[Future[int]] = []
-        self.fleet: Any = Fleet(lambda: self.events.append(self.pool.reconcile), self.is_written)
+        self.fleet: Any = Fleet(self.is_written)
         self.requests = Dispatcher(
             Router(limit=3, affinity_tokens=0, slack=8),
             seed=1,
             max_reruns=POOL.max_reruns,
-            on_lost=lambda number, error: self.pool.lost(number, error),
-            served=lambda: (self.fleet.served.label, self.fleet.served.version),
+            served=self.fleet.version_now,
         )
         self.pool = Supervisor(
             POOL,
@@ -131,9 +131,8 @@ class Pool(RuleBasedStateMachine):
         if how == "tell":
             engine.prompts[which % len(engine.prompts)].tell()
             return
-        runs = {
-            id(r.executor): self.requests._running.get(n) for n, r in self.pool.replicas.items()
-        }
+        lanes = {n: lane.jobs for n, lane in self.requests._lanes.items()}
+        runs = {id(r.executor): lanes.get(n) for n, r in self.pool.replicas.items()}
         # That weights are torn is said to all requests, and heard if the pool still waits for one of them.
         engine.torn = engine.torn or (how == "torn" and bool(runs.get(id(engine))))
         while engine.torn and engine.prompts:
@@ -156,7 +155,8 @@ class Pool(RuleBasedStateMachine):
     @rule(missed=st.sets(st.integers(0, 9)))
     def publish(self, missed: set[int]) -> None:
         """A new version, which some replicas do not have."""
-        self.fleet.served.version += 1
+        version = self.fleet.served.version + 1
+        self.fleet.served = ServedVersion(version=version, label=str(version), fingerprint=None)
         for number in list(self.fleet.holds):
             error = WeightUpdateError("it took no part in it") if number in missed else None
             self.fleet.say(number, error)
@@ -170,7 +170,7 @@ class Pool(RuleBasedStateMachine):
         self.fleet.lost = "released" if lost or (torn and len(torn) == len(asked)) else None
         for number in torn if self.fleet.lost is None else ():
             self.fleet.say(number, TornWeightsError("torn"))
-        self.events.append(self.pool.reconcile)
+        self.fleet._changed()
 
     @precondition(lambda self: self.may_retire)
     @rule(which=st.integers(0, 9))
@@ -222,8 +222,7 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def every_request_is_in_one_place_or_has_ended(self) -> None:
-        waiting, running = list(self.requests._queue), self.requests._running
-        places = waiting + [job for jobs in running.values() for job in jobs]
+        places = self.requests._jobs()
         assert len(set(map(id, places))) == len(places)
         for call, _ in self.calls:
             if not call.over:
@@ -233,10 +232,9 @@ class Pool(RuleBasedStateMachine):
     @invariant()
     def requests_run_where_the_pool_has_put_them_to_serve(self) -> None:
         states = {number: replica.state for number, replica in self.pool.replicas.items()}
-        for number in self.requests._running:
+        for number, lane in self.requests._lanes.items():
             assert states.get(number) in (State.SERVING, State.RETIRING), number
-        for number, load in self.requests.loads.items():
-            assert load == sum(job.load for job in self.requests._running[number])
+            assert lane.load == sum(job.load for job in lane.jobs)
 
     @precondition(lambda self: not self.events)
     @invariant()
@@ -258,20 +256,14 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.fleet.lost is None and not self.events)
     @invariant()
     def nothing_waits_beside_an_idle_replica(self) -> None:
-        free = self.requests.loads.keys() - self.requests._retired
-        assert not self.requests._queue or all(self.requests.loads[n] for n in free)
+        free = [lane for lane in self.requests._lanes.values() if lane.target.takes_more]
+        assert not self.requests._queue or all(lane.load for lane in free)
 
     @invariant()
     def nobody_gets_a_sample_twice(self) -> None:
         for _, seen in self.calls:
             ends = [update.index for update in seen if update.finish_reason is not None]
             assert len(ends) == len(set(ends))
-
-    @invariant()
-    def slots_are_held_once(self) -> None:
-        slots = [r.slot for r in self.pool.replicas.values()]
-        slots += [*self.pool._starting, *self.pool._due]
-        assert len(slots) == len(set(slots))
 
     def teardown(self) -> None:
         try:
@@ -324,14 +316,19 @@ def pool() -> Iterator[Pool]:
     """Two replicas that serve; the first is leaving, and the second could not be given the last version."""
     pool = Pool()
     first, second = sorted(pool.pool.replicas)
+    pool.ask(2, 1)
     pool.retired.append(Future())
     pool.pool.retire(first, pool.now + 7000.0, pool.retired[-1])
     pool.publish({second})
     pool.settle()
     pool.fleet.answer(0, WeightUpdateError("no room for weights"))
+    pool.engine_of(first).work(0)
     pool.settle()
     yield pool
-    pool.teardown()
+    if pool.pool._closed:  # Whoever closes a pool ends its replicas.
+        pool._undo()
+    else:
+        pool.teardown()
 
 
 def test_the_last_that_holds_the_version_stays_until_another_has_been_given_it(pool: Pool) -> None:
@@ -374,3 +371,17 @@ def test_who_dies_while_it_is_leaving_is_not_replaced(pool: Pool) -> None:
 def test_a_shutdown_answers_who_waits_for_a_replica_to_leave(pool: Pool) -> None:
     pool.pool.close()
     assert isinstance(pool.retired[0].exception(0), EngineDiedError)
+
+
+def test_one_that_never_served_is_replaced_after_a_while(pool: Pool) -> None:
+    second = max(pool.pool.replicas)
+    pool.fleet.say(second, None)  # An update has reached it.
+    pool.one_more()
+    pool.settle()
+    for num in range(4, 8):
+        assert len(pool.engines) == num - 1 and len(pool.fleet.asked) == 1
+        pool.fleet.answer(0, WeightUpdateError("no room for weights"))
+        pool.settle()
+        assert pool.engines[-1].killed and len(pool.engines) == num - 1
+        pool.time_passes()
+        pool.settle()
