@@ -146,7 +146,8 @@ def test_tokens_per_second_come_with_a_profile_that_adds_up(
     assert best["tokens_per_s"] == max(p["tokens_per_s"] for p in numbers["transformers"].values())
     profile = numbers["profile"]
     spent = sum(phase["seconds"] for phase in profile["phases"].values())
-    assert spent + profile["not_in_any_phase_s"] == pytest.approx(profile["seconds"])
+    # Files have six significant digits.
+    assert spent + profile["not_in_any_phase_s"] == pytest.approx(profile["seconds"], rel=1e-5)
     # Nearly all of it; less where others of the machine hold a step up between two phases.
     assert 0.5 < sum(phase["share"] for phase in profile["phases"].values()) <= 1
     jobs = make_jobs(settings.generate)

@@ -1,5 +1,5 @@
 """A trainer that stops in one phase of an update and waits there to be killed: address, phase, transport, device,
-staging."""
+staging. "commit" is on its way then, and may never arrive; "committed" has been answered."""
 
 import sys
 import time
@@ -29,13 +29,15 @@ def main() -> None:
     named = list(weights(2.0, device=device).items())
     if phase == "stage":
         publisher.send(named[:4])
-    if phase in ("vote", "commit"):
+    if phase in ("vote", "commit", "committed"):
         publisher.send(named)
-    if phase == "commit":
+    if phase in ("commit", "committed"):
         update = publisher._update
         assert update is not None
         commit = Commit(session_id=update.session_id, epoch=update.epoch, timeout_s=30.0)
-        update.channel.submit(commit, 30.0)
+        answer = update.channel.submit(commit, 30.0)
+        if phase == "committed":
+            answer.result(30.0)
     print("ready")
     time.sleep(60)
 
