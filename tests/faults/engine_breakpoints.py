@@ -91,9 +91,9 @@ def install(folder: Path) -> None:
         points.pass_point("step", self._ranks.spec.rank)
         return step(self)
 
-    def stop_and_verify(self: Any, timeout_s: float) -> None:
+    def stop_and_verify(self: Any) -> None:
         points.pass_point("verify", self.agreement.rank)
-        verify(self, timeout_s)
+        verify(self)
 
     EngineCore.step = step_and_stop  # type: ignore[method-assign]
     WeightCommit._verify_overlapped = stop_and_verify  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from versions import version_weights
 
 from rollout import Engine
 from rollout.errors import RolloutError
-from rollout.protocol.commands import Generate, PromptSpec
+from rollout.protocol.commands import FlushCache, Generate, PromptSpec, Shutdown
 from rollout.sampling_params import SamplingParams
 from weight_sync import WeightPublisher
 from weight_sync.errors import DeadlineExceeded, EngineDiedError, SyncError
@@ -144,3 +144,29 @@ def test_a_call_that_came_too_late_is_remembered_by_nobody(engine: Engine) -> No
     del call
     gc.collect()
     assert held() is None
+
+
+def test_whoever_asked_for_the_end_is_answered_after_all_whose_calls_it_ends(
+    engine: Engine,
+) -> None:
+    """The owner of an engine in another process hangs up then, and answers that came later would reach nobody."""
+    core, order = core_of(engine), []
+
+    def call_of(body: Any) -> LocalCall:
+        call = LocalCall(body, time.monotonic() + 60.0)
+        call.future.add_done_callback(lambda _: order.append(type(body).__name__))
+        return call
+
+    params = SamplingParams(max_new_tokens=100_000, ignore_eos=True)
+    endless = call_of(Generate(prompts=[PromptSpec(rid="one", input_ids=[5], params=params)]))
+    core.submit(endless)
+    go_on = stuck(core)
+    end, behind = call_of(Shutdown()), call_of(FlushCache())
+    core.submit(end)
+    core.submit(behind)
+    go_on.set()
+    end.future.result(20)
+    assert sorted(order[:-1]) == ["FlushCache", "Generate"] and order[-1] == "Shutdown"
+    with pytest.raises(RolloutError, match="shut down"):
+        behind.future.result(0)
+    assert endless.future.result(0) is not None

@@ -21,6 +21,7 @@ from versions import Reference, version_weights
 import weight_sync
 from weight_sync import WeightPublisher
 from weight_sync.errors import EngineDiedError
+from weight_sync.wire.deadline import Deadline
 
 OLD, NEW, NEXT = 1, 2, 3
 
@@ -110,21 +111,36 @@ def test_when_one_rank_lies_all_go_back_and_what_was_held_was_never_sampled(
     engine.serves(NEXT)
 
 
-def test_without_a_copy_all_ranks_are_torn(
-    engine_of: Callable[..., FaultyEngine], threads: ThreadPoolExecutor
+def torn(engine: FaultyEngine) -> str | None:
+    """What the engine's receiver says, whatever its loop does."""
+    with WeightPublisher(engine.address) as publisher:
+        return publisher._endpoint.hello(Deadline(60.0)).torn
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_without_a_copy_or_a_boundary_to_undo_it_all_ranks_are_torn(
+    engine_of: Callable[..., FaultyEngine], threads: ThreadPoolExecutor, stuck: bool
 ) -> None:
-    engine = engine_of(tp_size=2, keep_previous_weights=False)
+    """`stuck`: a copy is there, but rank 0 comes to no step boundary before the update's deadline."""
+    engine = engine_of(tp_size=2, keep_previous_weights=stuck)
     publish(engine, OLD)
     stream = Stream(engine.engine, endless=True)
     engine.points.damage(1)
-    update, call = held_at(engine, 1, threads, timeout_s=90.0)
+    update, call = held_at(engine, 1, threads, timeout_s=20.0 if stuck else 90.0)
+    if stuck:
+        engine.points.stop("step", 0)
+        another = threads.submit(generate, engine)
+        engine.points.reached("step", 0)
     engine.points.go_on("verify", 1)
-    with pytest.raises(weight_sync.TornWeightsError):
+    with pytest.raises((weight_sync.TornWeightsError, weight_sync.DeadlineExceeded)):
         update.result(60)
+    # Its caller may have given up first; a boundary that came now could be in time to undo it.
+    wait_for("the end of the update", lambda: torn(engine) is not None)
     engine.points.clear()
     wait_for("the word that it is torn", lambda: engine.engine.status().torn is not None)
     assert call.result(30)["meta_info"]["finish_reason"]["type"] == "abort"
     assert call.result(30)["output_ids"] == []
+    assert not stuck or another.result(30)["output_ids"] == []
     with pytest.raises(weight_sync.TornWeightsError):
         generate(engine)
     publish(engine, NEXT, verify="overlapped")

@@ -104,7 +104,7 @@ class WeightCommit:
         if not self._started:
             raise DeadlineExceeded("the engine did not run the commit; the previous version serves")
         if self._holding:
-            self._verify_overlapped(max(1.0, self.end - time.monotonic()))
+            self._verify_overlapped()
 
     def _write(self) -> None:
         with self._lock:
@@ -179,7 +179,7 @@ class WeightCommit:
         self.verified_at = time.perf_counter()
         self.verify_s += self.verified_at - start
 
-    def _verify_overlapped(self, timeout_s: float) -> None:
+    def _verify_overlapped(self) -> None:
         """All ranks come to the same answer, and let go of their tokens, or undo them, at one boundary."""
         try:
             together(self.agreement, self.session.stage.after_write)
@@ -204,7 +204,7 @@ class WeightCommit:
 
         try:
             name = f"undo/{self.session.request.session_id}"
-            self.host.between_steps(undo, timeout_s, name)
+            self.host.between_steps(undo, max(1.0, self.end - time.monotonic()), name)
         except BaseException as late:
             if not reached:
                 self._tear(f"{failure}; and the engine did not stop to undo it: {late!r}", failure)

@@ -124,6 +124,7 @@ class EngineCore:
         self._pause_ends = 0.0
         self._watch = Watch(config.user.progress_timeout_s)
         self._closed = threading.Event()
+        self._asked_to_end: list[Call] = []
         self._ending: Exception = EngineClosedError("the engine was shut down; start a new one")
         self._handlers: dict[type, Callable[[Call], None]] = {
             cmd.Generate: self._generate,
@@ -131,7 +132,7 @@ class EngineCore:
             cmd.PauseGeneration: self._pause,
             cmd.ContinueGeneration: self._continue,
             cmd.FlushCache: self._flush,
-            cmd.GetStatus: self._status,
+            cmd.GetStatus: lambda call: call.reply(self.status()),
             cmd.Shutdown: self._shutdown,
             **MemoryCommands(
                 self.memory, runner, scheduler, self.receiver, ranks.order, self._watch.moved
@@ -405,10 +406,9 @@ class EngineCore:
 
     def _abort(self, call: Call) -> None:
         rids = None if call.body.abort_all else set(call.body.rids)
-        num = 0
-        for group in list(self.post.groups.values()):
-            num += self.post.abort_group(group, "aborted by the caller", rids)
-        call.reply(cmd.Done(count=num))
+        groups = list(self.post.groups.values())
+        nums = [self.post.abort_group(group, "aborted by the caller", rids) for group in groups]
+        call.reply(cmd.Done(count=sum(nums)))
 
     def _pause(self, call: Call) -> None:
         body: cmd.PauseGeneration = call.body
@@ -451,9 +451,6 @@ class EngineCore:
         groups = (*self._openings, *self._held)
         return [group.opening for group in groups if group.opening is not None]
 
-    def _status(self, call: Call) -> None:
-        call.reply(self.status())
-
     def status(self) -> cmd.Status:
         """Counts, versions and sizes as of now."""
         resolved = msgspec.to_builtins(self.config)
@@ -481,8 +478,8 @@ class EngineCore:
         )
 
     def _shutdown(self, call: Call) -> None:
+        self._asked_to_end.append(call)
         self._closed.set()
-        call.reply(cmd.Done())
 
     def _close(self) -> None:
         """End what is left; after this `submit` refuses."""
@@ -494,6 +491,9 @@ class EngineCore:
         for group in (*self._openings, *self._held):
             while group.opening is not None:  # Those end as soon as they are made.
                 self.post.open_some(group, PIECE)
+        self._inbox.drain(lambda call: call.fail(self._ending))
+        for call in self._asked_to_end:  # Last of all: whoever is told that it ends hangs up.
+            call.reply(cmd.Done())
         self.weights.close()
         self.runner.forget_graphs()
         self._ranks.close()
