@@ -25,6 +25,13 @@ _MOST_KEPT = (1 << 31) - 1
 """More than any vocabulary has: what `top_k` is cut to, since steps hold it in arrays."""
 _LARGEST_BIAS = 1e30
 """What a bias is cut to: no logit counts beside it, and in float32, at any temperature, it stays finite."""
+_SMALLEST_FACTOR = 1e-20
+"""What a repetition penalty is raised to: a logit divided by it beats all others, and in float32, at any temperature,
+it stays finite."""
+MAX_STOPS = 1024
+"""Most stop strings of a request, which are looked for in the text of each of its tokens."""
+MAX_STOP_CHARS = 16384
+"""Most characters of them together."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -52,8 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: int = 1
     """Samples of the prompt."""
     stop: tuple[str, ...] = ()
-    """Strings that end the output, looked for in its text with special tokens; of several the one that begins first. A
-    single string and None are accepted when building."""
+    """Strings that end the output, looked for in its text with special tokens; of several the one that begins first. At
+    most 1,024, of 16,384 characters together. A single string and None are accepted when building."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the output, besides the end-of-sequence tokens; any sequence is accepted when building."""
     ignore_eos: bool = False
@@ -240,6 +247,11 @@ def _number(fits: Callable[[float], bool], expected: str, advice: str) -> Normal
     return normalise
 
 
+def _factor(name: str, value: Any) -> float:
+    check = _number(lambda p: 0 < p <= 2, "a number in (0, 2]", "use 1 for no penalty")
+    return max(check(name, value), _SMALLEST_FACTOR)
+
+
 def _integer(low: int, high: int | None, expected: str, advice: str) -> Normaliser:
     def normalise(name: str, value: Any) -> int:
         if type(value) is not int:
@@ -293,6 +305,13 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     for item in value:
         if not isinstance(item, str) or not item:
             raise _error(name, item, expected, "use stop_token_ids for token ids")
+    num_chars = sum(map(len, value))
+    if len(value) > MAX_STOPS or num_chars > MAX_STOP_CHARS:
+        raise InvalidRequestError(
+            f"sampling parameter {name}: got {len(value)} strings with {num_chars} characters, expected at most "
+            f"{MAX_STOPS} with {MAX_STOP_CHARS}: each is looked for after every token; use stop_token_ids, or look for "
+            "them in the result"
+        )
     return value if type(value) is tuple else tuple(value)
 
 
@@ -343,9 +362,7 @@ _NORMALISERS: dict[str, Normaliser] = {
     "presence_penalty": _number(
         lambda p: -2 <= p <= 2, "a number in [-2, 2]", "use 0 for no penalty"
     ),
-    "repetition_penalty": _number(
-        lambda p: 0 < p <= 2, "a number in (0, 2]", "use 1 for no penalty"
-    ),
+    "repetition_penalty": _factor,
     "n": _integer(1, MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}", "send several requests"),
     "stop": _strings,
     "stop_token_ids": _token_ids,

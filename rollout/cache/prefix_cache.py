@@ -16,12 +16,16 @@ ROOT_UID = 0
 Key = tuple[int, int, tuple[int, ...]]
 
 
-def root_of(salt: str) -> int:
-    """Identity of the empty prefix of requests with this salt: the same on every rank, and never that of a block, nor
-    -1. "" is `ROOT_UID`."""
-    if not salt:
+def root_of(salt: str, rows: str = "") -> int:
+    """Identity of the empty prefix of requests with this salt, and of prompts that are these rows of numbers: the same
+    on every rank, and never that of a block, nor -1. Without either it is `ROOT_UID`.
+
+    No salt, which callers choose, has the root of any rows.
+    """
+    if not salt and not rows:
         return ROOT_UID
-    return -2 - int.from_bytes(hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()[:16])
+    text = f"{len(rows)} {rows}{salt}".encode("utf-8", "surrogatepass")
+    return -2 - int.from_bytes(hashlib.sha256(text).digest()[:16])
 
 
 class PrefixCache:

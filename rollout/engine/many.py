@@ -15,7 +15,7 @@ from ..sampling_params import SamplingParams
 from .executors.executor import no_answer
 from .generation import GenerationCalls, Result
 from .prepare import PreparedGenerate
-from .resuming import Resumption, is_aborted, joined, resumption
+from .resuming import Resumption, check_results, is_aborted, joined, resumption
 from .twins import Asking, asks, awaitable, definition_of
 
 Samples = Result | list[Result]
@@ -72,6 +72,7 @@ class ManyCalls(GenerationCalls):
         sampling_params: Any = None,
         *,
         min_weight_version: int | None = None,
+        cache_salt: str | Sequence[str] | None = None,
         timeout_s: float | None = None,
     ) -> Asking[list[Result]]:
         """Go on with samples that a pause, an abort or a deadline has ended; the others come back as they are.
@@ -80,13 +81,16 @@ class ManyCalls(GenerationCalls):
         for all or one for each result; `max_new_tokens` and `min_new_tokens` count what is there already. A result that
         went on has the ids, log-probabilities, token times and weight versions of both parts, one after the other: each
         token still says which version drew it; `meta_info["num_resumes"]` says how often. With a `sampling_seed` the
-        draws repeat, but they are not those of a sample that was never ended.
+        draws repeat, but they are not those of a sample that was never ended. `cache_salt` is what `generate` was
+        given, one for all or one for each result: results do not have it, and without it their prompts share cached
+        prefixes with those of everybody.
 
         Raises `InvalidRequestError` where the two parts cannot be one sample: with stop strings, frequency or presence
-        penalties, tables of top log-probabilities, or routed experts.
+        penalties, tables of top log-probabilities, or routed experts; and for what are no results.
         """
+        check_results(results)
         params = self._params_of(results, sampling_params)
-        wanted = resumption(results, params)
+        wanted = resumption(results, params, cache_salt)
         answers = []
         if wanted.rows:
             call = {**wanted.call, "min_weight_version": min_weight_version}

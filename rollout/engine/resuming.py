@@ -33,15 +33,33 @@ class Resumption:
     """The arguments of `generate` for them; without prompts where none is left."""
 
 
+def check_results(results: Any) -> None:
+    """`InvalidRequestError` unless `results` is a list of what `generate` returns for a sample."""
+    if isinstance(results, Mapping) or not isinstance(results, Sequence):
+        raise InvalidRequestError(
+            f"resume: got {type(results).__name__}, expected a list of results; put a single one into a list"
+        )
+    for i, result in enumerate(results):
+        if not (isinstance(result, Mapping) and {"output_ids", "meta_info"} <= result.keys()):
+            raise InvalidRequestError(
+                f"resume: got {type(result).__name__} as result {i}, expected a dictionary with output_ids and "
+                "meta_info; pass what generate(..., return_prompt_token_ids=True) returned, samples of all prompts in "
+                "one list"
+            )
+
+
 def resumption(
-    results: Sequence[Mapping[str, Any]], params: Sequence[SamplingParams]
+    results: Sequence[Mapping[str, Any]],
+    params: Sequence[SamplingParams],
+    cache_salt: str | Sequence[str] | None = None,
 ) -> Resumption:
-    """What is left of `results`, whose sampling parameters were `params`.
+    """What is left of `results`, whose sampling parameters were `params`; cache_salt: one for all, or each result's.
 
     Each goes on from prompt and output as its prompt, so what depends on the border between them is refused. A seed is
     mixed with the sample's place and with how much it has drawn: draws are numbered from the border, and the first ones
     were used up.
     """
+    salts = _salts(cache_salt, len(results))
     rows, input_ids, left, kept = [], [], [], []
     for i, (result, wanted) in enumerate(zip(results, params, strict=True)):
         if not is_aborted(result):
@@ -69,6 +87,7 @@ def resumption(
         "return_token_times": ["token_times" in meta for meta in kept],
         "flat_logprobs": any("output_logprobs" in meta for meta in kept),
         "return_token_versions": any("token_versions" in meta for meta in kept),
+        "cache_salt": [salts[i] for i in rows],
     }
     return Resumption(rows=rows, call=call)
 
@@ -152,6 +171,16 @@ def _check(i: int, result: Mapping[str, Any], params: SamplingParams) -> None:
         raise InvalidRequestError(
             f"resume: got a result with {whole}, expected none of them; generate without, or generate it again"
         )
+
+
+def _salts(cache_salt: Any, num: int) -> Sequence[Any]:
+    if not isinstance(cache_salt, (list, tuple)):
+        return [cache_salt] * num
+    if len(cache_salt) != num:
+        raise InvalidRequestError(
+            f"cache_salt: got {len(cache_salt)}, expected one for all or one for each of {num} results"
+        )
+    return cache_salt
 
 
 def _has_texts(meta: Mapping[str, Any]) -> bool:

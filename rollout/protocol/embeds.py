@@ -84,11 +84,9 @@ def places_of(embeds: InputEmbeds) -> list[int]:
     return (bits * (num // len(bits) + 1))[:num]
 
 
-def salt_of(embeds: InputEmbeds, cache_salt: str) -> str:
-    """Whose cached prefixes such a prompt shares: of the same rows and the same salt alone."""
-    what = hashlib.sha256(embeds.data)
-    what.update(f" {embeds.dtype} {embeds.shape} {cache_salt}".encode("utf-8", "surrogatepass"))
-    return f"embeds {what.hexdigest()}"
+def identity_of(embeds: InputEmbeds) -> str:
+    """Equal for the same rows alone, of which such a prompt shares cached prefixes."""
+    return f"{embeds.dtype} {embeds.shape} {hashlib.sha256(embeds.data).hexdigest()}"
 
 
 def check_embeds(embeds: InputEmbeds, num_tokens: int, hidden_size: int, what: str) -> None:

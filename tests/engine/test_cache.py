@@ -87,6 +87,16 @@ def test_the_root_of_a_salt_is_nobody_elses() -> None:
     roots = [root_of(salt) for salt in salts]
     assert roots[0] == ROOT_UID and len(set(roots)) == len(salts)
     assert all(root < BROKEN_CHAIN for root in roots[1:])
+    pairs = [
+        ("b", "a"),
+        ("a", "b"),
+        ("ab", ""),
+        ("", "ab"),
+        ("1 ab", ""),
+        ("2 ab", ""),
+        ("0 ab", ""),
+    ]
+    assert len({root_of(salt, rows) for salt, rows in pairs}) == len(pairs)
 
 
 def test_two_that_compute_the_same_block_at_once_share_what_follows() -> None:

@@ -242,6 +242,34 @@ def test_a_sample_that_was_ended_before_its_first_token_begins(engine):
     assert [(s["start"], s["end"]) for s in got["meta_info"]["weight_versions"]] == [(0, 3)]
 
 
+def test_a_resumed_sample_shares_prefixes_with_its_own_salt_alone(engine):
+    prompts = [[*range(100, 164)], [*range(200, 264)]]
+    parts = ended_early(engine, prompts, greedy(120), cache_salt=["a", "b"])
+
+    def cached(prompt, salt):
+        result = engine.generate(input_ids=prompt, sampling_params=greedy(1), cache_salt=salt)
+        return result["meta_info"]["cached_tokens"]
+
+    whole = engine.resume(parts, greedy(120), cache_salt=["a", "b"])
+    assert [cached(prompt, None) for prompt in prompts] == [0, 0]
+    ids = [
+        part["prompt_token_ids"] + got["output_ids"] for part, got in zip(parts, whole, strict=True)
+    ]
+    assert cached(ids[0], "b") == 0
+    assert cached(ids[0], "a") >= 128 and cached(ids[1], "b") >= 128
+    for salt in (["a"], ["a", 7]):
+        with pytest.raises(InvalidRequestError, match="cache_salt"):
+            engine.resume(parts, greedy(120), cache_salt=salt)
+
+
+@pytest.mark.parametrize(
+    "results", [None, "text", 7, {"output_ids": []}, [["nested"]], [None], [{}]]
+)
+def test_what_are_no_results_is_refused(engine, results):
+    with pytest.raises(InvalidRequestError, match=r"resume: got .*expected a (list|dictionary)"):
+        engine.resume(results, greedy(3))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

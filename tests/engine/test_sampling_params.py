@@ -80,6 +80,8 @@ def test_values_are_normalised(given: dict, field: str, normal: object) -> None:
         {"stop": ""},
         {"stop": ["a", 3]},
         {"stop": 3},
+        {"stop": ["x"] * 1025},
+        {"stop": ["x" * 8000, "y" * 8385]},
         {"stop_token_ids": 3},
         {"stop_token_ids": "3"},
         {"stop_token_ids": [-1]},
@@ -136,6 +138,19 @@ def test_token_ids_must_be_inside_the_vocabulary() -> None:
     SamplingParams.from_dict(inside, vocab_size=100)
     assert "99" in message({"stop_token_ids": [99]}, 99)
     assert "99" in message(SamplingParams(logit_bias={99: 1.0}), 99)
+
+
+def test_stop_strings_up_to_the_limit_are_taken() -> None:
+    many = [f"{i:016}" for i in range(1024)]
+    assert SamplingParams(stop=many).stop == tuple(many)
+    assert len(message({"stop": [*many, "x"]})) < 300
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-50, 1e-45, 1e-38])
+def test_a_penalty_that_float32_does_not_hold_makes_no_infinite_logit(penalty: float) -> None:
+    factor = np.float32(SamplingParams(repetition_penalty=penalty).repetition_penalty)
+    assert 0 < factor and np.isfinite(np.float32(1e4) / factor / np.float32(1e-6))
+    assert SamplingParams(repetition_penalty=0.01).repetition_penalty == 0.01
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:

@@ -105,17 +105,23 @@ def test_whoever_waits_for_a_boundary_of_a_loop_that_ends_hears_of_it_at_once() 
             action.wait(60.0)
 
 
-def test_what_waits_under_a_prefix_can_be_given_up_and_what_has_begun_cannot() -> None:
+def test_what_waits_under_a_name_can_be_given_up_and_what_has_begun_or_has_another_cannot() -> None:
     boundaries, begun, waiting = Boundaries(60.0), Action(lambda: 7), Action(lambda: 7)
+    other = Action(lambda: 8)
     boundaries.arm("commit/a", begun)
     boundaries.arm("commit/b", waiting)
+    boundaries.arm("commit/bc", other)
     assert boundaries.claim("commit/a")
-    boundaries.cancel("commit/")
+    for name in ("commit/", "commit/a", "commit/b", "commit/nobody"):
+        boundaries.cancel(name)
     boundaries.run("commit/a")
     assert begun.wait(60.0) == 7
     assert not boundaries.claim("commit/b")
     with pytest.raises(DeadlineExceeded, match="given up"):
         waiting.wait(60.0)
+    assert boundaries.claim("commit/bc")
+    boundaries.run("commit/bc")
+    assert other.wait(60.0) == 8
 
 
 def test_an_action_that_raises_a_timeout_of_its_own_keeps_it() -> None:

@@ -6,6 +6,7 @@ everything happens once more after an update.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from versions import TOLERANCE, pool_bytes, version_weights
 
 from rollout import Engine
 from rollout.errors import InvalidRequestError
+from rollout.protocol.embeds import identity_of, places_of, read_embeds
 from weight_sync import WeightPublisher
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 20, "ignore_eos": True}
@@ -122,6 +124,19 @@ def test_cached_prefixes_are_those_of_the_same_rows_alone(setup: Setup) -> None:
         input_embeds=first, sampling_params=GREEDY, return_logprob=True, cache_salt="other"
     )
     assert salted["meta_info"]["cached_tokens"] == 0
+
+
+def test_no_salt_of_a_prompt_of_tokens_leads_to_what_is_cached_of_rows(setup: Setup) -> None:
+    rows = soft_prompts(6)[0]
+    generate(setup, rows)
+    embeds = read_embeds(rows)[0][0]
+    digest = hashlib.sha256(embeds.data)
+    digest.update(f" {embeds.dtype} {embeds.shape} ".encode())
+    for salt in (identity_of(embeds), f"embeds {digest.hexdigest()}"):
+        ids = places_of(embeds)
+        found = setup.engine.generate(input_ids=ids, sampling_params=GREEDY, cache_salt=salt)
+        assert found["meta_info"]["cached_tokens"] == 0
+    check(setup.model, rows, generate(setup, rows))
 
 
 def test_samples_of_one_prompt_and_prompts_that_are_the_same_compute_it_once(setup: Setup) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
@@ -18,7 +19,7 @@ from ...cache.prefix_cache import root_of
 from ...config import ResolvedConfig
 from ...errors import InvalidRequestError
 from ...protocol.commands import Done, Generate, PromptSpec, too_many_samples
-from ...protocol.embeds import check_embeds, rows_of, salt_of
+from ...protocol.embeds import check_embeds, identity_of, rows_of
 from ...sampling_params import SamplingParams
 from ...scheduling.admission import check_fits, in_use
 from ...scheduling.request import Request
@@ -27,6 +28,13 @@ from ...stop_strings import StopStringWatcher
 from ...tokenizer import Tokenizer
 from .opening import Opening, SentPrompt
 from .sample_state import GenerateGroup, InputLogprobs, SampleState
+
+
+class Holder(Protocol):
+    """Who has requests that the scheduler does not know at present."""
+
+    def holds(self, rid: str) -> bool:
+        """Whether one of them has this id."""
 
 
 class Admission:
@@ -49,12 +57,12 @@ class Admission:
         self.engine_id = ""
         """Which life of an engine this is; no other has it, also not one that takes its address over."""
 
-    def open(self, call: Call, scheduler: Scheduler, openings: Iterable[Opening]) -> GenerateGroup:
+    def open(self, call: Call, scheduler: Scheduler, others: Iterable[Holder]) -> GenerateGroup:
         """Validate the whole command; its requests are made later, piece by piece, of `group.opening`.
 
         Trainers also send a prompt n times; where the same is asked about it, all its samples are made together, so
         it is computed once. Raises `InvalidRequestError` for the first prompt that cannot be run, or whose id is that
-        of a request or of a sample in `openings`; then none of them runs.
+        of a request, or one that any of `others` holds; then none of them runs.
         """
         command: Generate = call.body
         problem = too_many_samples(command.prompts)
@@ -62,14 +70,16 @@ class Admission:
             raise InvalidRequestError(problem)
         prompts: dict[Hashable, list[SentPrompt]] = {}
         rids: set[str] = set()
-        index, openings = 0, list(openings)
+        index, others = 0, list(others)
         for i, spec in enumerate(command.prompts):
             self._check(spec, f"prompt {i}" if len(command.prompts) > 1 else "the prompt")
             most = self._within_context(spec).max_new_tokens
             check_fits(spec.rid, len(spec.input_ids), most, scheduler.kv)
             part = SentPrompt(spec, index, self._num_prompts + i + 1)
             for rid in map(part.rid, range(spec.params.n)):
-                used = rid in rids or scheduler.find(rid) or any(o.holds(rid) for o in openings)
+                used = (
+                    rid in rids or scheduler.find(rid) or any(other.holds(rid) for other in others)
+                )
                 if used:
                     raise in_use(rid)
                 rids.add(rid)
@@ -102,11 +112,10 @@ class Admission:
         spec = part.spec
         params = self._within_context(spec)
         inputs = twin.outputs.inputs if twin is not None else self._inputs(spec)
-        embeds, salt = spec.input_embeds, spec.cache_salt
-        rows = None
+        embeds, rows = spec.input_embeds, None
         if embeds is not None:
-            salt = salt_of(embeds, salt)
             rows = rows_of(embeds) if twin is None else twin.input_embeds
+        root = root_of(spec.cache_salt, "" if embeds is None else identity_of(embeds))
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._end_ids
@@ -132,7 +141,7 @@ class Admission:
                     token_ids_logprob=spec.token_ids_logprob,
                     stop_ids=sorted(stop_ids),
                     outputs=state,
-                    root_uid=root_of(salt),
+                    root_uid=root,
                     input_embeds=rows,
                 )
             )

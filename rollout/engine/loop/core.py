@@ -371,7 +371,7 @@ class EngineCore:
         held = least > self.post.number or (least > 0 and self.post.holding)
         if not held:
             self.host.check_whole()
-        group = self.admission.open(call, self.scheduler, self._unmade)
+        group = self.admission.open(call, self.scheduler, (*self._unmade, self.post))
         group.held = held
         if not self.post.groups:
             self._watch.moved()

@@ -9,6 +9,9 @@ from ...protocol.commands import SampleUpdate
 from ...scheduling.request import Request
 from .sample_state import GenerateGroup, SampleState
 
+News = SampleUpdate | Exception | None
+"""What a call is told: of a sample, that it has failed, or (None) that it is done."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
@@ -22,14 +25,26 @@ class OutputHold:
     """From `hold_outputs` to `release_outputs` of one overlapped verification."""
 
     def __init__(self, groups: Mapping[int, GenerateGroup]) -> None:
-        self.news: list[tuple[GenerateGroup, SampleUpdate | None]] = []
-        """Updates and final answers that would have been sent, in order."""
+        self.news: list[tuple[GenerateGroup, News]] = []
+        """What would have been told, in order."""
+        self._ended: dict[Request, None] = {}
+        self._may_go_on: set[str] = set()  # ids of those that nobody has aborted
         self._marks = {
             request: _Mark(len(request.token_ids), request.outputs.num_sent)
             for group in groups.values()
             for request in group.requests
             if not request.outputs.finished
         }
+
+    def ends(self, request: Request) -> None:
+        """`request` has just ended, perhaps for its version alone."""
+        self._ended[request] = None
+        if not request.outputs.aborted:
+            self._may_go_on.add(request.rid)
+
+    def holds(self, rid: str) -> bool:
+        """Whether a request of this id has ended, and goes on if its version is undone."""
+        return rid in self._may_go_on
 
     def undo(self, groups: Mapping[int, GenerateGroup]) -> list[Request]:
         """Cut all outputs back to the mark, those of newer requests to their prompt.
@@ -45,7 +60,7 @@ class OutputHold:
                 state: SampleState = request.outputs
                 mark = self._marks.get(request)
                 if mark is None:
-                    if state.finished and not self._ended_here(request):
+                    if state.finished and request not in self._ended:
                         continue
                     mark = _Mark(request.num_prompt_tokens, 0)
                 num_output = mark.num_tokens - request.num_prompt_tokens
@@ -62,21 +77,12 @@ class OutputHold:
                     revived.append(request)
         return revived
 
-    def _ended_here(self, request: Request) -> bool:
-        return any(
-            update is not None and update.rid == request.rid and update.finish_reason is not None
-            for group, update in self.news
-            if group is request.outputs.group
-        )
-
-    def kept_news(
-        self, version: str, number: int
-    ) -> list[tuple[GenerateGroup, SampleUpdate | None]]:
+    def kept_news(self, version: str, number: int) -> list[tuple[GenerateGroup, News]]:
         """After `undo`: what is still to be told, which are the ends of aborted requests, without what was undone.
 
         `version`, `number`: what serves again.
         """
-        news: list[tuple[GenerateGroup, SampleUpdate | None]] = []
+        news: list[tuple[GenerateGroup, News]] = []
         aborted = {
             (group.number, request.rid): request
             for group in {group.number: group for group, _ in self.news}.values()
@@ -87,6 +93,8 @@ class OutputHold:
             if update is None:
                 if group.num_finished == group.num_samples:
                     news.append((group, None))
+            elif isinstance(update, Exception):
+                continue  # it has failed for the version that is undone
             elif update.finish_reason is not None and update.finish_reason.type == "abort":
                 request = aborted[group.number, update.rid]
                 reason = update.finish_reason

@@ -17,14 +17,14 @@ from ...layers.sampler import (
 )
 from ...layers.scores import Asked, PendingScores
 from ...layers.to_host import ToHost
-from ...protocol.commands import FinishReason, SampleUpdate
+from ...protocol.commands import FinishReason
 from ...runner.attention_backend import DrawnTokens
 from ...runner.model_runner import LaunchedStep, ModelRunner
 from ...scheduling.batch import SampleRow, ScheduledBatch
 from ...scheduling.request import PENDING, Request
 from ...scheduling.scheduler import Scheduler
 from .expert_routes import RouteReader
-from .output_hold import OutputHold
+from .output_hold import News, OutputHold
 from .sample_state import GenerateGroup, SampleState
 
 LOGITS_BYTES = 64 << 20
@@ -287,6 +287,8 @@ class Postprocessor:
         group.num_finished += 1
         if self._hold is None:
             group.requests.pop(request, None)
+        else:
+            self._hold.ends(request)
         self._send(group, state.update(request, reason, self.version, self.number))
         if group.num_finished == group.num_samples:
             self._send(group, None)
@@ -332,10 +334,23 @@ class Postprocessor:
         return sum(self.abort_group(group, message) for group in groups)
 
     def fail(self, group: GenerateGroup, error: Exception) -> None:
-        """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended."""
-        if group.number in self.groups:
-            self.discard(group)
-            group.channel.fail(error)
+        """End a whole call with `error`: its results cannot be complete. Nothing happens if it has ended.
+
+        While outputs are held the error is, too: if the version is undone, the call goes on as if it had never run.
+        """
+        if group.number not in self.groups:
+            return
+        self._send(group, error)
+        if self._hold is None:
+            return
+        for request in group.requests:
+            if not request.outputs.finished:
+                self._scheduler.abort(request)
+                self._hold.ends(request)
+                request.outputs.finished = True
+                group.num_finished += 1
+        if group.opening is None:
+            self.groups.pop(group.number)
 
     def fail_all(self, error: Exception) -> None:
         """End every call with `error`, also those whose answers are held: nobody will verify them any more."""
@@ -356,10 +371,13 @@ class Postprocessor:
 
     # ---- news --------------------------------------------------------------------------------------------------------
 
-    def _send(self, group: GenerateGroup, update: SampleUpdate | None) -> None:
-        """Hand out an update, or the final answer (None); in order, and not before the version is verified."""
+    def _send(self, group: GenerateGroup, update: News) -> None:
+        """Hand out an update, or the end (None, or an error); in order, and not before the version is verified."""
         if self._hold is not None:
             self._hold.news.append((group, update))
+        elif isinstance(update, Exception):
+            self.discard(group)
+            group.channel.fail(update)
         elif update is None:
             group.finish(group.num_samples)
         else:
@@ -369,6 +387,10 @@ class Postprocessor:
     def holding(self) -> bool:
         """The version that computes at present is not verified, and may be undone."""
         return self._hold is not None
+
+    def holds(self, rid: str) -> bool:
+        """Whether a request of this id has ended, and may have to go on because the version is undone."""
+        return self._hold is not None and self._hold.holds(rid)
 
     def hold(self) -> None:
         """Keep news back until `release`: the version that makes it is not verified yet."""

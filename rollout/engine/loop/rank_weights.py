@@ -82,10 +82,10 @@ class LeadingWeights:
     def handle(self, call: Call) -> None:
         """Queue a call for all ranks."""
         if isinstance(call.body, Abort):
-            # Not behind the commit that it is to prevent; rank 0 decides for all.
+            # Not behind the write that it is to prevent; rank 0 decides for all.
             inner_id = self._front.known_as(call.body.session_id)
             if inner_id is not None:
-                self._service.receiver.give_up_commit(inner_id)
+                self._service.receiver.give_up_write(inner_id)
         self._front.handle(call)
 
     def close(self) -> None:

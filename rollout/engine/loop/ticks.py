@@ -150,15 +150,10 @@ class Boundaries:
         if action is not None:
             action.give_up()
 
-    def cancel(self, prefix: str) -> None:
-        """Give up whatever waits under a name that begins so, unless it has begun; any thread of rank 0 may ask."""
+    def cancel(self, name: str) -> None:
+        """Give up whatever waits under that name, unless it has begun; any thread of rank 0 may ask."""
         with self._changed:
-            found = [
-                a
-                for name, waiting in self._armed.items()
-                for a in waiting
-                if name.startswith(prefix)
-            ]
+            found = list(self._armed.get(name, ()))
         for action in found:
             action.give_up()
 
