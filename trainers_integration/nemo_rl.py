@@ -41,8 +41,8 @@ class PublishingCheckpointEngine:
     ) -> None:
         if isinstance(addresses, str) or not addresses:
             raise ConfigError(
-                f"addresses: got {addresses!r}, expected a list with the address of at least one engine "
-                "(Engine.address); it stands under this class's path in policy.generation.refit_cfg"
+                f"addresses: got {'one text' if addresses else 'none'}, expected a list with the address of at least "
+                "one engine (Engine.address); it stands under this class's path in policy.generation.refit_cfg"
             )
         self._addresses = list(addresses)
         self._bucket_bytes = bucket_size

@@ -47,8 +47,8 @@ class PublishingTrainerEngine:
     ) -> None:
         if isinstance(addresses, str) or not addresses:
             raise ConfigError(
-                f"addresses: got {addresses!r}, expected a list with the address of at least one engine "
-                "(Engine.address)"
+                f"addresses: got {'one text' if addresses else 'none'}, expected a list with the address of at least "
+                "one engine (Engine.address)"
             )
         self.source = source
         self.is_sender = is_sender

@@ -16,8 +16,10 @@ from weight_sync.errors import (
     InsecureAddressError,
     UnauthorizedError,
 )
+from weight_sync.joint.engines import _name
+from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.wire import keys as keys_module
-from weight_sync.wire.keys import Address, ServerKeys, shown
+from weight_sync.wire.keys import Address, ServerKeys, is_on_this_machine, shown
 from weight_sync.wire.rpc import RpcClient, RpcServer
 
 ELSEWHERE = "tcp://0.0.0.0:0"
@@ -319,6 +321,47 @@ def test_a_folder_that_others_may_enter_is_refused(serve, tmp_path, mode):
 def test_a_socket_without_a_folder_is_refused(serve, name):
     with pytest.raises(InsecureAddressError, match="a socket without a folder"):
         serve(f"ipc://{name}")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "bytes", "device"])
+def test_a_key_file_that_is_no_text_file_is_refused_at_once(serve, tmp_path, kind):
+    path = tmp_path / "keys"
+    if kind == "pipe":
+        os.mkfifo(path, 0o600)
+    elif kind == "bytes":
+        path.touch(0o600)
+        path.write_bytes(bytes(range(256)))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(
+        (ValueError, InsecureAddressError), match=r"; (use|remove|correct)"
+    ) as refusal:
+        serve(f"tcp://127.0.0.1:0?key_file={path}")
+    assert "\n" not in str(refusal.value) and "codec" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:1;0.0.0.0:0", "tcp://127.nowhere.example:1", "tcp://127.0.0.1.example:1"],
+)
+def test_what_only_begins_like_an_address_of_this_machine_is_none(address):
+    assert not is_on_this_machine(address)
+    assert Address.of_server(address).server_keys(insecure=False) is not None
+
+
+def test_no_error_about_an_address_shows_its_key(connect):
+    key = ServerKeys.new().key
+    errors = [connect(f"tcp://127.0.0.1:1?key={key}")._home.error()]
+    for refused in (connect, WeightPublisher):
+        for address in (f"127.0.0.1:1?key={key}", f"http://127.0.0.1:1?key={key}"):
+            with pytest.raises(ValueError, match=r"127\.0\.0\.1:1") as refusal:
+                refused(address)
+            errors.append(refusal.value)
+    with pytest.raises(ValueError, match="no port") as refusal:
+        connect(f"tcp://no port?key={key}")
+    texts = [str(error) for error in (*errors, refusal.value)]
+    texts.append(_name(0, f"tcp://127.0.0.1:1?key={key}"))
+    assert not any(key[:20] in text or key[-20:] in text for text in texts)
 
 
 @pytest.mark.parametrize("address", [None, 5, b"tcp://127.0.0.1:1", [], "tcp://\ud800:1", "\x00"])

@@ -232,6 +232,7 @@ def test_a_lost_connection_to_a_living_peer_is_made_anew(
         ("tcp://10.0.0.1:5", False),
         ("tcp://0.0.0.0:5", False),
         ("tcp://node7:5", False),
+        ("tcp://127.0.0.1:5;0.0.0.0:5", False),
     ],
 )
 def test_heartbeats_are_for_other_machines(address: str, local: bool) -> None:

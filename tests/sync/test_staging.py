@@ -19,6 +19,7 @@ from rollout import Engine
 from rollout.errors import RolloutError
 from weight_sync import WeightPublisher
 from weight_sync.errors import (
+    DeadlineExceeded,
     FingerprintMismatch,
     SyncError,
     TornWeightsError,
@@ -114,6 +115,29 @@ def test_an_update_without_a_stage_that_ends_half_way_leaves_torn_weights_which_
     publisher.abort()
     assert engine.receiver.torn is not None
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("lease_s", [None, 600.0])
+def test_an_update_without_a_stage_that_begins_to_write_too_late_for_its_caller_tears_nothing(
+    make_publisher: Callable[..., tuple[ToyEngine, WeightPublisher]], lease_s: float | None
+) -> None:
+    """However long the lease is, and whatever came of the abort: nobody is told "too late", and torn afterwards."""
+    engine, publisher = make_publisher("none")
+    publisher.publish(weights(1.0))
+    publisher._timeout_s = 0.5
+    publisher.begin(lease_s=lease_s)
+    engine.host.blocked.set()
+    with pytest.raises(DeadlineExceeded):
+        publisher.send(weights(2.0))
+    publisher._timeout_s = 20.0
+    publisher.abort()
+    engine.host.blocked.clear()
+    assert eventually(lambda: engine.receiver._session is None)
+    engine.host.between_steps(lambda: None, 20.0)
+    assert engine.receiver.torn is None and engine.host.torn is None
+    assert engine.values() == {1.0}
+    publisher.publish(weights(3.0))
+    assert engine.values() == {3.0}
 
 
 def test_what_is_refused_before_the_first_byte_tears_nothing(

@@ -17,6 +17,7 @@ import msgspec
 
 from ..errors import EngineDiedError, ManifestMismatch, StaleVersionError
 from ..wire.channel import Channel, RpcChannel
+from ..wire.keys import shown
 from ..wire.messages import Begin, BeginReply, EngineInfo, Hello
 from .members import Member, same
 from .service import JointChannel, JointService
@@ -148,12 +149,12 @@ def check_target(target: Target) -> Target:
     if isinstance(target, str):
         if target.startswith(("http://", "https://")):
             raise ValueError(
-                f"not an engine: got {target!r}, the URL of a server, expected the address of the engine behind it; "
-                "start the server with --set engine.listen=ADDRESS, or update over HTTP (HttpServerEngineAdapter)"
+                f"not an engine: got {shown(target)!r}, the URL of a server, expected the address of the engine behind "
+                "it; start the server with --set engine.listen=ADDRESS, or update over HTTP (HttpServerEngineAdapter)"
             )
         if "://" not in target:
             raise ValueError(
-                f"not an engine: got {target!r}, expected an engine, a pool, or its address such as "
+                f"not an engine: got {shown(target)!r}, expected an engine, a pool, or its address such as "
                 '"ipc:///tmp/folder/socket"; use engine.address'
             )
     elif not hasattr(target, "weight_channel"):
@@ -169,4 +170,4 @@ def _connect(target: Target) -> Channel:
 
 
 def _name(number: int, target: Target) -> str:
-    return f"engine {number} ({target})" if isinstance(target, str) else f"engine {number}"
+    return f"engine {number} ({shown(target)})" if isinstance(target, str) else f"engine {number}"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from ..errors import (
@@ -95,7 +94,7 @@ class WeightCommit:
     def run(self) -> None:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
         try:
-            name = boundary_name(self.session.request.session_id)
+            name, _ = boundary_names(self.session.request.session_id)
             self.host.between_steps(self._write, max(0.0, self.end - time.monotonic()), name)
         except BaseException:
             with self._lock:
@@ -261,9 +260,12 @@ def unwritable(host: WeightHost) -> WeightUpdateError | None:
 
 
 def tear_for(
-    session: Session | None, host: WeightHost, lose_weights: Callable[[str], None]
+    session: Session | None, host: WeightHost, lose_weights: Callable[[str], None], end: float
 ) -> None:
-    """`session` is about to write as its bytes come: from a step boundary on, the same on all ranks, nothing serves."""
+    """`session` is about to write as its bytes come: from a step boundary on, the same on all ranks, nothing serves.
+
+    `DeadlineExceeded`, and the old version goes on, where none comes before `end` (monotonic) and the lease's end.
+    """
     assert session is not None, "it is open"
 
     def tear() -> None:
@@ -271,15 +273,11 @@ def tear_for(
             raise gone
         lose_weights(f"the update to version {session.version} without a stage was not completed")
 
-    name = f"unstaged/{session.request.session_id}"
-    host.between_steps(tear, session.lease_left_s, name)
+    timeout_s = min(session.lease_left_s, max(0.0, end - time.monotonic()))
+    host.between_steps(tear, timeout_s, boundary_names(session.request.session_id)[1])
 
 
-def boundary_name(session_id: str) -> str:
-    """Under which all ranks write a session at the same step boundary."""
-    return f"commit/{session_id}"
-
-
-def uint32(indices: np.ndarray) -> bytes:
-    """Positions as a packed column."""
-    return indices.astype("<u4").tobytes()
+def boundary_names(session_id: str) -> tuple[str, str]:
+    """Under which all ranks do the same at the same step boundary: write a session; make room for one without a stage,
+    which ends what runs."""
+    return f"commit/{session_id}", f"unstaged/{session_id}"

@@ -51,7 +51,7 @@ from ..wire.messages import (
 from ..wire.process import current_process, why_dead
 from .agreement import RankAgreement, SoloAgreement, check_in_time
 from .arena_table import ArenaTable
-from .commit import Served, Snapshot, WeightCommit, boundary_name, tear_for, uint32, unwritable
+from .commit import Served, Snapshot, WeightCommit, boundary_names, tear_for, unwritable
 from .endings import Endings
 from .host import WeightHost
 from .received import check_can_receive, left_on_error, receive, stage_received
@@ -98,12 +98,16 @@ class WeightReceiver:
         self._repair: Repair | None = None  # while the weights are torn
         self._arenas = ArenaTable()
         self.stages = StageMemories(
-            weight_map, self.device, host, lambda: tear_for(self._session, host, self.lose_weights)
+            weight_map,
+            self.device,
+            host,
+            lambda: tear_for(self._session, host, self.lose_weights, self.stage_end),
         )
         self.stage_memory = self.stages.extra
         self._epoch = 0
         self._session: Session | None = None
-        self._committing: str | None = None  # its id
+        self.stage_end = math.inf
+        """When (monotonic) nobody waits any more for the bucket at hand: without a stage nothing is written later."""
         self._endings = Endings()
         self.recent: tuple[tuple[float, CommitReply], ...] = ()
         """The last commits and when (`time.perf_counter()`), the newest first. Any thread may look."""
@@ -330,7 +334,6 @@ class WeightReceiver:
             check_restored=self._resident.check_restored,
             end=end,
         )
-        self._committing = request.session_id
         try:
             write.run()
         except BaseException as error:
@@ -348,18 +351,16 @@ class WeightReceiver:
                 raise failure from error
             finally:
                 del failure  # it holds this frame, and so the arena
-        finally:
-            self._committing = None
         self._repair = repair
         try:
             return self._reply(session, write)  # It may read parameters: the session is still open.
         finally:
             self._end(SessionError("the session has ended: it was committed; begin a new one"))
 
-    def give_up_commit(self, session_id: str) -> None:
-        """Should a commit of this session wait for its step boundary now, it ends unwritten. Any thread, of rank 0."""
-        if self._committing == session_id and self.rank == 0:
-            self._host.forgo(boundary_name(session_id))
+    def give_up_write(self, session_id: str) -> None:
+        """Should this session wait for a step boundary now, to be written, it ends unwritten. Any thread, of rank 0."""
+        for name in boundary_names(session_id) if self.rank == 0 else ():
+            self._host.forgo(name)
 
     def set_label(self, message: SetLabel, deadline: float = math.inf) -> None:
         """Another label for what serves; on this thread, so that no commit restores the old one behind its back.
@@ -483,7 +484,7 @@ class WeightReceiver:
             version=session.version,
             label=session.label,
             num_updated=int(covered.sum()),
-            left=uint32(np.flatnonzero(~covered)),
+            left=np.flatnonzero(~covered).astype("<u4").tobytes(),
             fingerprint=self._resident.combined(resident),
             stage_s=session.stage_s,
             begin_to_committed_s=write.committed_at - session.began,

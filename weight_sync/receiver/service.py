@@ -91,8 +91,8 @@ class WeightService:
 
     def handle(self, call: Call) -> None:
         """Queue a call; any thread. Its body is one of `messages.WeightRequest`."""
-        if isinstance(call.body, Abort):  # not behind the commit that it is to prevent
-            self.receiver.give_up_commit(call.body.session_id)
+        if isinstance(call.body, Abort):  # not behind the write that it is to prevent
+            self.receiver.give_up_write(call.body.session_id)
         self._queue.put(call)
 
     def lend(self, buffer: torch.Tensor) -> str:
@@ -135,6 +135,8 @@ class WeightService:
             raise late
         if isinstance(body, Commit):
             return self.receiver.commit(body, call.deadline)
+        if isinstance(body, Bucket):
+            self.receiver.stage_end = call.deadline
         if isinstance(body, SetLabel):
             self.receiver.set_label(body, call.deadline)
             return Ack()

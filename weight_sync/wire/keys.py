@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import ipaddress
 import os
 import stat
 import tempfile
@@ -74,19 +75,19 @@ class ServerKeys:
         try:
             if make and not os.path.exists(path):
                 cls.new()._write(path)
-            with open(path) as file:
+            with open(path, "rb", opener=_at_once) as file:
                 found = os.fstat(file.fileno())
-                text = file.read(1024).strip()
+                text = file.read(1024).decode("ascii", "replace").strip()
         except OSError as error:
             raise InsecureAddressError(
                 f"cannot take keys from {path}: got {error}, expected a file of this user with mode 600, or a folder "
                 "where it can be made; correct key_file"
             ) from error
         mode = stat.S_IMODE(found.st_mode)
-        if found.st_uid != os.geteuid() or mode & 0o077:
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or mode & 0o077:
             raise InsecureAddressError(
-                f"cannot take keys from {path}: got a file that others may read or own (mode {mode:o}), expected one "
-                "of this user with mode 600; remove it, so that new keys are made"
+                f"cannot take keys from {path}: got a file that others may read or own, or that is no plain one (mode "
+                f"{mode:o}), expected one of this user with mode 600; remove it, so that new keys are made"
             )
         secret, client_secret = _halves(text, path)
         return cls(secret=secret, client_secret=client_secret)
@@ -213,7 +214,7 @@ def require_curve() -> None:
 
 def shown(address: str) -> str:
     """`address` without its key, for messages and logs."""
-    return address.partition("?")[0] if address.startswith("tcp://") else address
+    return address if address.startswith("ipc://") else address.partition("?")[0]
 
 
 def is_on_this_machine(address: str) -> bool:
@@ -222,7 +223,10 @@ def is_on_this_machine(address: str) -> bool:
     if scheme in ("ipc", "inproc"):
         return True
     host = rest.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be another machine's, or what ZeroMQ alone understands
+        return False
 
 
 def check_private(address: str) -> None:
@@ -242,6 +246,11 @@ def check_private(address: str) -> None:
         f"cannot listen at {address}: got {why}, which other users may enter, expected one of this user with mode 700; "
         f"mkdir -m 700 a folder for it, leave the address out for a private one, or pass insecure=True"
     )
+
+
+def _at_once(path: str, flags: int) -> int:
+    """What is no file may have nobody at its other end."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _halves(key: str, where: str) -> tuple[bytes, bytes]:

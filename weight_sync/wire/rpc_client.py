@@ -22,7 +22,7 @@ from ..errors import (
     UnauthorizedError,
 )
 from .deadline import PeerClock
-from .keys import Address
+from .keys import Address, shown
 from .messages import ErrorReply
 from .process import Home
 from .rpc_wire import (
@@ -114,7 +114,7 @@ class RpcClient:
         self._reply_decoder = msgspec.msgpack.Decoder(reply_type)
         self._error_decoder = msgspec.msgpack.Decoder(ErrorReply)
         self._header_decoder = msgspec.msgpack.Decoder(ReplyHeader)
-        self._home = Home(f"the connection to {address}")
+        self._home = Home(f"the connection to {shown(address)}")
         self._ids = itertools.count(CLOCK_ID + 1)
         # Entered again by the thread that holds it when a collected publisher says good-bye.
         self._lock = threading.RLock()
@@ -140,7 +140,7 @@ class RpcClient:
             self._context.destroy(linger=0)
             self._wake.close()
             raise ValueError(
-                f"not an address: got {address!r} ({error}), expected one like "
+                f"not an address: got {shown(address)!r} ({error.strerror}), expected one like "
                 '"ipc:///tmp/folder/socket" or "tcp://127.0.0.1:5555"; use `engine.address`, '
                 "or what the engine was told to listen at"
             ) from None
