@@ -52,10 +52,10 @@ def load_settings(cls: type[T], path: Path | None = None, overrides: Sequence[st
             _put(tree, *_parse_override(override))
         except ConfigError as error:
             problems.append(str(error))
-    settings = _build(cls, cls, tree, _MISSING, "", problems)
+    settings: T = _build(cls, cls, tree, _MISSING, "", problems)
     if problems:
         raise ConfigError("\n".join(problems))
-    return typing.cast(T, settings)
+    return settings
 
 
 def keys_of(cls: type) -> dict[str, Any]:
@@ -242,7 +242,8 @@ def _source(node: Any) -> str:
         if not node:
             return "configuration"
         node = next(iter(node.values()))
-    return typing.cast(_Sourced, node).source
+    source: str = node.source
+    return source
 
 
 def section_type(hint: Any) -> type | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,12 @@ import torch
 from ..errors import InvalidRequestError
 from .commands import InputEmbeds
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EmbedsDtype = Literal["float32", "bfloat16", "float16"]
+_DTYPES: dict[EmbedsDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def read_embeds(value: Any) -> tuple[list[InputEmbeds], bool]:
@@ -56,14 +61,14 @@ def _message(value: Any, i: int) -> InputEmbeds:
         raise _wrong(i, str(error)) from None
     if value.dim() != 2 or not value.numel():
         raise _wrong(i, f"shape {tuple(value.shape)}")
-    name = str(value.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        if not value.dtype.is_floating_point:
-            raise _wrong(i, f"{name} numbers")
-        name = "float32"
+    if not value.dtype.is_floating_point:
+        raise _wrong(i, f"{str(value.dtype).removeprefix('torch.')} numbers")
+    name: EmbedsDtype = "float32"
+    for known, dtype in _DTYPES.items():
+        name = known if dtype == value.dtype else name
     rows = value.detach().to("cpu", _DTYPES[name]).contiguous()
     return InputEmbeds(
-        dtype=name,  # type: ignore[arg-type]
+        dtype=name,
         shape=(rows.shape[0], rows.shape[1]),
         data=rows.view(torch.uint8).numpy().tobytes(),
     )

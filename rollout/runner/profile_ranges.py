@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -26,8 +26,8 @@ class LayerRanges:
         self._named = named
         self._modules: list[torch.nn.Module] = []
         for layer in model.layers:
-            parts = cast("DecoderLayer", layer)
-            for name, module in (("attention", parts.attention), ("ffn", parts.feed_forward)):
+            assert isinstance(layer, DecoderLayer)
+            for name, module in (("attention", layer.attention), ("ffn", layer.feed_forward)):
                 # An attribute of the object is found before the method of its class.
                 module.__dict__["forward"] = self._ranged(name, module.forward)
                 self._modules.append(module)
