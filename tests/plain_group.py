@@ -6,7 +6,8 @@ from typing import Any
 
 from weight_sync.process_groups.backends import open_gloo
 from weight_sync.process_groups.joining import RendezvousPlace
-from weight_sync.process_groups.rendezvous import left, under
+from weight_sync.process_groups.rendezvous import under
+from weight_sync.time_left import left_s
 from weight_sync.transports.trainer_group import TrainerGroup
 
 
@@ -23,6 +24,6 @@ class PlainGroup(TrainerGroup):
             size=self.world_size,
             name=self.name,
             address=server.host,
-            join_timeout_s=left(end).total_seconds(),
-            timeout_s=left(end).total_seconds(),
+            join_timeout_s=left_s(end),
+            timeout_s=left_s(end),
         )

@@ -24,6 +24,7 @@ from weight_sync.process_groups.rendezvous import (
     take,
     under,
 )
+from weight_sync.time_left import left_s
 
 from .frames import decode_bytes
 from .place import Place
@@ -108,7 +109,7 @@ class StatelessProcessGroup(Place):
             if rank == 0 and not served:
                 group._server = StoreServer(host, port, timeout_s=timeout_s)
             group._call("joining", timeout_s, lambda: group._arrive(host, port, end))
-            group.barrier(timeout_s=max(end - time.monotonic(), 0.0))
+            group.barrier(timeout_s=left_s(end))
         except BaseException:
             group.close()
             raise

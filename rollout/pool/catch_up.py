@@ -25,10 +25,10 @@ from weight_sync.errors import (
     TornWeightsError,
     TransportError,
 )
-from weight_sync.joint.members import left
 from weight_sync.joint.session import JointSession
 from weight_sync.layout.manifest import Manifest
 from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.time_left import left_s
 from weight_sync.wire.channel import Channel, wait
 from weight_sync.wire.messages import (
     ArenaHandle,
@@ -174,7 +174,7 @@ def _reach(
 ) -> int:
     # What was loaded at the start may be there to be replaced: all that matters is that it is everywhere the same.
     if info.version == served.version and (info.torn is None or served.version == 0):
-        reply: FingerprintReply = member.channel.call(GetFingerprint(), left(end))
+        reply: FingerprintReply = member.channel.call(GetFingerprint(), left_s(end))
         return reply.fingerprint
     if info.version >= served.version:
         raise StaleVersionError(
@@ -206,7 +206,7 @@ def from_source(member: Any, source: KnownArena, served: ServedVersion, end: flo
         raise TransportError("the publisher's arena does not hold all of the served version")
     arena_id, request = source.request.arena_id, source.request
     if arena_id not in member.arenas:
-        opened = member.channel.call(OpenArena(handle=source.handle), left(end))
+        opened = member.channel.call(OpenArena(handle=source.handle), left_s(end))
         member.arenas[arena_id] = opened.arena_id
     session_id = secrets.token_hex(8)
     begin = Begin(
@@ -221,9 +221,9 @@ def from_source(member: Any, source: KnownArena, served: ServedVersion, end: flo
         strict=True,
         kv_policy=None,
         verify="pause",
-        lease_s=max(1.0, left(end)),
+        lease_s=max(1.0, left_s(end)),
     )
-    opened_session: BeginReply = member.channel.call(begin, left(end))
+    opened_session: BeginReply = member.channel.call(begin, left_s(end))
     if opened_session.need_manifest:
         raise TransportError("the layout of the publisher's arena is not known here any more")
     rows = np.arange(len(source.known))
@@ -233,9 +233,9 @@ def from_source(member: Any, source: KnownArena, served: ServedVersion, end: flo
         indices=rows.astype("<u4").tobytes(),
         fingerprints=source.fingerprints.astype("<u8").tobytes(),
     )
-    member.channel.call(bucket, left(end))
-    commit = Commit(session_id=session_id, epoch=opened_session.epoch, timeout_s=left(end))
-    reply: CommitReply = member.channel.call(commit, left(end))
+    member.channel.call(bucket, left_s(end))
+    commit = Commit(session_id=session_id, epoch=opened_session.epoch, timeout_s=left_s(end))
+    reply: CommitReply = member.channel.call(commit, left_s(end))
     return reply.fingerprint
 
 
@@ -247,7 +247,7 @@ def from_peer(
     elsewhere = info.process.host != host_id()
     with WeightPublisher(
         _Borrowed(member.channel),
-        timeout_s=left(end),
+        timeout_s=left_s(end),
         transport="process_group" if elsewhere else "auto",
         group_host=group_host,
     ) as publisher:
@@ -296,8 +296,8 @@ def _read(
     parts = []
     for first in range(0, max(1, num_rows), step):
         question = GetWeights(name=name, truncate_size=step, first_row=first)
-        asked = ask(question, timeout_s=left(end))
-        values: WeightValues = wait(asked, question, left(end))
+        asked = ask(question, timeout_s=left_s(end))
+        values: WeightValues = wait(asked, question, left_s(end))
         data = (
             torch.frombuffer(bytearray(values.data), dtype=torch.float32)
             if values.data

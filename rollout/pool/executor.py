@@ -6,7 +6,6 @@ answers added up. One thread, the pool's, decides everything but updates, which 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -15,14 +14,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any, TypeVar, get_args
 
 import msgspec
 import numpy as np
 
 from weight_sync.joint.service import JointChannel
+from weight_sync.time_left import left_s
 from weight_sync.wire.channel import Channel
+from weight_sync.wire.futures import resolve
 from weight_sync.wire.messages import WeightRequest
 from weight_sync.wire.rpc import Call, RpcServer
 
@@ -31,6 +32,7 @@ from ..engine.executors.executor import OnChunk, wait
 from ..errors import EngineClosedError, InvalidRequestError, NoUpdateYetError, RolloutError
 from ..protocol import commands as cmd
 from ..protocol.wire import REQUEST_TYPES, check_sendable
+from .catch_up import ServedVersion
 from .config import PoolConfig
 from .dispatcher import Dispatcher
 from .fleet import FleetWeights
@@ -186,14 +188,9 @@ class PoolExecutor:
     # ---- what only a pool has ----------------------------------------------------------------------------------------
 
     @property
-    def version(self) -> int:
-        """Number of the version that all serving replicas hold."""
-        return self._fleet.served.version
-
-    @property
-    def label(self) -> str:
-        """Its label."""
-        return self._fleet.served.label
+    def served(self) -> ServedVersion:
+        """What all serving replicas hold."""
+        return self._fleet.served
 
     def add_replica(self) -> int:
         """Start one more; returns its number once it serves."""
@@ -242,7 +239,7 @@ class PoolExecutor:
         next_tick = 0.0
         while True:
             try:
-                event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
+                event = self._events.get(timeout=left_s(next_tick))
             except queue.Empty:
                 event = _nothing
             if event is None:
@@ -260,7 +257,7 @@ class PoolExecutor:
     def _on_thread(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises on the pool's thread."""
         future: Future[T] = Future()
-        self._events.put(lambda: _resolve(future, function))
+        self._events.put(lambda: resolve(future, function))
         return wait(future, 30.0, "the pool's thread")
 
     def _start(self) -> Future[int]:
@@ -281,9 +278,8 @@ class PoolExecutor:
         if isinstance(call.body, cmd.Shutdown):
             call.fail(RolloutError("a pool is shut down by its owner; close your connection"))
             return
-        left_s = max(0.001, call.deadline - time.monotonic())
         try:
-            future = self.submit(call.body, timeout_s=left_s, on_chunk=call.stream)
+            future = self.submit(call.body, timeout_s=left_s(call.deadline), on_chunk=call.stream)
         except InvalidRequestError as error:
             call.fail(error)
             return
@@ -301,7 +297,7 @@ class PoolExecutor:
         """Carry out what is not about prompts or weights."""
         if isinstance(body, cmd.AbortRequests):
             why = "aborted by the caller"
-            _resolve(
+            resolve(
                 future,
                 lambda: cmd.Done(count=self._dispatcher.abort(body.rids, body.abort_all, why)),
             )
@@ -325,7 +321,7 @@ class PoolExecutor:
         def conclude() -> None:
             if isinstance(body, cmd.ResumeMemory):
                 self._supervisor.reconcile()  # Who could not be brought up for lack of memory is tried again.
-            _resolve(future, lambda: self._combined(answers_of(asked), num))
+            resolve(future, lambda: self._combined(answers_of(asked), num))
 
         def released() -> None:
             self._supervisor.releasing = None
@@ -383,17 +379,6 @@ def _weights_leave(body: Any) -> str | None:
     if isinstance(body, cmd.ReleaseMemory) and not body.keep_weights and "weights" in body.tags:
         return "the memory of the weights is being released"
     return None
-
-
-def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:
-    """Put what `function` returns or raises into `future`."""
-    try:
-        future.set_result(function())
-    except InvalidStateError:
-        pass  # Whoever asked has given up.
-    except Exception as error:
-        with contextlib.suppress(InvalidStateError):
-            future.set_exception(error)
 
 
 def _nothing() -> None:

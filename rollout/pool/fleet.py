@@ -29,9 +29,10 @@ from weight_sync.errors import (
     TornWeightsError,
     WeightUpdateError,
 )
-from weight_sync.joint.members import Member, left, same
+from weight_sync.joint.members import Member, same
 from weight_sync.joint.service import JointService
 from weight_sync.joint.session import CommitOutcome, JointSession, next_version
+from weight_sync.time_left import left_s
 from weight_sync.wire import messages as msg
 from weight_sync.wire.process import current_process
 
@@ -193,7 +194,7 @@ class FleetWeights(JointService):
         """The answer of any replica, one that serves if there is one."""
         for member in sorted(self._members, key=lambda m: not self._serves(m)):
             with contextlib.suppress(*GONE):
-                return member.channel.call(message, left(end))
+                return member.channel.call(message, left_s(end))
         raise EngineDiedError("no replica of the pool is alive at present; try again later")
 
     def _hello(self, message: msg.Hello, end: float) -> msg.EngineInfo:
@@ -307,14 +308,14 @@ class FleetWeights(JointService):
         """Ask those that may have committed the last update; `DeadlineExceeded` when they do not say in time."""
         for member in self._members if self._doubt is not None else ():
             with contextlib.suppress(*GONE):
-                self._adopt(member, member.channel.call(msg.Hello(), left(end)), end)
+                self._adopt(member, member.channel.call(msg.Hello(), left_s(end)), end)
         self._doubt = None
 
     def _adopt(self, member: ReplicaMember, info: msg.EngineInfo, end: float) -> None:
         """What one replica has committed in the update that is in doubt is what the pool serves."""
         if info.torn is not None or info.version != self._doubt:
             return
-        reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left(end))
+        reply: msg.FingerprintReply = member.channel.call(msg.GetFingerprint(), left_s(end))
         logger.warning("%s has committed version %d late", member.name, info.version)
         label = info.label if info.label is not None else str(info.version)
         served = ServedVersion(version=info.version, label=label, fingerprint=reply.fingerprint)
@@ -331,7 +332,7 @@ class FleetWeights(JointService):
         """Make a replica hold the served version, or note why it does not."""
         end = time.monotonic() + self._timeout_s
         try:
-            info: msg.EngineInfo = member.channel.call(msg.Hello(), left(end))
+            info: msg.EngineInfo = member.channel.call(msg.Hello(), left_s(end))
             member.ranks = info.tp_size
             self._num_tensors = len(info.manifest.names)
             self._adopt(member, info, end)
@@ -345,9 +346,9 @@ class FleetWeights(JointService):
                 # It has had these weights since its start, and does not know what they are called now.
                 member.channel.call(
                     msg.SetLabel(
-                        label=self.served.label, nonce=secrets.token_hex(8), timeout_s=left(end)
+                        label=self.served.label, nonce=secrets.token_hex(8), timeout_s=left_s(end)
                     ),
-                    left(end),
+                    left_s(end),
                 )
         except Exception as error:
             self._fall_behind(member, error)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+
+from weight_sync.wire.futures import answer, fail
 
 from ..protocol.commands import Done, FinishReason, Generate, PromptSpec, SampleUpdate, Span
 
@@ -52,14 +53,12 @@ class PoolCall:
 
     def fail(self, error: BaseException) -> None:
         """End with an error; nothing happens if it has ended."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
+        fail(self.future, error)
 
     def finish_if_complete(self) -> None:
         """End, once every sample of every prompt has finished."""
         if all(job.complete for job in self.jobs):
-            with contextlib.suppress(InvalidStateError):
-                self.future.set_result(Done(count=sum(job.num_samples for job in self.jobs)))
+            answer(self.future, Done(count=sum(job.num_samples for job in self.jobs)))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

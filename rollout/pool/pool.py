@@ -104,12 +104,12 @@ class RolloutPool(Engine):
     @property
     def weight_version(self) -> str:
         """Label of the version that all replicas serve."""
-        return self._pool.label
+        return self._pool.served.label
 
     @property
     def version(self) -> int:
         """Its number."""
-        return self._pool.version
+        return self._pool.served.version
 
     def add_replica(self) -> int:
         """Start one more replica and bring it to the served version; returns its number when it serves."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import Any, Protocol
 import msgspec
 
 from weight_sync.errors import EngineDiedError, TornWeightsError
+from weight_sync.time_left import left_s
+from weight_sync.wire.futures import when_all_are_done
 
 from ..engine.executors.executor import Executor
 from ..protocol.commands import AbortRequests, SampleUpdate
@@ -120,8 +120,8 @@ class Replica:
             post(lambda: end(error))
 
         # One that is late already comes back at once, as any other does at its deadline.
-        left_s = max(0.001, job.call.deadline - time.monotonic()) + job.call.grace_s
-        future = self.executor.submit(job.command, timeout_s=left_s, on_chunk=on_chunk)
+        timeout_s = left_s(job.call.deadline) + job.call.grace_s
+        future = self.executor.submit(job.command, timeout_s=timeout_s, on_chunk=on_chunk)
         future.add_done_callback(on_end)
 
     def abort(self, job: Job, rids: Collection[str]) -> None:
@@ -148,20 +148,7 @@ def when_all_have_answered(
     asked: Sequence[Future[Any]], post: Post, then: Callable[[], None]
 ) -> None:
     """Run `then` on the pool's thread when these are done."""
-    missing, lock = len(asked), threading.Lock()
-
-    def note(_: Future[Any]) -> None:
-        nonlocal missing
-        with lock:
-            missing -= 1
-            last = missing == 0
-        if last:
-            post(then)
-
-    for one in asked:
-        one.add_done_callback(note)
-    if not asked:
-        post(then)
+    when_all_are_done(asked, lambda: post(then))
 
 
 def answers_of(asked: Sequence[Future[Any]]) -> list[Any]:

@@ -7,16 +7,16 @@ the pool's thread and returns at once; starts have their own threads.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from weight_sync.errors import EngineDiedError, TornWeightsError
+from weight_sync.wire.futures import answer, fail
 
 from ..errors import NoUpdateYetError
 from ..protocol.commands import GetStatus, ResumeMemory
@@ -111,7 +111,7 @@ class Supervisor:
         replicas = list(self.replicas.values())
         leaving = [replica.leaving[1] for replica in replicas if replica.leaving is not None]
         for future in (*(place.came for place in self._places.values()), *leaving):
-            _fail(future, error)
+            fail(future, error)
         return replicas
 
     # ---- what happens ------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Supervisor:
         if state is State.SERVING:
             replica.tried, replica.num_failures, replica.has_served = None, 0, True
             self._dispatcher.join(replica)
-            _answer(replica.came, number)
+            answer(replica.came, number)
         elif state is not State.RETIRING:
             self._dispatcher.leave(number, error)
         if todo is Todo.ASK:
@@ -205,7 +205,7 @@ class Supervisor:
             self._places[replica.slot] = start
 
     def _start_failed(self, start: Start, error: Exception) -> None:
-        _fail(start.came, error)
+        fail(start.came, error)
         self._last_error = error
         self._num_failures += 1
         logger.warning("a replica did not start (%d in a row): %s", self._num_failures, error)
@@ -270,7 +270,7 @@ class Supervisor:
                 replica.tried = version
                 replica.num_failures += 1
                 replica.again = time.monotonic() + _backoff_s(replica.num_failures)
-                _fail(replica.came, error)
+                fail(replica.came, error)
             self.reconcile()
 
         done.add_done_callback(lambda _: self._post(note))
@@ -278,7 +278,7 @@ class Supervisor:
     def _remove(self, replica: Replica, error: Exception) -> None:
         del self._places[replica.slot]
         self._fleet.remove(replica.number)
-        _fail(replica.came, error)
+        fail(replica.came, error)
         if self._closed:  # Whoever closes the pool ends them all.
             return
         end, (_, done) = replica.executor.close, replica.leaving or (0.0, Future())
@@ -330,19 +330,9 @@ def _backoff_s(num_failures: int) -> float:
     return min(2.0 ** min(num_failures, 9), _LONGEST_BACKOFF_S)
 
 
-def _fail(future: Future[Any], error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):  # It has an answer.
-        future.set_exception(error)
-
-
-def _answer(future: Future[int], number: int) -> None:
-    with contextlib.suppress(InvalidStateError):
-        future.set_result(number)
-
-
 def _end(close: Callable[[], None], done: Future[int], number: int) -> None:
     close()
-    _answer(done, number)
+    answer(done, number)
 
 
 def _in_background(function: Callable[..., None], *args: Any) -> None:

@@ -55,17 +55,23 @@ class Replica:
         self.naps: dict[type, str] = {}
         self.dies_at: dict[type, str] = {}
         self._channel = self.engine.weight_channel()
-        self._carry_out = self.engine.service._carry_out
-        self.engine.service._carry_out = self._slowly  # type: ignore[method-assign]
+        queue = self.engine.service._queue
+        self._answer, self._serve = queue._answer, queue._serve
+        queue._answer, queue._serve = self._late_before, self._late_after  # type: ignore[method-assign]
 
-    def _slowly(self, call: Any) -> Any:
-        nap = self.naps.pop(type(call.body), None)
-        if nap == "before":
-            time.sleep(NAP_S)
-        answer = self._carry_out(call)
-        if nap == "after":
-            time.sleep(NAP_S)
+    def _late_before(self, call: Any) -> None:
+        self._nap(call, "before")
+        self._answer(call)
+
+    def _late_after(self, call: Any) -> Any:
+        answer = self._serve(call)
+        self._nap(call, "after")
         return answer
+
+    def _nap(self, call: Any, when: str) -> None:
+        if self.naps.get(type(call.body)) == when:
+            del self.naps[type(call.body)]
+            time.sleep(NAP_S)
 
     def trouble(self, trouble: Trouble) -> None:
         """What happens to it at the next message of a kind, or in the next commit."""

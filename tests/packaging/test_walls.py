@@ -11,7 +11,7 @@ import pytest
 
 #: The rooms of `weight_sync`, in the order in which they may import: only from earlier lines and their own.
 WEIGHT_SYNC = [
-    ["errors", "report"],
+    ["errors", "report", "time_left"],
     ["devices"],
     ["layout"],
     ["wire", "process_groups"],

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from concurrent.futures import Future
 from typing import Any
 
 from weight_sync.errors import EngineDiedError
 from weight_sync.wire.call_queue import CallQueue
-
-
-class Asked:
-    """A call, as far as a queue looks at it."""
-
-    def __init__(self) -> None:
-        self.answer: Future[Any] = Future()
-
-    def fail(self, error: BaseException) -> None:
-        self.answer.set_exception(error)
+from weight_sync.wire.local_call import LocalCall
 
 
 def test_what_fails_while_nobody_calls_does_not_end_the_thread() -> None:
@@ -29,15 +20,15 @@ def test_what_fails_while_nobody_calls_does_not_end_the_thread() -> None:
 
     queue = CallQueue(
         "test",
-        serve=lambda call: call.answer.set_result("served"),  # type: ignore[attr-defined]
+        serve=lambda call: "served",
         pause=lambda: 0.001,
         idle=idle,
         end=lambda: None,
     )
     assert failed.wait(60)
-    call: Any = Asked()
+    call = LocalCall("a question", math.inf)
     queue.put(call)
-    assert call.answer.result(60) == "served"
+    assert call.future.result(60) == "served"
     queue.close()
 
 
@@ -54,8 +45,7 @@ def test_an_end_that_fails_still_answers_what_is_queued() -> None:
     threading.excepthook, before = lambda _: None, threading.excepthook
     try:
         queue = CallQueue("test", serve=serve, pause=lambda: None, idle=lambda: None, end=end)
-        first: Any = Asked()
-        second: Any = Asked()
+        first, second = (LocalCall(name, math.inf) for name in ("first", "second"))
         queue.put(first)
         assert serving.wait(60)
         queue.put(second)
@@ -64,7 +54,7 @@ def test_an_end_that_fails_still_answers_what_is_queued() -> None:
         while not queue.closed:
             pass
         go_on.set()
-        assert isinstance(second.answer.exception(5), EngineDiedError)
+        assert isinstance(second.future.exception(5), EngineDiedError)
         closing.join(60)
     finally:
         threading.excepthook = before

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ArenaGoneError, SyncError, TransportError
+from ..time_left import left_s
 from ..wire.messages import (
     Ack,
     ArenaHandle,
@@ -20,8 +21,8 @@ from ..wire.messages import (
     LeaveGroup,
     OpenArena,
 )
-from .members import Answers, collect, left, same, tell_all
-from .session import PATIENCE_S, Terms
+from .members import Answers, Terms, ask_all, collect, same, tell_all
+from .session import PATIENCE_S
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,12 @@ class JointArenas:
     def open(self, message: OpenArena, members: Collection[Any], end: float) -> ArenaOpened:
         """Open it on every member, or on none."""
         arena_id = secrets.randbits(62)  # never one that another service at this address has given
-        answers = self._ask(same(members, message), end)
+        answers = ask_all(self._terms, same(members, message), end)
         for member, reply in answers.replies.items():
             member.arenas[arena_id] = reply.arena_id
         self._opened[arena_id] = message
         try:
-            self._all_or_error(answers)
+            answers.check(spare=self._terms.spare)
         except Exception:
             self.close(CloseArena(arena_id=arena_id), members, end)
             raise
@@ -73,7 +74,7 @@ class JointArenas:
         for member in members:
             if arena_id not in member.arenas:
                 try:
-                    opened = member.channel.call(self._opened[arena_id], left(end))
+                    opened = member.channel.call(self._opened[arena_id], left_s(end))
                 except SyncError as error:
                     logger.warning("%s takes no part in an update: %s", member.name, error)
                     continue
@@ -95,7 +96,7 @@ class JointArenas:
                 f"group {message.group_name!r}: got a world of {message.world_size}, expected at least {offset}: the "
                 f"ranks of all {len(messages)} replicas, after rank {message.rank_offset - 1}"
             )
-        return self._joined(self._ask(messages, end))
+        return self._joined(ask_all(self._terms, messages, end))
 
     def leave(self, message: LeaveGroup, members: Collection[Any], end: float) -> Ack:
         """Have all leave it, and forget its stages."""
@@ -103,17 +104,7 @@ class JointArenas:
             handle = opened.handle
             if isinstance(handle, GroupHandle) and handle.group_name == message.group_name:
                 self.close(CloseArena(arena_id=arena_id), members, end)
-        return self._joined(self._ask(same(members, message), end))
-
-    def _ask(self, messages: dict[Any, Any], end: float) -> Answers:
-        asked = tell_all(messages, self._terms.patience_s or left(end))
-        return collect(asked, end, self._terms.wait)
-
-    def _all_or_error(self, answers: Answers) -> None:
-        if self._terms.spare:
-            answers.raise_refusal()
-        else:
-            answers.raise_loss()
+        return self._joined(ask_all(self._terms, same(members, message), end))
 
     @staticmethod
     def _joined(answers: Answers) -> Ack:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from ..errors import DeadlineExceeded, EngineDiedError, FingerprintMismatch
+from ..time_left import left_s
 from ..wire.channel import Channel
+from ..wire.futures import resolve, when_all_are_done
+
+
+class Terms(Protocol):
+    """On which terms members take part; a `JointService`."""
+
+    patience_s: float
+    """How long a member may take to come to a message, whatever the trainer's deadline; 0: until that."""
+    spare: bool
+    """A member that dies is left out; False: then the update fails."""
+    commit_patience_s: float
+    """How late a member that has voted may come to the commit, whatever the trainer's deadline; 0: until that."""
+
+    def wait(self, future: Future[Any], timeout_s: float) -> Any:
+        """The result of a future, within so many seconds."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -66,6 +80,13 @@ class Answers:
         """As `raise_refusal`, and a death is one too."""
         self._raise_first({**self.errors, **self.gone})
 
+    def check(self, *, spare: bool) -> None:
+        """`raise_refusal` where members may die (see `Terms`), else `raise_loss`."""
+        if spare:
+            self.raise_refusal()
+        else:
+            self.raise_loss()
+
 
 Asked = dict[Any, "Future[Any]"]
 """Answers that are still to come, by member."""
@@ -89,7 +110,7 @@ def collect(asked: Asked, end: float, wait: Wait = Future.result) -> Answers:
     answers = Answers(replies={}, errors={}, gone={})
     for member, future in asked.items():
         try:
-            answers.replies[member] = wait(future, left(end))
+            answers.replies[member] = wait(future, left_s(end))
         except TimeoutError as error:
             late = DeadlineExceeded(f"{member.name} did not answer in time")
             answers.errors[member] = error if isinstance(error, DeadlineExceeded) else late
@@ -99,40 +120,28 @@ def collect(asked: Asked, end: float, wait: Wait = Future.result) -> Answers:
     return answers
 
 
+def ask_all(terms: Terms, messages: Mapping[Any, Any], end: float) -> Answers:
+    """Send each member its message, and hear what they say until `end`."""
+    return collect(tell_all(messages, terms.patience_s or left_s(end)), end, terms.wait)
+
+
 def joint_answer(asked: Asked, end: float, *, spare: bool) -> Future[Any]:
     """Done when all have answered: with one of the replies, or the first refusal; unless `spare`, a death is one."""
     joint: Future[Any] = Future()
     if not asked:
         joint.set_exception(EngineDiedError("all that took part in it have died"))
-    missing, lock = len(asked), threading.Lock()
+        return joint
 
-    def note(_: Future[Any]) -> None:
-        nonlocal missing
-        with lock:
-            missing -= 1
-            if missing:
-                return
+    def conclude() -> Any:
         answers = collect(asked, end)
-        try:
-            answers.raise_refusal()
-            if not spare:
-                answers.raise_loss()
-            answers.compare_received()
-        except Exception as error:
-            joint.set_exception(error)
-        else:
-            joint.set_result(next(iter(answers.replies.values())))
+        answers.check(spare=spare)
+        answers.compare_received()
+        return next(iter(answers.replies.values()))
 
-    for future in asked.values():
-        future.add_done_callback(note)
+    when_all_are_done(asked.values(), lambda: resolve(joint, conclude))
     return joint
 
 
 def same(members: Iterable[Any], message: Any) -> dict[Any, Any]:
     """One message for all of them."""
     return dict.fromkeys(members, message)
-
-
-def left(end: float) -> float:
-    """Seconds until `end`, at least a little."""
-    return max(0.001, end - time.monotonic())

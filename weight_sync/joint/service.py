@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,16 +20,16 @@ from ..errors import (
     TransportError,
     WeightUpdateError,
 )
+from ..time_left import left_s
 from ..wire import messages as msg
-from ..wire.call_queue import CallQueue, answer_later
+from ..wire.call_queue import CallQueue
 from ..wire.channel import wait
+from ..wire.futures import resolve
 from ..wire.local_call import LocalCall
-from ..wire.rpc_wire import REFUSALS, Call, typed
+from ..wire.rpc_wire import Call
 from .arenas import JointArenas
-from .members import Asked, Member, collect, left, same, tell_all
+from .members import Answers, Asked, Member, ask_all, collect, same
 from .session import CommitOutcome, JointSession
-
-logger = logging.getLogger(__name__)
 
 _KEPT = 32
 
@@ -43,7 +42,7 @@ class JointService:
     """
 
     patience_s = 0.0
-    """See `session.Terms`."""
+    """See `members.Terms`."""
     spare = False
     """Likewise."""
     commit_patience_s = 0.0
@@ -81,6 +80,7 @@ class JointService:
         self._queue = CallQueue(
             f"{name}-front",
             serve=self._serve,
+            missed=self._missed,
             pause=self._vote_left_s,
             idle=self._end_late_vote,
             end=lambda: None,
@@ -95,9 +95,9 @@ class JointService:
 
     def do(self, action: Callable[[], None]) -> Future[None]:
         """Run `action` between two calls."""
-        call = _Action(action)
-        self._queue.put(call)
-        return call.future
+        done: Future[None] = Future()
+        self._queue.put(LocalCall(lambda: resolve(done, action), math.inf, future=done))
+        return done
 
     def known_as(self, session_id: str) -> str | None:
         """What the members call a session, while it is the open one."""
@@ -117,44 +117,27 @@ class JointService:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def wait(self, future: Future[Any], timeout_s: float) -> Any:
-        """See `session.Terms`. Members that are told one thing at a time are heard about others meanwhile."""
+        """See `members.Terms`. Members that are told one thing at a time are heard about others meanwhile."""
         return self._queue.wait(future, timeout_s) if self.in_step else future.result(timeout_s)
 
-    def _serve(self, call: Call) -> None:
+    def _serve(self, call: Call) -> Any:
         body = call.body
-        if isinstance(call, _Action):
-            call.run()
-            return
-        try:
-            if call.deadline <= time.monotonic():
-                raise self._missed(body)
-            action = self._actions.get(type(body))
-            if action is None:
-                raise ProtocolError(f"not a message about weights: got {type(body).__name__}")
-            answer = action(body, call.deadline)
-            if isinstance(answer, Future):
-                answer.add_done_callback(partial(answer_later, call))
-            else:
-                call.reply(answer)
-        except Exception as error:  # whatever it was, the service goes on and the caller is told
-            if not isinstance(error, REFUSALS):
-                logger.exception("%s failed", type(body).__name__)
-            call.fail(typed(error, type(body).__name__))
+        if callable(body):  # See `do`.
+            return body()
+        action = self._actions.get(type(body))
+        if action is None:
+            raise ProtocolError(f"not a message about weights: got {type(body).__name__}")
+        return action(body, call.deadline)
 
-    def _missed(self, message: Any) -> DeadlineExceeded:
-        late = DeadlineExceeded(
-            f"{type(message).__name__} waited too long for its turn and was not carried out"
-        )
+    def _missed(self, message: Any, late: DeadlineExceeded) -> None:
         session = self._session
         if isinstance(message, msg.Bucket | msg.Receive) and session is not None:
             if session.request.session_id == message.session_id:
                 self._aborted = message.session_id, session.miss(message, str(late))
                 self._end(session, late)
-        return late
 
-    def _ask(self, messages: dict[Any, Any], end: float) -> Any:
-        asked = tell_all(messages, self.patience_s or left(end))
-        return collect(asked, end, self.wait)
+    def _ask(self, messages: dict[Any, Any], end: float) -> Answers:
+        return ask_all(self, messages, end)
 
     def _ask_one(self, message: Any, end: float) -> Any:
         answers = self._ask(same(self._members[:1], message), end)
@@ -174,11 +157,9 @@ class JointService:
         return self._arenas.close(message, self._members, end)
 
     def _set_label(self, message: msg.SetLabel, end: float) -> msg.Ack:
-        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left(end)))
+        limited = msgspec.structs.replace(message, timeout_s=min(message.timeout_s, left_s(end)))
         answers = self._ask(same(self._members, limited), end)
-        answers.raise_refusal()
-        if not self.spare:
-            answers.raise_loss()
+        answers.check(spare=self.spare)
         return msg.Ack()
 
     def _fingerprint(self, message: msg.GetFingerprint, end: float) -> msg.FingerprintReply:
@@ -189,9 +170,7 @@ class JointService:
     ) -> msg.FingerprintReply:
         """What all of them hold; `WeightUpdateError` where that is not the same."""
         answers = self._ask(same(members, message), end)
-        answers.raise_refusal()
-        if not self.spare:
-            answers.raise_loss()
+        answers.check(spare=self.spare)
         found = {member.name: reply.fingerprint for member, reply in answers.replies.items()}
         if len(set(found.values())) > 1:
             shown = ", ".join(f"{name}: {value:#018x}" for name, value in sorted(found.items()))
@@ -355,23 +334,6 @@ class JointChannel:
     def close(self, *, wait: bool = True) -> None:
         if self._owned:
             self._service.close(wait=wait)
-
-
-class _Action(LocalCall):
-    """A call of our own."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        super().__init__(None, float("inf"))
-        self._action = action
-
-    def run(self) -> None:
-        """Carry it out."""
-        try:
-            self._action()
-        except Exception as error:
-            self.fail(error)
-        else:
-            self.reply(None)
 
 
 __all__ = ["JointChannel", "JointService", "Member"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -18,6 +18,7 @@ from ..errors import (
     StaleVersionError,
     WeightUpdateError,
 )
+from ..time_left import left_s
 from ..wire.messages import (
     Abort,
     Begin,
@@ -29,7 +30,7 @@ from ..wire.messages import (
     Vote,
     WireManifest,
 )
-from .members import Answers, Asked, collect, joint_answer, left, tell_all
+from .members import Answers, Asked, Terms, ask_all, collect, joint_answer, tell_all
 
 PATIENCE_S = 600.0
 """How long a member may take before it comes to what it must not miss, such as the end of a session."""
@@ -37,20 +38,6 @@ TIMINGS = (
     *("stage_s", "copy_s", "verify_s", "pause_s"),
     *("begin_to_committed_s", "begin_to_verified_s"),
 )
-
-
-class Terms(Protocol):
-    """On which terms members take part; a `JointService`."""
-
-    patience_s: float
-    """How long a member may take to come to a message, whatever the trainer's deadline; 0: until that."""
-    spare: bool
-    """A member that dies is left out; False: then the update fails."""
-    commit_patience_s: float
-    """How late a member that has voted may come to the commit, whatever the trainer's deadline; 0: until that."""
-
-    def wait(self, future: Future[Any], timeout_s: float) -> Any:
-        """The result of a future, within so many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +106,11 @@ class JointSession:
             member: msgspec.structs.replace(message, session_id=inner_id)
             for member, message in messages.items()
         }
-        asked = tell_all(messages, terms.patience_s or left(end))
-        answers = collect(asked, end, terms.wait)
+        answers = ask_all(terms, messages, end)
         needy = [m for m, reply in answers.replies.items() if reply.need_manifest]
         if needy and manifest is not None:
             again = {m: msgspec.structs.replace(messages[m], manifest=manifest) for m in needy}
-            second = collect(tell_all(again, terms.patience_s or left(end)), end, terms.wait)
+            second = ask_all(terms, again, end)
             for member in needy:
                 answers.replies.pop(member)
             answers.replies.update(second.replies)
@@ -200,7 +186,7 @@ class JointSession:
         patience_s = self._commit_patience_s
         if patience_s is None and time.monotonic() >= end:
             raise DeadlineExceeded("the votes came too late for the commit; nothing was written")
-        limit_s = min(message.timeout_s, left(end)) if patience_s is None else patience_s
+        limit_s = min(message.timeout_s, left_s(end)) if patience_s is None else patience_s
         limited = msgspec.structs.replace(message, timeout_s=limit_s)
         asked = self._tell(limited, end, patience_s=patience_s or 0.0)
         answers = self._left_out(collect(asked, end, self.terms.wait))
@@ -248,14 +234,12 @@ class JointSession:
             member: msgspec.structs.replace(message, session_id=self.inner_id, epoch=epoch)
             for member, epoch in self.epochs.items()
         }
-        return tell_all(messages, patience_s or self.terms.patience_s or left(end))
+        return tell_all(messages, patience_s or self.terms.patience_s or left_s(end))
 
     def _agreed(self, asked: Asked, end: float) -> None:
         """Raise unless all who must have said yes."""
         answers = self._left_out(collect(asked, end, self.terms.wait))
-        answers.raise_refusal()
-        if not self.terms.spare:
-            answers.raise_loss()
+        answers.check(spare=self.terms.spare)
         answers.compare_received()
         if not answers.replies:
             raise EngineDiedError("all that took part in the update have died")

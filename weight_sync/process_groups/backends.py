@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from ..errors import DeadlineExceeded, TransportError
+from ..time_left import left
 from .communicator import Communicator, wait_for_aborts
-from .rendezvous import first_line, left
+from .rendezvous import first_line
 
 _ENVIRONMENT_LOCK = threading.Lock()
 _NCCL_ENVIRONMENT = {

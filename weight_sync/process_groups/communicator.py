@@ -25,7 +25,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from ..errors import DeadlineExceeded, SyncError, TransportError
-from .rendezvous import first_line, left
+from ..time_left import left, left_s
+from .rendezvous import first_line
 
 _NCCL_POLL_S = 0.0002
 _NCCL_SPIN_S = 0.002
@@ -331,7 +332,7 @@ def wait_for_aborts(timeout_s: float) -> bool:
     with _aborts_lock:
         threads = list(_aborts)
     for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
+        thread.join(left_s(end))
     return not any(thread.is_alive() for thread in threads)
 
 

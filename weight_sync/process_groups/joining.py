@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from ..errors import SyncError, TransportError
+from ..time_left import left_s
 from .backends import open_gloo, open_nccl
 from .communicator import Communicator
 from .meeting import GroupTerms, Meeting, attend, convene, find_plain, find_terms, report_failure
-from .rendezvous import Lifeline, StoreServer, connect_store, first_line, left, poll, under
+from .rendezvous import Lifeline, StoreServer, connect_store, first_line, poll, under
 
 BACKENDS = ("gloo", "nccl")
 _OFFER_GRACE_S = 1.0
@@ -164,15 +165,15 @@ def connect(
 ) -> Communicator:
     """The communicator. gloo's is returned when all members are connected, NCCL connects when it is first used."""
     store = under(place.store, meeting.prefix)
-    left_s = left(end).total_seconds()
+    timeout_s = left_s(end)
     if member.backend == "nccl":
         return open_nccl(
             store,
             rank=member.rank,
             size=member.world_size,
             name=member.name,
-            join_timeout_s=left_s,
-            timeout_s=left_s,
+            join_timeout_s=timeout_s,
+            timeout_s=timeout_s,
         )
     return open_gloo(
         store,
@@ -181,6 +182,6 @@ def connect(
         name=member.name,
         address=place.address,
         connections=meeting.offer.connections if meeting.offer is not None else 1,
-        join_timeout_s=left_s,
-        timeout_s=left_s,
+        join_timeout_s=timeout_s,
+        timeout_s=timeout_s,
     )

@@ -25,13 +25,14 @@ import torch
 from torch.distributed import TCPStore
 
 from ..errors import DeadlineExceeded, SyncError, TransportError
+from ..time_left import left, left_s
 from .backends import open_gloo
 from .children import life_of
 from .communicator import Communicator
 from .expected import receive_expected
 from .last_reads import read_away_at_the_end
 from .parts import MADV_POPULATE_WRITE
-from .rendezvous import left, store_error, under
+from .rendezvous import store_error, under
 
 NUM_DESCRIPTORS = 3
 """What a member gets: its end of a socket, memory to receive into, and a file for its last words."""
@@ -123,15 +124,15 @@ class Membership:
             raise store_error(
                 f"cannot join the rendezvous at {command.host}:{command.port}", error
             ) from error
-        left_s = left(command.end).total_seconds()
+        timeout_s = left_s(command.end)
         self._communicator = open_gloo(
             under(store, command.prefix),
             rank=command.rank,
             size=command.size,
             name=command.name,
             address=command.address,
-            join_timeout_s=left_s,
-            timeout_s=left_s,
+            join_timeout_s=timeout_s,
+            timeout_s=timeout_s,
         )
 
     def _take(self, command: Take) -> None:

@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 
 import msgspec
@@ -25,6 +24,7 @@ from torch.distributed import TCPStore
 
 from ..errors import DeadlineExceeded, TransportError
 from ..layout.memory import Range, storage_key
+from ..time_left import left_s
 from .calls import GRACE_S
 from .children import start_command
 from .expected import BEHIND_BYTES
@@ -170,7 +170,7 @@ class ReceivingProcess:
 
     def _carry_out(self, command: Connect | Take, what: str, end: float) -> None:
         try:
-            self._commands.settimeout(max(end - time.monotonic(), 0.0) + GRACE_S)
+            self._commands.settimeout(left_s(end) + GRACE_S)
             self._commands.sendall(msgspec.json.encode(command) + b"\n")
             done = self._answer(end)
         except TimeoutError as error:
@@ -185,7 +185,7 @@ class ReceivingProcess:
 
     def _answer(self, end: float) -> Done:
         while b"\n" not in self._read:
-            self._commands.settimeout(max(end - time.monotonic(), 0.0) + GRACE_S)
+            self._commands.settimeout(left_s(end) + GRACE_S)
             more = self._commands.recv(1 << 16)
             if not more:
                 raise EOFError

@@ -17,6 +17,7 @@ from typing import TypeVar
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from ..errors import DeadlineExceeded, TransportError
+from ..time_left import left, left_s
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ def connect_store(
 
     def knock() -> Lifeline | None:
         try:
-            timeout_s = min(max(end - time.monotonic(), 0.01), 1.0)
+            timeout_s = min(left_s(end), 1.0)
             return Lifeline(socket.create_connection((host, port), timeout=timeout_s))
         except socket.gaierror as error:
             raise TransportError(
@@ -205,11 +206,6 @@ def drop(store: Store, key: str) -> None:
 def under(store: Store, prefix: str) -> PrefixStore:
     """`store` with every key preceded by `prefix` and a slash."""
     return PrefixStore(prefix, store)
-
-
-def left(end: float) -> timedelta:
-    """Time until `end`, at least a millisecond: torch takes zero for "no limit"."""
-    return timedelta(seconds=max(end - time.monotonic(), 0.001))
 
 
 def store_error(what: str, error: BaseException) -> TransportError | DeadlineExceeded:

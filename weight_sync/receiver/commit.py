@@ -22,6 +22,7 @@ from ..errors import (
 )
 from ..layout.parallel_copy import copy_tensors
 from ..staging.stage import as_uint64
+from ..time_left import left_s
 from .agreement import RankAgreement, check_in_time, together, whole_values
 from .host import WeightHost
 from .session import Phase, Session
@@ -95,7 +96,7 @@ class WeightCommit:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
         try:
             name, _ = boundary_names(self.session.request.session_id)
-            self.host.between_steps(self._write, max(0.0, self.end - time.monotonic()), name)
+            self.host.between_steps(self._write, left_s(self.end), name)
         except BaseException:
             with self._lock:
                 self._cancelled = not self._started
@@ -203,7 +204,7 @@ class WeightCommit:
 
         try:
             name = f"undo/{self.session.request.session_id}"
-            self.host.between_steps(undo, max(1.0, self.end - time.monotonic()), name)
+            self.host.between_steps(undo, max(1.0, left_s(self.end)), name)
         except BaseException as late:
             if not reached:
                 self._tear(f"{failure}; and the engine did not stop to undo it: {late!r}", failure)
@@ -273,7 +274,7 @@ def tear_for(
             raise gone
         lose_weights(f"the update to version {session.version} without a stage was not completed")
 
-    timeout_s = min(session.lease_left_s, max(0.0, end - time.monotonic()))
+    timeout_s = min(session.lease_left_s, left_s(end))
     host.between_steps(tear, timeout_s, boundary_names(session.request.session_id)[1])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -12,7 +11,8 @@ from ..joint.members import Member, same, tell_all
 from ..joint.service import JointService
 from ..joint.session import PATIENCE_S
 from ..wire.channel import Channel
-from ..wire.messages import JoinGroup
+from ..wire.futures import answer, fail, when_all_are_done
+from ..wire.messages import Ack, JoinGroup
 
 
 class RankedService(JointService):
@@ -54,18 +54,15 @@ class RankedService(JointService):
 
         Every rank adds its own number to the engine's offset.
         """
-        joined: Future[Any] = Future()
-        asked = tell_all(same(self._members, message), self.patience_s)
-        lock = threading.Lock()
+        joined: Future[Ack] = Future()
+        asked = tell_all(same(self._members, message), self.patience_s).values()
 
-        def note(future: Future[Any]) -> None:
-            error = future.exception()
-            with lock:
-                if error is not None and not joined.done():
-                    joined.set_exception(error)
-                elif all(one.done() for one in asked.values()) and not joined.done():
-                    joined.set_result(future.result())
+        def note(one: Future[Any]) -> None:
+            error = one.exception()
+            if error is not None:
+                fail(joined, error)
 
-        for one in asked.values():
+        for one in asked:
             one.add_done_callback(note)
+        when_all_are_done(asked, lambda: answer(joined, Ack()))
         return joined

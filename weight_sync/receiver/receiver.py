@@ -34,6 +34,7 @@ from ..plan.plan_cache import PlanCache
 from ..staging.joined_group import JoinedGroup
 from ..staging.opened_arena import OpenedArena
 from ..staging.stage_memories import StageMemories
+from ..time_left import left_s
 from ..wire.messages import (
     PROTOCOL_VERSION,
     Begin,
@@ -374,8 +375,7 @@ class WeightReceiver:
             self._set_served(dataclasses.replace(self._served, label=message.label))
             self._host.label_changed(message.label)
 
-        timeout_s = max(0.0, end - time.monotonic())
-        self._host.between_steps(write, timeout_s, f"label/{message.nonce}")
+        self._host.between_steps(write, left_s(end), f"label/{message.nonce}")
 
     def lose_weights(self, reason: str) -> None:
         """The resident bytes are gone (their memory was given back): torn, until updates have covered everything.

@@ -2,11 +2,9 @@
 
 import logging
 import secrets
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from ..staging.opened_shared_memory import OpenedSharedMemoryArena
 from ..staging.shadow_stage import NoStageMemory, StageMemory
 from ..staging.uploaded_arena import OpenedUploadedArena, needs_upload
 from ..transports.ipc_memory import ipc_memory_of
-from ..wire.call_queue import CallQueue, answer_later
+from ..wire.call_queue import CallQueue
 from ..wire.messages import (
     Abort,
     Ack,
@@ -43,7 +41,7 @@ from ..wire.messages import (
     SharedMemoryHandle,
     Vote,
 )
-from ..wire.rpc_wire import REFUSALS, Call, typed
+from ..wire.rpc_wire import Call
 from .receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -55,9 +53,8 @@ _SWEEP_INTERVAL_S = 0.25
 class WeightService:
     """Serves one receiver. `handle` returns at once; the staging thread answers.
 
-    Checking a bucket takes place on that thread while the engine generates. A call whose deadline has passed before its
-    turn is not carried out: its caller has given up, and must not be surprised by a commit. While bytes of a session
-    are awaited, calls that are not the session's are answered.
+    Checking a bucket takes place on that thread while the engine generates. While bytes of a session are awaited, calls
+    that are not the session's are answered.
     """
 
     def __init__(self, receiver: WeightReceiver, *, name: str = "weights") -> None:
@@ -83,6 +80,7 @@ class WeightService:
         self._queue = CallQueue(
             f"{name}-staging",
             serve=self._serve,
+            missed=self._missed,
             pause=lambda: _SWEEP_INTERVAL_S if receiver.busy else None,
             idle=receiver.sweep,
             end=self._end,
@@ -111,28 +109,13 @@ class WeightService:
         self._groups.close()
         self._lent.clear()
 
-    def _serve(self, call: Call) -> None:
-        try:
-            answer = self._carry_out(call)
-            if isinstance(answer, Future):
-                answer.add_done_callback(partial(answer_later, call))
-            else:
-                call.reply(answer)
-        except Exception as error:  # whatever it was, the service goes on and the caller is told
-            if not isinstance(error, REFUSALS):
-                logger.exception("%s failed", type(call.body).__name__)
-            call.fail(typed(error, type(call.body).__name__))
+    def _missed(self, message: Any, late: DeadlineExceeded) -> None:
+        if isinstance(message, Bucket | Receive):
+            group = self._groups.find(message.group_name) if isinstance(message, Receive) else None
+            self.receiver.miss(message, group, late)
 
-    def _carry_out(self, call: Call) -> Any:
+    def _serve(self, call: Call) -> Any:
         body = call.body
-        if call.deadline <= time.monotonic():
-            late = DeadlineExceeded(
-                f"{type(body).__name__} waited too long for its turn and was not carried out"
-            )
-            if isinstance(body, Bucket | Receive):
-                group = self._groups.find(body.group_name) if isinstance(body, Receive) else None
-                self.receiver.miss(body, group, late)
-            raise late
         if isinstance(body, Commit):
             return self.receiver.commit(body, call.deadline)
         if isinstance(body, Bucket):
@@ -158,25 +141,16 @@ class WeightService:
 
     def _join(self, message: JoinGroup) -> "Future[Ack]":
         """Joining waits for other processes: the answer comes later, and other calls go on meanwhile."""
-        joined = self._groups.join(
-            group_name=message.group_name,
-            master_address=message.master_address,
-            master_port=message.master_port,
-            rank_offset=message.rank_offset,
-            world_size=message.world_size,
-            backend=message.backend,
-            timeout_s=message.timeout_s,
-        )
         answer: Future[Ack] = Future()
 
-        def done(future: "Future[None]") -> None:
-            error = future.exception()
+        def done(joined: "Future[None]") -> None:
+            error = joined.exception()
             if error is None:
                 answer.set_result(Ack())
             else:
                 answer.set_exception(error)
 
-        joined.add_done_callback(done)
+        self._groups.join(message).add_done_callback(done)
         return answer
 
     def _leave(self, message: LeaveGroup) -> Ack:

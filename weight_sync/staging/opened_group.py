@@ -9,7 +9,7 @@ import torch
 from ..errors import TransportError
 from ..plan.plan import Plan
 from ..process_groups.receiving_process import ReceivingProcesses
-from ..wire.messages import GroupHandle, ProcessRef
+from ..wire.messages import GroupHandle, JoinGroup, ProcessRef
 from .joined_group import JoinedGroup
 from .shadow_stage import ShadowStage, StageMemory
 
@@ -59,33 +59,23 @@ class GroupTable:
         self._groups: dict[str, JoinedGroup] = {}
         self._processes = ReceivingProcesses()
 
-    def join(
-        self,
-        *,
-        group_name: str,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        backend: str,
-        timeout_s: float,
-    ) -> Future[None]:
+    def join(self, wanted: JoinGroup) -> Future[None]:
         """Join the trainer's group as rank `rank_offset` + tensor-parallel rank; done when all members have come."""
-        old = self._groups.pop(group_name, None)
+        old = self._groups.pop(wanted.group_name, None)
         if old is not None:
             old.destroy()
         group = JoinedGroup.join(
-            master_address=master_address,
-            master_port=master_port,
-            rank=rank_offset + self._tp_rank,
-            world_size=world_size,
-            group_name=group_name,
-            backend=backend,
-            device=self._device if backend == "nccl" else "cpu",
-            timeout_s=timeout_s,
+            master_address=wanted.master_address,
+            master_port=wanted.master_port,
+            rank=wanted.rank_offset + self._tp_rank,
+            world_size=wanted.world_size,
+            group_name=wanted.group_name,
+            backend=wanted.backend,
+            device=self._device if wanted.backend == "nccl" else "cpu",
+            timeout_s=wanted.timeout_s,
             processes=self._processes,
         )
-        self._groups[group_name] = group
+        self._groups[wanted.group_name] = group
         return group.joined
 
     def get(self, group_name: str) -> JoinedGroup:

@@ -26,6 +26,7 @@ from ..layout.weight_map import WeightMap
 from ..plan.plan import Plan
 from ..process_groups.communicator import keep_until_aborted
 from ..process_groups.parts import receive_buffer
+from ..time_left import left_s
 from ..transports.chunks import chunks_of
 from .joined_group import JoinedGroup
 from .shadow import Shadow
@@ -265,8 +266,7 @@ class ShadowStage:
             incoming = self._place(chunk, which)
             if chunk.home is None:
                 num_incoming, which = num_incoming + 1, 1 - which
-            left_s = max(0.0, end - time.monotonic())
-            whole = self._group.receive_into(incoming, chunk.ranges, timeout_s=left_s)
+            whole = self._group.receive_into(incoming, chunk.ranges, timeout_s=left_s(end))
             under_way.append((chunk, incoming, whole))
         while under_way:
             yield arrived()

@@ -7,9 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-from ..errors import EngineDiedError
+from ..errors import DeadlineExceeded, EngineDiedError
 from .messages import (
     Abort,
     Begin,
@@ -21,7 +22,7 @@ from .messages import (
     LeaveGroup,
     OpenArena,
 )
-from .rpc_wire import Call, typed
+from .rpc_wire import REFUSALS, Call, typed
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,19 @@ _CLOSING_S = 30.0
 
 
 class CallQueue:
-    """Runs `serve(call)` for every call on a thread of its own.
+    """Answers every call on a thread of its own with what `serve(call)` returns (later, if it is a future) or raises.
 
-    When nothing has come for `pause()` seconds (None: for however long), `idle()` is run there. `end()` is the last
-    thing that the thread runs.
+    A call whose deadline has passed before its turn is not carried out: its caller has given up, and must not be
+    surprised by a commit; `missed(message, error)` hears of it. When nothing has come for `pause()` seconds (None: for
+    however long), `idle()` is run there. `end()` is the last thing that the thread runs.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        serve: Callable[[Call], None],
+        serve: Callable[[Call], Any],
+        missed: Callable[[Any, DeadlineExceeded], None] = lambda message, error: None,
         pause: Callable[[], float | None],
         idle: Callable[[], None],
         end: Callable[[], None],
@@ -53,6 +56,7 @@ class CallQueue:
         """`what` was shut down, says the error after the end."""
         self._what = what
         self._serve = serve
+        self._missed = missed
         self._pause = pause
         self._idle = idle
         self._end = end
@@ -128,8 +132,27 @@ class CallQueue:
             except Exception:  # as with a call: the thread goes on
                 logger.exception("the %s could not look after what it holds", self._what)
         else:
-            self._serve(call)
+            self._answer(call)
         return True
+
+    def _answer(self, call: Call) -> None:
+        body = call.body
+        try:
+            if call.deadline <= time.monotonic():
+                late = DeadlineExceeded(
+                    f"{type(body).__name__} waited too long for its turn and was not carried out"
+                )
+                self._missed(body, late)
+                raise late
+            answer = self._serve(call)
+            if isinstance(answer, Future):
+                answer.add_done_callback(partial(answer_later, call))
+            else:
+                call.reply(answer)
+        except Exception as error:  # whatever it was, the thread goes on and the caller is told
+            if not isinstance(error, REFUSALS):
+                logger.exception("%s failed", type(body).__name__)
+            call.fail(typed(error, type(body).__name__))
 
     def _shut_down(self) -> EngineDiedError:
         return EngineDiedError(f"the {self._what} was shut down; start a new one and connect again")

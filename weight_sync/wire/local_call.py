@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+from .futures import answer, fail
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,7 @@ class LocalCall:
     """All callers of this process are one."""
 
     def reply(self, body: Any) -> None:
-        with contextlib.suppress(InvalidStateError):  # the caller has cancelled, or has an answer
-            self.future.set_result(body)
+        answer(self.future, body)
 
     def stream(self, body: Any) -> None:
         if self.on_chunk is None:
@@ -40,5 +40,4 @@ class LocalCall:
             logger.debug("a caller is gone", exc_info=True)
 
     def fail(self, error: BaseException) -> None:
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
+        fail(self.future, error)

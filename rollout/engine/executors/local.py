@@ -14,6 +14,7 @@ import time
 
 from weight_sync.errors import SyncError
 from weight_sync.process_groups.rendezvous import StoreServer
+from weight_sync.time_left import left_s
 from weight_sync.wire.rpc import RpcClient
 from weight_sync.wire.rpc_server import private_folder
 
@@ -99,7 +100,7 @@ class LocalExecutor(OverRpc):
             for rank in self._ranks:
                 rank.let_go()
             for rank in self._ranks:
-                rank.stop(max(0.0, deadline - time.monotonic()))
+                rank.stop(left_s(deadline))
             if self._store is not None:
                 self._store.close()
             shutil.rmtree(self._sockets, ignore_errors=True)

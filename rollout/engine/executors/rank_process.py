@@ -7,13 +7,13 @@ import json
 import os
 import selectors
 import subprocess
-import time
 from collections.abc import Sequence
 
 import msgspec
 
 from weight_sync.errors import EngineDiedError
 from weight_sync.process_groups.children import exit_words, start_command
+from weight_sync.time_left import left_s
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
@@ -130,7 +130,7 @@ def await_ready(ranks: Sequence[RankProcess], deadline: float, start_timeout_s: 
         for rank in ranks:
             selector.register(rank, selectors.EVENT_READ, rank)
         while len(addresses) < len(ranks):
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            ready = selector.select(left_s(deadline))
             if not ready:
                 late = [i for i, rank in enumerate(ranks) if rank not in addresses]
                 raise EngineDiedError(

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from weight_sync.errors import SyncError
+from weight_sync.time_left import left_s
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
@@ -94,7 +95,7 @@ class RayExecutor(OverRpc):
         """Where the ranks are, which is where an engine can work."""
         calls = [rank.submit("place") for rank in self._ranks]
         whole_s = config.start_timeout_s
-        places: list[ProcessPlace] = [call.result(_left(deadline), whole_s) for call in calls]
+        places: list[ProcessPlace] = [call.result(left_s(deadline), whole_s) for call in calls]
         check_places(places, config)
         return places
 
@@ -106,7 +107,7 @@ class RayExecutor(OverRpc):
             port = self._ranks[0].call(
                 "serve_store",
                 config.start_timeout_s,
-                timeout_s=_left(deadline),
+                timeout_s=left_s(deadline),
                 whole_s=config.start_timeout_s,
             )
         if config.listen is None:
@@ -127,10 +128,10 @@ class RayExecutor(OverRpc):
         reports = {call.future: call for call in calls}
         waiting = set(reports)
         while waiting:
-            done, waiting = wait_for(waiting, _left(deadline), FIRST_COMPLETED)
+            done, waiting = wait_for(waiting, left_s(deadline), FIRST_COMPLETED)
             for future in done or list(waiting)[:1]:
-                reported_address(reports[future].result(_left(deadline), config.start_timeout_s))
-        return reported_address(calls[0].result(_left(deadline), config.start_timeout_s))
+                reported_address(reports[future].result(left_s(deadline), config.start_timeout_s))
+        return reported_address(calls[0].result(left_s(deadline), config.start_timeout_s))
 
     def _watch(self) -> None:
         """Wait for the first rank to end; then end the others."""
@@ -185,7 +186,3 @@ def check_places(places: Sequence[ProcessPlace], config: EngineConfig) -> None:
             "because Ray fills up a GPU before it takes the next; make a placement group with one whole GPU in each "
             "bundle, for trainer and ranks, and name it in ray_placement_group"
         )
-
-
-def _left(deadline: float) -> float:
-    return max(0.1, deadline - time.monotonic())
