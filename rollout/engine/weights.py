@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 
 from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
 from weight_sync.foreign.payload import read_serialized_named_tensors
-from weight_sync.layout.bucket import FlattenedTensorBucket
-from weight_sync.layout.manifest import NamedTensors as WeightSource
+from weight_sync.layout.bucket import as_bucket
+from weight_sync.layout.named_tensors import NamedTensors, pairs_of
 from weight_sync.publisher.group_updates import GroupUpdates
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.sources import AnyNamedTensors
@@ -41,8 +41,6 @@ from ..protocol.commands import (
 from ..tokenizer import is_unicode
 from .client import EngineClient
 from .twins import Asking, asks, awaitable
-
-NamedTensors = Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | torch.nn.Module
 
 #: Keys that callers of the common dialect send, with the values that can be honoured: by doing nothing, but for
 #: `abort_all_requests`, which ends what runs before the update.
@@ -74,7 +72,7 @@ class WeightCalls(EngineClient):
         """How a `WeightPublisher` in this process reaches the engine."""
         return self._executor.weight_channel()
 
-    def publish(self, named_tensors: WeightSource, **options: Any) -> SyncReport:
+    def publish(self, named_tensors: NamedTensors, **options: Any) -> SyncReport:
         """Make these tensors the next version; arguments as of `WeightPublisher.publish`."""
         return self._publisher.publish(named_tensors, **options)
 
@@ -351,18 +349,13 @@ def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
     if load_format in (None, "auto", "flattened_bucket") and _is_serialized(named_tensors):
         return read_serialized_named_tensors(named_tensors)
     if load_format == "flattened_bucket":
-        bucket = named_tensors
-        if isinstance(bucket, Mapping) and {"flattened_tensor", "metadata"} <= bucket.keys():
-            bucket = FlattenedTensorBucket(
-                flattened_tensor=bucket["flattened_tensor"], metadata=bucket["metadata"]
-            )
-        if not isinstance(bucket, FlattenedTensorBucket):
+        bucket = as_bucket(named_tensors)
+        if bucket is None:
             raise WeightUpdateError(
-                f"named_tensors: got {type(bucket).__name__}, expected a FlattenedTensorBucket or a mapping with "
-                "flattened_tensor and metadata, because load_format is 'flattened_bucket'"
+                f"named_tensors: got {type(named_tensors).__name__}, expected a FlattenedTensorBucket or a mapping "
+                "with flattened_tensor and metadata, because load_format is 'flattened_bucket'"
             )
-        pairs: Sequence[tuple[str, torch.Tensor]] = bucket.reconstruct_tensors()
-        return pairs
+        return bucket.reconstruct_tensors()
     if load_format not in (None, "auto", "direct"):
         raise WeightUpdateError(
             f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'direct'"
@@ -375,20 +368,13 @@ def _at_least_one(tensors: NamedTensors) -> NamedTensors:
     """`tensors`, which may be an iterator, unless there are none: that would be a new version of the same weights."""
     if isinstance(tensors, torch.nn.Module):
         return tensors
-    if isinstance(tensors, Sequence | Mapping):
-        if not len(tensors):
-            raise no_tensors("update_weights_from_tensor")
-        return tensors
-    if not isinstance(tensors, Iterable):
-        raise ManifestMismatch(
-            f"named_tensors: got {type(tensors).__name__}, expected (name, tensor) pairs, a mapping or a module"
-        )
-    rest = iter(tensors)
-    try:
-        first = next(rest)
-    except StopIteration:
-        raise no_tensors("update_weights_from_tensor") from None
-    return itertools.chain((first,), rest)
+    pairs = pairs_of(tensors)
+    if isinstance(pairs, Sequence) and pairs:
+        return pairs
+    rest = iter(pairs)
+    for first in rest:
+        return itertools.chain((first,), rest)
+    raise no_tensors("update_weights_from_tensor")
 
 
 def no_tensors(call: str) -> ManifestMismatch:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from weight_sync.errors import TransportError
-from weight_sync.layout.checkpoint_folder import weight_files
+from weight_sync.layout.checkpoint_folder import opened, stored_tensors, weight_files
 from weight_sync.layout.fused import Fused
 from weight_sync.layout.region import Region
 from weight_sync.layout.weight_map import WeightMap
@@ -32,20 +32,14 @@ class Source:
     start: tuple[int, ...] = ()
     """Where it begins, when it is a part of a fused tensor, which may have more dimensions in front."""
 
-    def read(self, opened: safe_open, region: Region) -> torch.Tensor:
-        """A region of the tensor out of its file."""
+    def read(self, tensors: Any, region: Region) -> torch.Tensor:
+        """A region of the tensor out of its file, which is `opened`."""
         start = self.start or (0,) * len(region)
         new = len(start) - len(region)
         inner = zip(start[new:], region, strict=True)
         index = (*start[:new], *(slice(at + first, at + end) for at, (first, end) in inner))
-        return opened.get_slice(self.name)[index]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+        part: torch.Tensor = tensors.get_slice(self.name)[index]
+        return part
 
 
 class CheckpointFiles:
@@ -53,14 +47,10 @@ class CheckpointFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.problems: list[str] = []
-        self.entries: dict[str, _Entry] = {}
         try:
-            files = weight_files(self.folder)
+            self.entries, self.problems = stored_tensors(weight_files(self.folder))
         except TransportError as error:
             raise CheckpointError(str(error)) from error
-        for file in files:
-            self._read_header(file)
 
     def match(self, weight_map: WeightMap) -> dict[str, Source]:
         """For every canonical name of `weight_map` the tensor that fills it, or one error that lists all problems.
@@ -131,29 +121,15 @@ class CheckpointFiles:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, whole."""
-        with safe_open(self.entries[name].file, framework="pt", device="cpu") as opened:
-            return opened.get_tensor(name)
+        with opened(self.entries[name].file) as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+            return tensor
 
     @property
     def dtype(self) -> str | None:
         """Dtype of the first floating-point tensor, without the `torch.` prefix; None: there is none."""
         named = (FLOATING.get(entry.dtype) for _, entry in sorted(self.entries.items()))
         return next((dtype for dtype in named if dtype is not None), None)
-
-    def _read_header(self, file: Path) -> None:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():
-                    if name in self.entries:
-                        self.problems.append(
-                            f"{name}: doubled, in {self.entries[name].file.name} and {file.name}"
-                        )
-                    part = opened.get_slice(name)
-                    self.entries[name] = _Entry(
-                        file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()
-                    )
-        except Exception as error:
-            self.problems.append(f"{file.name}: cannot be read: {type(error).__name__}: {error}")
 
     def raise_problems(self) -> None:
         """One `CheckpointError` for whatever has been found so far; nothing if all is well."""

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from weight_sync.layout.checkpoint_folder import opened
 from weight_sync.layout.weight_map import Placement
 
 from ..errors import ConfigError
@@ -71,9 +71,9 @@ def _copy_parts(parts: list[tuple[Source, Placement]]) -> None:
     for source, part in parts:
         by_file.setdefault(source.file, []).append((source, part))
     for file, group in by_file.items():
-        with safe_open(file, framework="pt", device="cpu") as opened, torch.no_grad():
+        with opened(file) as tensors, torch.no_grad():
             for source, part in group:
-                part.destination.copy_(source.read(opened, part.region))
+                part.destination.copy_(source.read(tensors, part.region))
 
 
 class DummyModelLoader(BaseModelLoader):

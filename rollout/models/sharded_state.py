@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from weight_sync.errors import TransportError
+from weight_sync.layout.checkpoint_folder import opened
 
 from ..errors import CheckpointError, ConfigError
 from .decoder import Decoder
@@ -88,11 +91,11 @@ class ShardedStateLoader(BaseModelLoader):
         while part < num_parts:
             file = folder / check_pattern(self.config.pattern).format(rank=rank, part=part)
             try:
-                with safe_open(file, framework="pt", device="cpu") as opened:
-                    about = opened.metadata() or {}
+                with opened(file) as tensors:
+                    about = tensors.metadata() or {}
                     num_parts = int(about.get("num_parts", 1))
-                    saved |= {name: opened.get_tensor(name) for name in opened.keys()}
-            except (OSError, ValueError, SafetensorError) as error:
+                    saved |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+            except (TransportError, ValueError) as error:
                 raise CheckpointError(
                     f"cannot open this rank's state {file}: got {type(error).__name__}: {error}; expected a file that "
                     "save_sharded_model wrote; save it again"

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import torch
 
-from weight_sync.layout.bucket import FlattenedTensorBucket
+from weight_sync.layout.bucket import FlattenedTensorBucket, as_bucket
+from weight_sync.layout.named_tensors import pairs_of
 from weight_sync.report import SyncReport
 
 from ..errors import ERRORS, DeadlineExceeded, EngineDiedError, RolloutError
@@ -26,16 +27,8 @@ _TABLES = (
 
 def pairs(tensors: Any) -> Iterable[tuple[str, torch.Tensor]]:
     """Named tensors from whatever callers have them in."""
-    if isinstance(tensors, torch.nn.Module):
-        return tensors.named_parameters()
-    if isinstance(tensors, FlattenedTensorBucket):
-        return tensors.reconstruct_tensors()
-    if isinstance(tensors, Mapping):
-        if "flattened_tensor" in tensors and "metadata" in tensors:
-            return FlattenedTensorBucket(**tensors).reconstruct_tensors()
-        return tensors.items()
-    pairs: Iterable[tuple[str, torch.Tensor]] = tensors
-    return pairs
+    bucket = as_bucket(tensors)
+    return pairs_of(tensors) if bucket is None else bucket.reconstruct_tensors()
 
 
 def packed(tensors: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:

@@ -106,13 +106,16 @@ def test_problems_of_all_ranks_are_one_error(layout: Layout) -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("spelling", ["{}", "_orig_mod.module.{}"])
 def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
-    layout: Layout, dim: int, num_ranks: int
+    layout: Layout, dim: int, num_ranks: int, spelling: str
 ) -> None:
-    """A fused tensor cut across its components, and the tied head cut in another way than the embedding."""
-    full = {FUSED: torch.randn(32, 16), "embed.weight": torch.randn(24, 16)}
-    full[ALIAS] = full["embed.weight"]
-    cuts = {FUSED: dim, "embed.weight": dim, ALIAS: 1 - dim}
+    """A fused tensor cut across its components, and the tied head cut in another way than the embedding; also under
+    the names of a compiled module."""
+    fused, embed, head = map(spelling.format, (FUSED, "embed.weight", ALIAS))
+    full = {fused: torch.randn(32, 16), embed: torch.randn(24, 16)}
+    full[head] = full[embed]
+    cuts = {fused: dim, embed: dim, head: 1 - dim}
     held: list[list[tuple[str, list[HeldRegion]]]] = []
     for rank in range(num_ranks):
         held.append([])
@@ -144,12 +147,12 @@ def test_shares_put_a_fused_tensor_and_a_twin_where_they_belong(
             for value in rank_share.write(number, local).tolist():
                 totals[next(rows)] += value
         twins += int(rank_share.compare(local).sum())
-    q, k, v = full[FUSED].bfloat16().split([16, 8, 8])
+    q, k, v = full[fused].bfloat16().split([16, 8, 8])
     expected = {
         "layers.0.q.weight": q,
         "layers.0.k.weight": k,
         "layers.0.v.weight": v,
-        "embed.weight": full["embed.weight"].bfloat16(),
+        "embed.weight": full[embed].bfloat16(),
     }
     for name, value in expected.items():
         row = layout.index[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 
 from ..errors import ManifestMismatch
 from .manifest import MAX_DIMS, Manifest, TensorMeta, dtype_name, mismatch, parse_dtype
-
-NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+from .named_tensors import NamedTensors, pairs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +95,15 @@ class FlattenedTensorBucket:
         ]
 
 
+def as_bucket(value: Any) -> FlattenedTensorBucket | None:
+    """A bucket, as it is or made of a mapping of its two parts; None for anything else."""
+    if isinstance(value, Mapping) and {"flattened_tensor", "metadata"} <= value.keys():
+        return FlattenedTensorBucket(
+            flattened_tensor=value["flattened_tensor"], metadata=value["metadata"]
+        )
+    return value if isinstance(value, FlattenedTensorBucket) else None
+
+
 def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
@@ -105,12 +113,9 @@ def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @torch.no_grad()
 def _pack(named: NamedTensors) -> tuple[torch.Tensor, list[FlattenedTensorMetadata]]:
     """One buffer with every tensor at its place in an arena, cut after the last byte of the last tensor."""
-    if isinstance(named, Mapping):
-        pairs = list(named.items())
-    elif isinstance(named, Sequence):
-        pairs = list(named)
-    else:  # what a one-shot iterator hands out may be overwritten by its next item
-        pairs = [(name, tensor.detach().clone()) for name, tensor in named]
+    pairs = pairs_of(named)
+    if not isinstance(pairs, Sequence):  # what an iterator hands out its next item may overwrite
+        pairs = [(name, tensor.detach().clone()) for name, tensor in pairs]
     devices = {tensor.device for _, tensor in pairs}
     if len(devices) > 1:
         raise ManifestMismatch(

@@ -1,17 +1,36 @@
-"""Which files of a folder are a model's weights: the rule of transformers, for the start and for updates from disk.
+"""A folder of safetensors files, for the start and for updates from disk: which are a model's weights, what is in them.
 
-`model.safetensors` alone where it is there, else the files that `model.safetensors.index.json` names. What else lies
-in the folder (older weights under another name, adapters, an optimizer) is no part of the model. Which tensor is in
-which file is what the files say; the index is believed about nothing but their names.
+Which files count is the rule of transformers: `model.safetensors` alone where it is there, else the files that
+`model.safetensors.index.json` names. What else lies in the folder (older weights under another name, adapters, an
+optimizer) is no part of the model. Which tensor is in which file is what the files say; the index is believed about
+nothing but their names.
 """
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import TransportError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One tensor, as the header of its file describes it."""
+
+    file: Path
+    """The safetensors file."""
+    shape: tuple[int, ...]
+    """Sizes of its dimensions."""
+    dtype: str
+    """As safetensors writes it, such as "BF16"."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -34,3 +53,36 @@ def weight_files(folder: Path) -> list[Path]:
             f"cannot read {index}: got {type(error).__name__}: {error}; expected a JSON object with a weight_map of "
             "names to files; download the checkpoint again"
         ) from error
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """What `safetensors.safe_open` gives, on the CPU; `TransportError` where the file cannot be read."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise TransportError(
+            f"{file} cannot be read: {error}; expected a whole safetensors file; write or download it again"
+        ) from error
+
+
+def stored_tensors(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """What the headers of the files say, by name; and their problems: unreadable files, names in two of them."""
+    stored: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            with opened(file) as tensors:
+                for name in tensors.keys():
+                    if name in stored:
+                        problems.append(
+                            f"{name}: doubled, in {stored[name].file.name} and {file.name}"
+                        )
+                    part = tensors.get_slice(name)
+                    stored[name] = StoredTensor(
+                        file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype()
+                    )
+        except TransportError as error:
+            problems.append(str(error))
+    return stored, problems

@@ -18,10 +18,11 @@ from rollout_kernels.span_table import ByteSpan, SpanTable
 
 from . import region as regions
 from .device_sums import device_sums
-from .manifest import Manifest, NamedTensors, TensorMeta
+from .manifest import Manifest, TensorMeta
 from .mesh_fingerprint import MeshSums
+from .named_tensors import NamedTensors, named_weights, pairs_of
 from .shards import is_distributed
-from .spellings import canonical, named_weights
+from .spellings import canonical
 from .tensor_sums import MASK, combine, name_key, region_sum, unsigned
 
 Indices = Sequence[int] | np.ndarray
@@ -175,7 +176,7 @@ def _on_gpus(
 def _named(source: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(source, nn.Module):
         return canonical(_unique_parameters(source))
-    return canonical(source.items() if isinstance(source, Mapping) else source)
+    return canonical(pairs_of(source))
 
 
 def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

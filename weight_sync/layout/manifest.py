@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,12 +16,8 @@ from typing import Annotated, Self
 
 import msgspec
 import torch
-from torch import nn
 
 from ..errors import ManifestMismatch
-
-NamedTensors = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-"""Tensors with their Hugging Face names: a module's parameters, a mapping, or pairs in any order."""
 
 ALIGNMENT = 256
 """Bytes; every tensor of an arena starts on a multiple of it."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
+
 import torch
 
 Range = tuple[int, int]
 """First byte in an allocation or a buffer, and one past the last."""
 Storage = tuple[torch.device, int]
 """What tells one allocation from another: its device, and torch's object for it, whatever its address is now."""
+
+
+def joined(
+    ranges: Iterable[Range], follows: Callable[[int, int], bool] = operator.eq
+) -> list[Range]:
+    """Ascending ranges in as few as there can be: `follows(end, start)` tells whether the next one goes on there."""
+    found: list[Range] = []
+    for first, last in ranges:
+        if found and follows(found[-1][1], first):
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return found
 
 
 def storage_key(tensor: torch.Tensor) -> Storage:

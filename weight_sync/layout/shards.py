@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 from ..errors import ManifestMismatch
 from . import region as regions
-from .manifest import NamedTensors
+from .memory import joined
+from .named_tensors import NamedTensors, checked_pair, pairs_of
 from .region import Region
-from .spellings import named_weights
 
 Runs = list[tuple[int, int]]
 
@@ -88,30 +87,13 @@ def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
     return pieces
 
 
-def pairs_of(named_tensors: NamedTensors) -> list[tuple[str, torch.Tensor]]:
-    """Named tensors as a list; `ManifestMismatch` for what is none."""
-    found: Iterable[Any] = (
-        named_weights(named_tensors)
-        if isinstance(named_tensors, nn.Module)
-        else named_tensors.items()
-        if isinstance(named_tensors, Mapping)
-        else named_tensors
-    )
-    pairs = list(found)
-    for pair in pairs:
-        if not (
-            isinstance(pair, tuple | list)
-            and len(pair) == 2
-            and isinstance(pair[0], str)
-            and isinstance(pair[1], torch.Tensor)
-        ):
+def dense_pairs(named_tensors: NamedTensors) -> list[tuple[str, torch.Tensor]]:
+    """Named tensors as a list; `ManifestMismatch` for what is none, or has no data of its own."""
+    pairs = [checked_pair(item) for item in pairs_of(named_tensors)]
+    for name, tensor in pairs:
+        if tensor.is_meta or tensor.layout is not torch.strided:
             raise ManifestMismatch(
-                f"not a named tensor: got {type(pair).__name__}, expected (str, torch.Tensor); pass a module, a "
-                "mapping or pairs"
-            )
-        if pair[1].is_meta or pair[1].layout is not torch.strided:
-            raise ManifestMismatch(
-                f"{pair[0]}: got a tensor without data or that is not dense, expected a dense one with data"
+                f"{name}: got a tensor without data or that is not dense, expected a dense one with data"
             )
     return pairs
 
@@ -145,7 +127,7 @@ def share(runs: Runs, factor: int, num_ranks: int, rank: int) -> Runs:
         start = min(rank * chunk, length)
         stop = min(start + chunk, length)
         taken += _cut(runs, first + start, first + stop)
-    return _joined(taken)
+    return joined(taken)
 
 
 def _cut(runs: Runs, first: int, last: int) -> Runs:
@@ -158,16 +140,6 @@ def _cut(runs: Runs, first: int, last: int) -> Runs:
             found.append((start + low, start + high))
         at += stop - start
     return found
-
-
-def _joined(runs: Runs) -> Runs:
-    joined: Runs = []
-    for start, stop in runs:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
 
 
 def _product(runs: Sequence[Runs]) -> tuple[HeldRegion, ...]:

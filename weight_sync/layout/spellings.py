@@ -11,21 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
 
 from .fused import Fused
 
 _MIXTRAL = re.compile(r"(.*)\.block_sparse_moe\.(gate|experts\.\d+)(?:\.w([123]))?\.weight")
 _MATRICES = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj", None: ""}
-_BUFFERS = ("e_score_correction_bias",)
-
-
-def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's parameters, and the buffers that are weights although no optimiser moves them: routers' biases."""
-    yield from module.named_parameters()
-    for name, buffer in module.named_buffers():
-        if name.endswith(_BUFFERS):
-            yield name, buffer
 
 
 def stacked_experts(name: str, shape: Sequence[int]) -> Fused | None:

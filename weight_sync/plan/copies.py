@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from rollout_kernels.copy_table import CopyTable
 
 from ..layout import region as regions
 from ..layout.manifest import ALIGNMENT, Manifest
-from ..layout.memory import Range, Storage, byte_range, storage_key, storage_view
+from ..layout.memory import Range, Storage, byte_range, joined, storage_key, storage_view
 from ..layout.region import Region
 
 Indices = Sequence[int] | np.ndarray
@@ -57,7 +57,7 @@ class ByteRange:
     """Bytes that are contiguous at both ends."""
 
     index: int
-    """The tensor's position in the manifest; of joined ranges, the first one's."""
+    """The tensor's position in the manifest."""
     source: int
     """First byte in the arena."""
     storage: Storage
@@ -121,11 +121,20 @@ class Replay:
 
     @torch.inference_mode(False)
     def _compile(self, wanted: set[int] | None) -> _Batch:
-        ranges = [r for r in self._ranges if wanted is None or r.index in wanted]
-        joined = list(_joined(ranges, self._occupied))
+        # What lies equally far from its source in one allocation may go together.
+        alike: defaultdict[tuple[Storage, int], list[Range]] = defaultdict(list)
+        for r in self._ranges:
+            if wanted is None or r.index in wanted:
+                alike[r.storage, r.target - r.source].append((r.source, r.source + r.num_bytes))
+        copies = [
+            (source, self._memory[storage][source[0] + distance : source[1] + distance])
+            for (storage, distance), ranges in alike.items()
+            for source in joined(sorted(ranges), _follows(self._occupied[storage], distance))
+        ]
+        copies.sort(key=lambda copy: copy[0])
         return _Batch(
-            sources=[(r.source, r.source + r.num_bytes) for r in joined],
-            targets=[self._memory[r.storage][r.target : r.target + r.num_bytes] for r in joined],
+            sources=[source for source, _ in copies],
+            targets=[target for _, target in copies],
             strided=[copy for copy in self._strided if wanted is None or copy.index in wanted],
         )
 
@@ -257,34 +266,17 @@ def _byte_range(manifest: Manifest, copy: Copy) -> ByteRange | None:
     )
 
 
-def _joined(ranges: Iterable[ByteRange], occupied: Occupied) -> Iterable[ByteRange]:
-    """The same copies in as few ranges as there can be, in the arena's order."""
-    held: ByteRange | None = None
-    for new in sorted(ranges, key=lambda r: r.source):
-        if held is not None and _follows(held, new, occupied):
-            num_bytes = new.source + new.num_bytes - held.source
-            held = ByteRange(
-                index=held.index,
-                source=held.source,
-                storage=held.storage,
-                target=held.target,
-                num_bytes=num_bytes,
-            )
-            continue
-        if held is not None:
-            yield held
-        held = new
-    if held is not None:
-        yield held
+def _follows(occupied: Sequence[Range], distance: int) -> Callable[[int, int], bool]:
+    """Whether bytes of an arena, and those `distance` further in an allocation, follow each other at once or after the
+    same padding."""
 
+    def follows(end: int, start: int) -> bool:
+        aligned = start % ALIGNMENT == 0 and distance % ALIGNMENT == 0
+        return end == start or (
+            aligned and only_padding(occupied, end + distance, start + distance)
+        )
 
-def _follows(held: ByteRange, new: ByteRange, occupied: Occupied) -> bool:
-    """Whether `new` continues `held` at both ends, at once or after the same padding."""
-    if held.storage != new.storage or new.target - held.target != new.source - held.source:
-        return False
-    end = held.target + held.num_bytes
-    aligned = new.source % ALIGNMENT == 0 and new.target % ALIGNMENT == 0
-    return end == new.target or (aligned and only_padding(occupied[new.storage], end, new.target))
+    return follows
 
 
 def only_padding(occupied: Sequence[Range], end: int, start: int) -> bool:

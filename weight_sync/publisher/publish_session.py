@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..layout.manifest import NamedTensors
+from ..layout.named_tensors import NamedTensors
 from ..report import SyncReport
 
 

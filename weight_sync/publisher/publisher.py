@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ArenaGoneError, DeadlineExceeded, SessionError
 from ..joint.engines import Target
-from ..layout.manifest import NamedTensors
+from ..layout.named_tensors import NamedTensors
 from ..report import SyncReport
 from ..wire.cancellation import on_a_thread, threaded
 from ..wire.deadline import Deadline

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..errors import ManifestMismatch
 from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
+from ..layout.named_tensors import checked_pair
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
 from .sources import unwrapped
@@ -91,6 +91,12 @@ class Layout:
         self.fused = info.fused
         self.repeated: Repeated | None = None
         """What was given the last time that all tensors were given at once, under their own names."""
+
+    def known(self, name: str) -> str:
+        """The name that the engine knows a tensor by, where it is another one only for the trainer's wrappers."""
+        if name in self.index or name in self.fused or name in self.aliases:
+            return name
+        return unwrapped(name)
 
     def parts(self, name: str, whole: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Rows of the manifest that a fused tensor holds, each with its part of it."""
@@ -177,7 +183,7 @@ class Selector:
         sources, origin = selection.sources, self._origin
         index, shapes, dtypes = self._layout.index, self._layout.shapes, self._layout.dtypes
         for item in named_tensors:
-            name, tensor = self._pair(item)
+            name, tensor = checked_pair(item)
             selection.num_tensors += 1
             i = index.get(name)
             if (
@@ -256,21 +262,9 @@ class Selector:
             if origin is None and i not in self._refused:
                 yield meta
 
-    def _pair(self, item: Any) -> tuple[str, torch.Tensor]:
-        try:
-            name, tensor = item
-        except (TypeError, ValueError):
-            name, tensor = None, None
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ManifestMismatch(
-                f"not a named tensor: got {type(item).__name__} of ({type(name).__name__}, "
-                f"{type(tensor).__name__}), expected (str, torch.Tensor); pass a module, a mapping or pairs"
-            )
-        return name, tensor
-
     def _take_other(self, name: str, tensor: torch.Tensor, selection: Selection) -> None:
         layout = self._layout
-        name = self._known(name)
+        name = layout.known(name)
         fused = layout.fused.get(name)
         if fused is not None:
             i, shape = layout.index[fused.parts[0]], fused.shape
@@ -286,13 +280,6 @@ class Selector:
         held = tensor.detach()
         for row, part in [(i, held)] if fused is None else layout.parts(name, held):
             self._place(row, name, part, selection)
-
-    def _known(self, name: str) -> str:
-        """The name that the engine knows a tensor by, where it is another one only for the trainer's wrappers."""
-        layout = self._layout
-        if name in layout.index or name in layout.fused or name in layout.aliases:
-            return name
-        return unwrapped(name)
 
     def _fits(
         self,

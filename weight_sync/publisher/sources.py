@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..errors import ManifestMismatch
-from ..layout.manifest import NamedTensors
-from ..layout.spellings import named_weights
+from ..layout.named_tensors import NamedTensors, named_weights, pairs_of
 
 T = TypeVar("T")
 AnyNamedTensors = NamedTensors | AsyncIterable[tuple[str, torch.Tensor]]
@@ -33,11 +30,6 @@ def unwrapped(name: str) -> str:
 def tensors_of(source: NamedTensors) -> Iterator[Iterable[tuple[str, torch.Tensor]]]:
     """What `source` names: a list where all tensors exist at once, else an iterator. Where a module has adapters, they
     are merged one layer at a time; a layer is what it was, to the bit, when it was passed or the block has ended."""
-    if source is None or isinstance(source, (str, bytes, Path, torch.Tensor)):
-        raise ManifestMismatch(
-            f"named_tensors: got {type(source).__name__} {str(source)[:60]!r}, expected a module, a mapping, or "
-            "(name, tensor) pairs; a checkpoint's folder goes to update_weights_from_disk"
-        )
     if isinstance(source, nn.Module) and any(_is_adapter(part) for part in source.modules()):
         merged = _merged(source)
         try:
@@ -45,7 +37,7 @@ def tensors_of(source: NamedTensors) -> Iterator[Iterable[tuple[str, torch.Tenso
         finally:
             merged.close()  # a traceback may hold it for long
     else:
-        yield _listed(source)
+        yield pairs_of(source)
 
 
 def _is_adapter(part: nn.Module) -> bool:
@@ -88,21 +80,6 @@ def _plain(name: str) -> str:
     name = unwrapped(name).removeprefix("base_model.model.")
     head, found, tail = name.partition(".modules_to_save.")
     return f"{head}.{tail.partition('.')[2]}" if found else name
-
-
-def _listed(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
-    """A list where all tensors exist at once, else an iterator."""
-    if isinstance(named_tensors, nn.Module):
-        return list(named_weights(named_tensors))
-    if isinstance(named_tensors, Mapping):
-        return list(named_tensors.items())
-    if isinstance(named_tensors, tuple):
-        return list(named_tensors)
-    if not isinstance(named_tensors, Iterable):
-        raise ManifestMismatch(
-            f"named_tensors: got {type(named_tensors).__name__}, expected (name, tensor) pairs, a mapping or a module"
-        )
-    return named_tensors
 
 
 def blocking(source: AnyNamedTensors) -> NamedTensors:

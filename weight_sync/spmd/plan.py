@@ -14,6 +14,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from ..errors import ManifestMismatch
 from ..layout import region as regions
@@ -47,7 +48,8 @@ def parts_of(
 ) -> list[Part]:
     """All parts that a rank holds, in the order in which both sides count them; fused tensors cut into theirs."""
     parts = []
-    for item, (name, held) in enumerate(tensors):
+    for item, (given, held) in enumerate(tensors):
+        name = layout.known(given)
         if name in skip:
             continue
         fused = layout.fused.get(name)
@@ -135,6 +137,10 @@ def decide(
         ignored=lambda names: _remember(selector, ignored(names)),
     )
     selector.twins = set()
+    described = [
+        [replace(tensor, name=layout.known(tensor.name)) for tensor in tensors]
+        for tensors in described
+    ]
     merged, problems = _merge(described)
     # One element stands for all: shapes and dtypes are looked at here, never values.
     selection = selector.take(

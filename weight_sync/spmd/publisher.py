@@ -30,8 +30,9 @@ from ..errors import (
     TrainerDiedError,
     TransportError,
 )
-from ..layout.manifest import NamedTensors, dtype_name
-from ..layout.shards import HeldRegion, held_regions, local_of, pairs_of, placement_of
+from ..layout.manifest import dtype_name
+from ..layout.named_tensors import NamedTensors
+from ..layout.shards import HeldRegion, dense_pairs, held_regions, local_of, placement_of
 from ..publisher.endpoint import GroupBackend, TransportChoice
 from ..publisher.open_session import UpdateOptions
 from ..publisher.selection import Layout
@@ -205,7 +206,7 @@ class SpmdPublisher:
         engine: Target | HandOver | None,
         check_finite: bool,
     ) -> SyncReport:
-        pairs = pairs_of(named_tensors)
+        pairs = dense_pairs(named_tensors)
         key = tuple((name, tuple(t.shape), t.dtype, placement_of(t)) for name, t in pairs)
         plan, share = self._plans.get(key, (0, None))
         offer = Offer(

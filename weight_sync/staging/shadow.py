@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout.manifest import ALIGNMENT, align
-from ..layout.memory import Range, Storage, byte_range, storage_key, storage_view
+from ..layout.memory import Range, Storage, byte_range, joined, storage_key, storage_view
 from ..layout.weight_map import WeightMap
 from ..plan.copies import only_padding
 from ..transports.arena import Mapping
@@ -55,7 +55,7 @@ class Shadow:
         for key, held in extents.items():
             device = key[0]
             self._extents[key] = []
-            for first, end in _joined(sorted(held)):
+            for first, end in joined(sorted(held), lambda end, start: start - end < ALIGNMENT):
                 # At the same place within 256 bytes: what is aligned there is aligned here.
                 at = align(sizes[device]) + (self._address[key] + first) % ALIGNMENT
                 sizes[device] = at + end - first
@@ -124,32 +124,20 @@ class Shadow:
         for first, end, group in _overlapping(tensors):
             if sum(tensor.nbytes for tensor in group) != end - first:
                 strided += group
-            elif ranges and self._adjoin(key, ranges[-1][1], first):
-                ranges[-1] = ranges[-1][0], end
             else:
                 ranges.append((first, end))
-        return ranges, strided
+        address, occupied = self._address[key], self._occupied[key]
 
-    def _adjoin(self, key: Storage, end: int, start: int) -> bool:
-        """Whether nothing but padding is between two bytes of an allocation."""
-        aligned = (self._address[key] + start) % ALIGNMENT == 0
-        return start == end or (aligned and only_padding(self._occupied[key], end, start))
+        def follows(end: int, start: int) -> bool:
+            aligned = (address + start) % ALIGNMENT == 0
+            return start == end or (aligned and only_padding(occupied, end, start))
+
+        return joined(ranges, follows), strided
 
     def _at(self, key: Storage, byte: int) -> int:
         extents = self._extents[key]
         extent = extents[bisect_right(extents, byte, key=lambda extent: extent.first) - 1]
         return extent.at + byte - extent.first
-
-
-def _joined(extents: Sequence[Range]) -> Iterator[Range]:
-    held = extents[0]
-    for first, end in extents[1:]:
-        if first - held[1] < ALIGNMENT:
-            held = held[0], end
-        else:
-            yield held
-            held = first, end
-    yield held
 
 
 def _overlapping(

@@ -15,17 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import FingerprintMismatch, TransportError
-from ..layout.checkpoint_folder import INDEX_FILE, weight_files
-from ..layout.manifest import NamedTensors, dtype_name, mismatch
-from ..layout.spellings import named_weights
+from ..layout.checkpoint_folder import INDEX_FILE, opened, stored_tensors, weight_files
+from ..layout.manifest import dtype_name, mismatch
+from ..layout.named_tensors import NamedTensors, pairs_of
 from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
@@ -98,7 +98,7 @@ class DiskCheckpoint:
             {tensor.name: tensor for tensor in self.manifest.tensors} if self.manifest else {}
         )
         for file in dict.fromkeys(self.files.values()):
-            with _opened(self.folder / file) as tensors:
+            with opened(self.folder / file) as tensors:
                 for name in tensors.keys():
                     if self.files.get(name) == file:
                         tensor = tensors.get_tensor(name)
@@ -131,7 +131,7 @@ def write_checkpoint(
     with _disk_errors(target):
         staging.mkdir(parents=True)
     try:
-        tensors = _write_shards(staging, _items(named_tensors), max_shard_bytes)
+        tensors = _write_shards(staging, pairs_of(named_tensors), max_shard_bytes)
         manifest = CheckpointManifest(
             format=_FORMAT, version=version, label=label, tensors=tuple(tensors)
         )
@@ -153,25 +153,28 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> DiskCheckpoint:
             f"no checkpoint folder: got {str(path)!r}, expected a folder of safetensors files; check the path"
         )
     manifest = _read_manifest(path)
-    if manifest is not None:
+    if manifest is None:  # someone else's
+        stored, problems = stored_tensors(weight_files(path))
+        files = {name: tensor.file.name for name, tensor in stored.items()}
+    else:
         files = {tensor.name: tensor.file for tensor in manifest.tensors}
         if len(files) != len(manifest.tensors):
             raise TransportError(
                 f"{path / MANIFEST_NAME} names a tensor twice; write the folder again"
             )
-    else:
-        files = _foreign_files(path)
-    found = {file: _names_in(path / file) for file in dict.fromkeys(files.values())}
-    missing = [f"{name}: not in {file}" for name, file in files.items() if name not in found[file]]
-    if missing:
-        raise mismatch(f"{path} is incomplete", missing, "write or download the folder again")
+        stored, problems = stored_tensors(path / file for file in dict.fromkeys(files.values()))
+        problems += [
+            f"{name}: not in {file}"
+            for name, file in files.items()
+            if name not in stored or stored[name].file.name != file
+        ]
+    if problems:
+        raise TransportError(
+            f"{path} is incomplete:\n  "
+            + "\n  ".join(problems)
+            + "\nwrite or download the folder again"
+        )
     return DiskCheckpoint(folder=path, manifest=manifest, files=files)
-
-
-def _items(named_tensors: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
-    if isinstance(named_tensors, torch.nn.Module):
-        return named_weights(named_tensors)
-    return named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
 
 
 def _write_shards(
@@ -311,35 +314,6 @@ def _read_manifest(folder: Path) -> CheckpointManifest | None:
             f"{path} has another format: got {manifest.format!r}, expected {_FORMAT!r}; write it with this release"
         )
     return manifest
-
-
-def _foreign_files(folder: Path) -> dict[str, str]:
-    """The file of every tensor in a folder that someone else wrote."""
-    files: dict[str, str] = {}
-    for path in weight_files(folder):
-        for name in sorted(_names_in(path)):
-            if name in files:
-                raise TransportError(
-                    f"{name} is both in {files[name]} and in {path.name} of {folder}; write or download it again"
-                )
-            files[name] = path.name
-    return files
-
-
-def _names_in(path: Path) -> frozenset[str]:
-    with _opened(path) as tensors:
-        return frozenset(tensors.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise TransportError(
-            f"{path} cannot be read: {error}; expected a whole safetensors file; write or download it again"
-        ) from error
 
 
 def _check(path: Path, tensor: torch.Tensor, expected: CheckpointTensor) -> None:
