@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ class Part:
     kind: str = "tests"
     """"tests" (of pytest), "benchmark", or "command", whose exit status counts failures."""
     gpus: int = 1
-    """How many it sees."""
+    """How many it sees, where there are so many."""
+    least: int | None = None
+    """With fewer it does not run; None: all that it sees."""
     alone: bool = False
     """Nothing else may run on them."""
     limit_s: float = 240.0
@@ -87,18 +89,19 @@ def large(section: str) -> list[str]:
 def all_parts() -> list[Part]:
     """Longest first among the tests, so that none is left alone at the end."""
     slow = {"limit_s": 420.0}
+    some: dict[str, Any] = {"gpus": 2, "least": 1}
     return [
-        suite("nccl", "sync/test_nccl_groups", gpus=2, test_s=70.0, **slow),
+        suite("nccl", "sync/test_nccl_groups", gpus=2, test_s=100.0, **slow),
         suite("two-ranks", "parity/test_steps_of_two_ranks", gpus=2, test_s=150.0, **slow),
         suite("peer-reads", "sync/test_peer_reads", gpus=2, **slow),
         suite("experts-of-ranks", "sync/test_expert_parallel", gpus=2, **slow),
-        suite("updates", "sync/test_gpu_updates", gpus=2, **slow),
+        suite("updates", "sync/test_gpu_updates", **some, **slow),
         Part(
             name="faults",
             command=("tests/faults/gpu_faults.py", "{out}/faults_gpu.md"),
             kind="command",
-            gpus=2,
             limit_s=300.0,
+            **some,
         ),
         suite(
             "memory",
@@ -116,12 +119,12 @@ def all_parts() -> list[Part]:
         suite("mixtures", "parity/test_deterministic_mixtures", **slow),
         suite("experts", "kernels/test_grouped_experts", "kernels/test_expert_routing", **slow),
         suite("matmul", "kernels/test_invariant_matmul", **slow),
-        suite("bytes", "kernels/test_fingerprint", "kernels/test_finite_numbers", gpus=2, **slow),
+        suite("bytes", "kernels/test_fingerprint", "kernels/test_finite_numbers", **some, **slow),
         suite("no-waits", "engine/test_no_syncs", **slow),
         suite("bfloat16", "parity/test_bfloat16", "parity/test_flash_backend", **slow),
         suite("embeddings", "parity/test_input_embeds", **slow),
-        suite("ray", "engine/test_ray_gpu", gpus=2),
-        suite("bench", "engine/test_bench", gpus=2),
+        suite("ray", "engine/test_ray_gpu", **some),
+        suite("bench", "engine/test_bench", **some),
         bench("between-small", "gpu", gpus=2, limit_s=120.0),
         bench(
             "between-large",
@@ -346,8 +349,9 @@ class Checks:
         running: list[Run] = []
         while waiting or running:
             for part in list(waiting):
-                if part.gpus > len(self._free):
-                    why = f"needs {part.gpus} GPUs, got {len(self._free)}"
+                least = part.gpus if part.least is None else part.least
+                if least > len(self._free):
+                    why = f"needs {least} GPUs, got {len(self._free)}"
                 elif time.monotonic() > end - 20:  # less than any part takes
                     why = "no time was left; call again"
                 elif (gpus := self._take(part)) is not None:
@@ -371,9 +375,9 @@ class Checks:
     def _take(self, part: Part) -> list[str] | None:
         """GPUs with room for it, the emptiest first; None: there are not enough at present."""
         roomy = [gpu for gpu, slots in self._free.items() if slots >= part.slots]
-        if len(roomy) < part.gpus:
+        if len(roomy) < (wanted := min(part.gpus, len(self._free))):
             return None
-        chosen = sorted(sorted(roomy, key=lambda gpu: -self._free[gpu])[: part.gpus])
+        chosen = sorted(sorted(roomy, key=lambda gpu: -self._free[gpu])[:wanted])
         for gpu in chosen:
             self._free[gpu] -= part.slots
         return chosen
@@ -451,13 +455,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--total-s", type=float, default=1e9, help="most seconds of this call")
     options = parser.parse_args(arguments)
     parts = chosen(all_parts(), options.parts)
-    if options.budget_s is not None:
-        parts = [
-            Part(**{**vars(p), "limit_s": min(p.limit_s, options.budget_s)})
-            if p.kind == "benchmark"
-            else p
-            for p in parts
-        ]
+    for i, part in enumerate(parts):
+        if options.budget_s is not None and part.kind == "benchmark":
+            parts[i] = replace(part, limit_s=min(part.limit_s, options.budget_s))
     checks = Checks(options.out.absolute(), parts, visible_gpus())
     checks.run(total_s=options.total_s, again=bool(options.parts))
     print(checks.table())

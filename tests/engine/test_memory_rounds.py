@@ -156,7 +156,7 @@ def test_a_colocated_loop_in_two_processes_takes_no_more_memory_round_after_roun
     with (
         Engine(folder, executor="local", kv_cache_bytes=256 << 20, device="cuda") as engine,
         WeightPublisher(
-            engine, transport="cuda_ipc", arena_bytes=32 << 20, staging=staging
+            engine, transport="cuda_ipc", arena_bytes=10 << 20, staging=staging
         ) as publisher,
     ):
         expected = outputs(engine)
@@ -170,6 +170,8 @@ def test_a_colocated_loop_in_two_processes_takes_no_more_memory_round_after_roun
             engine.resume_memory_occupation(["weights"])
             report = publisher.publish(trainer)
             assert report.fingerprint == weight_sync.fingerprint(trainer)
+            packed = publisher._endpoint._packed
+            assert packed is not None and packed.window is not None, "bytes would wait in the arena"
             engine.resume_memory_occupation(["kv_cache"])
             if number % 2:
                 assert outputs(engine) == expected

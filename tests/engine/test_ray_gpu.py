@@ -24,6 +24,7 @@ NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 @pytest.fixture(scope="module", params=["Ray sets the visible GPUs", "Ray leaves them alone"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as environment:
         if request.param != "Ray sets the visible GPUs":
             environment.setenv(NOSET, "1")

@@ -134,6 +134,18 @@ def test_parts_share_gpus_but_those_that_want_them_alone(out: Path) -> None:
     assert found == [["0"], ["1"], None, None]
 
 
+def test_a_part_for_two_gpus_may_make_do_with_one(out: Path) -> None:
+    both, either = suite("both", "x", gpus=2), suite("either", "x", gpus=2, least=1)
+    one, two = Checks(out, [], ["0"]), Checks(out, [], ["0", "1"])
+    assert one._take(either) == ["0"] and two._take(either) == ["0", "1"]
+    checks = Checks(out, [both, command("print(1)", "any")], ["0"])
+    checks.run()
+    assert {name: (outcome.state, outcome.why) for name, outcome in checks.outcomes.items()} == {
+        "both": ("not run", "needs 2 GPUs, got 1"),
+        "any": ("passed", ""),
+    }
+
+
 def test_names_choose_parts_and_are_all_different() -> None:
     parts = all_parts()
     assert len({part.name for part in parts}) == len(parts)

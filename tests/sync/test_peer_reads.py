@@ -112,6 +112,9 @@ def test_all_ranks_come_to_the_trainers_version(
                     engine, transport="cuda_ipc", arena_bytes=arena_bytes
                 ) as publisher:
                     publisher.publish(model)
+                    packed = publisher._endpoint._packed
+                    assert packed is not None
+                    assert (packed.window is not None) == (how == "two buckets")
                     report = publisher.publish(model, verify="overlapped")
             assert report.transport == "cuda_ipc" and report.complete
             assert engine.weights_fingerprint() == weight_sync.fingerprint(model)
