@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any
 
 import torch
 
-from weight_sync.errors import WeightUpdateError
+from weight_sync.errors import ManifestMismatch, WeightUpdateError
 from weight_sync.publisher.group_updates import Announced, Backend, GroupLayout
 from weight_sync.publisher.open_session import UpdateOptions
 from weight_sync.report import SyncReport
@@ -46,12 +47,12 @@ class GroupWeightCalls(WeightCalls):
         `DeadlineExceeded`, which names who is missing, after `timeout_s` (None: `request_timeout_s`), or
         `TransportError`.
         """
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise WeightUpdateError(
                 f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}; use gloo on a CPU"
             )
         try:
-            port = int(master_port)
+            port = int(master_port) if isinstance(master_port, str) else index(master_port)
         except (TypeError, ValueError, OverflowError):
             raise WeightUpdateError(
                 f"master_port: got {str(master_port)[:60]!r}, expected a number from 1 to 65535"
@@ -104,15 +105,20 @@ class GroupWeightCalls(WeightCalls):
             raise no_tensors("update_weights_from_distributed")  # Nobody broadcasts anything.
         with self._group_updates.taking(group_name) as taking:
             check_extras("update_weights_from_distributed", extras)
-            if load_format not in GROUP_LAYOUTS:
+            if not isinstance(load_format, str | None) or load_format not in GROUP_LAYOUTS:
                 raise WeightUpdateError(
                     f"load_format: got {load_format!r}, expected None, 'flattened_bucket' or 'packed_bucket'"
                 )
-            if fingerprint is not None and not 0 <= fingerprint < 1 << 64:
+            if not is_fingerprint(fingerprint):
                 raise WeightUpdateError(
-                    f"fingerprint: got {fingerprint}, expected a number of 64 bits; pass weight_sync.fingerprint of "
-                    "what is sent"
+                    f"fingerprint: got {str(fingerprint)[:60]}, expected a number of 64 bits; pass "
+                    "weight_sync.fingerprint of what is sent"
                 )
+            for name, column in (("names", names), ("dtypes", dtypes), ("shapes", shapes)):
+                if isinstance(column, str) or not isinstance(column, Iterable):
+                    raise ManifestMismatch(
+                        f"{name}: got {type(column).__name__}, expected a list with an entry for each tensor"
+                    )
             announced = Announced(
                 names=names,
                 dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
@@ -135,3 +141,11 @@ class GroupWeightCalls(WeightCalls):
                 return taking.update(options, announced)
 
     async_update_weights_from_distributed = threaded(update_weights_from_distributed)
+
+
+def is_fingerprint(value: Any) -> bool:
+    """A number of 64 bits, of any library, or None."""
+    try:
+        return value is None or 0 <= index(value) < 1 << 64
+    except TypeError:
+        return False

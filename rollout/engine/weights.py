@@ -7,6 +7,7 @@ import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from weight_sync.errors import ManifestMismatch, SessionError, WeightUpdateError
 from weight_sync.foreign.payload import read_serialized_named_tensors
 from weight_sync.layout.bucket import as_bucket
-from weight_sync.layout.named_tensors import NamedTensors, pairs_of
+from weight_sync.layout.named_tensors import NamedTensors, named_weights, pairs_of
 from weight_sync.publisher.group_updates import GroupUpdates
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.publisher.sources import AnyNamedTensors
@@ -199,6 +200,7 @@ class WeightCalls(EngineClient):
         weights and the old path stay.
         """
         check_extras("update_weights_from_disk", extras)
+        check_path("model_path", model_path)
         if load_format not in (None, "auto", "safetensors"):
             raise WeightUpdateError(
                 f"load_format: got {load_format!r}, expected None, 'auto' or 'safetensors'"
@@ -251,6 +253,7 @@ class WeightCalls(EngineClient):
         pattern: file names, with `{rank}` and `{part}`. max_size: bytes of tensors in a file (5 GiB). A folder that has
         a saved state is refused. Generation waits meanwhile. Returns the number of files, all ranks together.
         """
+        check_path("path", path)
         answer: Done = yield SaveShardedModel(
             path=str(Path(path).absolute()), pattern=pattern, max_size=max_size
         )
@@ -311,6 +314,14 @@ def _values(answer: WeightValues) -> list[Any]:
     return values
 
 
+def check_path(name: str, path: Any) -> None:
+    """`InvalidRequestError` for what is no path of a folder."""
+    if not isinstance(path, str | PathLike):
+        raise InvalidRequestError(
+            f"{name}: got {type(path).__name__}, expected the path of a folder"
+        )
+
+
 def _check_same_model(ours: Path, folder: Path) -> None:
     """`ManifestMismatch` where names and shapes may agree and the model is another one all the same."""
     if not (folder / "config.json").is_file() or not (ours / "config.json").is_file():
@@ -367,6 +378,8 @@ def _named_tensors(named_tensors: Any, load_format: str | None) -> NamedTensors:
 def _at_least_one(tensors: NamedTensors) -> NamedTensors:
     """`tensors`, which may be an iterator, unless there are none: that would be a new version of the same weights."""
     if isinstance(tensors, torch.nn.Module):
+        if next(iter(named_weights(tensors)), None) is None:
+            raise no_tensors("update_weights_from_tensor")
         return tensors
     pairs = pairs_of(tensors)
     if isinstance(pairs, Sequence) and pairs:

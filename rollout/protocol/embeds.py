@@ -66,11 +66,14 @@ def _message(value: Any, i: int) -> InputEmbeds:
     name: EmbedsDtype = "float32"
     for known, dtype in _DTYPES.items():
         name = known if dtype == value.dtype else name
-    rows = value.detach().to("cpu", _DTYPES[name]).contiguous()
+    try:
+        rows = value.detach().to("cpu", _DTYPES[name]).contiguous().view(torch.uint8)
+    except (RuntimeError, NotImplementedError) as error:  # a tensor without data, or a sparse one
+        raise _wrong(i, f"a tensor that cannot be read ({str(error)[:80]})") from None
     return InputEmbeds(
         dtype=name,
-        shape=(rows.shape[0], rows.shape[1]),
-        data=rows.view(torch.uint8).numpy().tobytes(),
+        shape=(value.shape[0], value.shape[1]),
+        data=rows.numpy().tobytes(),
     )
 
 

@@ -196,6 +196,8 @@ def test_rows_come_as_callers_have_them(setup: Setup, kind: str) -> None:
         ({"input_embeds": torch.zeros(2, 64, dtype=torch.int64)}, "int64 numbers"),
         ({"input_embeds": [[0.5] * 64, [0.5]]}, "prompt 0: got"),
         ({"input_embeds": "hello"}, "prompt 0: got str 'hello'"),
+        ({"input_embeds": torch.zeros(2, 64, device="meta")}, "cannot be read"),
+        ({"input_embeds": torch.zeros(2, 64).to_sparse()}, "cannot be read|shape"),
         ({"input_embeds": torch.full((2, 64), float("nan"))}, "not finite"),
         ({"input_embeds": torch.zeros(2, 64), "input_ids": [1]}, "input_ids beside it"),
         ({"input_embeds": torch.zeros(2, 64), "return_prompt_token_ids": True}, "has no tokens"),

@@ -135,10 +135,11 @@ def test_a_flattened_bucket_and_a_session_of_several_buckets(engine: Engine, tra
     check_parity(engine, trainer)
 
 
-@pytest.mark.parametrize("kind", ["list", "mapping", "iterator", "bucket"])
+@pytest.mark.parametrize("kind", ["list", "mapping", "iterator", "bucket", "module"])
 def test_an_update_of_no_tensors_is_refused_and_is_no_version(engine: Engine, kind: str) -> None:
     bucket = weight_sync.FlattenedTensorBucket(named_tensors=[])
-    nothing = {"list": [], "mapping": {}, "iterator": iter(()), "bucket": bucket}[kind]
+    kinds = {"list": [], "mapping": {}, "iterator": iter(()), "module": torch.nn.ReLU()}
+    nothing: Any = {**kinds, "bucket": bucket}[kind]
     load_format = "flattened_bucket" if kind == "bucket" else None
     before = engine.version
     with pytest.raises(ManifestMismatch, match="got no tensors, expected at least one"):
@@ -151,6 +152,10 @@ def test_what_is_no_tensors_at_all_is_refused_in_words(engine: Engine) -> None:
     for nothing in (None, 7):
         with pytest.raises(ManifestMismatch, match="named_tensors: got"):
             engine.update_weights_from_tensor(nothing)
+    for junk in ((5, []), (torch.zeros(4), 7), (torch.zeros(4).to_sparse(), [])):
+        bucket = dict(zip(("flattened_tensor", "metadata"), junk, strict=True))
+        with pytest.raises(ManifestMismatch, match=r"flattened_tensor.*expected"):
+            engine.update_weights_from_tensor(bucket, load_format="flattened_bucket")
     half: Any = {"flattened_tensor": torch.zeros(4)}
     with pytest.raises(weight_sync.WeightUpdateError, match="flattened_tensor and metadata"):
         engine.update_weights_from_tensor(half, load_format="flattened_bucket")

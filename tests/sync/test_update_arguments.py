@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -38,6 +39,8 @@ def test_numbers_of_other_libraries_are_numbers(engine: ToyEngine) -> None:
         ("base_version", 0.0),
         ("label", "x" * 513),
         ("label", "\ud800"),
+        ("expected_fingerprints", 5),
+        ("expected_fingerprints", {"norm.weight": "5"}),
         ("timeout_s", float("nan")),
         ("timeout_s", float("inf")),
         ("timeout_s", "10"),
@@ -51,7 +54,7 @@ def test_what_no_message_can_carry_is_refused_by_name(
     with WeightPublisher(engine, timeout_s=20.0) as publisher:
         with pytest.raises((WeightUpdateError, ValueError), match=name):
             publisher.publish(weights(1.0), **{name: value})
-        if name != "timeout_s":
+        if name not in ("timeout_s", "expected_fingerprints"):
             with pytest.raises(WeightUpdateError, match=name):
                 publisher.begin(**{name: value})
         assert not publisher.in_session and engine.values() == {0.0}
@@ -71,6 +74,17 @@ def test_what_holds_no_tensors_is_refused_in_words(engine: ToyEngine, nothing: A
     with WeightPublisher(engine, timeout_s=20.0) as publisher:
         with pytest.raises(ManifestMismatch, match="named_tensors: got"):
             publisher.publish(nothing)
+        assert publisher.publish(weights(1.0)).version == 1
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * 600, "\U0001f600" * 200])
+def test_a_name_that_no_message_carries_is_unknown(
+    make_engine: Callable[..., ToyEngine], name: str
+) -> None:
+    engine = make_engine(serve=True)
+    with WeightPublisher(engine.address, timeout_s=20.0) as publisher:
+        with pytest.raises(ManifestMismatch, match="unknown to the engine"):
+            publisher.publish({**weights(1.0), name: torch.zeros(2)})
         assert publisher.publish(weights(1.0)).version == 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ManifestMismatch
 from .manifest import MAX_DIMS, Manifest, TensorMeta, dtype_name, mismatch, parse_dtype
-from .named_tensors import NamedTensors, pairs_of
+from .named_tensors import NamedTensors, pairs_of, readable_pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,12 @@ class FlattenedTensorBucket:
                 "half a bucket: got only one of flattened_tensor and metadata, expected both; "
                 "an empty bucket is an empty tensor and an empty list"
             )
+        if not isinstance(flattened_tensor, torch.Tensor) or not isinstance(metadata, Iterable):
+            raise ManifestMismatch(
+                f"a bucket: got flattened_tensor of {type(flattened_tensor).__name__} and metadata of "
+                f"{type(metadata).__name__}, expected a tensor and a list with an entry for each of its tensors"
+            )
+        readable_pair(("flattened_tensor", flattened_tensor))
         self._flattened = flattened_tensor
         self._metadata, self._places = _read_metadata(metadata, flattened_tensor)
 
@@ -113,9 +119,14 @@ def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @torch.no_grad()
 def _pack(named: NamedTensors) -> tuple[torch.Tensor, list[FlattenedTensorMetadata]]:
     """One buffer with every tensor at its place in an arena, cut after the last byte of the last tensor."""
-    pairs = pairs_of(named)
-    if not isinstance(pairs, Sequence):  # what an iterator hands out its next item may overwrite
-        pairs = [(name, tensor.detach().clone()) for name, tensor in pairs]
+    given = pairs_of(named)
+    reused = not isinstance(
+        given, Sequence
+    )  # what an iterator hands out its next item may overwrite
+    pairs = [
+        (name, tensor.detach().clone() if reused else tensor)
+        for name, tensor in map(readable_pair, given)
+    ]
     devices = {tensor.device for _, tensor in pairs}
     if len(devices) > 1:
         raise ManifestMismatch(

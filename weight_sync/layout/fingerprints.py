@@ -20,7 +20,7 @@ from . import region as regions
 from .device_sums import device_sums
 from .manifest import Manifest, TensorMeta
 from .mesh_fingerprint import MeshSums
-from .named_tensors import NamedTensors, named_weights, pairs_of
+from .named_tensors import NamedTensors, named_weights, pairs_of, readable_pair
 from .shards import is_distributed
 from .spellings import canonical
 from .tensor_sums import MASK, combine, name_key, region_sum, unsigned
@@ -175,8 +175,8 @@ def _on_gpus(
 
 def _named(source: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(source, nn.Module):
-        return canonical(_unique_parameters(source))
-    return canonical(pairs_of(source))
+        return canonical(map(readable_pair, _unique_parameters(source)))
+    return canonical(map(readable_pair, pairs_of(source)))
 
 
 def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

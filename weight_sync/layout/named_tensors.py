@@ -14,6 +14,7 @@ from ..errors import ManifestMismatch
 NamedTensors = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 """Hugging Face names: of a module's parameters, of a mapping, or of pairs."""
 
+_PLAIN = (torch.Tensor, nn.Parameter)
 _BUFFERS = ("e_score_correction_bias",)
 
 
@@ -54,5 +55,29 @@ def checked_pair(item: Any) -> tuple[str, torch.Tensor]:
         raise ManifestMismatch(
             f"not a named tensor: got {type(item).__name__} of ({type(name).__name__}, "
             f"{type(tensor).__name__}), expected (str, torch.Tensor); pass a module, a mapping or pairs"
+        )
+    return name, tensor
+
+
+def unreadable(tensor: torch.Tensor) -> str | None:
+    """Why a tensor's elements cannot be read, as words behind "a tensor"; None: they can."""
+    if tensor.is_nested:
+        return "that is nested"
+    if tensor.is_meta:
+        return "without data (device meta)"
+    if tensor.layout is not torch.strided:
+        return f"with {tensor.layout}"
+    if type(tensor) in _PLAIN and tensor.numel() and not tensor.data_ptr():
+        return "whose memory was given back (its storage was resized)"
+    return None
+
+
+def readable_pair(item: Any) -> tuple[str, torch.Tensor]:
+    """One of them; `ManifestMismatch` also for a tensor whose elements cannot be read, which may end the process."""
+    name, tensor = checked_pair(item)
+    why = unreadable(tensor)
+    if why is not None:
+        raise ManifestMismatch(
+            f"{name}: got a tensor {why}, expected a dense one with data; bring it back first"
         )
     return name, tensor

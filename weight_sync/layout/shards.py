@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 from ..errors import ManifestMismatch
 from . import region as regions
 from .memory import joined
-from .named_tensors import NamedTensors, checked_pair, pairs_of
+from .named_tensors import NamedTensors, pairs_of, readable_pair
 from .region import Region
 
 Runs = list[tuple[int, int]]
@@ -89,13 +89,7 @@ def held_regions(name: str, tensor: torch.Tensor) -> tuple[HeldRegion, ...]:
 
 def dense_pairs(named_tensors: NamedTensors) -> list[tuple[str, torch.Tensor]]:
     """Named tensors as a list; `ManifestMismatch` for what is none, or has no data of its own."""
-    pairs = [checked_pair(item) for item in pairs_of(named_tensors)]
-    for name, tensor in pairs:
-        if tensor.is_meta or tensor.layout is not torch.strided:
-            raise ManifestMismatch(
-                f"{name}: got a tensor without data or that is not dense, expected a dense one with data"
-            )
-    return pairs
+    return [readable_pair(item) for item in pairs_of(named_tensors)]
 
 
 def placement_of(tensor: torch.Tensor) -> object:

@@ -132,7 +132,7 @@ def connect_store(
         try:
             timeout_s = min(left_s(end), 1.0)
             return Lifeline(socket.create_connection((host, port), timeout=timeout_s))
-        except socket.gaierror as error:
+        except (socket.gaierror, UnicodeError) as error:  # no name of a host can be such a text
             raise TransportError(
                 f"cannot find the rendezvous host {host!r}: got {error}, expected an address or a resolvable name; "
                 "check master_address"

@@ -364,7 +364,7 @@ class EngineEndpoint:
             raise
 
     def _ask_ignored(self, names: list[str], deadline: Deadline) -> frozenset[str]:
-        new = tuple(name for name in names if name not in self._ignored and len(name) <= 512)
+        new = tuple(name for name in names if name not in self._ignored and _can_be_asked(name))
         if new:
             reply: IgnoredReply = deadline.call(self.channel(), GetIgnored(names=new))
             ignored = set(reply.names)
@@ -383,6 +383,14 @@ def _close_late(channel: Channel, arena: Arena, opened: "Future[ArenaOpened]") -
         arena.close()
     else:
         closed.add_done_callback(lambda _: arena.close())
+
+
+def _can_be_asked(name: str) -> bool:
+    """Whether a message carries the name; others are no engine's."""
+    try:
+        return len(name.encode()) <= 512
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def current_gpu() -> int:

@@ -56,6 +56,7 @@ class UpdateOptions:
         for name in ("version", "base_version"):
             object.__setattr__(self, name, _number_of_version(name, getattr(self, name)))
         _check_label(self.label)
+        _check_expected(self.expected_fingerprints)
         if self.lease_s is not None:
             check_timeout(self.lease_s, "lease_s")
 
@@ -74,6 +75,18 @@ def _number_of_version(name: str, value: Any) -> int | None:
             "versions are counted, labels are free"
         )
     return number
+
+
+def _check_expected(expected: Any) -> None:
+    if expected is None:
+        return
+    if not isinstance(expected, Mapping) or not all(
+        isinstance(value, int | np.integer) for value in expected.values()
+    ):
+        raise WeightUpdateError(
+            f"expected_fingerprints: got {type(expected).__name__} {str(expected)[:60]}, expected a mapping of names "
+            "to numbers of 64 bits, as weight_sync.tensor_fingerprint gives them"
+        )
 
 
 def _check_label(label: Any) -> None:

@@ -15,13 +15,13 @@ import torch
 
 from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
-from ..layout.named_tensors import checked_pair
+from ..layout.named_tensors import checked_pair, unreadable
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
 from .sources import unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DTYPE, _LAYOUT, _IS_META = map(attrgetter, ("dtype", "layout", "is_meta"))
+_DTYPE, _LAYOUT, _IS_META, _IS_NESTED = map(attrgetter, ("dtype", "layout", "is_meta", "is_nested"))
 _HINTED = 5
 _HINT_WORK = 20_000
 """Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
@@ -58,13 +58,16 @@ class Repeated:
             return None
         if names != self.names or not set(map(type, tensors)).issubset(_PLAIN):
             return None
+        if any(map(_IS_NESTED, tensors)):  # at which torch's guards abort
+            return None
         if self.guard is not None and self.guard(*tensors):
-            return tensors
+            return tensors if _have_data(tensors) else None
         same = (
             all(map(is_, map(_DTYPE, tensors), self.dtypes))
             and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
             and set(map(_LAYOUT, tensors)) == {torch.strided}
             and not any(map(_IS_META, tensors))
+            and _have_data(tensors)
         )
         if not same:
             return None
@@ -191,9 +194,11 @@ class Selector:
                 and origin[i] is None
                 and type(tensor) in _PLAIN
                 and tensor.dtype is dtypes[i]
+                and not tensor.is_nested
                 and tensor.shape == shapes[i]
                 and tensor.layout is torch.strided
                 and not tensor.is_meta
+                and tensor.data_ptr()
             ):
                 origin[i] = name
                 sources[i] = tensor
@@ -294,9 +299,8 @@ class Selector:
                 f"{name}: got a distributed tensor, expected a plain one; pass tensor.full_tensor(), which every "
                 "rank must call"
             )
-        elif tensor.is_meta or tensor.layout is not torch.strided:
-            kind = "without data (device meta)" if tensor.is_meta else f"with {tensor.layout}"
-            self._problems.append(f"{name}: got a tensor {kind}, expected a dense one with data")
+        elif (why := unreadable(tensor)) is not None:
+            self._problems.append(f"{name}: got a tensor {why}, expected a dense one with data")
         elif tuple(tensor.shape) != shape:
             self._problems.append(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype == dtype:
@@ -332,6 +336,12 @@ class Selector:
                     f"{name}: differs from {origin}, which is the same tensor in this model (tied weights); send "
                     "one of them, or equal values"
                 )
+
+
+def _have_data(tensors: list[torch.Tensor]) -> bool:
+    """No memory of dense ones was given back since."""
+    pointers = map(torch.Tensor.data_ptr, tensors)
+    return 0 not in pointers or not any(map(unreadable, tensors))
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

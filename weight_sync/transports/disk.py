@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from ..errors import FingerprintMismatch, TransportError
 from ..layout.checkpoint_folder import INDEX_FILE, opened, stored_tensors, weight_files
 from ..layout.manifest import dtype_name, mismatch
-from ..layout.named_tensors import NamedTensors, pairs_of
+from ..layout.named_tensors import NamedTensors, pairs_of, readable_pair
 from ..layout.tensor_sums import tensor_fingerprint
 
 MANIFEST_NAME = "manifest.json"
@@ -195,7 +195,7 @@ def _write_shards(
         shards.append(values)
         pending.clear()
 
-    for name, tensor in named_tensors:
+    for name, tensor in map(readable_pair, named_tensors):
         if name in names:
             raise mismatch(
                 "cannot write a checkpoint", [f"{name}: sent more than once"], "send it once"
@@ -305,7 +305,7 @@ def _read_manifest(folder: Path) -> CheckpointManifest | None:
     try:
         raw = path.read_bytes()
         manifest = msgspec.json.decode(raw, type=CheckpointManifest)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError) as error:  # what is no UTF-8, too
         raise TransportError(
             f"{path} cannot be read: {error}; expected what weight_sync.write_checkpoint writes; write it again"
         ) from error

@@ -140,7 +140,7 @@ class RpcClient:
             self._context.destroy(linger=0)
             self._wake.close()
             raise ValueError(
-                f"not an address: got {shown(address)!r} ({error.strerror}), expected one like "
+                f"not an address: got {shown(address)!r} ({zmq.strerror(error.errno or 0)}), expected one like "
                 '"ipc:///tmp/folder/socket" or "tcp://127.0.0.1:5555"; use `engine.address`, '
                 "or what the engine was told to listen at"
             ) from None

@@ -1,0 +1,87 @@
+"""Tensors whose elements are not there, or not where a dense one has them, are refused by name wherever they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sync_support import ToyEngine, weights
+
+import weight_sync
+from weight_sync.errors import ManifestMismatch, TransportError
+from weight_sync.layout.shards import dense_pairs
+from weight_sync.publisher.publisher import WeightPublisher
+from weight_sync.transports.disk import MANIFEST_NAME, read_checkpoint, write_checkpoint
+
+NAME = "layers.0.q.weight"
+
+
+def given_back(tensor: torch.Tensor) -> torch.Tensor:
+    """As trainers do that offload their parameters."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whose memory was given back": given_back,
+    "without data": lambda tensor: tensor.to("meta"),
+    "torch.sparse_coo": lambda tensor: tensor.to_sparse(),
+    "that is nested": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+}
+CALLS: dict[str, Callable[[dict[str, torch.Tensor], Path], Any]] = {
+    "fingerprint": lambda named, _: weight_sync.fingerprint(named),
+    "bucket of a mapping": lambda named, _: weight_sync.FlattenedTensorBucket(named),
+    "bucket of an iterator": lambda named, _: weight_sync.FlattenedTensorBucket(
+        iter(named.items())
+    ),
+    "checkpoint": lambda named, path: write_checkpoint(path / "x", named),
+    "ranks": lambda named, _: dense_pairs(named),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_what_reads_tensors_says_which_one_cannot_be_read(
+    tmp_path: Path, call: str, kind: str
+) -> None:
+    named = weights(1.0)
+    named[NAME] = KINDS[kind](named[NAME])
+    with pytest.raises(ManifestMismatch, match=f"{NAME}: got a tensor .*{kind}.*expected a dense"):
+        CALLS[call](named, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transport", ["auto", "shared_memory"])
+def test_a_publish_is_refused_also_when_the_same_names_came_before(
+    make_engine: Callable[..., ToyEngine], kind: str, transport: Any
+) -> None:
+    engine = make_engine(serve=transport != "auto")
+    target = engine if transport == "auto" else engine.address
+    with WeightPublisher(target, transport=transport, timeout_s=20.0) as publisher:
+        for version in (1, 2, 3):
+            named = weights(float(version))
+            publisher.publish(named)
+            named[NAME] = KINDS[kind](named[NAME])
+            for source in (named, iter(named.items())):
+                with pytest.raises(ManifestMismatch, match=rf"(?s)1 problem.*{NAME}: .*{kind}"):
+                    publisher.publish(source)
+        assert engine.values() == {3.0} and engine.receiver.version == 3
+
+
+@pytest.mark.parametrize("named", [5, [("a", 5)], [("a",)], [(3, torch.zeros(2))], ["ab"], [None]])
+def test_a_bucket_of_no_named_tensors_is_refused(named: Any) -> None:
+    with pytest.raises(ManifestMismatch, match=r"got .*, expected "):
+        weight_sync.FlattenedTensorBucket(named)
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x", weights(1.0))
+    for content in (b"\xff\xfe{", b'{"format": "\xff"}', b"", b"[" * 100_000):
+        (tmp_path / "x" / MANIFEST_NAME).write_bytes(content)
+        with pytest.raises(TransportError, match="cannot be read"):
+            read_checkpoint(tmp_path / "x")
