@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rollout_kernels.compiling import compile_ahead
 from rollout_kernels.shared_prefixes import SharedPrefixes, num_numbers
 
 from ..layers.device_sampler import DeviceSampler
@@ -44,8 +44,6 @@ _EXTENSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """Decodes beside a prompt: between them, all numbers of splits of their keys."""
 _PROMPT = 256
 """Tokens of a prompt that is computed only so that kernels are compiled."""
-_COMPILERS = 8
-"""Threads that compile kernels at start."""
 _INPUT_BYTES = 128
 """More than the bytes of a row's numbers."""
 
@@ -161,30 +159,19 @@ class CudaGraphRunner:
         self._addresses = ()
 
     def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
-        """Run every kind, and steps with a prompt, once on padding, so that kernels are compiled: side by side, which
-        takes a fraction.
-
-        Threads have no order among each other, so the ranks do not talk meanwhile.
-        """
-
-        inputs = {kind: self._backend.staging.upload(_padding(kind.size)) for kind in kinds}
+        """Compile what these kinds, and steps with a prompt, launch. Ranks compile alone, and do not talk meanwhile."""
         stream.wait_stream(torch.cuda.current_stream(self._device))
-
-        def run(kind: _Kind) -> None:
-            with torch.cuda.stream(stream), torch.inference_mode():
-                self._body(kind, inputs[kind])
-
-        def extend(num_decodes: int) -> None:
-            with torch.cuda.stream(stream), torch.inference_mode():
-                self._backend.compute_padding(num_decodes, _PROMPT)
-
-        with self._model.tp.muted(), ThreadPoolExecutor(_COMPILERS) as pool:
-            run(kinds[0])  # most of the kernels
-            extensions = [pool.submit(extend, num) for num in _EXTENSIONS if num < self.max_batch]
-            list(pool.map(run, kinds[1:]))
-            for extension in extensions:
-                extension.result()
+        with self._model.tp.muted(), torch.cuda.stream(stream), compile_ahead():
+            self._run_padding(kinds)
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _run_padding(self, kinds: Sequence[_Kind]) -> None:
+        with torch.inference_mode():
+            for kind in kinds:
+                self._body(kind, self._backend.staging.upload(_padding(kind.size)))
+            for num_decodes in _EXTENSIONS:
+                if num_decodes < self.max_batch:
+                    self._backend.compute_padding(num_decodes, _PROMPT)
 
     def _captured(self, kind: _Kind, stream: torch.cuda.Stream) -> Callable[[], None]:
         """Run the step once, so that libraries are ready, then capture it."""

@@ -26,7 +26,7 @@ DEVICE = "NVIDIA H200"
 MULTIPROCESSORS = 132
 
 
-class _Hopper(DriverBase):
+class Hopper(DriverBase):
     """A driver that knows what to compile for, and launches nothing."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ def imagine_h200() -> dict[str, Any]:
     ]
     for owner, name, value in patches:
         setattr(owner, name, value)
-    triton.runtime.driver.set_active(_Hopper())
+    triton.runtime.driver.set_active(Hopper())
     mode.__enter__()
     return found
 
