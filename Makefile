@@ -55,10 +55,11 @@ $(VERL_VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(VERL_VENV)/bin/python -m pip install -q -e ".[test,ray,verl]"
 	@touch $@
 
-# Their metadata asks for other versions of torch and transformers than the engine's.
+# Their metadata asks for other versions of torch and transformers than the engine's. deepspeed compiles its collectives of
+# a CPU, here before any test does; where it is installed, accelerate and peft import it always.
 CLIENTS_VENV ?= .venv-clients
 
-test-clients: $(CLIENTS_VENV)/.installed ## client classes of AReaL, SkyRL and others against a server, in $(CLIENTS_VENV)
+test-clients: $(CLIENTS_VENV)/.installed ## clients of AReaL, SkyRL and others against a server, TRL with ZeRO-3, in $(CLIENTS_VENV)
 	$(subst $(BIN)/,$(CLIENTS_VENV)/bin/,$(PYTEST)) tests/trainers/clients $(PYTEST_ARGS)
 
 $(CLIENTS_VENV)/.installed: pyproject.toml tests/trainers/clients/requirements.txt | $(BIN)/python
@@ -66,6 +67,7 @@ $(CLIENTS_VENV)/.installed: pyproject.toml tests/trainers/clients/requirements.t
 	$(CLIENTS_VENV)/bin/python -m pip install -q "$(TORCH)"
 	$(CLIENTS_VENV)/bin/python -m pip install -q -e ".[test,ray,server,trl]" aiohttp
 	$(CLIENTS_VENV)/bin/python -m pip install -q --no-deps --ignore-requires-python -r tests/trainers/clients/requirements.txt
+	DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 $(CLIENTS_VENV)/bin/python -m pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
 	@touch $@
 
 FAULTS := $(addprefix tests/faults/test_,ray_deaths.py engine_*deaths.py pool_deaths.py engine_lies.py)

@@ -31,9 +31,9 @@ STARTED_ANEW = {
 """Files that show how processes start. Those of others are forks, seconds sooner; not near a GPU, which forks lose."""
 
 LONG = """
-test_ray_deaths test_trl_attach test_kernel_edges test_engine_rank_deaths test_pool_deaths test_paged_attention
-test_sampling_kernels test_engine_trainer_deaths test_trl_async test_message_machine test_group_machine
-test_pool_supervisor_machine test_commit_faults test_deterministic test_deterministic_mixtures
+test_ray_deaths test_trl_attach test_trl_ranks test_kernel_edges test_engine_rank_deaths test_pool_deaths
+test_paged_attention test_sampling_kernels test_engine_trainer_deaths test_trl_async test_message_machine
+test_group_machine test_pool_supervisor_machine test_commit_faults test_deterministic test_deterministic_mixtures
 test_steps_of_two_ranks test_triton_backend test_engine_lies test_finite_numbers test_grouped_experts
 test_layer_kernels test_demo_run test_description test_attention_search test_pool_machine test_lm_eval test_wheel
 """.split()

@@ -1,10 +1,7 @@
 """TRL's own GRPO and RLOO trainers, generating with an engine by `attach`: the real library, a tiny model."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from trl_support import (
     DIFFERENCE,
     NUM_DIGITS,
     data,
-    exact,
     load,
     logged,
     make_trainer,
@@ -215,27 +211,6 @@ def test_a_pool_generates_for_a_trainer(task):
     assert max(logged(trainer, DIFFERENCE)) < TOLERANCE
 
 
-def test_the_documented_hook_works_without_private_attributes(task, engine):
-    folder, examples = task
-    seen = []
-
-    def reward(completions, answer, **columns):
-        seen.append(exact(completions, answer))
-        return seen[-1]
-
-    trainer = make_trainer(
-        "GRPO",
-        folder,
-        data(examples, conversational=True),
-        reward_funcs=reward,
-        rollout_func=rollout_func(engine),
-        args={"off_policy_mask_threshold": 0.5},  # TRL looks at the log-probabilities with it
-    )
-    trained(trainer)
-    assert engine.status().weight_version == "step 2"
-    assert mean([mean(batch) for batch in seen]) > 0.05  # poisoned weights get nothing
-
-
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -265,18 +240,6 @@ def test_another_trainer_another_version_and_other_options_are_refused(task, eng
         attach(trainer, engine)
     with pytest.raises(ConfigError, match=r"got trl 1\.17\.0"):
         rollout_func(engine)
-
-
-def test_another_way_to_gather_shards_is_refused_before_a_step(task, engine, monkeypatch):
-    """Only where parameters are sharded is what gathers them looked for."""
-    folder, examples = task
-    trainer = make_trainer("GRPO", folder, data(examples))
-    monkeypatch.delattr("trl.generation.vllm_generation.VLLMGeneration._iter_named_params")
-    attach(trainer, engine).close()
-    trainer.use_vllm = False
-    trainer._dist.zero_stage = 3
-    with pytest.raises(ConfigError, match=r"sharded parameters.*_iter_named_params.*pip install"):
-        attach(trainer, engine)
 
 
 def test_prompts_that_are_not_grouped_are_refused(task, engine):
@@ -385,58 +348,3 @@ def test_a_trainer_uses_an_engine_of_another_process_by_its_address(task):
     finally:
         process.stdin.close()
         assert process.wait(60) == 0
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", ["shared", "own", "fsdp2"])
-def test_several_ranks_of_a_trainer_sample_from_what_was_published(task, tmp_path, mode):
-    """`shared`: rank 0 has an engine, rank 1 uses it, and groups lie across both; `own`: an engine each; `fsdp2`: as
-    `shared`, and each rank holds its part of every parameter, as accelerate cuts them."""
-    said = run_ranks(task[0], tmp_path, mode)
-    for row in said:
-        assert row["label"] == "step 2"
-        assert row["served"] == row["expected"]
-        assert len(row["differences"]) == 3
-        assert max(row["differences"]) < TOLERANCE
-        assert row["is_sharded"] == (mode == "fsdp2")
-    assert [row["publishes"] for row in said] == [True, mode == "own"]
-    if mode == "fsdp2":
-        assert sum(row["held"] for row in said) == said[0]["all"]
-    if mode != "shared":
-        return
-    # What one rank cannot publish is an error on all, and the engine serves what it did.
-    assert said[0]["error"].startswith("NonFiniteWeightsError")
-    assert said[1]["error"].startswith("WeightUpdateError: rank 0 could not publish")
-    assert all(row["served_after_error"] == row["expected"] for row in said)
-
-
-def run_ranks(checkpoint, folder, mode):
-    """What both ranks of `trl_rank.py` said."""
-    script = Path(__file__).with_name("trl_rank.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(checkpoint), str(folder), mode],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "0",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        answers = [process.communicate(timeout=500) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(ranks, answers, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in answers]

@@ -1,13 +1,15 @@
-"""One of two ranks of a TRL trainer: python trl_rank.py CHECKPOINT FOLDER shared|own|fsdp2."""
+"""One of two ranks of a TRL trainer: python trl_rank.py CHECKPOINT FOLDER shared|own|fsdp2|zero3|zero3-adapters."""
 
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,8 +47,30 @@ def allow_fsdp_on_a_cpu() -> None:
     }
 
 
+def shard_with_zero3() -> None:
+    """As `accelerate launch --use_deepspeed --zero_stage 3` sets them, and that deepspeed is to compute on a CPU."""
+    os.environ |= {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def whole(parameters: list[torch.nn.Parameter], mode: str) -> AbstractContextManager[Any]:
+    """While it is entered, parameters of ZeRO-3 hold all that they are."""
+    if not mode.startswith("zero3"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
+
+
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of it."""
+    if hasattr(parameter, "ds_tensor"):  # of ZeRO-3
+        return parameter.ds_tensor
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -72,6 +96,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if mode == "fsdp2":
         allow_fsdp_on_a_cpu()
+    if mode.startswith("zero3"):
+        shard_with_zero3()
     rank = int(os.environ["RANK"])
     # The ranks meet at a file: no port that another process might have taken meanwhile.
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -79,21 +105,32 @@ def main() -> None:
     if own is not None:
         poison(own)
     examples = make_dataset(num_train=512, num_heldout=32, num_digits=NUM_DIGITS, seed=0)
-    args = {"per_device_train_batch_size": 4, "num_generations": 8}
-    trainer = make_trainer("GRPO", checkpoint, data(examples), args=args)
+    args: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 8}
+    options: dict[str, Any] = {}
+    if mode.startswith("zero3"):
+        # accelerate gives deepspeed its ranks where no CPU is asked for, and a CPU a backend where one is named.
+        args |= {"use_cpu": False, "ddp_backend": "gloo"}
+    if mode == "zero3-adapters":
+        args["learning_rate"] = 0.02
+        options["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0
+        )
+    trainer = make_trainer("GRPO", checkpoint, data(examples), args=args, **options)
     generation = attach(trainer, own)
     trainer.train()
     engine = generation.engine
+    parameters = list(trainer.model.parameters())
     said: dict[str, Any] = {
         "publishes": generation.publishes,
         "label": engine.weight_version,
         "differences": logged(trainer, DIFFERENCE),
-        "is_sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
-        "held": sum(local(p).numel() for p in trainer.model.parameters()),
-        "all": sum(p.numel() for p in trainer.model.parameters()),
+        "is_sharded": all(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in parameters),
+        "held": sum(local(p).numel() for p in parameters),
     }
     generation.sync_weights()
-    said["expected"] = fingerprint(trainer.model)
+    with whole(parameters, mode):
+        said["all"] = sum(p.numel() for p in parameters)
+        said["expected"] = fingerprint(trainer.model)
     said["served"] = engine.weights_fingerprint()
     if mode == "shared":
         said["error"] = refused(trainer, generation)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +190,35 @@ def wait_until(true: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def run_ranks(checkpoint: Path, folder: Path, mode: str) -> list[dict[str, Any]]:
+    """What both ranks of `trl_rank.py` said."""
+    script = Path(__file__).with_name("trl_rank.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(checkpoint), str(folder), mode],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "0",
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        answers = [process.communicate(timeout=500) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(ranks, answers, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in answers]

@@ -17,7 +17,7 @@ from weight_sync import WeightPublisher
 
 from .contract import check_trainer
 from .sampling import check_repeated, runs, sample, sampling_params
-from .weights import WeightSync
+from .weights import WeightSync, around_training
 
 _NEVER = -1
 
@@ -70,8 +70,12 @@ class EngineGeneration:
         ids = [[[token] for token in row] for row in sampled.completion_ids]
         return prompts, sampled.completion_ids, logprobs, ids
 
+    def release(self) -> None:
+        """Give back what publishing took, until `sync_weights` is called again; done whenever `train()` ends."""
+        self._weights.release()
+
     def close(self) -> None:
-        """Give back what publishing took; the engine goes on."""
+        """Give back what publishing took, and the connection to an address; the engine goes on."""
         self._weights.close()
 
 
@@ -98,22 +102,13 @@ def attach(
     trainer.vllm_mode = "server"
     trainer.use_vllm = True
     trainer._last_loaded_step = _NEVER
-    trainer.add_callback(_sync_again(trainer))
-    return generation
-
-
-def _sync_again(trainer: Any) -> Any:
-    """A callback for weights that change while `global_step` does not: another `train()`, the best model loaded."""
-    from transformers import TrainerCallback
 
     def forget() -> None:
         trainer._last_loaded_step = _NEVER
 
-    class SyncAgain(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            forget()
+    def end() -> None:
+        forget()
+        generation.release()
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            forget()
-
-    return SyncAgain()
+    around_training(trainer, begins=forget, ends=end)
+    return generation

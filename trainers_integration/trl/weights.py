@@ -7,7 +7,7 @@ of them, and none waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,23 +51,17 @@ class WeightSync:
             else Engine.connect(address, skip_tokenizer_init=True)
         )
         owners = [text or addresses[0] for text in addresses]
-        self._publisher: WeightPublisher | None = None
-        self._given = publisher
-        if owners.index(address) == accelerator.process_index:
-            limit = self.engine.config.request_timeout_s
-            self._publisher = publisher or WeightPublisher(self.engine, timeout_s=limit)
         self._owners, self._address = owners, address
+        self.publishes: bool = owners.index(address) == accelerator.process_index
+        """This rank is the one that publishes into its engine."""
+        self._given = publisher
+        self._publisher: WeightPublisher | None = None
         self.version = 0
         """Number of the version that this trainer published last; 0: none."""
 
     @property
     def _is_sharded(self) -> bool:
         return bool(self._trainer._dist.is_fsdp or self._trainer._dist.is_zero3)
-
-    @property
-    def publishes(self) -> bool:
-        """This rank is the one that publishes into its engine."""
-        return self._publisher is not None
 
     def publish(self, label: str) -> None:
         """Make the engine serve the trainer's present parameters; returns when it does, on every rank."""
@@ -88,13 +82,21 @@ class WeightSync:
     def _publish(self, label: str) -> int:
         """The published version; 0 on a rank that does not publish."""
         tensors = self._tensors()
-        if self._publisher is None:
-            _exhaust(tensors)
-            return 0
         try:
-            return self._publisher.publish(tensors, label=label).version
+            if not self.publishes:
+                return 0
+            return self._opened().publish(tensors, label=label).version
         finally:
             _exhaust(tensors)  # Other ranks wait in the gathers of what is left.
+
+    def _opened(self) -> WeightPublisher:
+        """The publisher that was given, or one of this object's own."""
+        if self._given is not None:
+            return self._given
+        if self._publisher is None:
+            limit = self.engine.config.request_timeout_s
+            self._publisher = WeightPublisher(self.engine, timeout_s=limit)
+        return self._publisher
 
     def _all(self, number: int) -> list[int]:
         accelerator = self._trainer.accelerator
@@ -110,12 +112,37 @@ class WeightSync:
             return trainer.accelerator.unwrap_model(trainer.model)
         return gathered(trainer)
 
+    def release(self) -> None:
+        """Give back what publishing took (its arena, its connection), which the next `publish` takes again.
+
+        A publisher that was given stays as it is.
+        """
+        publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            publisher.close()
+
     def close(self) -> None:
-        """Give back what this object opened; the engine goes on, and so does a publisher that was given."""
-        if self._publisher is not None and self._given is None:
-            self._publisher.close()
+        """`release`, and end the connection that was opened for an address; the engine goes on."""
+        self.release()
         if self._connected:
             self.engine.shutdown()
+
+
+def around_training(trainer: Any, *, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Have `begins` and `ends` called whenever `trainer.train()` begins and ends.
+
+    Weights may change there while `global_step` does not: another `train()`, the best model loaded.
+    """
+    from transformers import TrainerCallback
+
+    class Around(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            begins()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            ends()
+
+    trainer.add_callback(Around())
 
 
 def gathered(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:

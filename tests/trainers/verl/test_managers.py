@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from versions import TOLERANCE, Reference, version_weights
 
+from rollout import Engine
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `verl_trainer`
 
@@ -149,13 +151,27 @@ def test_two_standalone_replicas_follow_a_trainer_of_two_ranks(cluster: None, fo
 
     async def update_while_generating() -> list[Any]:
         client = servers.get_client(FullyAsyncLLMServerClient)
+        addresses = [replica.servers[0].address.remote() for replica in servers.get_replicas()]
+        engines = [
+            Engine.connect(address, skip_tokenizer_init=True)
+            for address in await asyncio.gather(*addresses)
+        ]
+        for engine in engines:
+            engine.slow_down(0.05)
+        before = [engine.status().num_decoded_tokens for engine in engines]
         running = asyncio.ensure_future(ask(client, 4, max_tokens=200))
-        await asyncio.sleep(0.3)
+        for engine, count in zip(engines, before, strict=True):
+            while (await engine.async_status()).num_decoded_tokens < count + 8:
+                await asyncio.sleep(0.01)
         await manager.update_weights(global_steps=4)
+        for engine in engines:
+            engine.slow_down(0.0)
+            engine.shutdown()  # the connection
         return await running
 
     outputs = asyncio.run(update_while_generating())
     assert {len(output.token_ids) for output in outputs} == {200}
+    assert {output.extra_fields["min_global_steps"] for output in outputs} == {3}
     assert {output.extra_fields["max_global_steps"] for output in outputs} == {4}
     assert {len(output.log_probs) for output in outputs} == {200}
     check(asyncio.run(ask(servers.get_client(), 2, max_tokens=8)), reference, 4)
