@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from sync_support import ToyHost, eventually, toy_map, weights
 from weight_sync.errors import ERRORS, DeadlineExceeded, SessionBusy, SyncError
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.receiver import agreement
-from weight_sync.receiver.agreement import together
+from weight_sync.receiver.agreement import check_in_time, together
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
@@ -207,6 +208,27 @@ def test_a_commit_that_is_late_on_one_rank_is_written_by_none(
         assert publisher.publish(weights(3.0)).version == 2
         engine.check()
         assert engine.values() == {3.0}
+
+
+def test_ranks_look_at_the_clock_when_the_last_of_them_has_come() -> None:
+    """One that was stopped before it got the message counts its time from then on, and waits for nobody."""
+    meeting = Meeting()
+    end = time.monotonic() + 0.2
+    found: list[BaseException | None] = [None, None]
+
+    def come(rank: int, own_end: float) -> None:
+        try:
+            check_in_time(ThreadAgreement(rank, meeting), own_end, "the commit of version 2")
+        except DeadlineExceeded as error:
+            found[rank] = error
+
+    first = threading.Thread(target=come, args=(0, end))
+    first.start()
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    come(1, time.monotonic() + 60.0)
+    first.join(30)
+    assert [type(error) for error in found] == [DeadlineExceeded] * 2
 
 
 def test_a_step_that_fails_on_one_rank_has_failed_on_all() -> None:

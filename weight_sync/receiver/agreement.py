@@ -77,8 +77,11 @@ def check_in_time(agreement: RankAgreement, end: float, what: str) -> None:
     """`DeadlineExceeded` on all ranks when `end` (monotonic, each rank's own) has passed on one of them.
 
     The last thing before what cannot be taken back: since the loop decided to come here a process may have been
-    stopped for any length of time, and whoever asked has been told that it was too late.
+    stopped for any length of time, and whoever asked has been told that it was too late. So may a rank before it was
+    told at all, which then counts its time anew: the clock is looked at when all have come.
     """
+    if agreement.size > 1:
+        agreement.gather(np.zeros(1, dtype=np.uint64))
     late = time.monotonic() >= end
     if agreement.size > 1:
         late = bool(agreement.gather(np.array([late], dtype=np.uint64)).any())
