@@ -15,7 +15,7 @@ from rollout import Engine
 from rollout.errors import ConfigError
 from weight_sync import WeightPublisher
 
-from .parts import parts_of
+from .parts import rounds, timed_update
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
 from .settings import GpuBench
@@ -70,20 +70,16 @@ def run_gpu(settings: GpuBench, screen: Screen) -> BenchResult:
         others = settings.tp_size - (trainer_gpu.index < settings.tp_size)
         crossing = num_bytes(tensors) * others // settings.tp_size
         floor = GpuCopy(crossing, trainer_gpu, torch.device("cuda", 0))
-        total = settings.warmup + settings.repetitions
-        with screen.progress(f"{len(tensors)} tensors", total) as advance:
-            for i in range(total):
-                if i == settings.warmup:
-                    series.clear()
-                round_ = {"copy": {"publish": floor.run()}}
-                for way, publisher in publishers.items():
-                    move_a_little(tensors)
-                    round_[way] = one_update(publisher, tensors)
-                for way, values in round_.items():
-                    kept = series.setdefault(way, defaultdict(list))
-                    for name, seconds in values.items():
-                        kept[name].append(seconds)
-                advance(", ".join(f"{w} {v['publish'] * 1e3:.1f} ms" for w, v in round_.items()))
+        for advance in rounds(settings, screen, f"{len(tensors)} tensors", series):
+            round_ = {"copy": {"publish": floor.run()}}
+            for way, publisher in publishers.items():
+                move_a_little(tensors)
+                round_[way] = timed_update(publisher, tensors)
+            for way, values in round_.items():
+                kept = series.setdefault(way, defaultdict(list))
+                for name, seconds in values.items():
+                    kept[name].append(seconds)
+            advance(", ".join(f"{w} {v['publish'] * 1e3:.1f} ms" for w, v in round_.items()))
         if engine.weights_fingerprint() != weight_sync.fingerprint(tensors):
             raise AssertionError("the engine was sent these tensors and holds others")
         stack.close()  # Before the engine ends.
@@ -130,14 +126,6 @@ class GpuCopy:
     def _wait(self) -> None:
         for tensor in (self.source, self.target):
             torch.cuda.synchronize(tensor.device)
-
-
-def one_update(publisher: WeightPublisher, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Seconds of the whole call, and of its parts as the report has them."""
-    torch.cuda.synchronize(next(iter(tensors.values())).device)
-    start = time.perf_counter()
-    report = publisher.publish(tensors)
-    return {"publish": time.perf_counter() - start, **parts_of(report)}
 
 
 def _result(

@@ -22,7 +22,7 @@ from weight_sync import WeightPublisher
 
 from .expert_engine import dense_shapes, expert_shapes
 from .idle_host import served
-from .parts import parts_of
+from .parts import timed_update
 from .pause import streaming
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
@@ -183,10 +183,7 @@ def _rounds(
     series: Series = defaultdict(list)
     for i in range(warmup + repetitions):
         move_a_little(tensors)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        report = publisher.publish(tensors)
-        seconds = {"publish": time.perf_counter() - start, **parts_of(report)}
+        seconds = timed_update(publisher, tensors)
         seconds["publish_beyond_packing"] = seconds["publish"] - seconds["pack"]
         if i >= warmup:
             for name, value in seconds.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from weight_sync import WeightPublisher
 
 from .floor import PlainCopy
 from .loopback import LoopbackPeer
-from .parts import parts_of
+from .parts import rounds, timed_update
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
 from .settings import GroupBench
@@ -125,29 +124,22 @@ def _rounds(
 ) -> Series:
     """A copy, the update, a copy, sockets and `others`: what is compared is measured side by side."""
     series: Series = defaultdict(list)
-    total = settings.warmup + settings.repetitions
-    with screen.progress(title, total) as advance:
-        for i in range(total):
-            if i == settings.warmup:
-                series.clear()
-            move_a_little(tensors)
-            before = copy.run()
-            start = time.perf_counter()
-            report = publisher.publish(tensors)
-            series["publish"].append(time.perf_counter() - start)
-            series["plain_copy"].append((before + copy.run()) / 2)
-            for name, seconds in parts_of(report).items():
-                series[name].append(seconds)
-            # What neither checks nor copies: the bytes under way, messages, the wait for a step boundary.
-            series["wire"].append(report.begin_to_committed_s - report.stage_s - report.copy_s)
-            for num in settings.stream_counts:
-                series[f"sockets_{num}"].append(peer.sockets(num))
-            if others:
-                series["group_alone"].append(peer.group())
-                series["each"].append(peer.tensor_by_tensor())
-                series["flat"].append(peer.flat())
-            verified, floor = report.begin_to_verified_s, min(_loopback(series, settings, -1))
-            advance(f"verified in {verified * 1e3:.0f} ms, loopback {floor * 1e3:.0f} ms")
+    for advance in rounds(settings, screen, title, series):
+        move_a_little(tensors)
+        before = copy.run()
+        took = timed_update(publisher, tensors)
+        took["plain_copy"] = (before + copy.run()) / 2
+        # What neither checks nor copies: the bytes under way, messages, the wait for a step boundary.
+        took["wire"] = took["begin_to_committed"] - took["check_staged"] - took["copy"]
+        took |= {f"sockets_{num}": peer.sockets(num) for num in settings.stream_counts}
+        if others:
+            took["group_alone"] = peer.group()
+            took["each"] = peer.tensor_by_tensor()
+            took["flat"] = peer.flat()
+        for name, seconds in took.items():
+            series[name].append(seconds)
+        verified, floor = took["begin_to_verified"], min(_loopback(series, settings, -1))
+        advance(f"verified in {verified * 1e3:.0f} ms, loopback {floor * 1e3:.0f} ms")
     return series
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from weight_sync import WeightPublisher
 
 from .floor import PlainCopy, UsualWay
 from .idle_host import served
-from .parts import parts_of
+from .parts import rounds, timed_update
 from .results import BenchResult, Headline, Table, summary
 from .screen import Screen
 from .settings import ModelShape, MoeShape, SyncBench
@@ -119,25 +118,17 @@ def _rounds(
     copy = PlainCopy(num_bytes(tensors))
     usual = UsualWay(tensors, copy.target)
     series: Series = defaultdict(list)
-    total = settings.warmup + settings.repetitions
-    with screen.progress(title, total) as advance:
-        for i in range(total):
-            if i == settings.warmup:
-                series.clear()
-            move_a_little(tensors)
-            before = copy.run()
-            start = time.perf_counter()
-            report = publisher.publish(tensors)
-            publish_s = time.perf_counter() - start
-            after = copy.run()
-            for name, seconds in {"publish": publish_s, **parts_of(report)}.items():
-                series[name].append(seconds)
-            series["plain_copy"].append((before + after) / 2)
-            cat_s, out_s = usual.run()
-            series["usual_cat"].append(cat_s)
-            series["usual_copy_out"].append(out_s)
-            series["usual"].append(cat_s + out_s)
-            advance(f"{publish_s * 1e3:.1f} ms, {publish_s / series['plain_copy'][-1]:.2f} copies")
+    for advance in rounds(settings, screen, title, series):
+        move_a_little(tensors)
+        before = copy.run()
+        took = timed_update(publisher, tensors)
+        took["plain_copy"] = (before + copy.run()) / 2
+        took["usual_cat"], took["usual_copy_out"] = usual.run()
+        took["usual"] = took["usual_cat"] + took["usual_copy_out"]
+        for name, seconds in took.items():
+            series[name].append(seconds)
+        copies = took["publish"] / took["plain_copy"]
+        advance(f"{took['publish'] * 1e3:.1f} ms, {copies:.2f} copies")
     return series
 
 

@@ -153,29 +153,10 @@ def catch_up(
 
     Raises a `WeightUpdateError` when it cannot be done here and now, `EngineDiedError` when the replica died.
     """
-    found = _reach(member, info, served, source, peers, group_host, end)
-    if served.fingerprint is not None and found != served.fingerprint:
-        raise FingerprintMismatch(
-            f"{member.name} holds other weights than the pool serves: got fingerprint {found:#018x}, "
-            f"expected {served.fingerprint:#018x} for version {served.version}; load the same weights everywhere, and "
-            "do not update single replicas of a pool"
-        )
-    return found
-
-
-def _reach(
-    member: Any,
-    info: EngineInfo,
-    served: ServedVersion,
-    source: KnownArena | None,
-    peers: Sequence[Any],
-    group_host: str,
-    end: float,
-) -> int:
     # What was loaded at the start may be there to be replaced: all that matters is that it is everywhere the same.
     if info.version == served.version and (info.torn is None or served.version == 0):
         reply: FingerprintReply = member.channel.call(GetFingerprint(), left_s(end))
-        return reply.fingerprint
+        return _checked(reply.fingerprint, member, served)
     if info.version >= served.version:
         raise StaleVersionError(
             f"{member.name} cannot go back: got version {info.version} ({info.torn or 'whole'}), expected "
@@ -183,21 +164,35 @@ def _reach(
         )
     if source is not None:
         try:
-            return from_source(member, source, served, end)
+            found = from_source(member, source, served, end)
         except member.gone:
             raise
         except SyncError as error:
             logger.info("%s: not from the arena: %s", member.name, error)
+        else:
+            return _checked(found, member, served)
     for peer in peers:
         try:
-            return from_peer(member, peer, info, served, group_host, end)
+            found = from_peer(member, peer, info, served, group_host, end)
         except peer.gone as error:
             if member.channel.dead is not None:
                 raise
             logger.info("%s: not from %s: %s", member.name, peer.name, error)
+        else:
+            return _checked(found, member, served)
     raise TornWeightsError(
         f"no replica, and no arena of a publisher, holds version {served.version} any more; publish a complete update"
     )
+
+
+def _checked(found: int, member: Any, served: ServedVersion) -> int:
+    if served.fingerprint is not None and found != served.fingerprint:
+        raise FingerprintMismatch(
+            f"{member.name} holds other weights than the pool serves: got fingerprint {found:#018x}, "
+            f"expected {served.fingerprint:#018x} for version {served.version}; load the same weights everywhere, and "
+            "do not update single replicas of a pool"
+        )
+    return found
 
 
 def from_source(member: Any, source: KnownArena, served: ServedVersion, end: float) -> int:

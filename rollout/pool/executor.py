@@ -360,12 +360,11 @@ class PoolExecutor:
         counts = zip(*(status.step_counts for status in answers), strict=True)
         sums["step_counts"] = [sum(column) for column in counts]
         sums["num_waiting"] += self._dispatcher.num_waiting
-        nobody = None if self._fleet.serving else f"no replica holds version {served.version}"
         return msgspec.structs.replace(
             answers[0],
             weight_version=served.label,
             version=served.version,
-            torn=self._fleet.lost or nobody,
+            torn=self._fleet.torn,
             released=sorted({tag for status in answers for tag in status.released}),
             pid=os.getpid(),
             **sums,

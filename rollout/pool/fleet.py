@@ -133,6 +133,12 @@ class FleetWeights(JointService):
         """See `Known`."""
         return self.known().behind
 
+    @property
+    def torn(self) -> str | None:
+        """Why nothing can be generated; None: some replica holds the served version."""
+        nobody = f"no replica holds version {self.served.version}"
+        return self.lost or (None if self.serving else nobody)
+
     def version_now(self) -> tuple[str, int]:
         """Label and number of what is served."""
         return self.served.label, self.served.version
@@ -148,11 +154,11 @@ class FleetWeights(JointService):
 
     def bring_up(self, number: int) -> Future[None]:
         """Once more for a replica that fell behind, or whose answer denies what it has said: that counts no more."""
-        for member in [member for member in self._members if member.number == number]:
+        for member in self._numbered(number):
             member.holds = None
 
         def bring_up() -> None:
-            for member in [member for member in self._members if member.number == number]:
+            for member in self._numbered(number):
                 self._bring_up(member)
 
         return self.do(bring_up)
@@ -161,7 +167,7 @@ class FleetWeights(JointService):
         """Forget a replica."""
 
         def forget() -> None:
-            for member in [member for member in self._members if member.number == number]:
+            for member in self._numbered(number):
                 self._members = [other for other in self._members if other is not member]
                 if self._session is not None:
                     self._session.epochs.pop(member, None)
@@ -185,6 +191,9 @@ class FleetWeights(JointService):
 
         return self.do(look)
 
+    def _numbered(self, number: int) -> list[ReplicaMember]:
+        return [member for member in self._members if member.number == number]
+
     # ---- messages, on the thread -------------------------------------------------------------------------------------
 
     def _serves(self, member: ReplicaMember) -> bool:
@@ -199,14 +208,13 @@ class FleetWeights(JointService):
 
     def _hello(self, message: msg.Hello, end: float) -> msg.EngineInfo:
         info: msg.EngineInfo = self._ask_one(message, end)
-        nobody = None if self.serving else f"no replica holds version {self.served.version}"
         return msgspec.structs.replace(
             info,
             engine_id=self._engine_id,
             process=current_process(),
             version=self.served.version,
             label=self.served.label,
-            torn=self.lost or nobody,
+            torn=self.torn,
             tp_size=sum(member.ranks for member in self._members),
         )
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 _engines = importlib.import_module("engine_fixtures")
 
 _left = importlib.import_module("left_behind")
+_toys = importlib.import_module("fleet_of_toys")
 
 child = _module.child
 engine = _module.engine
@@ -25,6 +26,7 @@ make_engine = _module.make_engine
 breakpoints_end_with_their_module = _engines.breakpoints_end_with_their_module
 engine_of = _engines.engine_of
 folder = _engines.folder
+fleet = _toys.three_toys
 no_timer_or_thread_outlives_its_test = _left.no_timer_or_thread_outlives_its_test
 nothing_outlives_its_module = _left.nothing_outlives_its_module
 make_engine_with_faults = _engines.make_engine_with_faults

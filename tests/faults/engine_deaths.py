@@ -89,22 +89,21 @@ def fails(action: Callable[[], object]) -> bool:
 # ---- a trainer -------------------------------------------------------------------------------------------------------
 
 
-def trainer_dies(
-    case: Case, engine: FaultyEngine, nursery: Nursery, reference: Reference
-) -> Outcome:
-    """Kill a trainer in a phase of its update; the engine serves one whole version, and goes on with the next."""
-    folder, address = engine.folder, engine.address
-    publish(address, folder, OLD, case.transport)
-    engine.holds_no_arena()
-    descriptors, names = engine.allowed_descriptors(), shm_names()
-    stream = Stream(engine.engine)
+def killed_trainer(
+    case: Case,
+    nursery: Nursery,
+    points: Breakpoints,
+    whom: int | str,
+    address: str,
+    folder: Path,
+) -> tuple[int, float]:
+    """Kill a trainer while `whom` is in a phase of its update; which version serves then, and since when."""
     commits = case.phase not in ("begin", "stage")
     # Over a group the ranks themselves wait, for bytes that never come.
     halfway = case.transport == GROUP and case.phase == "stage"
     stops = case.phase != "idle" and not halfway
-    whom = engine.whom(case.tp_size - 1)
     if stops:
-        engine.points.stop(case.phase, whom)
+        points.stop(case.phase, whom)
     trainer = nursery.trainer(
         address,
         folder,
@@ -115,7 +114,7 @@ def trainer_dies(
         label=f"v{NEW}",
     )
     if stops:
-        engine.points.reached(case.phase, whom)
+        points.reached(case.phase, whom)
     else:
         assert ("halfway" if halfway else "version") in trainer.says()
     time.sleep(SWEEP_S)
@@ -123,10 +122,23 @@ def trainer_dies(
     if not halfway:
         time.sleep(SWEEP_S)
     start = time.monotonic()
-    engine.points.clear()
-    engine.holds_no_arena()
+    points.clear()
     # An update that was all there is committed, whoever sent it; of any other nothing is left.
-    serves = NEW if commits else OLD
+    return NEW if commits else OLD, start
+
+
+def trainer_dies(
+    case: Case, engine: FaultyEngine, nursery: Nursery, reference: Reference
+) -> Outcome:
+    """Kill a trainer in a phase of its update; the engine serves one whole version, and goes on with the next."""
+    folder, address = engine.folder, engine.address
+    publish(address, folder, OLD, case.transport)
+    engine.holds_no_arena()
+    descriptors, names = engine.allowed_descriptors(), shm_names()
+    stream = Stream(engine.engine)
+    whom = engine.whom(case.tp_size - 1)
+    serves, start = killed_trainer(case, nursery, engine.points, whom, address, folder)
+    engine.holds_no_arena()
     wait_for("its version", lambda: engine.engine.get_weight_version() == f"v{serves}", 10)
     engine.serves(serves)
     publish(address, folder, NEXT, case.transport)
@@ -138,7 +150,7 @@ def trainer_dies(
     engine.holds_no_arena()
     check_descriptors(engine.pids, descriptors)
     assert shm_names() <= names
-    return Outcome(result="new" if commits else "old", seconds=seconds)
+    return Outcome(result="new" if serves == NEW else "old", seconds=seconds)
 
 
 # ---- a rank ----------------------------------------------------------------------------------------------------------

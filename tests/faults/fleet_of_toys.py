@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 
+import pytest
 from sync_support import ToyEngine, eventually
 
 from rollout.pool.fleet import FleetWeights, ReplicaMember
@@ -77,7 +77,7 @@ def read(engine: ToyEngine, body: GetWeights) -> Future[WeightValues]:
     return future
 
 
-@contextmanager
+@pytest.fixture(name="fleet")
 def three_toys(make_engine: Callable[..., ToyEngine]) -> Iterator[Fleet]:
     """A fleet of three, closed afterwards."""
     fleet = Fleet(make_engine)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine_deaths import NEW, NEXT, OLD, SWEEP_S, all_gone, publish
+from engine_deaths import NEW, NEXT, OLD, all_gone, killed_trainer, publish
 from engine_faults import (
     GREEDY,
     PROMPT_SETS,
@@ -176,25 +176,8 @@ def pool_trainer_dies(
     publish(address, folder, OLD, case.transport)
     before, descriptors = pool.pids, [num_descriptors(pid) for pid in pool.pids]
     clients = Clients(pool.pool)
-    commits = case.phase not in ("begin", "stage")
-    halfway = case.transport == GROUP and case.phase == "stage"
-    stops = case.phase != "idle" and not halfway
     whom = f"pid{pool.pids[-1]}"
-    if stops:
-        pool.points.stop(case.phase, whom)
-    options: dict[str, Any] = {"transport": case.transport, "label": f"v{NEW}"}
-    trainer = nursery.trainer(address, folder, NEW, commits=commits, halfway=halfway, **options)
-    if stops:
-        pool.points.reached(case.phase, whom)
-    else:
-        assert ("halfway" if halfway else "version") in trainer.says()
-    time.sleep(SWEEP_S)
-    trainer.kill()
-    if not halfway:
-        time.sleep(SWEEP_S)
-    start = time.monotonic()
-    pool.points.clear()
-    serves = NEW if commits else OLD
+    serves, start = killed_trainer(case, nursery, pool.points, whom, address, folder)
     wait_for("its version", lambda: pool.pool.weight_version == f"v{serves}", PROMPTLY_S)
     pool.serves(serves)
     pool.holds_no_arena()
@@ -205,4 +188,4 @@ def pool_trainer_dies(
     assert clients.finish(reference) == {0} and pool.pids == before  # Nobody else had to die.
     pool.holds_no_arena()
     check_descriptors(before, descriptors)
-    return Outcome(result="new" if commits else "old", seconds=seconds)
+    return Outcome(result="new" if serves == NEW else "old", seconds=seconds)

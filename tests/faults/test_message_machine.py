@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from kinds_of_engines import KINDS, engine_of_kind
 
-from rollout import Engine, RolloutPool
 from rollout.errors import ERRORS, WeightUpdateError
 from rollout.protocol import commands as cmd
 from rollout.sampling_params import SamplingParams
@@ -340,7 +340,7 @@ class Messages(RuleBasedStateMachine):
         assert status.num_free_blocks == status.num_blocks
 
 
-@pytest.fixture(scope="module", params=["inline", "two ranks", "pool of two"])
+@pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Iterator[Any]:
     folder = tiny_checkpoint("llama", tie_word_embeddings=False)
     options: dict[str, Any] = {
@@ -349,12 +349,7 @@ def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path])
         "num_threads": 1,
         "request_timeout_s": PATIENCE_S,
     }
-    if request.param == "pool of two":
-        made: Any = RolloutPool(folder, num_replicas=2, **options)
-    elif request.param == "two ranks":
-        made = Engine(folder, executor="local", tp_size=2, **options)
-    else:
-        made = Engine(folder, **options)
+    made: Any = engine_of_kind(request.param, folder, **options)
     with made as engine:
         yield engine
         if (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from fleet_of_toys import Fleet, three_toys
+from fleet_of_toys import Fleet
 from sync_support import ToyEngine, weights
 
 from rollout.pool.fleet import ReplicaMember
@@ -22,12 +22,6 @@ from weight_sync.errors import (
     TornWeightsError,
 )
 from weight_sync.wire.messages import Bucket
-
-
-@pytest.fixture
-def fleet(make_engine: Callable[..., ToyEngine]) -> Iterator[Fleet]:
-    with three_toys(make_engine) as fleet:
-        yield fleet
 
 
 @pytest.fixture

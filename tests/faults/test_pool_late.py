@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fleet_of_toys import Fleet, three_toys
+from fleet_of_toys import Fleet
 from sync_support import ToyEngine, eventually, weights
 
 from weight_sync import WeightPublisher, WeightUpdateError
 from weight_sync.errors import DeadlineExceeded
 from weight_sync.wire.messages import Begin, Vote
-
-
-@pytest.fixture
-def fleet(make_engine: Callable[..., ToyEngine]) -> Iterator[Fleet]:
-    with three_toys(make_engine) as fleet:
-        yield fleet
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kinds_of_engines import KINDS, engine_of_kind
 from plain_group import PlainGroup
 
-from rollout import Engine, RolloutPool
 from weight_sync.errors import SyncError, TransportError
 from weight_sync.publisher.publisher import WeightPublisher
 
@@ -210,7 +210,7 @@ class Updates(RuleBasedStateMachine):
         self.engine.destroy_weights_update_group(NAME)
 
 
-@pytest.fixture(scope="module", params=["inline", "two ranks", "pool of two"])
+@pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Iterator[Any]:
     folder = tiny_checkpoint("llama", tie_word_embeddings=False)
     options: dict[str, Any] = {
@@ -219,12 +219,7 @@ def engine(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path])
         "num_threads": 1,
         "request_timeout_s": 20.0,
     }
-    if request.param == "pool of two":
-        made: Any = RolloutPool(folder, num_replicas=2, **options)
-    elif request.param == "two ranks":
-        made = Engine(folder, executor="local", tp_size=2, **options)
-    else:
-        made = Engine(folder, **options)
+    made: Any = engine_of_kind(request.param, folder, **options)
     with made as engine:
         engine.num_members = 1 if request.param == "inline" else 2
         yield engine
