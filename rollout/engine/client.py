@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from weight_sync.wire.futures import answer_of, wait
 from weight_sync.wire.process import Home
 
 from ..config import EngineConfig
 from ..errors import EngineClosedError, InvalidRequestError
 from ..tokenizer import Tokenizer
 from .base import EngineBase
-from .executors.executor import Executor, answer_of, wait
+from .executors.executor import Executor
 
 MAX_TIMEOUT_S = 7 * 86_400
 """As `weight_sync.wire`: every remote call has a deadline."""

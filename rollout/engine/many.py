@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from weight_sync.wire.futures import no_answer
+
 from ..errors import InvalidRequestError
 from ..sampling_params import SamplingParams
-from .executors.executor import no_answer
 from .generation import GenerationCalls, Result
 from .prepare import PreparedGenerate
 from .resuming import Resumption, check_results, is_aborted, joined, resumption

@@ -21,9 +21,9 @@ from concurrent.futures import Future
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from weight_sync.wire.cancellation import name_twin
+from weight_sync.wire.futures import answer_of, wait
 
 from .client import EngineClient
-from .executors.executor import answer_of, wait
 
 P = ParamSpec("P")
 R = TypeVar("R")

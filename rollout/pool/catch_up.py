@@ -29,7 +29,8 @@ from weight_sync.joint.session import JointSession
 from weight_sync.layout.manifest import Manifest
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.time_left import left_s
-from weight_sync.wire.channel import Channel, wait
+from weight_sync.wire.channel import Channel
+from weight_sync.wire.futures import wait
 from weight_sync.wire.messages import (
     ArenaHandle,
     Begin,
@@ -292,7 +293,7 @@ def _read(
     for first in range(0, max(1, num_rows), step):
         question = GetWeights(name=name, truncate_size=step, first_row=first)
         asked = ask(question, timeout_s=left_s(end))
-        values: WeightValues = wait(asked, question, left_s(end))
+        values: WeightValues = wait(asked, left_s(end), "GetWeights")
         data = (
             torch.frombuffer(bytearray(values.data), dtype=torch.float32)
             if values.data

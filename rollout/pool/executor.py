@@ -23,12 +23,12 @@ import numpy as np
 from weight_sync.joint.service import JointChannel
 from weight_sync.time_left import left_s
 from weight_sync.wire.channel import Channel
-from weight_sync.wire.futures import resolve
+from weight_sync.wire.futures import resolve, wait
 from weight_sync.wire.messages import WeightRequest
 from weight_sync.wire.rpc import Call, RpcServer
 
 from ..config import EngineConfig, default_block_size
-from ..engine.executors.executor import OnChunk, wait
+from ..engine.executors.executor import OnChunk
 from ..errors import EngineClosedError, InvalidRequestError, NoUpdateYetError, RolloutError
 from ..protocol import commands as cmd
 from ..protocol.wire import REQUEST_TYPES, check_sendable

@@ -23,8 +23,7 @@ from ..errors import (
 from ..time_left import left_s
 from ..wire import messages as msg
 from ..wire.call_queue import CallQueue
-from ..wire.channel import wait
-from ..wire.futures import resolve
+from ..wire.futures import resolve, wait
 from ..wire.local_call import LocalCall
 from ..wire.rpc_wire import Call
 from .arenas import JointArenas
@@ -315,7 +314,7 @@ class JointChannel:
         self._owned = owned
 
     def call(self, message: Any, timeout_s: float) -> Any:
-        return wait(self.submit(message, timeout_s), message, timeout_s)
+        return wait(self.submit(message, timeout_s), timeout_s, type(message).__name__)
 
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
         # Somewhat earlier than whoever asked gives up, to whom we say who was late.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import EngineDiedError
-from ..wire.channel import wait
+from ..wire.futures import wait
 from ..wire.local_call import LocalCall
 from ..wire.process import Home
 from .service import WeightService
@@ -24,7 +24,7 @@ class LocalChannel:
         self._closed = False
 
     def call(self, message: Any, timeout_s: float) -> Any:
-        return wait(self.submit(message, timeout_s), message, timeout_s)
+        return wait(self.submit(message, timeout_s), timeout_s, type(message).__name__)
 
     def submit(self, message: Any, timeout_s: float) -> Future[Any]:
         self._home.check()

@@ -5,8 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ERRORS, DeadlineExceeded, TransportError
-from .deadline import in_time
+from ..errors import ERRORS, TransportError
 from .messages import WeightReply
 from .rpc_client import RpcClient
 
@@ -79,14 +78,3 @@ class RpcChannel:
         """Without `wait` it takes no lock and blocks nowhere, as `RpcClient.close`."""
         if self._owned:
             self._client.close(wait=wait)
-
-
-def wait(future: "Future[Any]", message: Any, timeout_s: float) -> Any:
-    """The result of a submitted call, or `DeadlineExceeded`; whatever arrives later is dropped."""
-    with in_time(
-        lambda: DeadlineExceeded(
-            f"{type(message).__name__} was not answered within {timeout_s:.3f} s; whatever arrives later is "
-            "dropped; raise the timeout or look at the engine"
-        )
-    ):
-        return future.result(timeout_s)

@@ -2,9 +2,8 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ..errors import DeadlineExceeded, SessionError
@@ -84,17 +83,6 @@ class Deadline:
     @property
     def _is_cancelled(self) -> bool:
         return self._cancelled is not None and self._cancelled.done()
-
-
-@contextmanager
-def in_time(late: Callable[[], DeadlineExceeded]) -> Iterator[None]:
-    """Around a wait: `late()` when that ends it, and whatever the call itself raised, its own deadline too."""
-    try:
-        yield
-    except TimeoutError as error:
-        if isinstance(error, DeadlineExceeded):
-            raise
-        raise late() from None
 
 
 class PeerClock:

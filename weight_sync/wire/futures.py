@@ -1,14 +1,48 @@
-"""Futures that several may end, of whom the first counts: an answer, a death, a caller who has given up."""
+"""Futures of answers: waited for with a limit, and ended by whoever is first: an answer, a death, who has given up."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
+from ..errors import DeadlineExceeded
+
 T = TypeVar("T")
+
+
+def no_answer(timeout_s: float, what: str) -> DeadlineExceeded:
+    """The error of a call that was not answered."""
+    return DeadlineExceeded(
+        f"{what}: no answer within {timeout_s:.3g} s, and what comes later is dropped; the engine is busy or hangs; "
+        "raise the timeout, or shut it down"
+    )
+
+
+def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
+    """What `future` has; `no_answer` when that does not come in time."""
+    with _in_time(timeout_s, what):
+        return future.result(timeout_s)
+
+
+async def answer_of(future: Future[Any], timeout_s: float, what: str) -> Any:
+    """As `wait`, awaitable."""
+    with _in_time(timeout_s, what):
+        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+
+
+@contextlib.contextmanager
+def _in_time(timeout_s: float, what: str) -> Iterator[None]:
+    """Whatever the call itself raised goes on, its own deadline too."""
+    try:
+        yield
+    except TimeoutError as error:
+        if isinstance(error, DeadlineExceeded):
+            raise
+        raise no_answer(timeout_s, what) from None
 
 
 def answer(future: Future[T], result: T) -> None:

@@ -6,16 +6,13 @@ above it is the same for all of them.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from weight_sync.errors import DeadlineExceeded
 from weight_sync.wire.channel import Channel
-from weight_sync.wire.deadline import in_time
 from weight_sync.wire.local_call import LocalCall
 from weight_sync.wire.rpc import RpcServer
 
@@ -101,22 +98,3 @@ class InlineExecutor:
             if self._server is not None:
                 self._server.close()
                 self._server = None
-
-
-def no_answer(timeout_s: float, what: str) -> DeadlineExceeded:
-    """The error of a call that an engine does not answer."""
-    return DeadlineExceeded(
-        f"{what}: no answer within {timeout_s:.3g} s; the engine is busy or hangs; raise timeout_s or shut it down"
-    )
-
-
-def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
-    """Result of `future`; `DeadlineExceeded` when the engine does not answer in time."""
-    with in_time(lambda: no_answer(timeout_s, what)):
-        return future.result(timeout_s)
-
-
-async def answer_of(future: Future[Any], timeout_s: float, what: str) -> Any:
-    """As `wait`, awaitable."""
-    with in_time(lambda: no_answer(timeout_s, what)):
-        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)

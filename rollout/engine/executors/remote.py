@@ -6,13 +6,13 @@ import dataclasses
 
 import msgspec
 
+from weight_sync.wire.futures import wait
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
 from ...errors import ERRORS
 from ...protocol.commands import GetStatus, Status
 from ...protocol.wire import REPLY_TYPES
-from .executor import wait
 from .over_rpc import OverRpc
 
 
