@@ -13,7 +13,7 @@ import torch
 import weight_sync
 from rollout import Engine
 from weight_sync import WeightPublisher
-from weight_sync.layout.spellings import named_weights
+from weight_sync.layout.named_tensors import named_weights
 
 MOE = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": False}
 FAMILIES: dict[str, dict[str, Any]] = {
