@@ -364,6 +364,14 @@ def test_no_error_about_an_address_shows_its_key(connect):
     assert not any(key[:20] in text or key[-20:] in text for text in texts)
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "9" * 5000])
+def test_a_port_that_does_not_exist_is_not_taken_for_another(connect, serve, port):
+    for start in (connect, serve):
+        with pytest.raises(ValueError, match="expected a port from 0 to 65535") as refusal:
+            start(f"tcp://127.0.0.1:{port}")
+        assert len(str(refusal.value)) < 400
+
+
 @pytest.mark.parametrize("address", [None, 5, b"tcp://127.0.0.1:1", [], "tcp://\ud800:1", "\x00"])
 def test_what_is_no_text_is_no_address(address: object) -> None:
     for kind in (Address.of_client, Address.of_server):

@@ -168,6 +168,13 @@ class Address:
         endpoint, mark, query = (
             address.partition("?") if address.startswith("tcp://") else (address, "", "")
         )
+        port = endpoint.rpartition(":")[2] if endpoint.startswith("tcp://") else ""
+        digits = port.removeprefix("-")
+        if digits.isdecimal() and (port != digits or len(digits) > 5 or int(digits) > 65535):
+            raise ValueError(  # ZeroMQ takes another one without a word
+                f"not an address: got {endpoint[:200]!r}, expected a port from 0 to 65535, as in 'tcp://127.0.0.1:0'; "
+                "use the address as the engine gives it"
+            )
         name, _, value = query.partition("=")
         if mark and name not in known:
             raise ValueError(
