@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from weight_sync.layout.named_tensors import readable_pair
 from weight_sync.report import SyncReport
 from weight_sync.wire.cancellation import threaded
 
@@ -196,7 +197,7 @@ class HttpWeightCalls(EngineBase):
         """Bodies of requests, each of tensors of at most `bucket_bytes` unless one alone is larger."""
         pending: list[tuple[str, torch.Tensor]] = []
         size = 0
-        for name, tensor in pairs(tensors):
+        for name, tensor in map(readable_pair, pairs(tensors)):
             num_bytes = tensor.numel() * tensor.element_size()
             if pending and size + num_bytes > self._bucket_bytes:
                 yield packed(pending)

@@ -5,6 +5,7 @@ import http.server
 import threading
 
 import pytest
+import torch
 
 from rollout import Engine, EngineBase
 from rollout.errors import (
@@ -102,6 +103,11 @@ def test_errors_have_the_types_that_the_engine_raised(adapter, folder, other):
             )
         )
     before = adapter.weights_fingerprint()
+    gone = torch.ones(64)
+    gone.untyped_storage().resize_(0)
+    for tensor, why in ((gone, "given back"), (torch.ones(64, device="meta"), "without data")):
+        with pytest.raises(ManifestMismatch, match=f"nobody: got a tensor .*{why}"):
+            adapter.update_weights_from_tensor([("nobody", tensor)])
     with pytest.raises(ManifestMismatch, match="nobody"):
         adapter.update_weights_from_tensor({**other, "nobody.weight": other["model.norm.weight"]})
     assert adapter.weights_fingerprint() == before
