@@ -263,6 +263,26 @@ def gpu_attention_kernels(
     raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
 
 
+@gpu_app.command("few-rows")
+def gpu_few_rows(
+    write: Annotated[
+        bool, typer.Option("--write", help="Store what is found for this device.")
+    ] = False,
+    out: Out = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Little data, to try the search; needs no GPU.")
+    ] = False,
+) -> None:
+    """Search for which matrix products of 1 to 16 rows our kernel beats torch's on this GPU, and with which launch.
+
+    The products of Qwen3-0.6B to 8B on one GPU, in bfloat16. An engine uses what is stored for its device.
+    """
+    from .few_rows import main
+
+    where = ["--out", str(out)] if out is not None else []
+    raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
+
+
 @app.command("gpu-generate")
 def gpu_generate(
     quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None

@@ -90,6 +90,7 @@ def all_parts() -> list[Part]:
     """Longest first among the tests, so that none is left alone at the end."""
     slow = {"limit_s": 420.0}
     some: dict[str, Any] = {"gpus": 2, "least": 1}
+    pair: dict[str, Any] = {"gpus": 2, "limit_s": 200.0}
     return [
         suite("nccl", "sync/test_nccl_groups", gpus=2, test_s=100.0, **slow),
         suite("two-ranks", "parity/test_steps_of_two_ranks", gpus=2, test_s=150.0, **slow),
@@ -118,7 +119,7 @@ def all_parts() -> list[Part]:
         suite("deterministic", "parity/test_deterministic", **slow),
         suite("mixtures", "parity/test_deterministic_mixtures", **slow),
         suite("experts", "kernels/test_grouped_experts", "kernels/test_expert_routing", **slow),
-        suite("matmul", "kernels/test_invariant_matmul", **slow),
+        suite("matmul", "kernels/test_invariant_matmul", "kernels/test_few_rows_matmul", **slow),
         suite("bytes", "kernels/test_fingerprint", "kernels/test_finite_numbers", **some, **slow),
         suite("no-waits", "engine/test_no_syncs", **slow),
         suite("bfloat16", "parity/test_bfloat16", "parity/test_flash_backend", **slow),
@@ -153,13 +154,7 @@ def all_parts() -> list[Part]:
         bench("sync-experts", "gpu sync", 'gpu_sync.only="experts"', limit_s=150.0),
         bench("generate-small", "gpu-generate", limit_s=150.0),
         bench("generate-large", "gpu-generate", *large("gpu_generate"), limit_s=200.0),
-        bench(
-            "generate-small-two-ranks",
-            "gpu-generate",
-            "gpu_generate.tp_size=2",
-            gpus=2,
-            limit_s=150.0,
-        ),
+        bench("generate-small-two-ranks", "gpu-generate", "gpu_generate.tp_size=2", **pair),
         bench(
             "generate-large-two-ranks",
             "gpu-generate",
@@ -169,6 +164,7 @@ def all_parts() -> list[Part]:
             limit_s=200.0,
         ),
         bench("generate-experts", "gpu experts", limit_s=240.0),
+        bench("few-rows", "gpu few-rows", limit_s=120.0),
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 from weight_sync.layout.weight_map import WeightMap
 
 from ..layers.embedding import VocabParallelEmbedding
-from ..layers.linear import ColumnParallelLinear, RowParallelLinear
+from ..layers.linear import ColumnParallelLinear, RowParallelLinear, project_few
 from ..layers.router import Router
 from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
@@ -88,8 +88,8 @@ class ModelRunner:
         self.deterministic = deterministic
         self._model_path: str | Path | None = None
         self.model: Decoder = build_model(model_config, dtype, self.device, self.tp, ep_size)
-        if deterministic:
-            self._use_invariant_products()
+        if deterministic or self.device.type == "cuda":
+            self._use_products_of_kernels()
         self._keep_routes = keep_routes
         self._attention_backend = attention_backend
         self._max_batch = max_batch
@@ -159,12 +159,12 @@ class ModelRunner:
             ),
         )
 
-    def _use_invariant_products(self) -> None:
+    def _use_products_of_kernels(self) -> None:
         from rollout_kernels.invariant_matmul import invariant_linear
 
         for module in self.model.modules():
             if isinstance(module, _MULTIPLYING):
-                module.product = invariant_linear
+                module.product = invariant_linear if self.deterministic else project_few
 
     def load_model(self, model_path: str | Path, load_config: LoadConfig) -> None:
         """Fill the parameters, as `load_config` says, from the model's folder; raises `CheckpointError`."""

@@ -81,6 +81,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield from _experts(dtype)
         yield from _draws(dtype)
     yield "float32 router", partial(_route, torch.float32, True)
+    yield "few rows", partial(_few_rows, 9)
+    yield "few rows, all launches", partial(_few_rows, 1)
     yield "copies", _copies
 
 
@@ -346,6 +348,17 @@ def _logprobs(dtype: torch.dtype, vocab: int) -> None:
             gather_logprobs(logits, heat, given, stats, values, logit_rows=rows)
             best = _empty(num, width, dtype=torch.int64)
             top_logprobs(logits, heat, _numbers(num), stats, best, values, logit_rows=rows)
+
+
+def _few_rows(step: int) -> None:
+    """Every `step`-th launch that the search tries."""
+    from rollout_benchmarks.few_rows import candidates
+    from rollout_kernels.few_rows_matmul import few_rows_linear
+
+    weight = _empty(4096, 1024, dtype=torch.bfloat16)
+    for config in list(candidates())[::step]:
+        for rows in (1, 16):
+            few_rows_linear(_empty(rows, 1024, dtype=torch.bfloat16), weight, None, None, config)
 
 
 def _copies() -> None:

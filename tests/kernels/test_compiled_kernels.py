@@ -26,7 +26,7 @@ FEW = (
     "decode of 1 (14, 2, 64) bfloat16 window=1024 exact=True",
     "prefill (16, 8, 128) bfloat16 window=None exact=False",
     "shared prefixes of 8 (16, 8, 128) bfloat16 window=None exact=True",
-    *("experts of 1024 bfloat16", "router bfloat16", "float32 router", "copies"),
+    *("experts of 1024 bfloat16", "router bfloat16", "float32 router", "copies", "few rows"),
     *("draws 320 float32 edits=True filters=True", "draws 1 float32 edits=False filters=True"),
     *("log-probabilities 320 bfloat16", "norms bfloat16", "rotation bfloat16"),
     *("gates bfloat16", "products bfloat16"),

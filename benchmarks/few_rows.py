@@ -1,0 +1,162 @@
+"""Searches for which products of a few rows the kernel beats torch's, and with which launch, and stores what it finds.
+
+    rollout bench gpu few-rows [--write] [--out results.json]
+
+Each product is timed in a CUDA graph over so many copies of its weights that they exceed the cache, beside the floor:
+its weights at the rate of a pass that only reads. A shape for which no launch is three hundredths faster than torch is
+stored as torch's. Shapes are the products of Qwen3-0.6B, 1.7B, 4B and 8B on one GPU, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from rollout_kernels import few_rows_matmul as kernels
+from rollout_kernels.compiling import compile_ahead
+from rollout_kernels.few_rows_matmul import FewRowsConfig, few_rows_linear
+
+from .attention_kernels import timed
+from .expert_kernels import measure_rates, stored
+
+ROWS = (1, 2, 4, 8, 16)
+"""Each becomes a limit; a launch has the same programs for up to 8."""
+MODELS = {
+    "0.6B": (1024, 2048, 1024, 3072),
+    "1.7B": (2048, 2048, 1024, 6144),
+    "4B": (2560, 4096, 1024, 9728),
+    "8B": (4096, 4096, 1024, 12288),
+}
+"""Hidden size, width of all queries, of all keys, of the feed-forward part."""
+_CACHE_BYTES = 160 << 20
+_LEAST_GAIN = 0.97
+_MOST_SHARED_BYTES = 200 << 10
+
+
+def shapes() -> list[tuple[int, int]]:
+    """(N, K) of every product, once each."""
+    found: dict[tuple[int, int], None] = {}
+    for hidden, queries, keys, inner in MODELS.values():
+        each = ((queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden))
+        found.update(dict.fromkeys((*each, (hidden, inner))))
+    return list(found)
+
+
+def candidates() -> Iterator[FewRowsConfig]:
+    """Launches that fit into shared memory and keep each warp busy."""
+    for columns, depths in ((16, (128, 256, 512)), (32, (64, 128, 256)), (64, (64, 128))):
+        for depth in depths:
+            for warps in (1, 2, 4):
+                for stages in (2, 4, 6):
+                    num_bytes = stages * depth * (columns + kernels.MOST_ROWS) * 2
+                    if num_bytes <= _MOST_SHARED_BYTES and columns * depth <= warps * 8192:
+                        yield FewRowsConfig(
+                            columns=columns, depth=depth, warps=warps, stages=stages
+                        )
+
+
+def search(
+    products: Sequence[tuple[int, int]],
+    device: torch.device,
+    say: Callable[[str], None],
+    launches: Sequence[FewRowsConfig],
+) -> dict[str, Any]:
+    """The entries of this device, and every measurement."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    read = measure_rates(device, dtype).read
+    entries, measured = [], []
+    for columns, depth in products:
+        copies = max(1, -(-_CACHE_BYTES // (columns * depth * 2))) if device.type == "cuda" else 1
+        weights = torch.empty(copies, columns, depth, dtype=dtype, device=device).normal_(0, 0.02)
+        floor = weights[0].nbytes / read
+        if device.type == "cuda":
+            _compile(weights[0], launches)
+        timings: dict[FewRowsConfig, float] = {}
+        for rows in sorted(ROWS, reverse=True):
+            x = torch.randn(rows, depth, device=device).to(dtype)
+            usual = _seconds(partial(linear, x), weights)
+            tried: Sequence[FewRowsConfig] = launches
+            if rows < ROWS[-2]:  # As many as those are padded to: the best of them, once more.
+                tried = sorted(timings, key=lambda launch: timings[launch])[:2]
+            timings = {}
+            for launch in tried:
+                with suppress(Exception):  # one that does not fit on this device
+                    ours = partial(few_rows_linear, x, bias=None, out=None, config=launch)
+                    timings[launch] = _seconds(ours, weights)
+            best = min(timings, key=lambda launch: timings[launch], default=None)
+            least = timings[best] if best is not None else math.inf
+            entry = {"outputs": columns, "inputs": depth, "max_rows": rows}
+            gains = best is not None and least < _LEAST_GAIN * usual
+            entries.append(
+                {**entry, "launch": asdict(best) if best is not None and gains else None}
+            )
+            times = {"torch_us": 1e6 * usual, "us": 1e6 * least, "floor_us": 1e6 * floor}
+            tries = [{**asdict(each), "us": 1e6 * timings[each]} for each in timings]
+            measured.append({**entries[-1], **times, "tries": tries})
+            say(
+                f"{columns} x {depth}, {rows} rows: torch {1e6 * usual:.1f} us, ours {1e6 * least:.1f}"
+                f"{'' if gains else ', not taken'}, floor {1e6 * floor:.1f}; {best}"
+            )
+    entries.sort(key=lambda entry: (entry["outputs"], entry["inputs"], entry["max_rows"]))
+    return {"entries": entries, "rows": measured, "read_bytes_per_s": read}
+
+
+def _compile(weight: torch.Tensor, launches: Sequence[FewRowsConfig]) -> None:
+    # What cannot be compiled fails again when it is timed.
+    with suppress(Exception), compile_ahead():
+        for rows in ROWS:
+            x = weight.new_empty(rows, weight.shape[1])
+            for launch in launches:
+                few_rows_linear(x, weight, None, None, launch)
+
+
+def _seconds(call: Callable[[torch.Tensor], object], weights: torch.Tensor) -> float:
+    """Of one call."""
+
+    def all_copies() -> None:
+        for weight in weights:
+            call(weight)
+
+    return timed(all_copies, weights.device) / len(weights)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Search, print, and write where asked."""
+    parser = argparse.ArgumentParser(description="Search the launches of products of a few rows.")
+    parser.add_argument("--write", action="store_true", help="store what was found for this device")
+    parser.add_argument("--out", type=Path, help="every measurement, as JSON")
+    parser.add_argument("--tiny", action="store_true", help="little data; needs no GPU")
+    options = parser.parse_args(arguments)
+    if not options.tiny and not torch.cuda.is_available():
+        print("rollout bench gpu few-rows: got no GPU, expected one; --tiny needs none")
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    products, launches = shapes(), list(candidates())
+    if options.tiny:
+        products, launches = [(64, 96)], launches[:2]
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    found = search(products, device, say, launches)
+    if options.out:
+        options.out.write_text(json.dumps(found))
+    if options.write:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        stored(kernels.FILE, name, found["entries"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
