@@ -18,6 +18,7 @@ from rollout.errors import (
     WeightUpdateError,
 )
 from rollout.server import HttpServerEngineAdapter
+from rollout.server.adapter_wire import pairs
 from weight_sync import FlattenedTensorBucket, fingerprint
 
 ASK = {
@@ -223,3 +224,13 @@ def test_a_server_of_another_kind_or_version_is_told_from_an_engines_refusal(
         ):
             with pytest.raises(RolloutError, match=word):
                 call()
+
+
+def test_what_is_sent_of_a_module_are_its_weights_with_its_routers_biases():
+    module = torch.nn.Linear(2, 3, bias=False)
+    module.register_buffer("e_score_correction_bias", torch.ones(3))
+    module.register_buffer("inv_freq", torch.ones(3))
+    bucket = FlattenedTensorBucket(named_tensors=module)
+    parts = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    for given in (module, bucket, parts):
+        assert [name for name, _ in pairs(given)] == ["weight", "e_score_correction_bias"]

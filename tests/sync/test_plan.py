@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from weight_sync.errors import ManifestMismatch
 from weight_sync.layout.manifest import Manifest, TensorMeta
+from weight_sync.layout.memory import joined
 from weight_sync.layout.tensor_sums import tensor_fingerprint, unsigned
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.plan.copies import Replay
@@ -391,3 +393,15 @@ def test_a_plan_of_nothing_does_nothing() -> None:
     stage = torch.zeros(0, dtype=torch.uint8)
     plan.replay(stage)
     assert plan.staged_fingerprints(stage).tolist() == plan.resident_fingerprints().tolist() == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=12))
+def test_joined_ranges_cover_the_same_bytes_and_no_two_of_them_follow_each_other(
+    places: list[tuple[int, int]],
+) -> None:
+    ranges = sorted((first, first + size) for first, size in places)
+    found = joined(ranges, lambda end, start: start <= end)
+    covered = {byte for first, last in ranges for byte in range(first, last)}
+    assert {byte for first, last in found for byte in range(first, last)} == covered
+    assert sum(last - first for first, last in found) == len(covered)
+    assert all(end < start for (_, end), (start, _) in pairwise(found))
