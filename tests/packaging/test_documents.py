@@ -313,7 +313,7 @@ def test_every_block_that_is_no_program_shows_commands_or_an_output() -> None:
         str(block)
         for block in OTHERS
         if not all(
-            re.match(r"(rollout|make|curl|pip|python3) ", line)
+            re.match(r"(rollout|make|mkdir|curl|pip|python3) ", line)
             for line in block.text.splitlines()
             if line
         )

@@ -49,6 +49,9 @@ def engine(checkpoint):
     with Engine(
         checkpoint, executor="local", seed=0, num_threads=1, kv_cache_bytes=8 << 20
     ) as engine:
+        with WeightPublisher(engine) as publisher:  # noise, until a loop publishes its policy
+            noise = build_model(ModelConfig(hidden_size=32, num_layers=2), seed=1)
+            publisher.publish(noise, version=1, label="1")
         yield engine
 
 

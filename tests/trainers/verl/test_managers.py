@@ -151,11 +151,7 @@ def test_two_standalone_replicas_follow_a_trainer_of_two_ranks(cluster: None, fo
 
     async def update_while_generating() -> list[Any]:
         client = servers.get_client(FullyAsyncLLMServerClient)
-        addresses = [replica.servers[0].address.remote() for replica in servers.get_replicas()]
-        engines = [
-            Engine.connect(address, skip_tokenizer_init=True)
-            for address in await asyncio.gather(*addresses)
-        ]
+        engines = await connected(servers.get_replicas())
         for engine in engines:
             engine.slow_down(0.05)
         before = [engine.status().num_decoded_tokens for engine in engines]
@@ -177,6 +173,21 @@ def test_two_standalone_replicas_follow_a_trainer_of_two_ranks(cluster: None, fo
     check(asyncio.run(ask(servers.get_client(), 2, max_tokens=8)), reference, 4)
     for replica in servers.get_replicas():
         asyncio.run(shut_down(replica))
+
+
+async def connected(replicas: list[Any]) -> list[Engine]:
+    """A client of each replica's engine; its `shutdown` ends the connection."""
+    addresses = await asyncio.gather(*[replica.servers[0].address.remote() for replica in replicas])
+    return [Engine.connect(address, skip_tokenizer_init=True) for address in addresses]
+
+
+async def released(replicas: list[Any]) -> list[set[str]]:
+    """Which memory each replica's engine has given back."""
+    found = []
+    for engine in await connected(replicas):
+        found.append(set(engine.status().released))
+        engine.shutdown()
+    return found
 
 
 async def shut_down(replica: Any) -> None:
@@ -202,6 +213,8 @@ def test_hybrid_replicas_sleep_and_wake_with_the_trainers_weights(
         outputs = asyncio.run(ask(servers.get_client(), 16, max_tokens=12))
         assert len({tuple(output.token_ids) for output in outputs}) == 16
         check(outputs, reference, step)
+        assert asyncio.run(released(servers.get_replicas())) == [set(), set()]
         manager.sleep_replicas()
+        assert asyncio.run(released(servers.get_replicas())) == [{"weights", "kv_cache"}] * 2
     for replica in servers.get_replicas():
         asyncio.run(shut_down(replica))
