@@ -207,7 +207,7 @@ def _local(ids, row, num_rows, first_expert, num_experts):  # type: ignore[no-un
     return tl.where((local >= 0) & (local < num_experts), local, num_experts)
 
 
-@jit
+@jit(do_not_specialize=["num_rows"])
 def _count_kernel(  # type: ignore[no-untyped-def]
     ids,
     counts,
@@ -227,7 +227,7 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), found)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "num_tiles", "num_chunks"])
 def _sort_kernel(  # type: ignore[no-untyped-def]
     ids,
     counts,
@@ -296,8 +296,11 @@ def sort_rows(ids: torch.Tensor, first_expert: int, num_experts: int, rows: int)
     block = min(_BLOCK, max(128, next_power_of_two(num_rows)))
     chunks = -(-num_rows // block)
     sizes = [num_rows, num_tiles, num_tiles, num_tiles, chunks * bins]
-    numbers = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
-    order, experts, first, end, counts = numbers.split(sizes)
+    # Each begins at 16 bytes, else kernels would be compiled for every way in which some of them do.
+    padded = [-(-size // 4) * 4 for size in sizes]
+    numbers = torch.empty(sum(padded), dtype=torch.int32, device=ids.device)
+    parts = zip(numbers.split(padded), sizes, strict=True)
+    order, experts, first, end, counts = (part[:size] for part, size in parts)
     kernels: Any = (_count_kernel, _sort_kernel)
     if num_rows:
         ids, shared = ids.contiguous(), {"BINS": bins, "BLOCK": block, **chaining(ids)}

@@ -54,6 +54,8 @@ class DeviceBatch:
     """Prefixes that decoding sequences share, and that are read once for all of them; None: each reads its own."""
     order: torch.Tensor | None = None
     """(num_decodes): the decoding sequences, those with most to read first; None: as they are."""
+    captured: bool = False
+    """One of a few sizes, for which kernels of its own are worth their compilation."""
 
 
 class TritonStep:
@@ -158,7 +160,7 @@ class TritonStep:
             deterministic=self._deterministic,
             max_len=batch.max_len,
             order=batch.order,
-            few_kernels=batch.query_starts is not None,
+            few_kernels=not batch.captured,
         )
 
     def experts(

@@ -40,8 +40,10 @@ from .staging import Array, aligned
 from .triton_backend import TritonBackend
 
 _NUM_INPUTS = 6
-_EXTENSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
-"""Decodes beside a prompt: between them, all numbers of splits of their keys."""
+_DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Decodes beside a prompt, or in steps without a graph,"""
+_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""and how long they may be: between them, all numbers of splits of their keys."""
 _PROMPT = 256
 """Tokens of a prompt that is computed only so that kernels are compiled."""
 _INPUT_BYTES = 128
@@ -169,9 +171,17 @@ class CudaGraphRunner:
         with torch.inference_mode():
             for kind in kinds:
                 self._body(kind, self._backend.staging.upload(_padding(kind.size)))
-            for num_decodes in _EXTENSIONS:
-                if num_decodes < self.max_batch:
-                    self._backend.compute_padding(num_decodes, _PROMPT)
+            self._backend.compute_padding(0, _PROMPT, 1)
+            for num_decodes in (num for num in _DECODES if num <= self.max_batch):
+                for max_len in (self._max_len, *_LENGTHS):
+                    self._backend.compute_padding(num_decodes, 0, max_len)
+                self._backend.compute_padding(num_decodes, _PROMPT, self._max_len)
+            # Draws behind a prompt, whose samples share a row of logits, and those with filters.
+            rows, *inputs = self._backend.staging.upload(_padding(1))
+            columns = inputs[_NUM_INPUTS - 1 : -1]
+            for filters in (False, True):
+                for shared in (None, rows):
+                    self._sampler.run(self.logits[:1], columns, filters=filters, logit_rows=shared)
 
     def _captured(self, kind: _Kind, stream: torch.cuda.Stream) -> Callable[[], None]:
         """Run the step once, so that libraries are ready, then capture it."""
@@ -291,6 +301,7 @@ class CudaGraphRunner:
                 max_len=self._max_len,
                 shared=SharedPrefixes.views(prefixes, size) if kind.shared else None,
                 order=order,
+                captured=True,
             )
         )
         logits = self.logits[:size]

@@ -36,6 +36,7 @@ from .profile_ranges import LayerRanges, Named
 if TYPE_CHECKING:  # loads triton, which only CUDA needs
     from .cuda_graph_runner import CudaGraphRunner
 
+_FEW_TOKENS = 64
 _MULTIPLYING = (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -142,6 +143,21 @@ class ModelRunner:
         total = sum(item.length for item in items)
         hidden = self.forward(ScheduledBatch(items, [], total, 0))
         self.sampling_logits(hidden[:num_rows])
+
+    def compile_steps(self, num_tokens: int, num_rows: int, context_length: int) -> None:
+        """Compile what `run_largest_step` of up to so many tokens launches, side by side; each rank alone."""
+        if not self.backend.on_device:
+            return
+        from rollout_kernels.compiling import compile_ahead
+
+        sizes = [num_tokens]
+        while self.model_config.moe is not None and sizes[-1] > _FEW_TOKENS:
+            sizes.append(
+                sizes[-1] // 2
+            )  # Tiles of experts have other shapes for other numbers of tokens.
+        with self.model.tp.muted(), compile_ahead():
+            for size in sizes:
+                self.run_largest_step(size, min(num_rows, size), context_length)
 
     def init_attention_backend(self, name: str, max_batch: int) -> AttentionBackend:
         """The backend of that name ("auto": the device's), for decode batches of up to `max_batch` requests."""

@@ -121,29 +121,30 @@ class TritonBackend:
         rows = torch.from_numpy(found[0]).to(context.device)
         return GivenRows(rows, found[1].to(context.device, context.dtype))
 
-    def compute_padding(self, num_decodes: int, num_tokens: int) -> torch.Tensor:
-        """A step of nobody's decodes and of a prompt of nobody's tokens, of which nothing is kept; hidden states."""
+    def compute_padding(self, num_decodes: int, num_tokens: int, max_len: int) -> torch.Tensor:
+        """A step of nobody's decodes, of at most `max_len` tokens each, and of a prompt of nobody's `num_tokens` (0:
+        none), of which nothing is kept; hidden states."""
         context = self.context
 
         def numbers(*shape: int, value: int = 0) -> torch.Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=context.device)
 
-        num_rows = num_decodes + num_tokens
-        width = -(-num_tokens // (context.block_size * _TABLE_UNIT)) * _TABLE_UNIT
-        seq_lens = numbers(num_decodes + 1)
+        num_rows, num_prompts = num_decodes + num_tokens, min(num_tokens, 1)
+        width = -(-max(num_tokens, 1) // (context.block_size * _TABLE_UNIT)) * _TABLE_UNIT
+        seq_lens = numbers(num_decodes + num_prompts)
         seq_lens[num_decodes:] = num_tokens
         query_starts = numbers(2)
         query_starts[1:] = num_tokens
         batch = DeviceBatch(
             positions=numbers(num_rows),
             slots=numbers(num_rows, value=-1),
-            block_tables=numbers(num_decodes + 1, width),
+            block_tables=numbers(num_decodes + num_prompts, width),
             seq_lens=seq_lens,
             num_decodes=num_decodes,
-            query_starts=query_starts,
-            max_query_len=num_tokens,
-            max_len=context.config.max_position_embeddings,
-            max_later_len=num_tokens,
+            query_starts=query_starts if num_tokens else None,
+            max_query_len=max(num_tokens, 1),
+            max_len=max_len,
+            max_later_len=max(num_tokens, 1),
         )
         states: torch.Tensor = context.model(numbers(num_rows), self.step(batch))
         return states

@@ -92,8 +92,9 @@ def test_fused_steps_of_padding_leave_everything_as_it_was(tiny_checkpoint, hand
     memory.copy_(torch.randn(memory.shape))
     before = memory.clone()
     with torch.inference_mode():
-        states = driver.runner.backend.compute_padding(3, 20)
-    assert states.shape[0] == 23 and states.isfinite().all()
+        for num_decodes, num_tokens in ((3, 20), (3, 0), (0, 20)):
+            states = driver.runner.backend.compute_padding(num_decodes, num_tokens, 64)
+            assert len(states) == num_decodes + num_tokens and states.isfinite().all()
     assert torch.equal(memory, before)
 
 

@@ -151,10 +151,9 @@ def _fit_pool(
         device,
         "lower chunked_prefill_size or max_running_requests, or raise tp_size",
     ):
-        transient = measured(
-            memory,
-            lambda: runner.run_largest_step(num_tokens, num_rows, resolved.context_length),
-        )
+        size = (num_tokens, num_rows, resolved.context_length)
+        runner.compile_steps(*size)
+        transient = measured(memory, lambda: runner.run_largest_step(*size))
     runner.kv_pool.free()
     free = memory.free_bytes()
     num_blocks = blocks_that_fit(
