@@ -184,7 +184,8 @@ class ManyCalls(GenerationCalls):
                     return
                 limit = next(iter(running.values()))[2]
                 try:
-                    place = await asyncio.wait_for(done.get(), limit)
+                    async with asyncio.timeout(limit):
+                        place = await done.get()
                 except TimeoutError:
                     raise no_answer(limit, "as_completed") from None
                 prepared, future, _ = running[place]

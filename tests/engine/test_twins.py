@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from rollout.engine.client import sendable
 from rollout.engine.twins import asks, awaitable
 from rollout.errors import InvalidRequestError
 from rollout.protocol import commands as cmd
+from weight_sync.wire.futures import answer_of
 from weight_sync.wire.process import Home
 
 NO_TWIN = {"connect", "from_model", "weight_channel"}
@@ -151,3 +153,21 @@ def test_numbers_of_other_libraries_are_sent_as_numbers():
     assert sendable(cmd.SlowDown(seconds=np.float32(0.5))).seconds == 0.5
     for kind in msgspec.inspect.type_info(cmd.Command).types:
         assert kind.cls.__struct_config__.tag is not None  # all of them are messages
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancellation_that_comes_with_the_answer_is_not_lost(turns: int) -> None:
+    """Whoever cancels a task waits for its end, which one that goes on with its answer may never reach."""
+
+    async def run() -> None:
+        future: Future[int] = Future()
+        task = asyncio.ensure_future(answer_of(future, 60.0, "a call"))
+        await asyncio.sleep(0)
+        future.set_result(7)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        ends = task.cancel()  # False: it had ended before
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError) if ends else outcome == 7
+
+    asyncio.run(run())

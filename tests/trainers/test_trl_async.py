@@ -286,6 +286,7 @@ def test_a_full_buffer_holds_generation_back_and_stopping_ends_all_requests(task
         wait_until(run.worker.rollout_buffer.full)
         wait_until(lambda: engine.status().num_running == 0)  # every lane waits
         run.worker.check_health(60.0)
+    assert "trl-rollouts" not in {thread.name for thread in threading.enumerate()}
     assert run.worker.rollout_buffer.qsize() == 6
     assert engine.status().num_running == 0
 

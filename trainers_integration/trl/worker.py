@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -31,6 +32,8 @@ from .groups import (
     samples_of,
 )
 from .sampling import checked_logprobs, oldest_version, sampling_options, token_ids
+
+logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
 _ANNOUNCE_S = 120.0
@@ -130,6 +133,11 @@ class RolloutWorker:
                     loop.call_soon_threadsafe(task.cancel)
             thread.join(_STOP_S)
             self._running = None
+            if thread.is_alive():  # An error here would keep TRL from ending the weight transfer.
+                logger.warning(
+                    "the rollout worker has not ended within %.0f s; look for a reward function that goes on",
+                    _STOP_S,
+                )
         if self._owned:
             self.engine.shutdown()
 

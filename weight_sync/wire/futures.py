@@ -31,7 +31,9 @@ def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
 async def answer_of(future: Future[Any], timeout_s: float, what: str) -> Any:
     """As `wait`, awaitable."""
     with _in_time(timeout_s, what):
-        return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        # Not `wait_for`: Python 3.11's loses a cancellation that comes together with the answer.
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(future)
 
 
 @contextlib.contextmanager
