@@ -13,6 +13,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
 from process_group_peer import content
 from process_group_support import NAME, Peer, PeerError, free_port, group_threads, join
 from stopped import go_on, stop

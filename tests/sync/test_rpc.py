@@ -17,6 +17,7 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
 from sync_support import eventually, num_descriptors
 
 from weight_sync.errors import (
@@ -47,6 +48,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     text: str
 
 
+LATE: list[threading.Timer] = []
+"""Answers that a test's server may still give."""
+
+
 def handler(call: Call) -> None:
     if isinstance(call.body, Fail):
         if call.body.how == "typed":
@@ -64,7 +69,9 @@ def handler(call: Call) -> None:
         call.reply(Answer(text=body.text + "x" * body.num_bytes))
 
     if body.delay_s:
-        threading.Timer(body.delay_s, answer).start()
+        late = threading.Timer(body.delay_s, answer)
+        late.start()
+        LATE.append(late)
     else:
         answer()
 
@@ -80,6 +87,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RpcServer
     server.start()
     yield server
     server.close()
+    while LATE:
+        LATE.pop().cancel()
 
 
 @pytest.fixture

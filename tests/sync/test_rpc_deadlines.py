@@ -19,6 +19,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
 from stopped import go_on, stop
 from sync_support import FOLDER, collect, eventually, read_line, weights
 

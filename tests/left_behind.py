@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-TESTS = str(Path(__file__).parent.parent)
+TESTS = str(Path(__file__).parent)
 GRACE_S = 30.0
 
 
 def of_tests(thread: threading.Thread) -> bool:
-    """A timer, a pool's worker, or a thread that runs code of a test, of a class or function in this folder."""
+    """A timer, a pool's worker, or a thread that runs code of a test, of a class or function in these folders."""
     target = getattr(thread, "_target", None)
     module = sys.modules.get(getattr(target, "__module__", None) or "")
     mine = str(getattr(module, "__file__", "")).startswith(TESTS)
