@@ -6,7 +6,6 @@ import dataclasses
 
 import msgspec
 
-from weight_sync.wire.futures import wait
 from weight_sync.wire.rpc import RpcClient
 
 from ...config import EngineConfig
@@ -24,9 +23,8 @@ class RemoteExecutor(OverRpc):
         self._address = address
         self._client = RpcClient(address, REPLY_TYPES, errors=ERRORS, connect_timeout_s=timeout_s)
         try:
-            status: Status = wait(
-                self.submit(GetStatus(), timeout_s=timeout_s), timeout_s, "the first status"
-            )
+            # The connection alone looks at the clock: it knows whether anybody is there.
+            status: Status = self._client.call(GetStatus(), timeout_s)
         except BaseException:
             self._connection.close()
             raise
