@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -70,6 +70,10 @@ Out = Annotated[
 Quick = Annotated[
     bool, typer.Option("--quick", help="Tiny sizes, a few seconds: shows that it works.")
 ]
+Write = Annotated[
+    bool, typer.Option("--write", help="Store the best for this device, where kernels look.")
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Little data, to try the search; needs no GPU.")]
 
 
 @app.callback()
@@ -242,15 +246,18 @@ def gpu_experts(
     _benchmark(run, quick, out, config, overrides)
 
 
+def _search(
+    main: Callable[[Sequence[str]], int], write: bool, tiny: bool, out: Path | None
+) -> NoReturn:
+    where = ["--out", str(out)] if out is not None else []
+    raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
+
+
 @gpu_app.command("attention-kernels")
 def gpu_attention_kernels(
-    write: Annotated[
-        bool, typer.Option("--write", help="Store the best for this device, where kernels look.")
-    ] = False,
+    write: Write = False,
     out: Out = None,
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="Little data, to try the search; needs no GPU.")
-    ] = False,
+    tiny: Tiny = False,
 ) -> None:
     """Search the shapes of the attention kernels' launches on this GPU: decode, shared prefixes, prefill.
 
@@ -259,19 +266,14 @@ def gpu_attention_kernels(
     """
     from .attention_kernels import main
 
-    where = ["--out", str(out)] if out is not None else []
-    raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
+    _search(main, write, tiny, out)
 
 
 @gpu_app.command("few-rows")
 def gpu_few_rows(
-    write: Annotated[
-        bool, typer.Option("--write", help="Store what is found for this device.")
-    ] = False,
+    write: Write = False,
     out: Out = None,
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="Little data, to try the search; needs no GPU.")
-    ] = False,
+    tiny: Tiny = False,
 ) -> None:
     """Search for which matrix products of 1 to 16 rows our kernel beats torch's on this GPU, and with which launch.
 
@@ -279,8 +281,7 @@ def gpu_few_rows(
     """
     from .few_rows import main
 
-    where = ["--out", str(out)] if out is not None else []
-    raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
+    _search(main, write, tiny, out)
 
 
 @app.command("gpu-generate")

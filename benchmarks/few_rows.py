@@ -25,7 +25,9 @@ from torch.nn.functional import linear
 
 from rollout_kernels import few_rows_matmul as kernels
 from rollout_kernels.compiling import compile_ahead
-from rollout_kernels.few_rows_matmul import FewRowsConfig, few_rows_linear
+from rollout_kernels.expert_configs import TileConfig
+from rollout_kernels.few_rows_matmul import few_rows_linear
+from rollout_kernels.launching import device_name
 
 from .attention_kernels import timed
 from .expert_kernels import measure_rates, stored
@@ -53,7 +55,7 @@ def shapes() -> list[tuple[int, int]]:
     return list(found)
 
 
-def candidates() -> Iterator[FewRowsConfig]:
+def candidates() -> Iterator[TileConfig]:
     """Launches that fit into shared memory and keep each warp busy."""
     for columns, depths in ((16, (128, 256, 512)), (32, (64, 128, 256)), (64, (64, 128))):
         for depth in depths:
@@ -61,16 +63,14 @@ def candidates() -> Iterator[FewRowsConfig]:
                 for stages in (2, 4, 6):
                     num_bytes = stages * depth * (columns + kernels.MOST_ROWS) * 2
                     if num_bytes <= _MOST_SHARED_BYTES and columns * depth <= warps * 8192:
-                        yield FewRowsConfig(
-                            columns=columns, depth=depth, warps=warps, stages=stages
-                        )
+                        yield TileConfig(columns=columns, depth=depth, warps=warps, stages=stages)
 
 
 def search(
     products: Sequence[tuple[int, int]],
     device: torch.device,
     say: Callable[[str], None],
-    launches: Sequence[FewRowsConfig],
+    launches: Sequence[TileConfig],
 ) -> dict[str, Any]:
     """The entries of this device, and every measurement."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -82,11 +82,11 @@ def search(
         floor = weights[0].nbytes / read
         if device.type == "cuda":
             _compile(weights[0], launches)
-        timings: dict[FewRowsConfig, float] = {}
+        timings: dict[TileConfig, float] = {}
         for rows in sorted(ROWS, reverse=True):
             x = torch.randn(rows, depth, device=device).to(dtype)
             usual = _seconds(partial(linear, x), weights)
-            tried: Sequence[FewRowsConfig] = launches
+            tried: Sequence[TileConfig] = launches
             if rows < ROWS[-2]:  # As many as those are padded to: the best of them, once more.
                 tried = sorted(timings, key=lambda launch: timings[launch])[:2]
             timings = {}
@@ -112,7 +112,7 @@ def search(
     return {"entries": entries, "rows": measured, "read_bytes_per_s": read}
 
 
-def _compile(weight: torch.Tensor, launches: Sequence[FewRowsConfig]) -> None:
+def _compile(weight: torch.Tensor, launches: Sequence[TileConfig]) -> None:
     # What cannot be compiled fails again when it is timed.
     with suppress(Exception), compile_ahead():
         for rows in ROWS:
@@ -153,8 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         options.out.write_text(json.dumps(found))
     if options.write:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        stored(kernels.FILE, name, found["entries"])
+        stored(kernels.FILE, device_name(device), found["entries"])
     return 0
 
 

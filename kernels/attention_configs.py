@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .launching import device_name
+
 FILE = Path(__file__).with_name("attention_configs.json")
 """The stored entries."""
 
@@ -151,7 +153,7 @@ def _find(
 ) -> Config | None:
     """The first entry whose limits (`max_head_dim` and so on) hold all `facts`; with `whole_tiles`, its keys divide the
     block size too."""
-    for entry in _entries(_name(device), kind):
+    for entry in _entries(device_name(device), kind):
         fits = entry.get("dtype_bytes", 2) >= dtype.itemsize
         if entry.get("whole_tiles", False) and block_size % entry["keys"]:
             fits = False
@@ -159,11 +161,6 @@ def _find(
             names = {field.name for field in fields(config)}
             return config(**{name: value for name, value in entry.items() if name in names})
     return None
-
-
-@lru_cache(maxsize=16)
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .launching import device_name
+
 FILE = Path(__file__).with_name("expert_configs.json")
 """The stored entries."""
 
@@ -59,7 +61,7 @@ def expert_config(
 ) -> ExpertConfig:
     """From numbers that the host knows."""
     config = next(
-        config for limit, config in _entries(_name(device)) if num_rows <= limit * num_experts
+        config for limit, config in _entries(device_name(device)) if num_rows <= limit * num_experts
     )
     if dtype.itemsize <= 2:
         return config
@@ -67,11 +69,6 @@ def expert_config(
         replace(tile, depth=max(16, tile.depth // 2)) for tile in (config.gate_up, config.down)
     )
     return replace(config, gate_up=gate_up, down=down)  # as many bytes of a tile
-
-
-@lru_cache(maxsize=16)
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,13 @@ from typing import Any
 import torch
 
 from .attention_tiles import precision, product
-from .launching import jit, launching_on, tl, triton
+from .expert_configs import TileConfig
+from .launching import device_name, jit, launching_on, tl, triton
 
 FILE = Path(__file__).with_name("few_rows_configs.json")
 """By name of a device: shapes for which the kernel is faster than torch's product, with the shape of its launch."""
 MOST_ROWS = 16
 """M at most."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FewRowsConfig:
-    """The shape of a launch."""
-
-    columns: int
-    """Outputs of a program; a power of two, at least 16."""
-    depth: int
-    """Inputs at once; a power of two, at least 16."""
-    warps: int
-    """Warps of a program."""
-    stages: int
-    """Loads under way."""
 
 
 @jit
@@ -83,7 +69,7 @@ def few_rows_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
-    config: FewRowsConfig,
+    config: TileConfig,
 ) -> torch.Tensor:
     """x (M, K), weight (N, K) and bias (N), of one dtype (bfloat16, float16, float32), to (M, N), into `out` if any.
 
@@ -110,28 +96,23 @@ def few_rows_linear(
     return out
 
 
-def few_rows_config(x: torch.Tensor, weight: torch.Tensor) -> FewRowsConfig | None:
+def few_rows_config(x: torch.Tensor, weight: torch.Tensor) -> TileConfig | None:
     """The stored launch for such a product; None where torch's is the faster, or nobody has measured."""
     if not 0 < x.shape[0] <= MOST_ROWS or weight.element_size() != 2 or triton is None:
         return None
-    listed = _entries(_name(x.device)).get((weight.shape[0], weight.shape[1]), ())
+    listed = _entries(device_name(x.device)).get((weight.shape[0], weight.shape[1]), ())
     return next((config for limit, config in listed if x.shape[0] <= limit), None)
-
-
-@lru_cache(maxsize=16)
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @lru_cache(maxsize=16)
 def _entries(
     name: str,
-) -> Mapping[tuple[int, int], list[tuple[int, FewRowsConfig | None]]]:
+) -> Mapping[tuple[int, int], list[tuple[int, TileConfig | None]]]:
     """By (N, K): the most rows, ascending, and the launch up to so many, or None for torch's."""
-    found: dict[tuple[int, int], list[tuple[int, FewRowsConfig | None]]] = {}
+    found: dict[tuple[int, int], list[tuple[int, TileConfig | None]]] = {}
     for entry in json.loads(FILE.read_text()).get(name, []):
         launch = entry["launch"]
-        config = None if launch is None else FewRowsConfig(**launch)
+        config = None if launch is None else TileConfig(**launch)
         found.setdefault((entry["outputs"], entry["inputs"]), []).append(
             (entry["max_rows"], config)
         )

@@ -66,6 +66,12 @@ def _waits_in_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@lru_cache(maxsize=16)
+def device_name(device: torch.device) -> str:
+    """What shapes of launches are stored under; "default" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+
+
 def power_of_two_within(value: int) -> int:
     """The largest power of two that is at most `value`."""
     return 1 << (value.bit_length() - 1)

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,27 @@ import torch
 from forks import INTERPRETING
 
 Check = Callable[..., None]
+
+
+def search_interpreted(module: str, out: Path, *arguments: str) -> dict[str, Any]:
+    """What a search of launches finds with little data, in the interpreter."""
+    command = (sys.executable, "-m", f"rollout_benchmarks.{module}", "--tiny", "--out", str(out))
+    done = subprocess.run(
+        [*command, *arguments],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
 class Checks(dict[str, Callable[[torch.device], None]]):

@@ -54,21 +54,6 @@ def project(
     return linear(x, weight, bias)
 
 
-def project_few(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`project`, but a kernel of ours where it has been measured to be faster: few rows, on some devices. 2-D `x`."""
-    from rollout_kernels.few_rows_matmul import few_rows_config, few_rows_linear
-
-    config = few_rows_config(x, weight)
-    if config is None:
-        return project(x, weight, bias, out)
-    return few_rows_linear(x, weight, bias, out, config)
-
-
 @cache
 def _onednn() -> Callable[..., torch.Tensor] | None:
     """oneDNN's product, which torch does not export; None where it is missing, or does not do what it did."""

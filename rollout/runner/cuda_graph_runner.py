@@ -138,7 +138,8 @@ class CudaGraphRunner:
             kinds.sort(key=lambda kind: -kind.size)
             stream = torch.cuda.Stream(self._device)
             with frozen_gc():
-                self._compile(kinds, stream)
+                if self.num_captures == 1:  # Later ones find the kernels there.
+                    self._compile(kinds, stream)
                 for done, kind in enumerate(kinds):
                     if progress is not None:
                         progress(f"decode step of {kind.size}", done, len(kinds))

@@ -13,7 +13,7 @@ import torch
 from weight_sync.layout.weight_map import WeightMap
 
 from ..layers.embedding import VocabParallelEmbedding
-from ..layers.linear import ColumnParallelLinear, RowParallelLinear, project_few
+from ..layers.linear import ColumnParallelLinear, RowParallelLinear
 from ..layers.router import Router
 from ..layers.sampler import PendingSample, Sampler, TokenSampler
 from ..layers.single_group import SingleGroup, TensorParallelGroup
@@ -177,6 +177,8 @@ class ModelRunner:
 
     def _use_products_of_kernels(self) -> None:
         from rollout_kernels.invariant_matmul import invariant_linear
+
+        from ..layers.few_rows import project_few
 
         for module in self.model.modules():
             if isinstance(module, _MULTIPLYING):

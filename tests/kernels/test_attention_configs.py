@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(configs, "_name", lambda device: request.param)
+    monkeypatch.setattr(configs, "device_name", lambda device: request.param)
     return CPU
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import search_interpreted
 
 from rollout_benchmarks.attention_kernels import entries_of, stored
 from rollout_benchmarks.attention_problems import searches
@@ -21,22 +19,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     file = tmp_path_factory.mktemp("search") / "found.json"
-    command = [*(sys.executable, "-m", "rollout_benchmarks.attention_kernels", "--tiny")]
-    done = subprocess.run(
-        [*command, "--head-dims", "64", "--groups", "1", "4", "--out", str(file)],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text())
+    return search_interpreted("attention_kernels", file, "--head-dims", "64", "--groups", "1", "4")
 
 
 def test_every_kind_of_launch_is_searched(found):
@@ -59,7 +42,7 @@ def test_what_is_stored_serves_and_other_sizes_of_heads_stay(found, tmp_path, mo
             found["entries"][kind]
         )
     monkeypatch.setattr(configs, "FILE", file)
-    monkeypatch.setattr(configs, "_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(configs, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     configs._entries.cache_clear()
     try:
         facts = {"head_dim": 64, "group": 1, "dtype": torch.bfloat16}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import Checks, poisoned, relative_error
+from interpreted import Checks, poisoned, relative_error, search_interpreted
 
-from rollout.layers.linear import project, project_few
+from rollout.layers import few_rows
+from rollout.layers.linear import project
 from rollout_kernels import few_rows_matmul as kernels
-from rollout_kernels.few_rows_matmul import FewRowsConfig, few_rows_config, few_rows_linear
+from rollout_kernels.expert_configs import TileConfig
+from rollout_kernels.few_rows_matmul import few_rows_config, few_rows_linear
 
 CHECKS = Checks()
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
-NARROW = FewRowsConfig(columns=16, depth=32, warps=1, stages=2)
-WIDE = FewRowsConfig(columns=64, depth=128, warps=4, stages=3)
+NARROW = TileConfig(columns=16, depth=32, warps=1, stages=2)
+WIDE = TileConfig(columns=64, depth=128, warps=4, stages=3)
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -84,7 +83,7 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         {**shape, "max_rows": 4, "launch": None},
         {**shape, "max_rows": 8, "launch": asdict(WIDE)},
     ]
-    file.write_text(json.dumps({"cpu": listed}))
+    file.write_text(json.dumps({"default": listed}))
     monkeypatch.setattr(kernels, "FILE", file)
     kernels._entries.cache_clear()
     yield file
@@ -102,16 +101,18 @@ def test_a_product_takes_the_launch_that_is_stored_for_its_shape_and_rows(entrie
 def test_layers_multiply_with_it_and_else_as_before(
     entries: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[FewRowsConfig] = []
+    taken: list[TileConfig] = []
 
-    def noted(x: Any, weight: Any, bias: Any, out: Any, config: FewRowsConfig) -> torch.Tensor:
+    def noted(x: Any, weight: Any, bias: Any, out: Any, config: TileConfig) -> torch.Tensor:
         taken.append(config)
         return project(x, weight, bias, out)
 
-    monkeypatch.setattr(kernels, "few_rows_linear", noted)
+    monkeypatch.setattr(few_rows, "few_rows_linear", noted)
     x, weight, bias = operands(20, 32, 64, torch.bfloat16, torch.device("cpu"))
     for rows in (1, 4, 8, 20):
-        assert torch.equal(project_few(x[:rows], weight, bias), project(x[:rows], weight, bias))
+        assert torch.equal(
+            few_rows.project_few(x[:rows], weight, bias), project(x[:rows], weight, bias)
+        )
     assert taken == [NARROW, WIDE]
 
 
@@ -119,22 +120,7 @@ def test_the_search_stores_what_it_has_measured(tmp_path: Path) -> None:
     from rollout_benchmarks.expert_kernels import stored
 
     file, out = tmp_path / "few_rows_configs.json", tmp_path / "found.json"
-    command = (sys.executable, "-m", "rollout_benchmarks.few_rows", "--tiny", "--out", str(out))
-    done = subprocess.run(
-        command,
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = search_interpreted("few_rows", out)
     assert [entry["max_rows"] for entry in found["entries"]] == [1, 2, 4, 8, 16]
     assert all(len(row["tries"]) == 2 and row["us"] > 0 for row in found["rows"])
     file.write_text("{}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rollout import Engine
 from rollout.settings import load_settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `trl_support`
@@ -19,6 +20,25 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """The folder of a checkpoint that TRL is to teach to sort, and the examples."""
+    from trl_support import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("sorting")
+    return folder, write_checkpoint(folder)
+
+
+@pytest.fixture
+def engine(task):
+    """One that serves poisoned weights until somebody publishes."""
+    from trl_support import poison
+
+    with Engine(task[0], seed=0) as engine:
+        poison(engine)
+        yield engine
 
 
 @pytest.fixture

@@ -15,10 +15,8 @@ from trl_support import (
     load,
     logged,
     noise,
-    poison,
     right_answers,
     wait_until,
-    write_checkpoint,
 )
 from trl_support import async_settings as settings
 
@@ -35,19 +33,6 @@ CALLS = (
     *("init_weight_transfer", "pause", "send_weights", "resume", "destroy"),
     *("start", "stop", "update_model_version"),
 )
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sorting")
-    return folder, write_checkpoint(folder)
-
-
-@pytest.fixture
-def engine(task):
-    with Engine(task[0], seed=0) as engine:
-        poison(engine)
-        yield engine
 
 
 def attention(query, key, value, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, **_):

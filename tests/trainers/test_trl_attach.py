@@ -14,7 +14,6 @@ from trl_support import (
     make_trainer,
     poison,
     right_answers,
-    write_checkpoint,
 )
 
 from rollout import Engine, RolloutPool
@@ -25,21 +24,6 @@ from weight_sync import fingerprint
 pytestmark = pytest.mark.trl
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """The checkpoint's folder and the examples."""
-    folder = tmp_path_factory.mktemp("sorting")
-    return folder, write_checkpoint(folder)
-
-
-@pytest.fixture
-def engine(task):
-    """One that serves poisoned weights until somebody publishes."""
-    with Engine(task[0], seed=0) as engine:
-        poison(engine)
-        yield engine
 
 
 def mean(values):

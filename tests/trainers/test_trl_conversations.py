@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from trl_support import async_settings as settings
-from trl_support import data, noise, poison, wait_until, write_checkpoint
+from trl_support import data, noise, wait_until
 
-from rollout import Engine
 from rollout.errors import ConfigError, RolloutError
 from trainers_integration.trl import RolloutWorker, WeightTransfer
 
 pytestmark = pytest.mark.trl
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    folder = tmp_path_factory.mktemp("sorting")
-    return folder, write_checkpoint(folder)
-
-
-@pytest.fixture
-def engine(task: Any) -> Iterator[Engine]:
-    with Engine(task[0], seed=0) as engine:
-        poison(engine)
-        yield engine
 
 
 def asks(*calls: tuple[str, dict[str, Any]] | None) -> Callable[..., Any]:

@@ -5,28 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from trl_support import data, exact, make_trainer, poison, write_checkpoint
+from trl_support import data, exact, make_trainer, poison
 
 from rollout import Engine
 from trainers_integration.trl import attach, rollout_func
 from weight_sync import fingerprint
 
 pytestmark = pytest.mark.trl
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """The checkpoint's folder and the examples."""
-    folder = tmp_path_factory.mktemp("sorting")
-    return folder, write_checkpoint(folder)
-
-
-@pytest.fixture
-def engine(task):
-    """One that serves poisoned weights until somebody publishes."""
-    with Engine(task[0], seed=0) as engine:
-        poison(engine)
-        yield engine
 
 
 @pytest.fixture

@@ -7,30 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from trl_support import data, make_trainer, poison, run_ranks, write_checkpoint
+from trl_support import data, make_trainer, poison, run_ranks
 
-from rollout import Engine
 from rollout.errors import ConfigError, NonFiniteWeightsError
 from trainers_integration.trl import attach
 
 pytestmark = pytest.mark.trl
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """The checkpoint's folder and the examples."""
-    folder = tmp_path_factory.mktemp("sorting")
-    return folder, write_checkpoint(folder)
-
-
-@pytest.fixture
-def engine(task):
-    """One that serves poisoned weights until somebody publishes."""
-    with Engine(task[0], seed=0) as engine:
-        poison(engine)
-        yield engine
 
 
 @pytest.mark.timeout(600)
