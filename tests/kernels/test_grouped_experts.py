@@ -126,7 +126,7 @@ def the_host_reads_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", json.loads(expert_configs.FILE.read_text()))
 def test_every_call_has_a_shape(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_configs, "_name", lambda _: device)
+    monkeypatch.setattr(expert_configs, "device_name", lambda _: device)
     facts = {"num_experts": 128, "dtype": torch.bfloat16}
     cpu = torch.device("cpu")
     rows = [expert_config(cpu, num_rows=8 * n, **facts).rows for n in (1, 64, 8192, 10**6)]
