@@ -12,7 +12,7 @@ import pytest
 
 from rollout import Engine, RolloutPool
 from rollout.errors import InvalidRequestError, RolloutError
-from weight_sync.errors import ManifestMismatch, TornWeightsError
+from weight_sync.errors import ManifestMismatch, TornWeightsError, WeightUpdateError
 
 ASK = {
     "input_ids": [5, 6, 7],
@@ -168,6 +168,36 @@ def test_weights_are_not_reset_under_an_update(folder: Path) -> None:
         engine.release_memory_occupation(["weights"], keep_weights=True)
         with pytest.raises(RolloutError, match="released"):
             engine.reset_weights()
+
+
+def test_an_update_that_begins_while_weights_are_reset_does_not_make_a_version_of_the_noise(
+    folder: Path, reference_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reference_model(folder)
+    part = {"model.norm.weight": dict(model.named_parameters())["model.norm.weight"]}
+    with Engine(folder, **OPTIONS, executor="inline") as engine:
+        receiver = engine._executor._core.receiver  # type: ignore[attr-defined]
+        lose, refused = receiver.lose_weights, []
+
+        def update_meanwhile(reason: str) -> None:
+            def update() -> None:
+                with pytest.raises(WeightUpdateError, match="being reset"):
+                    engine.update_weights_from_tensor(part)
+                refused.append(True)
+
+            thread = threading.Thread(target=update)
+            thread.start()
+            thread.join(5)
+            lose(reason)
+
+        monkeypatch.setattr(receiver, "lose_weights", update_meanwhile)
+        engine.reset_weights()
+        assert refused and engine.version == 0
+        with pytest.raises(TornWeightsError, match="noise"):
+            engine.generate(**ASK)
+        monkeypatch.undo()
+        engine.publish(model)
+        assert engine.generate(**ASK)["output_ids"]
 
 
 def test_a_replica_that_comes_later_has_the_label_the_limits_and_the_delay(folder: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Collection
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from ..errors import ArenaGoneError, SyncError, TransportError
+from ..errors import ArenaGoneError, DeadlineExceeded, SyncError, TransportError
 from ..time_left import left_s
+from ..wire.futures import wait
 from ..wire.messages import (
     Ack,
     ArenaHandle,
@@ -19,8 +23,10 @@ from ..wire.messages import (
     GroupHandle,
     JoinGroup,
     LeaveGroup,
+    LocalHandle,
     OpenArena,
 )
+from ..wire.process import why_dead
 from .members import Answers, Terms, ask_all, collect, same, tell_all
 from .session import PATIENCE_S
 
@@ -44,15 +50,23 @@ class JointArenas:
 
     def open(self, message: OpenArena, members: Collection[Any], end: float) -> ArenaOpened:
         """Open it on every member, or on none."""
+        self._forget_orphans(members)
         arena_id = secrets.randbits(62)  # never one that another service at this address has given
-        answers = ask_all(self._terms, same(members, message), end)
+        asked = tell_all(same(members, message), self._terms.patience_s or left_s(end))
+        answers = collect(asked, end, self._terms.wait)
         for member, reply in answers.replies.items():
             member.arenas[arena_id] = reply.arena_id
         self._opened[arena_id] = message
         try:
             answers.check(spare=self._terms.spare)
+            if time.monotonic() >= end:
+                raise DeadlineExceeded(
+                    "the arena was opened too late for its caller, and closed again; raise timeout_s"
+                )
         except Exception:
             self.close(CloseArena(arena_id=arena_id), members, end)
+            for member in answers.errors:
+                asked[member].add_done_callback(partial(_close_late, member))
             raise
         return ArenaOpened(arena_id=arena_id)
 
@@ -73,9 +87,12 @@ class JointArenas:
         able = []
         for member in members:
             if arena_id not in member.arenas:
+                timeout_s = left_s(end)
+                asked = member.channel.submit(self._opened[arena_id], timeout_s)
                 try:
-                    opened = member.channel.call(self._opened[arena_id], left_s(end))
+                    opened = wait(asked, timeout_s, "OpenArena")
                 except SyncError as error:
+                    asked.add_done_callback(partial(_close_late, member))
                     logger.warning("%s takes no part in an update: %s", member.name, error)
                     continue
                 member.arenas[arena_id] = opened.arena_id
@@ -106,7 +123,22 @@ class JointArenas:
                 self.close(CloseArena(arena_id=arena_id), members, end)
         return self._joined(ask_all(self._terms, same(members, message), end))
 
+    def _forget_orphans(self, members: Collection[Any]) -> None:
+        """The members close the arenas of a dead trainer by themselves, and nobody says so here."""
+        for arena_id, opened in list(self._opened.items()):
+            if isinstance(opened.handle, LocalHandle) or why_dead(opened.handle.owner) is None:
+                continue
+            del self._opened[arena_id]
+            for member in members:
+                member.arenas.pop(arena_id, None)
+
     @staticmethod
     def _joined(answers: Answers) -> Ack:
         answers.raise_loss()  # A group without one of its members is none.
         return Ack()
+
+
+def _close_late(member: Any, opened: Future[Any]) -> None:
+    """Nobody waits any more for what a member makes of an arena."""
+    if opened.exception() is None:
+        member.channel.submit(CloseArena(arena_id=opened.result().arena_id), PATIENCE_S)

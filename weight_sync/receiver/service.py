@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -66,7 +67,6 @@ class WeightService:
         self._actions: dict[type, Callable[[Any], Any]] = {
             Hello: lambda _: receiver.info(),
             GetIgnored: lambda m: receiver.ignored(m.names),
-            OpenArena: self._open_arena,
             CloseArena: self._close_arena,
             Begin: receiver.begin,
             Bucket: receiver.stage,
@@ -118,6 +118,8 @@ class WeightService:
         body = call.body
         if isinstance(body, Commit):
             return self.receiver.commit(body, call.deadline)
+        if isinstance(body, OpenArena):
+            return self._open_arena(body, call.deadline)
         if isinstance(body, Bucket):
             self.receiver.stage_end = call.deadline
         if isinstance(body, SetLabel):
@@ -127,12 +129,17 @@ class WeightService:
         if action is None:
             raise ProtocolError(
                 f"not a message about weights: got {type(body).__name__}, expected one of "
-                f"{', '.join(sorted(kind.__name__ for kind in (*self._actions, Commit, SetLabel)))}"
+                f"{', '.join(sorted(kind.__name__ for kind in (*self._actions, Commit, OpenArena, SetLabel)))}"
             )
         return action(body)
 
-    def _open_arena(self, message: OpenArena) -> ArenaOpened:
+    def _open_arena(self, message: OpenArena, deadline: float) -> ArenaOpened:
         opened = self._open(message.handle, self.receiver.stages.of(message.staging))
+        if deadline <= time.monotonic():  # nobody hears its id, so it would stay
+            opened.close()
+            raise DeadlineExceeded(
+                "the arena was opened too late for its caller, and closed again; raise timeout_s"
+            )
         return ArenaOpened(arena_id=self.receiver.add_arena(opened))
 
     def _close_arena(self, message: CloseArena) -> Ack:

@@ -31,7 +31,7 @@ class OpenedArena(Protocol):
         """A bucket was announced and not taken. What carries it must not take its bytes for those of another one."""
 
     def given_up(self) -> bool:
-        """The trainer has certainly closed its end, although it may not have been able to say so."""
+        """The trainer has certainly closed its end, or left it, although it may not have been able to say so."""
 
     def close(self) -> None:
         """Give the mapping back. Safe to repeat."""

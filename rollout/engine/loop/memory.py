@@ -15,6 +15,8 @@ from ...protocol.commands import MEMORY_TAGS, MemoryTag
 from ...runner.memory_regions import HostCopy, MemoryRegion, region_of
 from ...runner.model_runner import ModelRunner
 
+_RELEASED = "their memory is released; call resume_memory_occupation(['weights']) first"
+
 
 class MemoryOccupation:
     """Releases and resumes by tag; releasing twice, or resuming what is there, changes nothing."""
@@ -29,21 +31,24 @@ class MemoryOccupation:
         """Tags whose memory is gone."""
         self.reading = threading.RLock()
         """Whoever reads parameters on another thread than the loop's holds it: nothing is released meanwhile."""
-        self._leaving: tuple[MemoryTag, ...] = ()
+        self._leaving: str | None = None
 
     @property
-    def weights_gone(self) -> bool:
-        """The weights' memory is released, or about to be; any thread may ask."""
-        return "weights" in self.released or "weights" in self._leaving
+    def weights_gone(self) -> str | None:
+        """Why no update may touch the weights: released, or about to be, or to be reset; any thread may ask."""
+        return _RELEASED if "weights" in self.released else self._leaving
 
     @contextlib.contextmanager
-    def releasing(self, tags: Sequence[MemoryTag]) -> Iterator[None]:
-        """Around the decision whether to release `tags`: whoever asks sees them as gone from its beginning on."""
-        self._leaving = tuple(tags)
+    def leaving(self, tags: Sequence[MemoryTag], why: str = _RELEASED) -> Iterator[None]:
+        """Around the decision whether to release or reset `tags`: whoever asks sees them as gone from its beginning on.
+
+        So an update that begins meanwhile is not voted for, whatever it would have made of the weights.
+        """
+        self._leaving = why if "weights" in tags else None
         try:
             yield
         finally:
-            self._leaving = ()
+            self._leaving = None
 
     def release(
         self, tags: Sequence[MemoryTag], *, keep_weights: bool = False

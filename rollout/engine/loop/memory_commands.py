@@ -76,22 +76,23 @@ class MemoryCommands:
         call.reply(cmd.Done(count=int(self._order.all_reduce(torch.tensor([num_files])))))
 
     def _reset(self, call: Call) -> None:
-        if "weights" in self._memory.released or self._any_rank(self._receiver.updating):
-            raise RolloutError(
-                "cannot reset weights: their memory is released, or an update is under way; resume it, or end the "
-                "update first"
-            )
         parameters = self._runner.weight_map.parameters.values()
-        with self._memory.reading, torch.no_grad():
-            generator = torch.Generator(self._runner.device).manual_seed(0)
-            for parameter in parameters:
-                parameter.normal_(generator=generator)
-        self._receiver.lose_weights("they were reset to noise")
+        with self._memory.leaving(("weights",), "they are being reset; push again"):
+            if "weights" in self._memory.released or self._any_rank(self._receiver.updating):
+                raise RolloutError(
+                    "cannot reset weights: their memory is released, or an update is under way; resume it, or end the "
+                    "update first"
+                )
+            with self._memory.reading, torch.no_grad():
+                generator = torch.Generator(self._runner.device).manual_seed(0)
+                for parameter in parameters:
+                    parameter.normal_(generator=generator)
+            self._receiver.lose_weights("they were reset to noise")
         call.reply(cmd.Done(count=len(parameters)))
 
     def _release(self, call: Call) -> None:
         tags = call.body.tags
-        with self._memory.releasing(tags):
+        with self._memory.leaving(tags):
             if self._any_rank("weights" in tags and self._receiver.updating):
                 raise RolloutError(
                     "cannot release weights: an update is under way; end or abort it first"

@@ -80,9 +80,7 @@ class EngineWeightHost:
 
     def unwritable(self) -> str | None:
         """Why parameters cannot be written at present, or None."""
-        if self._memory.weights_gone:
-            return "their memory is released; call resume_memory_occupation(['weights']) first"
-        return None
+        return self._memory.weights_gone
 
     def reading(self) -> AbstractContextManager[Any]:
         """While it is held, the memory of the parameters is not given back."""
