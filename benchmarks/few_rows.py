@@ -61,7 +61,7 @@ def candidates() -> Iterator[TileConfig]:
         for depth in depths:
             for warps in (1, 2, 4):
                 for stages in (2, 4, 6):
-                    num_bytes = stages * depth * (columns + kernels.MOST_ROWS) * 2
+                    num_bytes = stages * depth * (columns + kernels.FEW_ROWS) * 2
                     if num_bytes <= _MOST_SHARED_BYTES and columns * depth <= warps * 8192:
                         yield TileConfig(columns=columns, depth=depth, warps=warps, stages=stages)
 

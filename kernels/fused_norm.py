@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .launching import jit, launching_on, next_power_of_two, tl
+from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
 
 
 @jit
@@ -30,8 +30,11 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     E: tl.constexpr,
     EP: tl.constexpr,
     HAS_X: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One row of the formula above; E is padded to a power of two, EP."""
+    if CHAINED:
+        take_turn()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, EP)
     inside = column < E
@@ -85,6 +88,7 @@ def add_rms_norm(
             HAS_X=x is not None,
             # 8 elements per thread and up: a function of the size alone, so that sums have one order.
             num_warps=min(max(padded // 256, 1), 16),
+            **chaining(residual, num_rows),
         )
     return out
 

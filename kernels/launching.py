@@ -43,21 +43,39 @@ def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+FEW_ROWS = 16
+"""A step of up to so many rows is made of our kernels alone, products too where they have been measured."""
+
+
 @jit
-def take_turn():  # type: ignore[no-untyped-def]
-    """The first thing that a chained kernel does: wait until the launch before it is done and its memory is visible,
-    then let the launch after it be set up."""
-    tl.extra.cuda.gdc_wait()
+def let_next_begin():  # type: ignore[no-untyped-def]
+    """Let the launch after this one be set up as soon as all programs of this one have come here. If it is chained, it
+    waits in `wait_for_turn`, and since every chained launch does, it never passes an earlier one."""
     tl.extra.cuda.gdc_launch_dependents()
 
 
-def chaining(tensor: torch.Tensor) -> dict[str, Any]:
+@jit
+def wait_for_turn():  # type: ignore[no-untyped-def]
+    """Until the launch before this one is done and its memory is visible. A chained kernel touches nothing before that
+    which another launch writes, and writes nothing."""
+    tl.extra.cuda.gdc_wait()
+
+
+@jit
+def take_turn():  # type: ignore[no-untyped-def]
+    """The first thing that a chained kernel does which has nothing to do ahead of its turn."""
+    let_next_begin()
+    wait_for_turn()
+
+
+def chaining(tensor: torch.Tensor, num_rows: int = 1) -> dict[str, Any]:
     """Options of a launch over `tensor` whose kernel has a constexpr CHAINED and then calls `take_turn`.
 
     A chained launch is set up while the launch before it still runs, whatever that is; one that follows a chained one
-    gains as much, if it is chained itself. On Hopper and later: 0.6 us a launch, in CUDA graphs too.
+    gains as much, if it is chained itself. On Hopper and later, in CUDA graphs too. A launch over more than `FEW_ROWS`
+    rows is not chained: the products before and behind it are cuBLAS's, which are not.
     """
-    chained = tensor.is_cuda and _waits_in_kernels(tensor.device)
+    chained = num_rows <= FEW_ROWS and tensor.is_cuda and _waits_in_kernels(tensor.device)
     return {"CHAINED": True, "launch_pdl": True} if chained else {"CHAINED": False}
 
 

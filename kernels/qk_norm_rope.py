@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .launching import jit, launching_on, next_power_of_two, tl
+from .launching import chaining, jit, launching_on, next_power_of_two, take_turn, tl
 
 
 def rotary_table(frequencies: torch.Tensor, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
@@ -84,8 +84,11 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """HEADS heads of one kind (queries, keys or values) of one token."""
+    if CHAINED:
+        take_turn()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -199,6 +202,7 @@ def rotate_and_store(
             HAS_NORM=norms is not None,
             num_warps=1,
             enable_fp_fusion=False,  # products are rounded before they are added, also in float32
+            **chaining(qkv, num_tokens),
         )
     return queries
 

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from .launching import jit, launching_on, tl
+from .launching import chaining, jit, launching_on, take_turn, tl
 
 _BLOCK = 1024
 
 
 @jit
 def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    fused, out, fused_stride, out_stride, WIDTH, BLOCK: tl.constexpr
+    fused, out, fused_stride, out_stride, WIDTH, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ):
     """BLOCK columns of one row of the formula above."""
+    if CHAINED:
+        take_turn()
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -53,6 +55,7 @@ def silu_mul(fused: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
                 width,
                 BLOCK=_BLOCK,
                 num_warps=4,
+                **chaining(out, num_rows),
             )
     return out
 

@@ -160,7 +160,7 @@ def test_a_colocated_loop_in_two_processes_takes_no_more_memory_round_after_roun
         ) as publisher,
     ):
         expected = outputs(engine)
-        settled: int | None = None
+        free: list[int] = []
         for number in range(20):
             released = engine.release_memory_occupation()
             taken = torch.empty(released.num_bytes // 2, dtype=torch.uint8, device="cuda")
@@ -177,6 +177,6 @@ def test_a_colocated_loop_in_two_processes_takes_no_more_memory_round_after_roun
                 assert outputs(engine) == expected
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0]
-            settled = free if number == 4 else settled
-            assert settled is None or free == settled, f"round {number}"
+            free.append(torch.cuda.mem_get_info()[0])
+        # An allocator may take a piece more of 2 MiB in some round, but not round after round.
+        assert len(set(free[10:])) == 1 and free[4] - free[-1] <= 2 << 20, free
