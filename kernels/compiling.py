@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,14 +42,36 @@ def compile_ahead() -> Iterator[None]:
             launch(kernel, *args, grid=grid, warmup=True, **options)
         return None
 
-    threads = min(_COMPILERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+    with _Compilers() as pool:
         with triton.AsyncCompileMode(pool):
             triton.JITFunction.run = compile_only
             try:
                 yield
             finally:
                 triton.JITFunction.run = launch
+
+
+class _Compilers(Executor):
+    """Threads that compile a kernel and do what its first launch would wait for: make a launcher, for which some
+    releases of triton call a C compiler, and load the kernel onto the device."""
+
+    def __init__(self) -> None:
+        threads = min(_COMPILERS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return self._pool.submit(self._make_ready, compile_kernel)
+
+    def _make_ready(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        if self._device is not None:
+            with torch.cuda.device(self._device):
+                _ = kernel.run  # a property, which does both
+        return kernel
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
 
 
 def _kinds(value: Any) -> Any:

@@ -28,10 +28,9 @@ from .launching import (
     device_name,
     jit,
     launching_on,
-    let_next_begin,
+    take_turn,
     tl,
     triton,
-    wait_for_turn,
 )
 
 FILE = Path(__file__).with_name("few_rows_configs.json")
@@ -69,10 +68,9 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     columns = column < N
     weights = w + column.to(tl.int64)[:, None] * w_stride
     if CHAINED:
-        let_next_begin()
         if AHEAD > 0:  # weights are not written within a step, and a fetched line sees later writes
             _fetch_ahead(w + column.to(tl.int64) * w_stride, C, AHEAD, PARTS)
-        wait_for_turn()
+        take_turn()
     total = tl.zeros((C, R), tl.float32)
     for start in range(0, K, D):
         k = start + tl.arange(0, D)

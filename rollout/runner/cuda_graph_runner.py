@@ -108,6 +108,7 @@ class CudaGraphRunner:
         self._graphs: dict[_Kind, Callable[[], None]] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self.num_captures = 0
         """How often `capture` was called."""
 
@@ -136,7 +137,7 @@ class CudaGraphRunner:
             if self._prefixes.possible:
                 kinds += [_Kind(size=size, shared=True) for size in self._batch_sizes if size > 1]
             kinds.sort(key=lambda kind: -kind.size)
-            stream = torch.cuda.Stream(self._device)
+            stream = self._side_stream()
             with frozen_gc():
                 if self.num_captures == 1:  # Later ones find the kernels there.
                     self._compile(kinds, stream)
@@ -164,7 +165,8 @@ class CudaGraphRunner:
     def _compile(self, kinds: Sequence[_Kind], stream: torch.cuda.Stream) -> None:
         """Compile what these kinds, and steps with a prompt, launch. Ranks compile alone, and do not talk meanwhile."""
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with self._model.tp.muted(), torch.cuda.stream(stream), compile_ahead():
+        model = self._model
+        with model.tp.muted(), model.few_layers(), torch.cuda.stream(stream), compile_ahead():
             self._run_padding(kinds)
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
@@ -200,6 +202,11 @@ class CudaGraphRunner:
         replay: Callable[[], None] = graph.replay
         return replay
 
+    def _side_stream(self) -> torch.cuda.Stream:
+        """Always the same: torch's allocator keeps for each stream what was once taken there."""
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        return self._stream
+
     def _current_addresses(self) -> tuple[int, ...]:
         buffers = self._model.arena.buffers.values()
         pool = self._backend.context.kv_pool.memory
@@ -234,7 +241,7 @@ class CudaGraphRunner:
             return
         if kind not in self._graphs:
             with self._kept_inputs():
-                stream = torch.cuda.Stream(self._device)
+                stream = self._side_stream()
                 self._graphs[kind] = self._captured(kind, stream)
                 torch.cuda.current_stream(self._device).wait_stream(stream)
         self._graphs[kind]()

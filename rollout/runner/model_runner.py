@@ -155,7 +155,7 @@ class ModelRunner:
             sizes.append(
                 sizes[-1] // 2
             )  # Tiles of experts have other shapes for other numbers of tokens.
-        with self.model.tp.muted(), compile_ahead():
+        with self.model.tp.muted(), self.model.few_layers(), compile_ahead():
             for size in sizes:
                 self.run_largest_step(size, min(num_rows, size), context_length)
 

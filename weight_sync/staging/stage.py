@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..devices.side_streams import side_stream
 from ..errors import ProtocolError, TransportError
 from ..plan.plan import Plan
 
@@ -99,7 +100,7 @@ class ArenaStage:
         """How it is written."""
         self._buffer = buffer[: plan.manifest.arena_bytes]
         self._mark = WriteMark()
-        self._checks = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
+        self._checks = side_stream(buffer.device, "checks")
 
     def accept(
         self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..devices.registration import Registration
+from ..devices.side_streams import side_stream
 from ..errors import DeadlineExceeded, ProtocolError
 from ..layout.memory import Range
 from ..plan.plan import Plan
@@ -82,9 +83,8 @@ class UploadedStage:
         self._buffer = buffer
         self._plan: ShadowPlan | None = memory.plan(plan)
         self._mark = WriteMark()
-        on_gpu = memory.device.type == "cuda"
-        self._uploads = torch.cuda.Stream(memory.device) if on_gpu else None
-        self._checks = torch.cuda.Stream(memory.device) if on_gpu else None
+        self._uploads = side_stream(memory.device, "uploads")
+        self._checks = side_stream(memory.device, "checks")
 
     def accept(
         self, rows: np.ndarray, check: Check, timeout_s: float, at: int | None = None
