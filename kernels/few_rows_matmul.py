@@ -35,25 +35,6 @@ from .launching import (
 
 FILE = Path(__file__).with_name("few_rows_configs.json")
 """By name of a device: shapes for which the kernel is faster than torch's product, with the shape of its launch."""
-_AHEAD_BYTES = 16 << 20
-"""Of all weights of a product, at most so many are fetched ahead of its turn: a part of the L2 cache."""
-
-
-@jit
-def _fetch_ahead(  # type: ignore[no-untyped-def]
-    columns, C: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr
-):
-    """Ask for the first AHEAD bytes of C columns of weights to be in the L2 cache, in PARTS pieces each."""
-    piece: tl.constexpr = AHEAD // PARTS
-    at = columns.to(tl.int64)[:, None] + tl.arange(0, PARTS).to(tl.int64)[None, :] * piece
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        constraints="=r,l,r",
-        args=[at, tl.full((C, PARTS), piece, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @jit
@@ -61,15 +42,13 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     x, w, bias, out, M, N, K, x_stride, w_stride, out_stride,
     HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """C columns of the formula above, for all rows; WHOLE: C divides N, and D divides K."""
     row, column = tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
     columns = column < N
     weights = w + column.to(tl.int64)[:, None] * w_stride
     if CHAINED:
-        if AHEAD > 0:  # weights are not written within a step, and a fetched line sees later writes
-            _fetch_ahead(w + column.to(tl.int64) * w_stride, C, AHEAD, PARTS)
         take_turn()
     total = tl.zeros((C, R), tl.float32)
     for start in range(0, K, D):
@@ -114,19 +93,14 @@ def few_rows_linear(
     assert out.shape == (num_rows, num_columns) and x.dtype == weight.dtype == out.dtype
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1
     kernel: Any = _few_rows_kernel
-    whole = num_columns % config.columns == 0 and depth % config.depth == 0
-    pieces = max(1, 32 * config.warps // config.columns)  # a thread asks for one
-    ahead = min(depth * weight.element_size(), _AHEAD_BYTES // num_columns)
-    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
-    ahead = ahead // (16 * pieces) * 16 * pieces if whole and aligned else 0
     with launching_on(x):
         kernel[(-(-num_columns // config.columns),)](
             x, weight, weight if bias is None else bias, out,
             num_rows, num_columns, depth, x.stride(0), weight.stride(0), out.stride(0),
             HAS_BIAS=bias is not None,
-            WHOLE=whole,
+            WHOLE=num_columns % config.columns == 0 and depth % config.depth == 0,
             R=8 if num_rows <= 8 else FEW_ROWS, C=config.columns, D=config.depth,
-            PRECISION=precision(x.dtype, x.device), AHEAD=ahead, PARTS=pieces,
+            PRECISION=precision(x.dtype, x.device),
             num_warps=config.warps, num_stages=config.stages, **chaining(x),
         )  # fmt: skip
     return out

@@ -179,4 +179,4 @@ def test_a_colocated_loop_in_two_processes_takes_no_more_memory_round_after_roun
             torch.cuda.empty_cache()
             free.append(torch.cuda.mem_get_info()[0])
         # An allocator may take a piece more of 2 MiB in some round, but not round after round.
-        assert len(set(free[10:])) == 1 and free[4] - free[-1] <= 2 << 20, free
+        assert len(set(free[10:])) == 1 and free[4] - free[-1] <= 2 << 20, f"{free}"
