@@ -217,8 +217,10 @@ class WeightCalls(EngineClient):
                 f"cannot read {str(model_path)[:200]!r}: {error.strerror}"
             ) from error
         self._abort_if_asked(extras)
+        tensors = checkpoint.tensors
         report = self._publisher.publish(
-            checkpoint.tensors,
+            # All at once where nothing is read before they are packed: they are pages of the files.
+            list(tensors) if checkpoint.fingerprints is None else tensors,
             label=label_of(weight_version) or checkpoint.label,
             kv_policy=policy_of(flush_cache, kv_policy),
             expected_fingerprints=checkpoint.fingerprints,

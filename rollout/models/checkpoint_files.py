@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 
 from weight_sync.errors import TransportError
-from weight_sync.layout.checkpoint_folder import opened, stored_tensors, weight_files
+from weight_sync.layout import region as regions
+from weight_sync.layout.checkpoint_folder import StoredTensor, stored_tensors, weight_files
 from weight_sync.layout.fused import Fused
 from weight_sync.layout.region import Region
 from weight_sync.layout.weight_map import WeightMap
@@ -21,25 +21,22 @@ from ..errors import CheckpointError
 FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where one checkpoint tensor lies."""
+class Source(msgspec.Struct, frozen=True, gc=False):
+    """Where one tensor of the model lies in the checkpoint."""
 
-    file: Path
-    """The safetensors file."""
-    name: str
-    """Its name in that file."""
-    start: tuple[int, ...] = ()
-    """Where it begins, when it is a part of a fused tensor, which may have more dimensions in front."""
+    stored: StoredTensor
+    """What holds it."""
+    fused: Fused | None = None
+    """How `stored` is made up of several; None: it is the tensor itself."""
+    part: int = 0
+    """Which one of them."""
 
-    def read(self, tensors: Any, region: Region) -> torch.Tensor:
-        """A region of the tensor out of its file, which is `opened`."""
-        start = self.start or (0,) * len(region)
-        new = len(start) - len(region)
-        inner = zip(start[new:], region, strict=True)
-        index = (*start[:new], *(slice(at + first, at + end) for at, (first, end) in inner))
-        part: torch.Tensor = tensors.get_slice(self.name)[index]
-        return part
+    def view(self, region: Region) -> torch.Tensor:
+        """A region of the tensor, where it lies in its file."""
+        if self.fused is None:
+            return regions.part(self.stored.view(), region)
+        part = regions.part(self.stored.view(), self.fused.region(self.part, region))
+        return part.view(regions.sizes(region))
 
 
 class CheckpointFiles:
@@ -53,28 +50,23 @@ class CheckpointFiles:
             raise CheckpointError(str(error)) from error
 
     def match(self, weight_map: WeightMap) -> dict[str, Source]:
-        """For every canonical name of `weight_map` the tensor that fills it, or one error that lists all problems.
+        """For every canonical name of `weight_map` the tensor that fills it, in the order of the files' bytes, or one
+        error that lists all problems.
 
         A tied head may be there as well, if it is equal to the embedding, or instead of it; fused projections may
         stand for their parts.
         """
-        shapes = {part.name: tuple(part.shape) for part in weight_map.placements}
-        sources = {
-            name: Source(file=entry.file, name=name)
-            for name, entry in self.entries.items()
-            if name in shapes and self._has_shape(name, shapes[name])
-        }
+        shapes = {name: parts[0].shape for name, parts in weight_map.parts.items()}
+        sources: dict[str, Source] = {}
         for name, entry in self.entries.items():
-            if name in weight_map.names and entry.dtype.startswith("F8"):
-                self.problems.append(
-                    f"{name}: got {entry.dtype}, which means something together with a scale alone, expected one of "
-                    f"{', '.join(FLOATING)}"
-                )
-            if name in weight_map.aliases:
-                self._match_alias(name, weight_map.aliases[name], shapes, sources)
+            if name in shapes:
+                if self._fits(entry, shapes[name]):
+                    sources[name] = Source(entry)
+            elif name in weight_map.aliases:
+                self._match_alias(entry, weight_map.aliases[name], shapes, sources)
             elif name in weight_map.fused:
-                self._match_fused(name, weight_map.fused[name], sources)
-            elif name not in shapes and not weight_map.is_ignored(name):
+                self._match_fused(entry, weight_map.fused[name], sources)
+            elif not weight_map.is_ignored(name):
                 self.problems.append(f"{name}: unknown to this model")
         for name, shape in shapes.items():
             if name not in sources and name not in self.entries:
@@ -84,46 +76,47 @@ class CheckpointFiles:
 
     def _match_alias(
         self,
-        name: str,
+        entry: StoredTensor,
         target: str,
         shapes: Mapping[str, tuple[int, ...]],
         sources: dict[str, Source],
     ) -> None:
-        if not self._has_shape(name, shapes[target]):
+        if not self._fits(entry, shapes[target]):
             return
-        if target not in self.entries and target not in sources:
-            sources[target] = Source(file=self.entries[name].file, name=name)
-        elif target not in self.entries:
-            self.problems.append(f"{name}: doubled, {sources[target].name} holds it as well")
-        elif target in sources and not torch.equal(self.read(name), self.read(target)):
+        twin = self.entries.get(target)
+        if twin is None and target in sources:
+            holder = sources[target].stored.name
+            self.problems.append(f"{entry.name}: doubled, {holder} holds it as well")
+        elif twin is None:
+            sources[target] = Source(entry)
+        elif twin.shape == entry.shape and not torch.equal(entry.view(), twin.view()):
             self.problems.append(
-                f"{name}: differs from {target}, which is the same tensor in this model (see tie_word_embeddings)"
+                f"{entry.name}: differs from {target}, which is the same tensor in this model (see tie_word_embeddings)"
             )
 
-    def _match_fused(
-        self,
-        name: str,
-        fused: Fused,
-        sources: dict[str, Source],
-    ) -> None:
-        if not self._has_shape(name, fused.shape):
+    def _match_fused(self, entry: StoredTensor, fused: Fused, sources: dict[str, Source]) -> None:
+        if not self._fits(entry, fused.shape):
             return
-        for part, start in zip(fused.parts, fused.starts, strict=True):
-            if part in sources:
-                self.problems.append(f"{part}: doubled, it is a part of {name} too")
-            sources[part] = Source(file=self.entries[name].file, name=name, start=start)
+        for i, part in enumerate(fused.parts):
+            if part in sources or part in self.entries:
+                self.problems.append(f"{part}: doubled, it is a part of {entry.name} too")
+            sources[part] = Source(entry, fused, i)
 
-    def _has_shape(self, name: str, expected: tuple[int, ...]) -> bool:
-        got = self.entries[name].shape
-        if got != expected:
-            self.problems.append(f"{name}: got shape {list(got)}, expected {list(expected)}")
-        return got == expected
+    def _fits(self, entry: StoredTensor, expected: tuple[int, ...]) -> bool:
+        if entry.dtype not in FLOATING:
+            self.problems.append(
+                f"{entry.name}: got {entry.dtype}, which means something together with a scale alone, expected one of "
+                f"{', '.join(FLOATING)}"
+            )
+        if entry.shape != expected:
+            self.problems.append(
+                f"{entry.name}: got shape {list(entry.shape)}, expected {list(expected)}"
+            )
+        return entry.shape == expected
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, whole."""
-        with opened(self.entries[name].file) as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name)
-            return tensor
+        """One tensor, whole, where it lies in its file."""
+        return self.entries[name].view()
 
     @property
     def dtype(self) -> str | None:

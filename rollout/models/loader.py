@@ -7,16 +7,18 @@ anything: what is missing, unknown or misshapen is one error.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 
-from weight_sync.layout.checkpoint_folder import opened
 from weight_sync.layout.weight_map import Placement
 
 from ..errors import ConfigError
-from .checkpoint_files import CheckpointFiles, Source
+from .checkpoint_files import CheckpointFiles
 from .decoder import Decoder
 from .loader_config import LOAD_FORMATS, BaseModelLoader, LoadConfig
 from .sharded_state import ShardedStateLoader
@@ -42,38 +44,32 @@ class DefaultModelLoader(BaseModelLoader):
     def load_model(self, model: Decoder, model_path: str | Path) -> None:
         """Fill every parameter; names, shapes and the files' completeness are checked before the first copy."""
         files = CheckpointFiles(self.download_model(model_path))
-        sources = files.match(model.weight_map)
-        parts = model.weight_map.placements
-        work = _spread([(sources[part.name], part) for part in parts], self.config.num_threads)
+        destinations: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for name, source in files.match(model.weight_map).items():
+            for part in model.weight_map.parts[name]:
+                destinations.append(part.destination)
+                sources.append(source.view(part.region))
         with ThreadPoolExecutor(self.config.num_threads) as pool:
-            for done in [pool.submit(_copy_parts, share) for share in work]:
+            for done in [
+                pool.submit(_copy, destinations[share], sources[share])
+                for share in _spread(destinations, self.config.num_threads)
+            ]:
                 done.result()
         model.refresh_derived_state()
 
 
-def _spread(
-    parts: list[tuple[Source, Placement]], num_shares: int
-) -> list[list[tuple[Source, Placement]]]:
-    """Runs of neighbouring parts, about equal in bytes, so that each thread reads its files front to back."""
-    parts = sorted(parts, key=lambda pair: (pair[0].file, pair[0].name))
-    total = sum(part.destination.nbytes for _, part in parts)
-    shares: list[list[tuple[Source, Placement]]] = [[] for _ in range(num_shares)]
-    seen = 0
-    for source, part in parts:
-        shares[min(seen * num_shares // max(total, 1), num_shares - 1)].append((source, part))
-        seen += part.destination.nbytes
-    return [share for share in shares if share]
+def _spread(tensors: list[torch.Tensor], num_shares: int) -> Iterator[slice]:
+    """Runs of neighbours, about equal in bytes, so that each thread reads its files front to back."""
+    ends = list(accumulate(tensor.nbytes for tensor in tensors))
+    cuts = [bisect_left(ends, ends[-1] * share / num_shares) for share in range(num_shares)]
+    return (slice(a, b) for a, b in pairwise((*cuts, len(ends))) if a < b)
 
 
-def _copy_parts(parts: list[tuple[Source, Placement]]) -> None:
-    """Copy each part of a checkpoint tensor to its destination; runs on a thread of its own."""
-    by_file: dict[Path, list[tuple[Source, Placement]]] = {}
-    for source, part in parts:
-        by_file.setdefault(source.file, []).append((source, part))
-    for file, group in by_file.items():
-        with opened(file) as tensors, torch.no_grad():
-            for source, part in group:
-                part.destination.copy_(source.read(tensors, part.region))
+def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """One call for all, which does without the interpreter's lock; runs on a thread of its own."""
+    with torch.no_grad():
+        torch._foreach_copy_(destinations, sources)
 
 
 class DummyModelLoader(BaseModelLoader):
@@ -85,14 +81,11 @@ class DummyModelLoader(BaseModelLoader):
 
     def load_model(self, model: Decoder, model_path: str | Path = "") -> None:
         """Fill every parameter; `model_path` is not read."""
-        by_name: dict[str, list[Placement]] = {}
-        for part in model.weight_map.placements:
-            by_name.setdefault(part.name, []).append(part)
         with ThreadPoolExecutor(self.config.num_threads) as pool:
-            list(pool.map(self._fill, by_name.values()))
+            list(pool.map(self._fill, model.weight_map.parts.values()))
         model.refresh_derived_state()
 
-    def _fill(self, parts: list[Placement]) -> None:
+    def _fill(self, parts: Sequence[Placement]) -> None:
         name, shape, first = parts[0].name, parts[0].shape, parts[0].destination
         if first.is_cuda and len(parts) == 1 and tuple(first.shape) == shape:
             draw_dummy(name, first, self.config.seed)  # Where there is little memory left.

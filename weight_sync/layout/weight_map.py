@@ -111,7 +111,8 @@ class WeightMap:
                 problems,
                 "place every element of every parameter exactly once",
             )
-        self._by_name = {name: tuple(parts) for name, parts in by_name.items()}
+        self.parts = {name: tuple(parts) for name, parts in by_name.items()}
+        """The placements of each canonical tensor."""
 
     def metas(self) -> tuple[TensorMeta, ...]:
         """The canonical tensors in resident order: a manifest of them is copied in as few pieces as there can be."""
@@ -120,7 +121,7 @@ class WeightMap:
     @cached_property
     def names(self) -> frozenset[str]:
         """Every name that `locate` knows: canonical, alias and fused."""
-        return frozenset((*self._by_name, *self.aliases, *self.fused))
+        return frozenset((*self.parts, *self.aliases, *self.fused))
 
     def is_ignored(self, name: str) -> bool:
         """Whether a trainer may send `name` although the model has no memory for it."""
@@ -130,11 +131,11 @@ class WeightMap:
         """Where `name` is: a canonical name, an alias, or a fused name. `ManifestMismatch` for any other."""
         if name in self.fused:
             return self._locate_fused(name)
-        placements = self._by_name.get(self.aliases.get(name, name))
+        placements = self.parts.get(self.aliases.get(name, name))
         if placements is None:
             raise ManifestMismatch(
-                f"no such weight: got {name!r}, expected one of the model's {len(self._by_name)} names "
-                f"such as {next(iter(self._by_name), '(none)')!r}; send Hugging Face names"
+                f"no such weight: got {name!r}, expected one of the model's {len(self.parts)} names "
+                f"such as {next(iter(self.parts), '(none)')!r}; send Hugging Face names"
             )
         first = placements[0]
         return Located(
@@ -162,7 +163,7 @@ class WeightMap:
                 destination=fused.lifted(placement.destination),
             )
             for i, part in enumerate(fused.parts)
-            for placement in self._by_name[part]
+            for placement in self.parts[part]
         ]
         return Located(
             meta=TensorMeta(name=name, shape=fused.shape, dtype=placements[0].destination.dtype),
@@ -184,14 +185,14 @@ class WeightMap:
         last: dict[torch.dtype, tuple[int, int]] = {}
 
         def where(name: str) -> tuple[int, int]:
-            tensor = self._by_name[name][0].destination
+            tensor = self.parts[name][0].destination
             if tensor.numel():
                 number = storages.setdefault(storage_key(tensor), len(storages))
                 last[tensor.dtype] = number, tensor.data_ptr()
             # What is on other ranks alone comes where it would be here: behind the one that was placed before it.
             return last.get(tensor.dtype, (0, 0))
 
-        order = {name: where(name) for name in self._by_name}
+        order = {name: where(name) for name in self.parts}
         return tuple(self.locate(name).meta for name in sorted(order, key=order.__getitem__))
 
     def _name_problems(self, by_name: Mapping[str, Sequence[Placement]]) -> Iterator[str]:

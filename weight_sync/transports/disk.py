@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import FingerprintMismatch, TransportError
-from ..layout.checkpoint_folder import INDEX_FILE, opened, stored_tensors, weight_files
+from ..layout.checkpoint_folder import INDEX_FILE, StoredTensor, stored_tensors, weight_files
 from ..layout.manifest import dtype_name, mismatch
 from ..layout.named_tensors import NamedTensors, pairs_of, readable_pair
 from ..layout.tensor_sums import tensor_fingerprint
@@ -71,8 +71,8 @@ class DiskCheckpoint:
     """Where it is."""
     manifest: CheckpointManifest | None
     """None: a folder that someone else wrote."""
-    files: Mapping[str, str]
-    """The file of every tensor, by name."""
+    stored: Mapping[str, StoredTensor]
+    """Every tensor, by name, file by file in the order of their bytes."""
 
     @property
     def version(self) -> int | None:
@@ -93,18 +93,18 @@ class DiskCheckpoint:
 
     @property
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, file by file, a new pass each time; each is checked before it is yielded."""
+        """Name and tensor, file by file, a new pass each time; each is checked before it is yielded.
+
+        They lie in the files, whose pages are read as they are looked at, and may be kept.
+        """
         expected = (
             {tensor.name: tensor for tensor in self.manifest.tensors} if self.manifest else {}
         )
-        for file in dict.fromkeys(self.files.values()):
-            with opened(self.folder / file) as tensors:
-                for name in tensors.keys():
-                    if self.files.get(name) == file:
-                        tensor = tensors.get_tensor(name)
-                        if self.manifest is not None:
-                            _check(self.folder / file, tensor, expected[name])
-                        yield name, tensor
+        for name, stored in self.stored.items():
+            tensor = stored.view()
+            if name in expected:
+                _check(stored.file.path, tensor, expected[name])
+            yield name, tensor
 
 
 def write_checkpoint(
@@ -155,18 +155,18 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> DiskCheckpoint:
     manifest = _read_manifest(path)
     if manifest is None:  # someone else's
         stored, problems = stored_tensors(weight_files(path))
-        files = {name: tensor.file.name for name, tensor in stored.items()}
     else:
-        files = {tensor.name: tensor.file for tensor in manifest.tensors}
+        files = {tensor.name: path / tensor.file for tensor in manifest.tensors}
         if len(files) != len(manifest.tensors):
             raise TransportError(
                 f"{path / MANIFEST_NAME} names a tensor twice; write the folder again"
             )
-        stored, problems = stored_tensors(path / file for file in dict.fromkeys(files.values()))
+        found, problems = stored_tensors(dict.fromkeys(files.values()))
+        stored = {name: found[name] for name in found if name in files}
         problems += [
-            f"{name}: not in {file}"
+            f"{name}: not in {file.name}"
             for name, file in files.items()
-            if name not in stored or stored[name].file.name != file
+            if name not in stored or stored[name].file.path != file
         ]
     if problems:
         raise TransportError(
@@ -174,7 +174,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> DiskCheckpoint:
             + "\n  ".join(problems)
             + "\nwrite or download the folder again"
         )
-    return DiskCheckpoint(folder=path, manifest=manifest, files=files)
+    return DiskCheckpoint(folder=path, manifest=manifest, stored=stored)
 
 
 def _write_shards(
