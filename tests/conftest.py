@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,15 +105,4 @@ def _children_are_forks(request: pytest.FixtureRequest, forks: Forking) -> Itera
         yield
         return
     with forking(forks):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_ray_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ray clusters of one machine share files that say which is the current one: test processes take turns."""
-    if not request.path.stem.startswith(("test_ray", "test_examples")):
-        yield
-        return
-    with open(Path(tempfile.gettempdir()) / "rollout-tests-ray.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -219,7 +219,7 @@ def serve(connection: socket.socket) -> NoReturn:
             if child == 0:
                 while os.getppid() == between:  # Its parent is its owner when it begins.
                     time.sleep(0.0005)
-                _become(json.loads(data), fds)
+                become(json.loads(data), fds)
             os.write(write_end, str(child).encode())
             os._exit(0)
         for fd in (write_end, *fds):
@@ -229,7 +229,7 @@ def serve(connection: socket.socket) -> NoReturn:
         os.close(read_end)
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """What forks would import: most of the seconds."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -243,7 +243,7 @@ def _import_all() -> None:
             importlib.import_module(optional)
 
 
-def _become(request: Mapping[str, Any], fds: Sequence[int]) -> NoReturn:
+def become(request: Mapping[str, Any], fds: Sequence[int]) -> NoReturn:
     """Do what a new Python with this command line would do."""
     code = 1
     try:
@@ -332,5 +332,5 @@ def forking(which: Forking) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    _import_all()
+    import_all()
     serve(socket.socket(fileno=int(sys.argv[1])))

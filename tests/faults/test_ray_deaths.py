@@ -49,7 +49,7 @@ NUM_CPUS = 4
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """One node, connected."""
-    with ray_cluster(num_nodes=1, cpus_per_node=NUM_CPUS) as cluster:
+    with ray_cluster(num_nodes=1, cpus_per_node=NUM_CPUS, forks=True) as cluster:
         open_what_stays_open()
         yield cluster
 
