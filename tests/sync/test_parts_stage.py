@@ -38,20 +38,38 @@ from weight_sync.wire.channel import RpcChannel
 from weight_sync.wire.messages import WeightReply, WeightRequest
 from weight_sync.wire.rpc import RpcClient, RpcServer
 
+MOE = {"num_experts_per_tok": 3, "moe_intermediate_size": 48}
 LAYOUTS = {
-    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "a padded vocabulary": ("llama", {"vocab_size": 289}),
-    "tied and padded": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "vocab_size": 290}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, 1),
+    "a padded vocabulary": ("llama", {"vocab_size": 289}, 1),
+    "tied and padded": (
+        "qwen3",
+        {"head_dim": 32, "tie_word_embeddings": True, "vocab_size": 290},
+        1,
+    ),
+    "experts of every rank": ("qwen3_moe", {**MOE, "num_experts": 8}, 1),
+    "experts of its own": (
+        "qwen2_moe",
+        {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 64},
+        2,
+    ),
+    "experts of its own, and biases": (
+        "glm4_moe",
+        {**MOE, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "head_dim": 16},
+        2,
+    ),
 }
 
 
 @pytest.fixture(params=list(LAYOUTS))
 def maps(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> list[WeightMap]:
     """Of both ranks."""
-    family, overrides = LAYOUTS[request.param]
+    family, overrides, ep_size = LAYOUTS[request.param]
     config = ModelConfig.from_folder(tiny_checkpoint(family, **overrides))
     groups: list[Any] = [SimpleNamespace(rank=rank, size=NUM_RANKS) for rank in range(NUM_RANKS)]
-    return [build_model(config, torch.float32, "cpu", group).weight_map for group in groups]
+    return [
+        build_model(config, torch.float32, "cpu", group, ep_size).weight_map for group in groups
+    ]
 
 
 class Engine:

@@ -64,7 +64,11 @@ class ShadowPlan:
         if self._sums is None:
             self._sums = PlacedSums(
                 [
-                    [replace(part, destination=self._shadow.of(part.destination)) for part in parts]
+                    [
+                        replace(part, destination=self._shadow.of(part.destination))
+                        for part in parts
+                        if part.destination.numel()  # other ranks have the others
+                    ]
                     for parts in self._placements
                 ]
             )
