@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from operator import attrgetter
 
 import numpy as np
@@ -41,14 +40,14 @@ def copy_tensors(destinations: list[torch.Tensor], sources: list[torch.Tensor]) 
     if not destinations[0].is_cuda and from_gpu:
         _download(destinations, sources)
         return
-    threads = torch.get_num_threads()
-    on_gpu = from_gpu or any(map(_IS_CUDA, destinations))
-    if on_gpu or threads == 1 or sum(tensor.nbytes for tensor in destinations) < _THREADED_BYTES:
+    threads, sizes = torch.get_num_threads(), list(map(torch.Tensor.numel, destinations))
+    on_gpu = from_gpu or destinations[0].is_cuda
+    num_bytes = sum(sizes) * destinations[0].element_size()
+    if on_gpu or threads == 1 or num_bytes < _THREADED_BYTES:
         torch._foreach_copy_(destinations, sources)
         return
     others: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tasks = iter(list(_tasks(destinations, sources, others)))
-    _share(tasks, threads)
+    _share(iter(list(_tasks(destinations, sources, sizes, others))), threads)
     if others:
         torch._foreach_copy_([to for to, _ in others], [source for _, source in others])
 
@@ -64,20 +63,20 @@ def _download(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> 
 def _tasks(
     destinations: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
+    sizes: Sequence[int],
     others: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> Iterator[Task]:
     """Pieces for any thread; large tensors that are no plain bytes go to `others`, which torch shares out itself."""
-    small: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for pair in zip(destinations, sources, strict=True):
-        if pair[0].numel() <= _SMALL_ELEMENTS:
-            small.append(pair)
-        elif _is_plain(*pair):
-            yield from _pieces(*map(_as_bytes, pair))
+    small = [i for i, size in enumerate(sizes) if size <= _SMALL_ELEMENTS]
+    large = [i for i, size in enumerate(sizes) if size > _SMALL_ELEMENTS]
+    for i in large:
+        if _is_plain(destinations[i], sources[i]):
+            yield from _pieces(_as_bytes(destinations[i]), _as_bytes(sources[i]))
         else:
-            others.append(pair)
-    remaining = iter(small)
-    while group := list(islice(remaining, _GROUP)):
-        yield _group(group)
+            others.append((destinations[i], sources[i]))
+    for first in range(0, len(small), _GROUP):
+        group = small[first : first + _GROUP]
+        yield partial(_copy, [destinations[i] for i in group], [sources[i] for i in group])
 
 
 def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
@@ -100,12 +99,9 @@ def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Task]:
         yield partial(np.copyto, destination[part], source[part])
 
 
-def _group(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Task:
-    def copy() -> None:
-        with torch.no_grad():  # a thread has a mode of its own
-            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
-
-    return copy
+def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    with torch.no_grad():  # a thread has a mode of its own
+        torch._foreach_copy_(destinations, sources)
 
 
 def _share(tasks: Iterator[Task], threads: int) -> None:
