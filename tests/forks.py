@@ -232,7 +232,7 @@ def serve(connection: socket.socket) -> NoReturn:
 def import_all() -> None:
     """What forks would import: most of the seconds."""
     import torch  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401  # They read 1,700 files of transformers.
 
     import weight_sync.process_groups.receiving_child
     import weight_sync.publisher.publisher
@@ -241,6 +241,10 @@ def import_all() -> None:
     for optional in ("triton", "rollout.server.__main__"):
         with contextlib.suppress(ImportError):
             importlib.import_module(optional)
+    from rollout.models.model_config import FAMILIES
+
+    for family in FAMILIES:
+        assert CONFIG_MAPPING[family]
 
 
 def become(request: Mapping[str, Any], fds: Sequence[int]) -> NoReturn:
