@@ -59,10 +59,11 @@ def wait_until_gone(what: str, left: Callable[[], Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_timer_or_thread_outlives_its_test() -> Iterator[None]:
+def no_timer_or_thread_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test whose timers or threads go on when it has ended."""
     before = set(threading.enumerate())
     yield
+    request.node.funcargs.clear()  # pytest keeps what it gave the test, an arena for one, until all is torn down
     wait_until_gone("threads", lambda: started_since(before))
 
 

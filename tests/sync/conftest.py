@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
+from left_behind import nothing_outlives_its_module as nothing_outlives_its_module
 from process_group_support import Peer, PeerPool
 from sync_support import ToyEngine, collect, spawn
 

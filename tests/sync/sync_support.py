@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -259,16 +261,25 @@ class ToyEngine:
         self.host.close()
 
 
-def spawn(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """A script of this folder in a process of its own; speak with it through its standard streams."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    return subprocess.Popen(
-        [sys.executable, str(FOLDER / script), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+class Child(subprocess.Popen[str]):
+    """A Python process of a test's own; speak with it through its standard streams."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.folder = tempfile.mkdtemp(prefix="child-")
+        """For its temporary files: one that is killed removes none."""
+        own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": self.folder}
+        super().__init__(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **own},
+        )
+
+
+def spawn(script: str, *arguments: str) -> Child:
+    """A script of this folder in a process of its own; `collect` it in the end."""
+    return Child(str(FOLDER / script), *arguments)
 
 
 def read_line(process: subprocess.Popen[str]) -> str:
@@ -291,14 +302,15 @@ def kill(process: subprocess.Popen[str]) -> None:
     raise AssertionError("the child did not die")
 
 
-def collect(process: subprocess.Popen[str]) -> None:
-    """Wait for a child and close its streams."""
+def collect(process: Child) -> None:
+    """Wait for a child, close its streams and remove its files."""
     if process.poll() is None:
         process.kill()
     process.wait(10)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
+    shutil.rmtree(process.folder, ignore_errors=True)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:

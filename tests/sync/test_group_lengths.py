@@ -37,7 +37,6 @@ class Fleet:
 
     def __init__(self, engines: list[Any], num_ranks: int) -> None:
         self.engines, self.world = engines, 1 + num_ranks
-        self.pool = ThreadPoolExecutor(len(engines))
         self.group: PlainGroup | None = None
 
     def connect(self) -> None:
@@ -45,24 +44,25 @@ class Fleet:
             self.group.destroy(wait_s=5.0)
         self.group = PlainGroup.serve(world_size=self.world, group_name=NAME, timeout_s=90)
         each = (self.world - 1) // len(self.engines)
-        joining = [
-            self.pool.submit(
-                engine.init_weights_update_group,
-                *("127.0.0.1", self.group.master_port, 1 + i * each, self.world, NAME, "gloo"),
-                timeout_s=90,
-            )
-            for i, engine in enumerate(self.engines)
-        ]
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            joining = [
+                pool.submit(
+                    engine.init_weights_update_group,
+                    *("127.0.0.1", self.group.master_port, 1 + i * each, self.world, NAME, "gloo"),
+                    timeout_s=90,
+                )
+                for i, engine in enumerate(self.engines)
+            ]
         for future in joining:
-            future.result(100)
+            future.result()
 
     def each(self, call: str, *arguments: Any, **options: Any) -> list[BaseException | None]:
         """What each engine raises."""
-        futures = [
-            self.pool.submit(getattr(engine, call), *arguments, **options)
-            for engine in self.engines
-        ]
-        return [future.exception(60) for future in futures]
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            futures = [
+                pool.submit(getattr(engine, call), *arguments, **options) for engine in self.engines
+            ]
+        return [future.exception() for future in futures]
 
     def send(self, name: str, shape: list[int], sent: torch.Tensor) -> list[BaseException | None]:
         """Announce float32 of that shape, send these bytes; what each engine raises."""
@@ -79,7 +79,6 @@ class Fleet:
     def close(self) -> None:
         if self.group is not None:
             self.group.destroy()
-        self.pool.shutdown()
 
 
 def filled(num_bytes: int, value: float) -> torch.Tensor:

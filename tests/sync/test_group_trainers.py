@@ -43,9 +43,9 @@ def engine(tiny_checkpoint: Callable[..., Path]) -> Iterator[Engine]:
 class Trainer:
     """Rank 0 of a group of two; its broadcasts are under way when `send` returns."""
 
-    def __init__(self, engine: Engine, world_size: int = 2) -> None:
+    def __init__(self, engine: Engine, world_size: int = 2, timeout_s: float = 60) -> None:
         self.engine, self.pool = engine, ThreadPoolExecutor(2)
-        self.group = PlainGroup.serve(world_size=world_size, group_name=NAME, timeout_s=60)
+        self.group = PlainGroup.serve(world_size=world_size, group_name=NAME, timeout_s=timeout_s)
         if world_size == 2:
             self.join(60.0).result(60)
 
@@ -159,7 +159,7 @@ def test_it_does_something_else_than_a_broadcast(trainer: Trainer) -> None:
 
 def test_another_member_has_taken_the_engines_rank(engine: Engine, trainer: Trainer) -> None:
     """Two engines were told the same rank of three: nobody is the third, and all hear of it by the deadline."""
-    crowded = Trainer(engine, world_size=3)
+    crowded = Trainer(engine, world_size=3, timeout_s=5)  # gloo waits that long, whoever leaves
     member = JoinedGroup.join(
         master_address="127.0.0.1",
         master_port=crowded.group.master_port,

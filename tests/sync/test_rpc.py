@@ -17,7 +17,6 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
 from sync_support import eventually, num_descriptors
 
 from weight_sync.errors import (

@@ -6,8 +6,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +17,8 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
-from left_behind import no_timer_or_thread_outlives_its_test as no_timer_or_thread_outlives_its_test
 from stopped import go_on, stop
-from sync_support import FOLDER, collect, eventually, read_line, weights
+from sync_support import FOLDER, Child, collect, eventually, read_line, weights
 
 from weight_sync.errors import (
     ERRORS,
@@ -364,13 +361,7 @@ def test_a_server_with_few_descriptors_survives_more_clients_than_it_can_have(
         "sys.argv = ['engine_process.py'];"
         f"sys.path.insert(0, {str(FOLDER)!r}); import engine_process; engine_process.main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ, PYTHONUNBUFFERED="1"),
-    )
+    process = Child("-c", program)
     clients: list[socket.socket] = []
     try:
         path = read_line(process).removeprefix("ipc://")
