@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 import weight_sync
 from rollout import Engine
 from rollout.errors import InvalidRequestError, RolloutError
-from rollout.runner.memory_regions import CpuRegion
+from rollout.protocol import commands as cmd
+from rollout.runner.memory_regions import CpuRegion, HostCopy
 from weight_sync.errors import TornWeightsError, WeightUpdateError
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
@@ -203,6 +205,84 @@ def test_memory_that_cannot_be_had_again_is_an_error_and_stays_released(
         assert set(engine.resume_memory_occupation().tags) == {"weights", "kv_cache"}
         engine.update_weights_from_tensor(trainer)
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+
+
+def test_a_release_that_fails_half_way_leaves_nothing_that_looks_like_weights(
+    folder: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of the weights have gone by then, and those of the KV cache have not."""
+    release, calls = CpuRegion.release, itertools.count()
+
+    def fail_second(self: CpuRegion) -> None:
+        if next(calls):
+            raise RolloutError("the pages are locked")
+        release(self)
+
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuRegion, "release", fail_second)
+            with pytest.raises(RolloutError, match="locked"):
+                engine.release_memory_occupation()
+        assert set(engine.status().released) == {"weights", "kv_cache"}
+        engine.resume_memory_occupation()
+        with pytest.raises(TornWeightsError, match="released"):
+            engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+        engine.update_weights_from_tensor(trainer)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
+
+
+@pytest.mark.parametrize("call", ["keep", "release", "resume", "restore"])
+def test_what_fails_on_another_rank_fails_on_this_one_and_both_hold_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        core = engine._executor._core  # type: ignore[attr-defined]
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+        commands = core._handlers[cmd.ReleaseMemory].__self__
+        on_all, whats = commands._on_all, []
+        no_gpu: list[None] = []  # what a copy to one that has failed raises
+
+        def fail_there(what: str, step: Callable[[], Any]) -> Any:
+            whats.append(what)
+            if what.startswith(call):
+                with monkeypatch.context() as patch:
+                    patch.setattr(commands, "_any_rank", lambda flag: True)
+                    return on_all(what, step)
+            return on_all(what, step)
+
+        monkeypatch.setattr(commands, "_on_all", fail_there)
+        if call == "restore":
+            monkeypatch.setattr(HostCopy, "restore", lambda self: no_gpu.pop())
+        if call in ("keep", "release"):
+            with pytest.raises(RolloutError, match="another rank"):
+                engine.release_memory_occupation(keep_weights=True)
+        else:
+            engine.release_memory_occupation(keep_weights=True)
+            with pytest.raises(RolloutError):
+                engine.resume_memory_occupation()
+        held = set(engine.status().released)
+        assert held == (set() if call == "keep" else {"weights", "kv_cache"})
+        monkeypatch.undo()
+        engine.resume_memory_occupation()
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
+        assert whats[0] == "keep weights"
+
+
+def test_weights_that_the_host_has_no_room_for_stay_where_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(folder, kv_cache_bytes=1 << 20, device="cpu") as engine:
+        expected = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"]
+
+        def no_room(self: HostCopy, tensors: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(HostCopy, "__init__", no_room)
+        with pytest.raises(RolloutError, match="cannot keep weights"):
+            engine.release_memory_occupation(keep_weights=True)
+        assert engine.status().released == [] and engine.status().torn is None
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY)["output_ids"] == expected
 
 
 def test_weights_stay_while_an_update_is_under_way(folder: Path, trainer: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from weight_sync.errors import WeightUpdateError
+from weight_sync.process_groups.rendezvous import first_line
 
 from ...errors import RolloutError
 from ...protocol.commands import MEMORY_TAGS, MemoryTag
@@ -50,27 +51,43 @@ class MemoryOccupation:
         finally:
             self._leaving = None
 
-    def release(
-        self, tags: Sequence[MemoryTag], *, keep_weights: bool = False
-    ) -> tuple[list[MemoryTag], int]:
-        """Give memory back; returns the tags that changed and their bytes on this rank.
+    def present(self, tags: Sequence[MemoryTag]) -> list[MemoryTag]:
+        """Those of `tags` whose memory is there; `RolloutError` on a device that cannot give it back."""
+        found = [tag for tag in MEMORY_TAGS if tag in tags and tag not in self.released]
+        for tag in found:
+            self._region(tag)
+        return found
 
-        `keep_weights`: `resume` brings them back as they were, out of a copy in the host's memory.
+    def keep_weights(self, keep: bool) -> None:
+        """Before they are released: whether `resume` brings them back as they are, out of a copy in the host's memory.
+
+        `RolloutError` where there is no room for that; then nothing has changed.
         """
-        changed = [tag for tag in MEMORY_TAGS if tag in tags and tag not in self.released]
         with self.reading:
-            if "weights" in changed:
-                self._weights_kept = keep_weights
-                if keep_weights:
-                    if self._host_copy is None:
-                        self._host_copy = HostCopy(self._runner.model.arena.buffers.values())
-                    self._host_copy.take()
-                else:
-                    self._host_copy = None
-            for tag in changed:
+            if not keep:
+                self._weights_kept, self._host_copy = False, None
+                return
+            try:
+                if self._host_copy is None:
+                    self._host_copy = HostCopy(self._runner.model.arena.buffers.values())
+                self._host_copy.take()
+            except RuntimeError as error:  # torch says it of the host's memory, too
+                raise RolloutError(
+                    f"cannot keep weights: got no copy of them in the host's memory ({first_line(error)}), expected "
+                    "room for one; free some, or release them without keep_weights"
+                ) from error
+            self._weights_kept = True
+
+    def release(self, tags: Sequence[MemoryTag]) -> int:
+        """Give back the memory of `tags`, which is `present`; bytes on this rank.
+
+        They count as released whatever is raised: what was in them is gone, or part of it.
+        """
+        with self.reading:
+            self.released.update(tags)
+            for tag in tags:
                 self._region(tag).release()
-                self.released.add(tag)
-        return changed, sum(self._region(tag).num_bytes for tag in changed)
+        return sum(self._region(tag).num_bytes for tag in tags)
 
     def resume(self, tags: Sequence[MemoryTag]) -> tuple[list[MemoryTag], int]:
         """Take memory again; returns the tags that changed and their bytes on this rank.
@@ -108,21 +125,21 @@ class MemoryOccupation:
             for tag in changed:
                 self._region(tag).resume()
                 taken.append(tag)
-        except RolloutError:
+            if "weights" in changed and self._weights_kept:
+                assert self._host_copy is not None, "it was made before the release"
+                self._host_copy.restore()
+        except Exception:
             for tag in taken:
                 self._region(tag).release()
             raise
         self.released.difference_update(changed)
-        if "weights" in changed and self._weights_kept:
-            assert self._host_copy is not None, "it was made by the release"
-            self._host_copy.restore()
         return changed, sum(self._region(tag).num_bytes for tag in changed)
 
     def undo_resume(self, tags: Sequence[MemoryTag]) -> None:
         """Release what was resumed just now, as it was before."""
+        self.released.update(tags)
         for tag in tags:
             self._region(tag).release()
-            self.released.add(tag)
 
     def _region(self, tag: MemoryTag) -> MemoryRegion:
         if tag not in self._regions:

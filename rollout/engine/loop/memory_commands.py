@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +19,9 @@ from ...runner.model_runner import ModelRunner
 from ...scheduling.scheduler import Scheduler
 from .memory import MemoryOccupation
 from .weight_host import read_weight
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class MemoryCommands:
@@ -53,7 +59,9 @@ class MemoryCommands:
             raise RolloutError(
                 "cannot read weights: their memory is released; call resume_memory_occupation(['weights']) first"
             )
-        tensor = read_weight(self._runner, call.body.name, self._order)
+        tensor = read_weight(
+            self._runner, call.body.name, self._order, partial(self._on_all, "read weights")
+        )
         first, size = call.body.first_row, call.body.truncate_size
         rows = tensor[first : first + size] if tensor.dim() else tensor
         rows = rows.float().cpu().contiguous()
@@ -65,15 +73,12 @@ class MemoryCommands:
                 f"cannot save weights: they are not whole ({torn or 'their memory is released'}); push a complete "
                 "update first"
             )
-        asked, failure, num_files = call.body, None, 0
-        try:
-            saved = self._runner.save_sharded_model(asked.path, asked.pattern, asked.max_size)
-            num_files = len(saved)
-        except RolloutError as error:
-            failure = error
-        if self._any_rank(failure is not None):
-            raise failure or RolloutError(f"cannot save into {asked.path}: another rank could not")
-        call.reply(cmd.Done(count=int(self._order.all_reduce(torch.tensor([num_files])))))
+        asked = call.body
+        saved = self._on_all(
+            f"save into {asked.path}",
+            lambda: self._runner.save_sharded_model(asked.path, asked.pattern, asked.max_size),
+        )
+        call.reply(cmd.Done(count=int(self._order.all_reduce(torch.tensor([len(saved)])))))
 
     def _reset(self, call: Call) -> None:
         parameters = self._runner.weight_map.parameters.values()
@@ -83,41 +88,48 @@ class MemoryCommands:
                     "cannot reset weights: their memory is released, or an update is under way; resume it, or end the "
                     "update first"
                 )
-            with self._memory.reading, torch.no_grad():
-                generator = torch.Generator(self._runner.device).manual_seed(0)
-                for parameter in parameters:
-                    parameter.normal_(generator=generator)
-            self._receiver.lose_weights("they were reset to noise")
+            try:
+                with self._memory.reading, torch.no_grad():
+                    generator = torch.Generator(self._runner.device).manual_seed(0)
+                    for parameter in parameters:
+                        parameter.normal_(generator=generator)
+            finally:
+                self._receiver.lose_weights("they were reset to noise")
         call.reply(cmd.Done(count=len(parameters)))
 
     def _release(self, call: Call) -> None:
-        tags = call.body.tags
+        tags, keep = call.body.tags, call.body.keep_weights
         with self._memory.leaving(tags):
             if self._any_rank("weights" in tags and self._receiver.updating):
                 raise RolloutError(
                     "cannot release weights: an update is under way; end or abort it first"
                 )
+            changed = self._memory.present(tags)
+            if "weights" in changed:
+                self._on_all("keep weights", lambda: self._memory.keep_weights(keep))
             if "kv_cache" in tags:
                 self._scheduler.retract_all()
                 self._scheduler.kv.flush()
-            changed, num_bytes = self._memory.release(tags, keep_weights=call.body.keep_weights)
-        if "weights" in changed and not call.body.keep_weights:
-            self._receiver.lose_weights("their memory was released")
+            try:
+                num_bytes = self._on_all("release memory", lambda: self._memory.release(changed))
+            finally:
+                if "weights" in changed and not keep:
+                    self._receiver.lose_weights("their memory was released")
         self._memory_changed(call, changed, num_bytes)
 
     def _resume(self, call: Call) -> None:
-        failure: RolloutError | None = None
         changed: list[cmd.MemoryTag] = []
-        num_bytes = 0
-        try:
+
+        def resume() -> int:
+            nonlocal changed
             changed, num_bytes = self._memory.resume(call.body.tags)
-        except RolloutError as error:
-            failure = error
-        if self._any_rank(failure is not None):
+            return num_bytes
+
+        try:
+            num_bytes = self._on_all("resume memory", resume)
+        except Exception:
             self._memory.undo_resume(changed)  # On all ranks or on none.
-            raise failure or RolloutError(
-                "cannot resume memory: another rank of the engine has none"
-            )
+            raise
         self._recapture()
         self._moved()
         self._memory_changed(call, changed, num_bytes)
@@ -143,6 +155,20 @@ class MemoryCommands:
                 f"memory was resumed, and no room is left to capture decode steps: {error}; have the trainer give "
                 "memory back (torch.cuda.empty_cache()): the next step tries again"
             ) from error
+
+    def _on_all(self, what: str, step: Callable[[], T]) -> T:
+        """Do `step` on all ranks; where it fails on one it has failed on all, and none of them waits for it."""
+        failure: Exception | None = None
+        try:
+            done = step()
+        except Exception as error:
+            logger.warning("cannot %s: %s", what, error)
+            failure = error
+        if self._any_rank(failure is not None):
+            raise failure or RolloutError(
+                f"cannot {what}: another rank of the engine could not; look at its log"
+            )
+        return done
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether it is so on any rank; all ranks ask at the same place in their order."""

@@ -161,15 +161,22 @@ def syncs_seen(recent: Iterable[tuple[float, CommitReply]]) -> list[SyncSeen]:
     ]
 
 
-def read_weight(runner: ModelRunner, name: str, group: GroupCoordinator) -> torch.Tensor:
-    """A whole parameter in the trainer's shape; all ranks of `group` read it together."""
+def read_weight(
+    runner: ModelRunner,
+    name: str,
+    group: GroupCoordinator,
+    on_all: Callable[[Callable[[], Any]], Any],
+) -> torch.Tensor:
+    """A whole parameter in the trainer's shape; all ranks of `group` read it together.
+
+    `on_all(step)` is what `step` returns; where it fails on one rank, it has failed on all.
+    """
     located = runner.weight_map.locate(name)
-    tensor = located.read()
     if group.size == 1:
-        return tensor
+        return located.read()
+    mine = on_all(lambda: (located.read().cpu(), located.mask().to(torch.uint8)))
     # Parts may be on several ranks (replicated heads): take each element from the last rank that holds it.
-    held = group.all_gather(located.mask()[None].to(torch.uint8), dim=0)
-    parts = group.all_gather(tensor.cpu()[None], dim=0)
+    parts, held = (group.all_gather(part[None], dim=0) for part in mine)
     result = torch.zeros_like(parts[0])
     for part, mask in zip(parts, held, strict=True):
         result = torch.where(mask.bool(), part, result)
