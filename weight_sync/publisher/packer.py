@@ -45,15 +45,17 @@ class DevicePacker:
         sources: Sequence[torch.Tensor],
         *,
         check_finite: bool = True,
+        addresses: list[int] | None = None,
         layouts: object = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Copy `sources`, any of this process, to `rows` of the manifest. layouts: see `Selection`.
+        """Copy `sources`, any of this process, to `rows` of the manifest. addresses, layouts: see `Selection`.
 
         Returns fingerprints, (N,) uint64, in the order of `rows`, and which of these (ascending, int64) may hold NaN
         or infinities: all others certainly do not. Without `check_finite` there are none. Issued on the calling
         thread's current stream; returns when all is packed.
         """
-        addresses = [tensor.data_ptr() for tensor in sources]
+        if addresses is None:
+            addresses = [tensor.data_ptr() for tensor in sources]
         if layouts is None or layouts is not self._same or not self._suits(addresses):
             self._prepare(rows, sources, addresses)
             self._same = layouts

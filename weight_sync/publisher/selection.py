@@ -6,7 +6,7 @@ raised together, before a byte is staged.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -18,7 +18,7 @@ from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
 from ..layout.named_tensors import checked_pair, unreadable
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
-from .sources import unwrapped
+from .sources import Listed, unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPE, _LAYOUT, _IS_META, _IS_NESTED = map(attrgetter, ("dtype", "layout", "is_meta", "is_nested"))
@@ -47,32 +47,30 @@ class Repeated:
     guard: Guard | None = None
     """Says whether tensors in the trainer's order are laid out as those of the last update that brought all."""
 
-    def tensors(self, listed: list[Any]) -> list[torch.Tensor] | None:
-        """Those of `listed` in its order; None where anything is not as it was."""
-        if len(listed) != len(self.names) or set(map(type, listed)) != {tuple}:
+    def tensors(self, listed: Listed) -> tuple[list[torch.Tensor], list[int]] | None:
+        """Those of `listed` in its order, and their addresses; None where anything is not as it was."""
+        columns = _columns(listed)
+        if columns is None:
             return None
-        try:
-            names = [name for name, _ in listed]
-            tensors = [tensor for _, tensor in listed]
-        except ValueError:
-            return None
+        names, tensors = columns
         if names != self.names or not set(map(type, tensors)).issubset(_PLAIN):
             return None
         if any(map(_IS_NESTED, tensors)):  # at which torch's guards abort
             return None
-        if self.guard is not None and self.guard(*tensors):
-            return tensors if _have_data(tensors) else None
-        same = (
-            all(map(is_, map(_DTYPE, tensors), self.dtypes))
-            and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
-            and set(map(_LAYOUT, tensors)) == {torch.strided}
-            and not any(map(_IS_META, tensors))
-            and _have_data(tensors)
-        )
-        if not same:
+        if self.guard is None or not self.guard(*tensors):
+            same = (
+                all(map(is_, map(_DTYPE, tensors), self.dtypes))
+                and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
+                and set(map(_LAYOUT, tensors)) == {torch.strided}
+                and not any(map(_IS_META, tensors))
+            )
+            if not same:
+                return None
+            self.guard = guard_of(tensors)  # they have other strides, or are elsewhere
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
+        if 0 in addresses and any(map(unreadable, tensors)):  # memory was given back
             return None
-        self.guard = guard_of(tensors)  # they have other strides, or are elsewhere
-        return tensors
+        return tensors, addresses
 
 
 class Layout:
@@ -135,6 +133,8 @@ class Selection:
     """Tensors that the trainer gave, aliases and fused ones counted once each."""
     rows: list[int] | None = None
     """All rows, where `sources` has all of them in this order; else None."""
+    addresses: list[int] | None = None
+    """Of all rows' tensors, where they are known."""
     layouts: object = None
     """What is the same object for two selections has the same rows, and tensors that differ in addresses alone; None:
     nothing is known."""
@@ -178,10 +178,10 @@ class Selector:
         """Sort tensors into rows, collecting problems; `finish` raises them."""
         known, whole = self._layout.repeated, self._untouched
         self._untouched = False
-        if known is not None and whole and isinstance(named_tensors, list):
-            tensors = known.tensors(named_tensors)
-            if tensors is not None:
-                return self._take_again(known, tensors)
+        if known is not None and whole and isinstance(named_tensors, list | ItemsView):
+            found = known.tensors(named_tensors)
+            if found is not None:
+                return self._take_again(known, *found)
         selection = Selection()
         sources, origin = selection.sources, self._origin
         index, shapes, dtypes = self._layout.index, self._layout.shapes, self._layout.dtypes
@@ -208,11 +208,16 @@ class Selector:
             self._remember(sources)
         return selection
 
-    def _take_again(self, known: Repeated, tensors: list[torch.Tensor]) -> Selection:
+    def _take_again(
+        self, known: Repeated, tensors: list[torch.Tensor], addresses: list[int]
+    ) -> Selection:
         self._origin = list(known.origin)
-        ordered = tensors if known.order is None else [tensors[i] for i in known.order]
+        if known.order is not None:
+            tensors = [tensors[i] for i in known.order]
+            addresses = [addresses[i] for i in known.order]
         return Selection(
-            sources=dict(zip(known.ascending, ordered, strict=True)),
+            sources=dict(zip(known.ascending, tensors, strict=True)),
+            addresses=addresses,
             num_tensors=len(tensors),
             rows=known.ascending,
             layouts=known.guard,
@@ -338,10 +343,16 @@ class Selector:
                 )
 
 
-def _have_data(tensors: list[torch.Tensor]) -> bool:
-    """No memory of dense ones was given back since."""
-    pointers = map(torch.Tensor.data_ptr, tensors)
-    return 0 not in pointers or not any(map(unreadable, tensors))
+def _columns(listed: Listed) -> tuple[list[Any], list[Any]] | None:
+    """Names and tensors, without a look at them; None where something is no pair."""
+    if isinstance(listed, ItemsView):
+        return list(listed.mapping), list(listed.mapping.values())  # type: ignore[attr-defined]
+    if set(map(type, listed)) != {tuple}:
+        return None
+    try:
+        return [name for name, _ in listed], [tensor for _, tensor in listed]
+    except ValueError:
+        return None
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

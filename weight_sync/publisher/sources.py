@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Generator, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import AsyncIterable, Generator, ItemsView, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,16 +27,26 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+Listed = list[tuple[str, torch.Tensor]] | ItemsView[str, torch.Tensor]
+"""Named tensors that all exist at once. The items of a dict are left where they are: 20,000 pairs more are as many
+objects for Python's garbage collection to look at, in the middle of an update."""
+
+
 @contextmanager
 def tensors_of(source: NamedTensors) -> Iterator[Iterable[tuple[str, torch.Tensor]]]:
-    """What `source` names: a list where all tensors exist at once, else an iterator. Where a module has adapters, they
-    are merged one layer at a time; a layer is what it was, to the bit, when it was passed or the block has ended."""
+    """What `source` names: `Listed` where all tensors exist at once, else an iterator.
+
+    Where a module has adapters, they are merged one layer at a time; a layer is what it was, to the bit, when it was
+    passed or the block has ended.
+    """
     if isinstance(source, nn.Module) and any(_is_adapter(part) for part in source.modules()):
         merged = _merged(source)
         try:
             yield merged
         finally:
             merged.close()  # a traceback may hold it for long
+    elif isinstance(source, dict) and type(source) in (dict, OrderedDict):
+        yield source.items()
     else:
         yield pairs_of(source)
 

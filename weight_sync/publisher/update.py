@@ -113,6 +113,7 @@ class Update(OpenSession):
                 rows,
                 sources,
                 check_finite=self.options.check_finite,
+                addresses=selection.addresses,
                 layouts=selection.layouts,
             )
         pieces = [rows] if self.packed.seen else self._split(rows)
