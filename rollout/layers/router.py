@@ -28,7 +28,8 @@ class Router(nn.Module):
         correction_bias: bool,
         float32: bool,
     ) -> None:
-        """`float32`: logits are products in float32, of a copy of the weight that `refresh` makes."""
+        """`float32`: logits are products in float32, and so is the weight, whatever the model's dtype: as the trainer's
+        model holds it."""
         super().__init__()
         self.product: Product = project
         self.routing, self.float32 = routing, float32
@@ -38,37 +39,20 @@ class Router(nn.Module):
             if correction_bias
             else None
         )
-        self._wide: torch.Tensor | None = None
 
     def keep_float32(self) -> None:
-        """The bias is float32 whatever the model's dtype; called before parameters get their memory."""
+        """Take back what a cast of the whole model has done to the bias, and to the weight of a router in float32;
+        called before parameters get their memory."""
+        if self.float32:
+            weight = torch.empty_like(self.weight, dtype=torch.float32)
+            self.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             bias = torch.empty_like(self.bias, dtype=torch.float32)
             self.bias = nn.Parameter(bias, requires_grad=False)
 
-    @property
-    def derives(self) -> bool:
-        """Whether there is a copy in float32 beside the weight."""
-        return self.float32 and self.weight.dtype != torch.float32
-
-    def refresh(self) -> None:
-        """Copy the weight, in place once there is a copy."""
-        if self._wide is None:
-            self._wide = torch.empty_like(self.weight, dtype=torch.float32)
-        self._wide.copy_(self.weight)
-
-    def is_fresh(self) -> torch.Tensor:
-        """Whether the copy is the weight: bool, no dimensions."""
-        assert self._wide is not None
-        wide = self.weight.float()
-        return (self._wide.view(torch.int32) == wide.view(torch.int32)).all()
-
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, E) -> (T, X), float32 or x's dtype."""
-        if not self.float32:
-            return self.product(x, self.weight)
-        wide = self._wide if self.derives and self._wide is not None else self.weight.float()
-        return self.product(x.float(), wide)
+        return self.product(x.float() if self.float32 else x, self.weight)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, E) -> weights (T, k) float32 and expert ids (T, k) int64, in the order of their scores."""

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -157,6 +156,9 @@ class Decoder(nn.Module):
             self.head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, device)
         """Angles of positions; the step's to apply."""
+        self.derived_state: tuple[DerivedState, ...] = ()
+        """What is a function of the parameters and kept beside them: nothing in today's families. Fused projections are
+        parameters, and a tied head is the embedding."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -230,15 +232,6 @@ class Decoder(nn.Module):
             yield "lm_head.weight", "model.embed_tokens.weight"
         for index, layer in enumerate(self._decoder_layers()):
             yield from layer.feed_forward.aliases(f"model.layers.{index}.mlp")
-
-    @cached_property
-    def derived_state(self) -> tuple[DerivedState, ...]:
-        """What is a function of the parameters. Fused projections are parameters, and a tied head is the embedding."""
-        return tuple(
-            row
-            for index, layer in enumerate(self._decoder_layers())
-            for row in layer.feed_forward.derived_state(f"model.layers.{index}.mlp")
-        )
 
     def count_experts(self, counts: torch.Tensor | None) -> None:
         """From now on add to `counts` (layers, experts) int64, on the device, where tokens go; None: no more."""

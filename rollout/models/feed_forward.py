@@ -20,7 +20,6 @@ from ..layers.router import Router
 from ..layers.shards import OutputRows, split_evenly
 from ..layers.single_group import TensorParallelGroup, split_experts
 from ..layers.step import LayerStep
-from .derived_state import DerivedState
 from .model_config import ModelConfig
 from .moe_config import MoeConfig
 
@@ -31,7 +30,7 @@ def make_feed_forward(
     config: ModelConfig, layer: int, tp: TensorParallelGroup, ep_size: int
 ) -> FeedForward | MixtureOfExperts:
     """The feed-forward part of a layer. Both kinds map x (T, E) to (T, E), complete on every rank, and tell their parts
-    of the checkpoint in memory order, the names that stand for several, other names, and state derived from them."""
+    of the checkpoint in memory order, the names that stand for several, and other names."""
     moe = config.moe
     if moe is not None and moe.layers[layer]:
         return MixtureOfExperts(config, moe, layer, tp, ep_size)
@@ -75,10 +74,6 @@ class FeedForward(nn.Module):
         yield from self.gate_up.fused_names(prefix)
 
     def aliases(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """None."""
-        yield from ()
-
-    def derived_state(self, prefix: str) -> Iterator[DerivedState]:
         """None."""
         yield from ()
 
@@ -175,13 +170,3 @@ class MixtureOfExperts(nn.Module):
                     f"{other}.experts.{expert}.{short}.weight",
                     f"{prefix}.experts.{expert}.{kind}.weight",
                 )
-
-    def derived_state(self, prefix: str) -> Iterator[DerivedState]:
-        """The router's weight in float32, where the family computes in it and the model does not."""
-        if self.router.derives:
-            yield DerivedState(
-                name=f"{prefix}.gate in float32",
-                sources=(f"{prefix}.gate.weight",),
-                refresh=self.router.refresh,
-                check=self.router.is_fresh,
-            )

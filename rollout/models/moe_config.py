@@ -32,7 +32,7 @@ class RouterConfig:
     top_groups: int = 1
     """Groups that may be chosen from: those whose two best experts score most."""
     float32: bool = False
-    """Logits are computed in float32."""
+    """Logits are computed in float32, and the weight is held in it, whatever the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from versions import version_weights
 
 from rollout import Engine
+from rollout.models.derived_state import DerivedState
 from weight_sync.errors import WeightUpdateError
-
-GLM = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 @pytest.fixture
 def engine(tiny_checkpoint):
-    folder = tiny_checkpoint("glm4_moe", **GLM)
-    options = {"dtype": "bfloat16", "keep_previous_weights": True, "kv_cache_bytes": 1 << 20}
-    with Engine(folder, skip_tokenizer_init=True, **options) as engine:
+    options = {"keep_previous_weights": True, "kv_cache_bytes": 1 << 20}
+    with Engine(tiny_checkpoint("llama"), skip_tokenizer_init=True, **options) as engine:
         yield engine
 
 
-def router_of(engine):
-    return engine._executor._core.runner.model.layers[1].feed_forward.router
+@pytest.fixture
+def copied(engine):
+    """A copy of the last norm, in another dtype, as a row of the engine's model; what it is made from, the copy, and
+    how many of the next copies to spoil."""
+    model = engine._executor._core.runner.model
+    norm, copy, spoiled = model.norm.weight, torch.zeros(64, dtype=torch.float64), [0]
+
+    def refresh():
+        copy.copy_(norm)
+        if spoiled[0]:
+            spoiled[0] -= 1
+            copy[0] += 1
+
+    model.derived_state = (
+        DerivedState(
+            name="the last norm in float64",
+            sources=("model.norm.weight",),
+            refresh=refresh,
+            check=lambda: (copy == norm).all(),
+        ),
+    )
+    return norm, copy, spoiled
 
 
-def test_a_router_that_computes_in_float32_has_its_weight_so_after_each_commit(
-    engine, tiny_checkpoint
-):
-    router = router_of(engine)
-    assert router.weight.dtype == torch.bfloat16 and router.bias.dtype == torch.float32
-    assert torch.equal(router._wide, router.weight.float())
-    address = router._wide.data_ptr()
-    moved = version_weights(tiny_checkpoint("glm4_moe", **GLM), 1)
-    engine.update_weights_from_tensor(moved)
-    assert torch.equal(router._wide, moved["model.layers.1.mlp.gate.weight"].bfloat16().float())
-    assert torch.equal(router.bias, moved["model.layers.1.mlp.gate.e_score_correction_bias"])
-    assert router._wide.data_ptr() == address
+def test_derived_state_follows_each_commit_where_it_is(engine, copied, tiny_checkpoint):
+    norm, copy, _ = copied
+    address = copy.data_ptr()
+    for number in (1, 2):
+        moved = version_weights(tiny_checkpoint("llama"), number)
+        engine.update_weights_from_tensor(moved)
+        assert torch.equal(copy, moved["model.norm.weight"].double())
+    assert copy.data_ptr() == address and torch.equal(copy, norm.double())
 
 
-def test_a_commit_whose_derived_state_does_not_fit_is_rolled_back(
-    engine, tiny_checkpoint, monkeypatch
-):
-    router, before = router_of(engine), engine.weights_fingerprint()
-    model, spoiled = engine._executor._core.runner.model, []
-    [row] = model.derived_state
-
-    def spoil_once():
-        row.refresh()
-        if not spoiled:
-            spoiled.append(True)
-            router._wide[0, 0] += 1
-
-    rows = (dataclasses.replace(row, refresh=spoil_once),)
-    monkeypatch.setitem(model.__dict__, "derived_state", rows)
-    with pytest.raises(WeightUpdateError, match=r"mlp\.gate in float32.*\n?.*restored"):
-        engine.update_weights_from_tensor(version_weights(tiny_checkpoint("glm4_moe", **GLM), 1))
+def test_a_commit_whose_derived_state_does_not_fit_is_rolled_back(engine, copied, tiny_checkpoint):
+    norm, copy, spoiled = copied
+    before = engine.weights_fingerprint()
+    spoiled[0] = 1
+    with pytest.raises(WeightUpdateError, match=r"the last norm in float64.*\n?.*restored"):
+        engine.update_weights_from_tensor(version_weights(tiny_checkpoint("llama"), 1))
     assert engine.weights_fingerprint() == before
-    assert torch.equal(router._wide, router.weight.float())
+    assert torch.equal(copy, norm.double())

@@ -83,6 +83,29 @@ def test_a_module_publishes_its_experts_and_its_routers_biases(engine, folder, r
     assert report.fingerprint == engine.weights_fingerprint() == weight_sync.fingerprint(module)
 
 
+def test_a_module_in_bfloat16_keeps_its_routers_as_exact_as_it_holds_them(folder):
+    """GLM-4-MoE's in float32: rounded, they would choose other experts than the trainer's."""
+    from transformers import AutoModelForCausalLM
+
+    from rollout import Engine
+
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    options = {"dtype": "bfloat16", "skip_tokenizer_init": True, "kv_cache_bytes": 1 << 20}
+    with Engine(folder, **options) as engine, WeightPublisher(engine) as publisher:
+        assert engine.weights_fingerprint() == weight_sync.fingerprint(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        report = publisher.publish(module)
+        assert not report.casts
+        assert engine.weights_fingerprint() == weight_sync.fingerprint(module)
+        (name,) = [
+            n for n, _ in module.named_parameters() if n.endswith("layers.1.mlp.gate.weight")
+        ]
+        read = torch.tensor(engine.get_weights_by_name(name))
+        assert torch.equal(read, module.get_parameter(name).float())
+
+
 def test_one_expert_alone_and_a_subset_of_stacks_change_nothing_else(engine, folder):
     tensors, moved = version_weights(folder, 0), version_weights(folder, 1)
     one = [name for name in tensors if ".1." in name and ".experts.2." in name]
