@@ -179,7 +179,7 @@ def group(
     _benchmark(run, quick, out, config, overrides)
 
 
-gpu_app = typer.Typer(help="Updates on GPUs.", invoke_without_command=True)
+gpu_app = typer.Typer(help="Updates and generation on GPUs.", invoke_without_command=True)
 app.add_typer(gpu_app, name="gpu")
 
 
@@ -224,6 +224,23 @@ def gpu_sync(
         from .gpu_sync import run_gpu_sync
 
         return run_gpu_sync(settings.gpu_sync, screen)
+
+    _benchmark(run, quick, out, config, overrides)
+
+
+@gpu_app.command("generate")
+def gpu_generate(
+    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
+) -> None:
+    """Decode steps, prefill, and the RL shape on one GPU, next to what its memory allows.
+
+    Random weights of Qwen3-0.6B's shape in bfloat16; log-probabilities of sampled tokens are asked for throughout.
+    """
+
+    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
+        from .gpu_generate import run_gpu_generate
+
+        return run_gpu_generate(settings.gpu_generate, screen)
 
     _benchmark(run, quick, out, config, overrides)
 
@@ -282,23 +299,6 @@ def gpu_few_rows(
     from .few_rows import main
 
     _search(main, write, tiny, out)
-
-
-@app.command("gpu-generate")
-def gpu_generate(
-    quick: Quick = False, out: Out = None, config: ConfigFile = None, overrides: Overrides = None
-) -> None:
-    """Decode steps, prefill, and the RL shape on one GPU, next to what its memory allows.
-
-    Random weights of Qwen3-0.6B's shape in bfloat16; log-probabilities of sampled tokens are asked for throughout.
-    """
-
-    def run(settings: BenchSettings, screen: Screen) -> BenchResult:
-        from .gpu_generate import run_gpu_generate
-
-        return run_gpu_generate(settings.gpu_generate, screen)
-
-    _benchmark(run, quick, out, config, overrides)
 
 
 @app.command("machine")

@@ -1,4 +1,4 @@
-"""`rollout bench gpu-generate`: decode steps, prefill and the RL shape on one device, beside what its memory allows.
+"""`rollout bench gpu generate`: decode steps, prefill and the RL shape on one device, beside what its memory allows.
 
 The floor of a decode step is the time in which the device reads the weights and the keys and values of each request,
 all once, at the rate of a plain read of its memory, measured here; with several ranks each device reads its part.

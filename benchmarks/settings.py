@@ -227,7 +227,7 @@ class GpuBench:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuGenerateBench:
-    """`rollout bench gpu-generate`."""
+    """`rollout bench gpu generate`."""
 
     model: ModelShape = field(default_factory=ModelShape)
     """The model; the default is Qwen3-0.6B's shape."""
