@@ -4,7 +4,7 @@
 
 Each product is timed in a CUDA graph over so many copies of its weights that they exceed the cache, beside the floor:
 its weights at the rate of a pass that only reads. A shape for which no launch is three hundredths faster than torch is
-stored as torch's. Shapes are the products of Qwen3-0.6B, 1.7B, 4B and 8B on one GPU, in bfloat16.
+stored as torch's. Shapes are the products of the models below on one GPU, in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ from .expert_kernels import measure_rates, stored
 ROWS = (1, 2, 4, 8, 16)
 """Each becomes a limit; a launch has the same programs for up to 8."""
 MODELS = {
-    "0.6B": (1024, 2048, 1024, 3072),
-    "1.7B": (2048, 2048, 1024, 6144),
-    "4B": (2560, 4096, 1024, 9728),
-    "8B": (4096, 4096, 1024, 12288),
+    "Qwen3-0.6B": (1024, 2048, 1024, 3072),
+    "Qwen3-1.7B": (2048, 2048, 1024, 6144),
+    "Qwen3-4B": (2560, 4096, 1024, 9728),
+    "Qwen3-8B": (4096, 4096, 1024, 12288),
+    "Qwen3-30B-A3B": (2048, 4096, 512, 0),
+    "Qwen2.5-1.5B": (1536, 1536, 256, 8960),
+    "Qwen2.5-7B": (3584, 3584, 512, 18944),
+    "Llama-3.2-1B": (2048, 2048, 512, 8192),
+    "Llama-3.2-3B": (3072, 3072, 1024, 8192),
+    "Llama-3.1-8B": (4096, 4096, 1024, 14336),
 }
-"""Hidden size, width of all queries, of all keys, of the feed-forward part."""
+"""Hidden size, width of all queries, of all keys, of the feed-forward part where that is dense."""
 _CACHE_BYTES = 160 << 20
 _LEAST_GAIN = 0.97
 _MOST_SHARED_BYTES = 200 << 10
@@ -50,8 +56,9 @@ def shapes() -> list[tuple[int, int]]:
     """(N, K) of every product, once each."""
     found: dict[tuple[int, int], None] = {}
     for hidden, queries, keys, inner in MODELS.values():
-        each = ((queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden))
-        found.update(dict.fromkeys((*each, (hidden, inner))))
+        found |= dict.fromkeys(((queries + 2 * keys, hidden), (hidden, queries)))
+        if inner:
+            found |= dict.fromkeys(((2 * inner, hidden), (hidden, inner)))
     return list(found)
 
 
@@ -71,8 +78,9 @@ def search(
     device: torch.device,
     say: Callable[[str], None],
     launches: Sequence[TileConfig],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> dict[str, Any]:
-    """The entries of this device, and every measurement."""
+    """The entries of this device, which `keep` gets after each product too, and every measurement."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     read = measure_rates(device, dtype).read
     entries, measured = [], []
@@ -87,8 +95,9 @@ def search(
             x = torch.randn(rows, depth, device=device).to(dtype)
             usual = _seconds(partial(linear, x), weights)
             tried: Sequence[TileConfig] = launches
-            if rows < ROWS[-2]:  # As many as those are padded to: the best of them, once more.
-                tried = sorted(timings, key=lambda launch: timings[launch])[:2]
+            if timings:  # The best for more rows; fewer than 8 are padded to 8.
+                ordered = sorted(timings, key=lambda launch: timings[launch])
+                tried = ordered[: 12 if rows == ROWS[-2] else 2]
             timings = {}
             for launch in tried:
                 with suppress(Exception):  # one that does not fit on this device
@@ -108,14 +117,25 @@ def search(
                 f"{columns} x {depth}, {rows} rows: torch {1e6 * usual:.1f} us, ours {1e6 * least:.1f}"
                 f"{'' if gains else ', not taken'}, floor {1e6 * floor:.1f}; {best}"
             )
-    entries.sort(key=lambda entry: (entry["outputs"], entry["inputs"], entry["max_rows"]))
-    return {"entries": entries, "rows": measured, "read_bytes_per_s": read}
+        keep(entries)
+    return {"entries": merged([], entries), "rows": measured, "read_bytes_per_s": read}
+
+
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of one device: those found, and of other products those of before; in order."""
+
+    def product(entry: dict[str, Any]) -> tuple[int, int]:
+        return entry["outputs"], entry["inputs"]
+
+    anew = set(map(product, found))
+    kept = [entry for entry in before if product(entry) not in anew]
+    return sorted([*kept, *found], key=lambda entry: (*product(entry), entry["max_rows"]))
 
 
 def _compile(weight: torch.Tensor, launches: Sequence[TileConfig]) -> None:
     # What cannot be compiled fails again when it is timed.
     with suppress(Exception), compile_ahead():
-        for rows in ROWS:
+        for rows in (ROWS[0], ROWS[-2], ROWS[-1]):  # Those between are launched as the middle ones.
             x = weight.new_empty(rows, weight.shape[1])
             for launch in launches:
                 few_rows_linear(x, weight, None, None, launch)
@@ -149,11 +169,16 @@ def main(arguments: Sequence[str]) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    found = search(products, device, say, launches)
+    name = device_name(device)
+    before = json.loads(kernels.FILE.read_text()).get(name, [])
+
+    def keep(entries: list[dict[str, Any]]) -> None:
+        if options.write:
+            stored(kernels.FILE, name, merged(before, entries))
+
+    found = search(products, device, say, launches, keep)
     if options.out:
         options.out.write_text(json.dumps(found))
-    if options.write:
-        stored(kernels.FILE, device_name(device), found["entries"])
     return 0
 
 

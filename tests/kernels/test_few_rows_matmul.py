@@ -118,11 +118,14 @@ def test_layers_multiply_with_it_and_else_as_before(
 
 def test_the_search_stores_what_it_has_measured(tmp_path: Path) -> None:
     from rollout_benchmarks.expert_kernels import stored
+    from rollout_benchmarks.few_rows import merged
 
     file, out = tmp_path / "few_rows_configs.json", tmp_path / "found.json"
     found = search_interpreted("few_rows", out)
     assert [entry["max_rows"] for entry in found["entries"]] == [1, 2, 4, 8, 16]
     assert all(len(row["tries"]) == 2 and row["us"] > 0 for row in found["rows"])
+    other = {"outputs": 8, "inputs": 96, "max_rows": 4, "launch": None}
+    assert merged([other, *found["entries"]], found["entries"]) == [other, *found["entries"]]
     file.write_text("{}")
     stored(file, "cpu", found["entries"])
     assert json.loads(file.read_text()) == {"cpu": found["entries"]}
