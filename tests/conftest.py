@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -106,3 +107,15 @@ def _children_are_forks(request: pytest.FixtureRequest, forks: Forking) -> Itera
         return
     with forking(forks):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _older_objects_are_no_garbage() -> None:
+    """A collection in a test looks at what its file has made, not at the million objects of libraries and of pytest."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What libraries must free when this process ends is no longer set aside."""
+    gc.unfreeze()
