@@ -77,6 +77,12 @@ class CallThread:
         """Whether nobody waits for the running call any more; calls that poll should end when it turns true."""
         return self._over is not None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call runs or waits."""
+        with self._changed:
+            return not self._pending()
+
     def submit(self, call: Callable[[], T], *, timeout_s: float, what: str) -> Future[T]:
         """Run `call` after those before it; `what` names it in errors."""
         task = _Task(call, timeout_s, what)

@@ -81,8 +81,8 @@ class WeightService:
             f"{name}-staging",
             serve=self._serve,
             missed=self._missed,
-            pause=lambda: _SWEEP_INTERVAL_S if receiver.busy else None,
-            idle=receiver.sweep,
+            pause=lambda: _SWEEP_INTERVAL_S if receiver.busy or len(self._groups) else None,
+            idle=self._sweep,
             end=self._end,
         )
         receiver.stages.wait_with(self._queue.wait)
@@ -103,6 +103,10 @@ class WeightService:
     def close(self) -> None:
         """End the session, close the arenas, fail what is queued. Safe to repeat."""
         self._queue.close()
+
+    def _sweep(self) -> None:
+        self._groups.sweep()  # first: an arena goes with its group
+        self.receiver.sweep()
 
     def _end(self) -> None:
         self.receiver.close()

@@ -76,6 +76,14 @@ class JoinedGroup(UpdateGroup[Communicator | ReceivingProcess]):
         """Whether the trainer is ours too; known once `joined`."""
         return self._offer is not None
 
+    @property
+    def orphaned(self) -> bool:
+        """Its trainer has died while nothing was under way, which nobody was told. A plain one over NCCL may live on
+        without its rendezvous."""
+        watched = self.peer_is_ours or self.backend == "gloo"
+        idle = self._broken is None and self._thread.idle
+        return idle and watched and self._lost() is not None
+
     def landing(self, num_bytes: int) -> torch.Tensor | None:
         """Memory to receive into from a plain trainer, uint8 (see `ReceivingProcess`); None where any memory will do.
 

@@ -39,8 +39,10 @@ class OpenedGroupArena:
         self._group.destroy(wait_s=0.0)
 
     def given_up(self) -> bool:
-        """This rank has left the group, as it is told to by who did not hear in time that the arena was opened."""
-        return self._groups.find(self._group.name) is not self._group
+        """This rank has left the group, as it is told to by who did not hear in time that the arena was opened, or has
+        lost it."""
+        left = self._groups.find(self._group.name) is not self._group
+        return left or self._group.broken is not None
 
     def close(self) -> None:
         memory, self._memory = self._memory, None
@@ -103,6 +105,16 @@ class GroupTable:
         if self._groups.get(group.name) is group:
             del self._groups[group.name]
         group.destroy()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def sweep(self) -> None:
+        """Leave the groups of dead trainers. That of a plain one has its name until it is left or replaced."""
+        for group in [group for group in self._groups.values() if group.orphaned]:
+            group.destroy(wait_s=0.0)
+            if group.peer_is_ours:
+                del self._groups[group.name]
 
     def close(self) -> None:
         """Leave all groups."""
