@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))  # for `versions`
 
-from forks import Forking, forking
+from forks import Forking, Started, forking
 
 # A busy machine is no fault, and a run is to say the same the next time; `--hypothesis-profile=random` looks further.
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,21 +25,22 @@ settings.register_profile("steady", settings.get_profile("random"), derandomize=
 settings.load_profile("steady")
 
 STARTED_ANEW = {
-    *("test_engine_process", "test_engine_lifetimes", "test_engine_executors"),
-    *("test_receiving_process", "test_examples", "test_endings"),
+    *("test_engine_lifetimes", "test_engine_executors", "test_receiving_process", "test_examples"),
 }
 """Files that show how processes start. Those of others are forks, seconds sooner; not near a GPU, which forks lose."""
 
 LONG = """
-test_ray_deaths test_trl_attach test_trl_ranks test_kernel_edges test_engine_rank_deaths test_pool_deaths
+test_ray_deaths test_examples test_engine_rank_deaths test_trl_attach test_endings test_hostile_payloads
+test_flash_backend test_deterministic test_deterministic_mixtures test_trl_ranks test_kernel_edges test_group_lengths
+test_engine_process test_transports test_engine_updates test_many_engines test_pool_deaths test_overlapped_ranks
 test_paged_attention test_sampling_kernels test_engine_trainer_deaths test_trl_async test_message_machine
-test_group_machine test_pool_supervisor_machine test_commit_faults test_deterministic test_deterministic_mixtures
-test_steps_of_two_ranks test_triton_backend test_engine_lies test_finite_numbers test_grouped_experts
-test_layer_kernels test_demo_run test_description test_attention_search test_pool_machine test_lm_eval test_wheel
+test_group_machine test_pool_supervisor_machine test_commit_faults test_steps_of_two_ranks test_triton_backend
+test_engine_lies test_finite_numbers test_grouped_experts test_layer_kernels test_demo_run test_description
+test_attention_search test_pool_machine test_lm_eval test_wheel
 """.split()
 """Files that take longest: they come first, so that no process has one left when the others have ended.
 
-Ray has one of them alone: two that begin early would wait for each other.
+One of them has a cluster of Ray's: two that begin early would wait for each other.
 """
 
 
@@ -107,6 +109,12 @@ def _children_are_forks(request: pytest.FixtureRequest, forks: Forking) -> Itera
         return
     with forking(forks):
         yield
+
+
+@pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this test starts are no forks."""
+    monkeypatch.setattr(subprocess, "Popen", Started)
 
 
 @pytest.fixture(scope="module", autouse=True)

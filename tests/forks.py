@@ -66,7 +66,7 @@ class Zygote:
             if interpreted:
                 environment.update(INTERPRETING)
             command = [sys.executable, str(TESTS / "forks.py"), str(theirs.fileno())]
-            self._process = _REAL(command, pass_fds=[theirs.fileno()], env=environment)
+            self._process = Started(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._ready = False
 
@@ -96,7 +96,8 @@ class Zygote:
             self._process.wait()
 
 
-_REAL = subprocess.Popen
+Started = subprocess.Popen
+"""Of a new interpreter."""
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -332,7 +333,7 @@ def forking(which: Forking) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.Popen = _REAL  # type: ignore[misc]
+        subprocess.Popen = Started  # type: ignore[misc]
 
 
 if __name__ == "__main__":

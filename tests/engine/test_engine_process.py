@@ -51,6 +51,7 @@ def run_script(code, cwd, **variables):
     )
 
 
+@pytest.mark.usefixtures("started_anew")
 def test_an_engine_that_is_dropped_ends_its_process(folder):
     engine = Engine(folder, **OPTIONS)
     pid = engine.status().pid

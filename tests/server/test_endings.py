@@ -201,6 +201,7 @@ def resident_bytes(server):
     raise AssertionError("no VmRSS")
 
 
+@pytest.mark.usefixtures("started_anew")
 def test_a_server_that_is_told_to_end_lets_what_runs_finish(serve):
     server = serve({"drain_s": 60.0})
     with httpx.Client(base_url=server.url, timeout=120) as http:
