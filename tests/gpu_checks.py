@@ -101,8 +101,8 @@ def all_parts() -> list[Part]:
             name="faults",
             command=("tests/faults/gpu_faults.py", "{out}/faults_gpu.md"),
             kind="command",
-            limit_s=300.0,
             **some,
+            **slow,
         ),
         suite(
             "memory",

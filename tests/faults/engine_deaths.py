@@ -198,7 +198,8 @@ def begin_update(
 
     def answer() -> str:
         error: str = trainer.says().get("error", "nothing")
-        trainer.kill()
+        if not trainer.goes_on:
+            trainer.kill()
         return error
 
     return answer

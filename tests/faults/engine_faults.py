@@ -90,21 +90,28 @@ def kill_all(pids: Iterable[int]) -> None:
 # ---- breakpoints -----------------------------------------------------------------------------------------------------
 
 
-def use_breakpoints(folder: Path, zygote: Zygote) -> None:
-    """Ranks and actors that this process starts from now on stop at the breakpoints of `folder`."""
+def use_breakpoints(folder: Path, zygote: Zygote | None, more: str = "") -> None:
+    """Ranks and actors that this process starts from now on stop at the breakpoints of `folder`.
+
+    zygote: ranks are its forks; None: they begin as users' ranks do. more: statements that a rank runs after that.
+    """
 
     prelude = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        f"from pathlib import Path; from engine_breakpoints import install; install(Path({str(folder)!r}))"
+        f"from pathlib import Path; from engine_breakpoints import install; install(Path({str(folder)!r}))\n"
+        f"{more}"
     )
 
     class Patched:
         def __getattr__(self, name: str) -> Any:
             return start if name == "Popen" else getattr(subprocess, name)
 
-    def start(command: list[str], **options: Any) -> Popen:
-        assert "rollout.engine.executors.child" in command[3]
-        return Popen(command, zygote=zygote, prelude=prelude, **options)
+    def start(command: list[str], **options: Any) -> Any:
+        path, main = command[3].split("; from rollout.engine.executors.child ")
+        if zygote is not None:
+            return Popen(command, zygote=zygote, prelude=prelude, **options)
+        code = f"{path}; exec({prelude!r}, {{}}); from rollout.engine.executors.child {main}"
+        return subprocess.Popen([*command[:3], code, *command[4:]], **options)
 
     rank_process.subprocess = Patched()  # type: ignore[assignment]
     executor_ray.RankHost = with_breakpoints(RankHost, folder)  # type: ignore[misc]
@@ -178,19 +185,20 @@ class FaultyEngine:
         folder: Path,
         points: Path,
         reference: Reference,
-        zygote: Zygote,
+        zygote: Zygote | None,
         *,
         silence_s: float | None = None,
+        more: str = "",
         **options: Any,
     ) -> None:
-        """silence_s: after how long its ranks give each other up; None: as always."""
+        """silence_s: after how long its ranks give each other up; None: as always. The rest: see `use_breakpoints`."""
         self.folder = folder
         self.points = Breakpoints(points)
         if silence_s is not None:
             (points / "silence").write_text(str(silence_s))
         self.reference = reference
         self.tp_size: int = options.get("tp_size", 1)
-        use_breakpoints(points, zygote)
+        use_breakpoints(points, zygote, more)
         self.engine = Engine(folder, **engine_options(**options))
 
     @property
@@ -272,7 +280,7 @@ class Stream:
         self.ended = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._started.wait(30)
+        assert self._started.wait(120)  # a GPU's kernels may have to be compiled first
 
     def _run(self) -> None:
         params = {"temperature": 1.0, "max_new_tokens": self._num_tokens, "ignore_eos": True}
@@ -334,7 +342,10 @@ def check_spans(prompt: list[int], result: dict[str, Any], reference: Reference)
 
 
 class Actor:
-    """A fork of the nursery."""
+    """A process of the nursery."""
+
+    goes_on = False
+    """It does more after it has said how it went, so that nobody ends it before."""
 
     def __init__(self, report: Path) -> None:
         self._report = report
@@ -348,10 +359,11 @@ class Actor:
         text = self._report.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def says(self, timeout_s: float = 120.0) -> dict[str, Any]:
-        """How it went."""
-        wait_for("its report", lambda: len(self.lines()) > 1 or not is_alive(self.pid), timeout_s)
-        return self.lines()[1]
+    def says(self, timeout_s: float = 120.0, *, number: int = 1) -> dict[str, Any]:
+        """How it went; or another line of its report."""
+        there = lambda: len(self.lines()) > number  # noqa: E731
+        wait_for("its report", lambda: there() or not is_alive(self.pid), timeout_s)
+        return self.lines()[number]
 
     def kill(self) -> None:
         """kill -9; nobody collects it, so that it is a zombie for a while, as in life."""

@@ -1,8 +1,10 @@
 """Makes trainers and owners of engines on demand: forks of a process that has imported everything already.
 
 Reads a line of JSON for each; the fork writes lines of JSON to the file that the request names. The first has its pid.
+With such a line as its argument it does that itself: a process that was forked is not one to use CUDA in.
 
-trainer    publishes one version to an address (or stages it and never commits), says how that went, waits to be killed
+trainer    publishes one version to an address (or stages it and never commits), says how that went, waits to be killed;
+           or publishes the next one to the engine whose address it finds in a file, and gives everything back
 owner      starts an engine or a pool, says its address and pids, and waits to be killed
 """
 
@@ -12,19 +14,25 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "sync"))
 
 import torch
+from ipc_stand_in import PlainPatch, stand_in
 from versions import version_weights
 
 from rollout import Engine, RolloutPool
 from weight_sync import WeightPublisher
+from weight_sync.publisher import endpoint
+from weight_sync.transports.cuda_ipc import CudaIpcArena
 from weight_sync.transports.group_arena import GroupArena
 
 BUCKET_BYTES = 100_000
@@ -33,6 +41,9 @@ BUCKET_BYTES = 100_000
 
 def main() -> None:
     torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        run(json.loads(sys.argv[1]))
+        return
     for line in sys.stdin:
         if os.fork() == 0:
             run(json.loads(line))
@@ -60,12 +71,20 @@ def publish(
     transport: Any,
     halfway: bool,
     options: dict[str, Any],
+    device: str = "cpu",
+    then_to: str = "",
 ) -> None:
+    """then_to: the file with the address of the engine that gets the next version; "": there is none."""
     if halfway:
         send_one_bucket(report)
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device))
+    elif transport == "cuda_ipc":
+        stand_in(PlainPatch())
     buckets = {"bucket_bytes": BUCKET_BYTES} if transport == "process_group" else {}
+    what_is_open = watched()
     publisher = WeightPublisher(address, timeout_s=60.0, transport=transport, **buckets)
-    tensors = version_weights(Path(folder), number)
+    tensors = weights_on(device, folder, number)
     start = time.monotonic()
     try:
         if not commits:
@@ -78,6 +97,56 @@ def publish(
         say(report, error=type(error).__name__, message=str(error), seconds=seconds)
     else:
         say(report, version=done.version, fingerprint=done.fingerprint)
+    if then_to:
+        publisher.close()
+        still_open = what_is_open()
+        target = wait_for_line(Path(then_to))
+        with WeightPublisher(target, timeout_s=60.0, transport=transport, **buckets) as publisher:
+            done = publisher.publish(weights_on(device, folder, number + 1), **options)
+        say(report, version=done.version, left=[still_open, what_is_open()])
+
+
+def weights_on(device: str, folder: str, number: int) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.to(device) for name, tensor in version_weights(Path(folder), number).items()
+    }
+
+
+def watched() -> Callable[[], list[str]]:
+    """Call the answer, soon or later, for what publishers of this process then hold that they have been told to close.
+
+    Waits up to 20 seconds for there to be nothing.
+    """
+    arenas: list[CudaIpcArena] = []
+    threads = set(threading.enumerate())
+
+    class Watched(CudaIpcArena):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            arenas.append(self)
+            super().__init__(*arguments, **options)
+
+    endpoint.CudaIpcArena = Watched  # type: ignore[misc]
+
+    def what_is_open() -> list[str]:
+        end = time.monotonic() + 20.0
+        while True:
+            found = ["an arena" for arena in arenas if arena._allocation is not None]
+            found += [thread.name for thread in threading.enumerate() if thread not in threads]
+            if not found or time.monotonic() > end:
+                return found
+            time.sleep(0.01)
+
+    return what_is_open
+
+
+def wait_for_line(path: Path) -> str:
+    """The line of a file, once it is there."""
+    owner = os.getppid()
+    while os.getppid() == owner:
+        if path.exists() and (text := path.read_text()).endswith("\n"):
+            return text.strip()
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def send_one_bucket(report: Any) -> None:

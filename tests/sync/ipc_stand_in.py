@@ -23,14 +23,15 @@ DEVICE_ID = "0" * 32
 class MemoryFiles:
     """`IpcMemory` over anonymous files."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_id: str = DEVICE_ID) -> None:
+        self._device_id = device_id
         self._files: dict[int, tuple[int, Mapping]] = {}
         self._open: dict[int, tuple[bytes, Mapping]] = {}
         self.num_opened = 0
 
     @property
     def device_id(self) -> str:
-        return DEVICE_ID
+        return self._device_id
 
     def allocate(self, num_bytes: int) -> Allocation:
         fd = os.memfd_create("weight-arena", os.MFD_CLOEXEC)
@@ -79,6 +80,22 @@ def stand_in(patch: Any) -> MemoryFiles:
     patch.setattr(endpoint, "_gpu", lambda number: torch.device("cpu"))
     patch.setattr(service, "ipc_memory_of", lambda device: memory)
     return memory
+
+
+def stand_in_for_ranks(patch: Any) -> None:
+    """Have ranks of an engine that this process starts use memory files, each on a GPU of its own: the first one is on
+    the trainer's."""
+    from weight_sync.receiver import service
+    from weight_sync.staging.opened_cuda_ipc import OpenedAllocations
+
+    made = service.WeightService.__init__
+
+    def make(self: Any, receiver: Any, **options: Any) -> None:
+        made(self, receiver, **options)
+        memory = MemoryFiles(f"{receiver.rank:032x}")
+        self._allocations = OpenedAllocations(lambda: memory)
+
+    patch.setattr(service.WeightService, "__init__", make)
 
 
 class PlainPatch:
