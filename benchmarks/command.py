@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -263,9 +265,12 @@ def gpu_experts(
     _benchmark(run, quick, out, config, overrides)
 
 
-def _search(
-    main: Callable[[Sequence[str]], int], write: bool, tiny: bool, out: Path | None
-) -> NoReturn:
+def _search(module: str, write: bool, tiny: bool, out: Path | None) -> NoReturn:
+    import torch
+
+    if tiny and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # triton looks for it when kernels are imported
+    main: Callable[[Sequence[str]], int] = import_module(f".{module}", __package__).main
     where = ["--out", str(out)] if out is not None else []
     raise typer.Exit(main([*["--write"] * write, *["--tiny"] * tiny, *where]))
 
@@ -281,9 +286,7 @@ def gpu_attention_kernels(
     Heads of 64 and 128, 1 to 8 query heads to a KV head, 16-bit types; about a minute and a half.
     `python -m rollout_benchmarks.attention_kernels --head-dims 256` searches others.
     """
-    from .attention_kernels import main
-
-    _search(main, write, tiny, out)
+    _search("attention_kernels", write, tiny, out)
 
 
 @gpu_app.command("few-rows")
@@ -297,9 +300,7 @@ def gpu_few_rows(
     The products of Qwen3, Qwen2.5 and Llama from 0.6B to 8B and of Qwen3-30B-A3B on one GPU, in bfloat16; some minutes,
     of which nothing is lost when it is interrupted. An engine uses what is stored for its device.
     """
-    from .few_rows import main
-
-    _search(main, write, tiny, out)
+    _search("few_rows", write, tiny, out)
 
 
 @app.command("machine")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -98,18 +97,22 @@ def search(
             if timings:  # The best for more rows; fewer than 8 are padded to 8.
                 ordered = sorted(timings, key=lambda launch: timings[launch])
                 tried = ordered[: 12 if rows == ROWS[-2] else 2]
-            timings = {}
+            timings, failure = {}, None
             for launch in tried:
-                with suppress(Exception):  # one that does not fit on this device
-                    ours = partial(few_rows_linear, x, bias=None, out=None, config=launch)
+                ours = partial(few_rows_linear, x, bias=None, out=None, config=launch)
+                try:
                     timings[launch] = _seconds(ours, weights)
-            best = min(timings, key=lambda launch: timings[launch], default=None)
-            least = timings[best] if best is not None else math.inf
+                except Exception as error:  # one that does not fit on this device
+                    failure = error
+            if not timings:
+                raise RuntimeError(
+                    f"{columns} x {depth}: none of {len(tried)} launches ran"
+                ) from failure
+            best = min(timings, key=lambda launch: timings[launch])
+            least = timings[best]
+            gains = least < _LEAST_GAIN * usual
             entry = {"outputs": columns, "inputs": depth, "max_rows": rows}
-            gains = best is not None and least < _LEAST_GAIN * usual
-            entries.append(
-                {**entry, "launch": asdict(best) if best is not None and gains else None}
-            )
+            entries.append({**entry, "launch": asdict(best) if gains else None})
             times = {"torch_us": 1e6 * usual, "us": 1e6 * least, "floor_us": 1e6 * floor}
             tries = [{**asdict(each), "us": 1e6 * timings[each]} for each in timings]
             measured.append({**entries[-1], **times, "tries": tries})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -114,6 +117,16 @@ def test_layers_multiply_with_it_and_else_as_before(
             few_rows.project_few(x[:rows], weight, bias), project(x[:rows], weight, bias)
         )
     assert taken == [NARROW, WIDE]
+
+
+def test_the_command_can_be_tried_without_a_gpu(tmp_path: Path) -> None:
+    code = "from rollout_benchmarks.command import app; app()"
+    out = tmp_path / "found.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code, *"gpu few-rows --tiny --out".split(), str(out)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    assert all(row["us"] > 0 for row in json.loads(out.read_text())["rows"])
 
 
 def test_the_search_stores_what_it_has_measured(tmp_path: Path) -> None:
