@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from weight_sync.layout.parallel_copy import copy_group
 from weight_sync.layout.weight_map import Placement
 
 from ..errors import ConfigError
@@ -52,7 +53,7 @@ class DefaultModelLoader(BaseModelLoader):
                 sources.append(source.view(part.region))
         with ThreadPoolExecutor(self.config.num_threads) as pool:
             for done in [
-                pool.submit(_copy, destinations[share], sources[share])
+                pool.submit(copy_group, destinations[share], sources[share])
                 for share in _spread(destinations, self.config.num_threads)
             ]:
                 done.result()
@@ -64,12 +65,6 @@ def _spread(tensors: list[torch.Tensor], num_shares: int) -> Iterator[slice]:
     ends = list(accumulate(tensor.nbytes for tensor in tensors))
     cuts = [bisect_left(ends, ends[-1] * share / num_shares) for share in range(num_shares)]
     return (slice(a, b) for a, b in pairwise((*cuts, len(ends))) if a < b)
-
-
-def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """One call for all, which does without the interpreter's lock; runs on a thread of its own."""
-    with torch.no_grad():
-        torch._foreach_copy_(destinations, sources)
 
 
 class DummyModelLoader(BaseModelLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -101,3 +102,24 @@ def test_a_torch_that_answers_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPat
         assert guard_of([torch.zeros(3)]) is None
     finally:
         same_layouts._guards.cache_clear()
+
+
+def test_items_of_a_mapping_that_is_no_dict_are_taken_one_by_one_every_time(
+    engine: ToyEngine,
+) -> None:
+    class OneAtATime(UserDict[str, torch.Tensor]):
+        """What was given last is gone when the next one is asked for."""
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            if self.last is not None:
+                self.last.zero_()
+            self.last = super().__getitem__(name).clone()
+            return self.last
+
+        last: torch.Tensor | None = None
+
+    with WeightPublisher(engine) as publisher:
+        for value in (1.0, 2.0, 3.0):
+            publisher.publish(weights(value))
+            publisher.publish(OneAtATime(weights(value + 10)).items())
+            assert engine.values() == {value + 10}

@@ -76,7 +76,7 @@ def _tasks(
             others.append((destinations[i], sources[i]))
     for first in range(0, len(small), _GROUP):
         group = small[first : first + _GROUP]
-        yield partial(_copy, [destinations[i] for i in group], [sources[i] for i in group])
+        yield partial(copy_group, [destinations[i] for i in group], [sources[i] for i in group])
 
 
 def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
@@ -99,7 +99,8 @@ def _pieces(destination: np.ndarray, source: np.ndarray) -> Iterator[Task]:
         yield partial(np.copyto, destination[part], source[part])
 
 
-def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """One call of torch's for all, which does without the interpreter's lock; for any thread."""
     with torch.no_grad():  # a thread has a mode of its own
         torch._foreach_copy_(destinations, sources)
 

@@ -9,7 +9,7 @@ first update, reused by every later one, and given back by `close()`.
 
 import threading
 import weakref
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
@@ -36,7 +36,7 @@ from .endpoint import EngineEndpoint, GroupBackend, TransportChoice
 from .open_session import UpdateOptions, check_choice
 from .publish_session import PublishSession
 from .selection import Selection
-from .sources import AnyNamedTensors, blocking, tensors_of
+from .sources import AnyNamedTensors, blocking, is_listed, tensors_of
 from .update import PackedRows, Update
 
 T = TypeVar("T")
@@ -350,7 +350,7 @@ class WeightPublisher:
         def prepare(update: Update) -> list[PackedRows] | SyncReport | Selection | None:
             """What is known as a whole is checked before there is a session; and packed where there is room for all of
             it, or published at once."""
-            if not isinstance(listed, list | ItemsView):
+            if not is_listed(listed):
                 return None
             selection = update.selector.take(listed)
             update.selector.finish(strict=options.strict)
@@ -444,7 +444,7 @@ class WeightPublisher:
     ) -> None:
         """Pack and announce; one-shot iterators item by item, because they may reuse their memory."""
         selector, window = update.selector, update.packed.window
-        if isinstance(named_tensors, list | ItemsView):
+        if is_listed(named_tensors):
             selection = selector.take(named_tensors)
             selector.finish(strict=strict)
             if window is not None:

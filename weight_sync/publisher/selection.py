@@ -18,7 +18,7 @@ from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
 from ..layout.named_tensors import checked_pair, unreadable
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
-from .sources import Listed, unwrapped
+from .sources import Listed, is_listed, unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPE, _LAYOUT, _IS_META, _IS_NESTED = map(attrgetter, ("dtype", "layout", "is_meta", "is_nested"))
@@ -178,7 +178,7 @@ class Selector:
         """Sort tensors into rows, collecting problems; `finish` raises them."""
         known, whole = self._layout.repeated, self._untouched
         self._untouched = False
-        if known is not None and whole and isinstance(named_tensors, list | ItemsView):
+        if known is not None and whole and is_listed(named_tensors):
             found = known.tensors(named_tensors)
             if found is not None:
                 return self._take_again(known, *found)

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterable, Generator, ItemsView, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,12 @@ def unwrapped(name: str) -> str:
 Listed = list[tuple[str, torch.Tensor]] | ItemsView[str, torch.Tensor]
 """Named tensors that all exist at once. The items of a dict are left where they are: 20,000 pairs more are as many
 objects for Python's garbage collection to look at, in the middle of an update."""
+_DICT_ITEMS = type(dict[str, torch.Tensor]().items())
+
+
+def is_listed(source: object) -> TypeGuard[Listed]:
+    """Whether it is a list, or the items of a dict: those of other mappings may come to be as they are asked for."""
+    return isinstance(source, list | _DICT_ITEMS)
 
 
 @contextmanager
