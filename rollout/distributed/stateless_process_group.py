@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class StatelessProcessGroup(Place):
 
     For the control plane: a message costs some hundred microseconds, and lies in the memory of the process that serves
     the store. Every call ends by its deadline with `DeadlineExceeded`, even when that process was stopped. After an
-    error the group is of no more use. One thread at a time.
+    error the group is of no more use. One thread at a time. A group that is collected leaves.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class StatelessProcessGroup(Place):
         self._num_received: Counter[int] = Counter()
         self._broken: str | None = None
         self._thread = CallThread(f"group-{name}")
+        weakref.finalize(self, self._thread.let_go)
 
     @classmethod
     def create(

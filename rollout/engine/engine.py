@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.wire.cancellation import threaded
 from weight_sync.wire.keys import check_private
 from weight_sync.wire.listening import check_free
-from weight_sync.wire.process import Home
+from weight_sync.wire.process import Home, close_forgotten
 
 from ..config import ExecutorKind, KvPolicy, LoadFormat
 from ..errors import InvalidRequestError
@@ -216,7 +215,7 @@ class Engine(PoolingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls
         self._maybe_executor = executor
         # An engine that nobody holds any more ends, and all end before the interpreter does: native code
         # on a thread that outlives it would abort the process.
-        self._finalizer = weakref.finalize(self, _close_forgotten, executor, self._home)
+        self._finalizer = weakref.finalize(self, close_forgotten, executor.close, self._home)
 
     def _start(self) -> Executor:
         return make_executor(self.config)
@@ -386,17 +385,6 @@ class Engine(PoolingCalls, ManyCalls, GroupWeightCalls, ExpertCalls, TuningCalls
     def __repr__(self) -> str:
         state = "shut down" if self._maybe_executor is None else self.config.executor
         return f"Engine({self.config.model_path!r}, {state})"
-
-
-def _close_forgotten(executor: Executor, home: Home) -> None:
-    """End an engine that was not shut down, without holding up whichever thread found that out."""
-    if not home.here:  # a forked child ends: the engine is its parent's
-        return
-    if threading.main_thread().is_alive():
-        # The garbage collector runs anywhere, also on the threads that are about to be joined.
-        threading.Thread(target=executor.close, name="rollout-close-forgotten").start()
-    else:  # The interpreter ends, and starts no more threads.
-        executor.close()
 
 
 def _abort(rid: str | None, abort_all: bool) -> AbortRequests:

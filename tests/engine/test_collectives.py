@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -263,3 +265,17 @@ def test_what_nobody_reads_is_forgotten(ranks: Ranks) -> None:
     finally:
         alone.close()
         server.close()
+
+
+def test_a_group_that_is_collected_leaves() -> None:
+    before = set(threading.enumerate())
+    group = StatelessProcessGroup.create("127.0.0.1", 0, 0, 1, name="dropped")
+    group.barrier()
+    assert set(threading.enumerate()) - before
+    group.cycle = group  # type: ignore[attr-defined]  # found by the collector alone
+    del group
+    end = time.monotonic() + 20
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < end:
+        gc.collect()  # its own threads may have held it for a moment longer
+        time.sleep(0.01)
+    assert not left

@@ -6,7 +6,9 @@ Arguments: rank, world, store, checkpoint, checkpoint with tied weights, address
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,6 +291,28 @@ def fingerprints(t: Trainer) -> None:
     assert weight_sync.fingerprint(shards, dtypes=torch.bfloat16) == expected
 
 
+def a_publisher_that_nobody_closed(t: Trainer) -> None:
+    """Each rank that drops it gives back its part, whatever the others do."""
+    model = support.fsdp(support.stepped(t.named, 95), t.row)
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text().count("memfd:weight-arena")
+        return threading.active_count() + len(list(Path("/proc/self/fd").iterdir())), maps
+
+    before = left()
+    publisher = SpmdPublisher(t.row)
+    publisher.publish(model, t.engine(t.one))
+    dist.barrier()
+    assert left()[0] > before[0] and left()[1] > before[1]
+    del publisher
+    end = time.monotonic() + 30
+    while left() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    now = left()
+    assert now[0] <= before[0] and now[1] <= before[1], (t.rank, before, now)
+
+
 CHECKS = (
     fingerprints,
     every_way_of_cutting,
@@ -299,6 +323,7 @@ CHECKS = (
     one_engine_per_row,
     engines_elsewhere,
     a_late_rank_costs_one_update,
+    a_publisher_that_nobody_closed,
     the_call_of_existing_trainers,
     an_engine_that_takes_whole_tensors,
 )

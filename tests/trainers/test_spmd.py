@@ -28,6 +28,7 @@ CHECKS = (
     "one_engine_per_row",
     "engines_elsewhere",
     "a_late_rank_costs_one_update",
+    "a_publisher_that_nobody_closed",
     "the_call_of_existing_trainers",
     "an_engine_that_takes_whole_tensors",
 )

@@ -103,11 +103,15 @@ class CallThread:
 
         Never blocks for longer: a thread that is stuck in a call ends after it, whenever that is. Safe to repeat.
         """
-        with self._changed:
-            self._end("it was closed")
+        self.let_go()
         self._guard.join()
         self._worker.join(timeout=wait_s)
         return not self._worker.is_alive()
+
+    def let_go(self) -> None:
+        """`close` for an owner that was collected: waits for nothing, on whatever thread."""
+        with self._changed:
+            self._end("it was closed")
 
     def _pending(self) -> list[_Task]:
         return [*([self._current] if self._current is not None else []), *self._tasks]

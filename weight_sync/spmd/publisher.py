@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +42,7 @@ from ..transports.shared_memory import WritableSharedMemoryArena
 from ..wire.cancellation import on_a_thread
 from ..wire.deadline import Deadline
 from ..wire.messages import KvPolicyName, VerifyMode
-from ..wire.process import current_process
+from ..wire.process import Home, close_forgotten, current_process
 from ..wire.rpc import RpcClient
 from ..wire.rpc_wire import error_reply
 from .coordinator import MAX_PLANS, Coordinator
@@ -76,6 +77,8 @@ class SpmdPublisher:
     connections, so a rank that is late, raises or dies costs an error on every rank and leaves no group out of step.
     Ranks share memory and so run on one machine, as one user. `transport="process_group"` carries the arena on to
     engines elsewhere; "shared_memory" has the engines read it where it is.
+
+    A publisher that is collected closes itself, and so it does when the interpreter ends. A forked child is refused.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class SpmdPublisher:
         group_host: str = "127.0.0.1",
         group_backend: GroupBackend = "auto",
     ) -> None:
+        self._home = Home("the publisher")
         self._ranks = MeshRanks(device_mesh, engine_axis)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -120,6 +124,8 @@ class SpmdPublisher:
             if self._coordinator is not None:
                 self._coordinator.close()
             raise
+        self._release = partial(_release, self._client, self._thread, self._coordinator)
+        self._finalizer = weakref.finalize(self, close_forgotten, self._release, self._home)
 
     @property
     def rank(self) -> int:
@@ -160,6 +166,7 @@ class SpmdPublisher:
             cast=cast,
             check_finite=check_finite,
         )
+        self._home.check()
         deadline = Deadline(self._timeout_s)
         with self._lock:
             if self._closed:
@@ -180,16 +187,18 @@ class SpmdPublisher:
         return await on_a_thread(self.publish, named_tensors, *args, **options)
 
     def close(self) -> None:
-        """Give arena and connections back; the engine goes on. Safe to repeat, on ranks in any order."""
+        """Give arena and connections back; the engine goes on. Safe to repeat, on ranks in any order.
+
+        In a forked child it does nothing: the publisher is its parent's.
+        """
+        if not self._home.here:
+            return
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._client.close()
-            if self._thread is not None:
-                self._thread.shutdown()
-            if self._coordinator is not None:
-                self._coordinator.close()
+            self._finalizer.detach()
+            self._release()
             self._plans.clear()
             while self._arenas:
                 self._arenas.popitem()[1].close()
@@ -346,3 +355,14 @@ class SpmdPublisher:
         """Until rank 0 has it: what is on its way when a connection closes may be lost."""
         with contextlib.suppress(SyncError):
             self._client.call(message, _GRACE_S)
+
+
+def _release(
+    client: RpcClient, thread: ThreadPoolExecutor | None, coordinator: Coordinator | None
+) -> None:
+    """Give back what outlives a publisher that is only dropped. This rank's mapping of the arena goes with it."""
+    client.close()
+    if thread is not None:
+        thread.shutdown()
+    if coordinator is not None:
+        coordinator.close()

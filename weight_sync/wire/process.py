@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ForkedProcessError
@@ -89,3 +91,17 @@ class Home:
             f"{self._what} belongs to process {self._pid}: got a call from its forked child {os.getpid()}, expected "
             "one from the process that made it; make another one in the child, or start children with 'spawn'"
         )
+
+
+def close_forgotten(close: Callable[[], object], home: Home) -> None:
+    """For `weakref.finalize`: `close` what nobody has closed, without holding up whichever thread found that out.
+
+    In a forked child, nothing: it is the parent's. As the interpreter ends, at once, on the thread that ends it.
+    """
+    if not home.here:
+        return
+    if threading.main_thread().is_alive():
+        # The garbage collector runs anywhere, also on the threads that are about to be joined.
+        threading.Thread(target=close, name="rollout-close-forgotten").start()
+    else:  # The interpreter ends, and starts no more threads.
+        close()
