@@ -17,7 +17,7 @@ import torch
 
 from rollout import Engine
 
-from .gpu_generate import SKIPPED, Workload, read_rate
+from .gpu_generate import SKIPPED, Workload, decode_row, read_rate
 from .results import BenchResult, Headline, Table
 from .screen import Screen
 from .settings import GpuExpertsBench
@@ -71,9 +71,10 @@ def run_gpu_experts(settings: GpuExpertsBench, screen: Screen) -> BenchResult:
         benchmark="gpu-experts",
         config={"settings": settings},
         numbers=numbers,
-        headline=_headline(numbers),
+        headline=_headline(settings, numbers),
         device=torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
         tables=_tables(numbers),
+        has_picture=True,
     )
 
 
@@ -119,23 +120,11 @@ def _can_launch(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _headline(numbers: dict[str, Any]) -> tuple[Headline, ...]:
+def _headline(settings: GpuExpertsBench, numbers: dict[str, Any]) -> tuple[Headline, ...]:
+    floor = "experts, other weights and KV read once"
     return (
-        *(
-            Headline(
-                what=f"decode, batch {batch}, {step['experts_per_layer']:.0f} experts a layer",
-                measured=f"{step['p50_ms']:.2f} ms a step",
-                floor=f"{step['floor_ms']:.2f} ms (experts, other weights and KV read once)",
-                ratio=f"{step['p50_ms'] / step['floor_ms']:.2f}",
-            )
-            for batch, step in numbers["decode"].items()
-        ),
-        Headline(
-            what="prefill",
-            measured=f"{numbers['prefill']['tokens_per_s']:,.0f} tokens/s",
-            floor="-",
-            ratio="-",
-        ),
+        decode_row("mixture", settings.prompt_tokens, numbers["decode"], floor),
+        Headline(what="prefill", measured=f"{numbers['prefill']['tokens_per_s']:,.0f} tokens/s"),
     )
 
 

@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,11 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
         settings.prompt_tokens + max(settings.decode_tokens, settings.rl_max_tokens),
         settings.prefill_tokens + 1,
     )
-    numbers: dict[str, Any] = {"read_bytes_per_s": rate, "decode": {}}
+    numbers: dict[str, Any] = {
+        "model": model_name(settings),
+        "read_bytes_per_s": rate,
+        "decode": {},
+    }
     with model_folder(settings.model, settings.dtype, context) as folder:
         screen.say(f"starting an engine on {device}")
         start = time.perf_counter()
@@ -74,8 +78,9 @@ def run_gpu_generate(settings: GpuGenerateBench, screen: Screen) -> BenchResult:
         config={"settings": settings},
         numbers=numbers,
         headline=_headline(settings, numbers),
-        device=torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
+        device=_devices(settings.tp_size) if device == "cuda" else "cpu",
         tables=(_table(numbers, settings.tp_size),),
+        has_picture=True,
     )
 
 
@@ -200,27 +205,39 @@ def read_rate(device: torch.device) -> float:
     return data.nbytes / best
 
 
-def _headline(settings: GpuGenerateBench, numbers: dict[str, Any]) -> tuple[Headline, ...]:
-    name = model_name(settings)
-    rows = [
-        Headline(
-            what=f"{name}: decode, batch {batch}, {settings.prompt_tokens} tokens and more",
-            measured=f"{step['p50_ms']:.2f} ms a step",
-            floor=f"{step['floor_ms']:.2f} ms (weights and KV read once)",
-            ratio=f"{step['p50_ms'] / step['floor_ms']:.2f}",
-        )
-        for batch, step in numbers["decode"].items()
-    ]
-    rl = numbers["rl"]
-    rows.append(
-        Headline(
-            what=f"{name}: RL shape, {settings.rl_prompts} prompts of {settings.prompt_tokens} x {settings.rl_samples}",
-            measured=f"{rl['tokens_per_s']:,.0f} output tokens/s",
-            floor="-",
-            ratio="-",
-        )
+def _devices(num: int) -> str:
+    name: str = torch.cuda.get_device_name(0)
+    return name if num == 1 else f"{num} x {name}"
+
+
+def decode_row(
+    name: str, prompt_tokens: int, decode: dict[int, dict[str, float]], floor: str
+) -> Headline:
+    """Steps of all batches in one row; `floor` is what a step must do."""
+    steps = list(decode.values())
+
+    def joined(values: Iterable[float]) -> str:
+        return " / ".join(f"{value:.2f}" for value in values)
+
+    return Headline(
+        what=f"{name}: decode after {prompt_tokens} tokens, ms a step at batch {' / '.join(map(str, decode))}",
+        measured=joined(step["p50_ms"] for step in steps),
+        floor=f"{joined(step['floor_ms'] for step in steps)} ({floor})",
+        ratio=joined(step["p50_ms"] / step["floor_ms"] for step in steps),
     )
-    return tuple(rows)
+
+
+def _headline(settings: GpuGenerateBench, numbers: dict[str, Any]) -> tuple[Headline, ...]:
+    name, rl = numbers["model"], numbers["rl"]
+    shape = f"{settings.rl_prompts} prompts of {settings.prompt_tokens} x {settings.rl_samples}"
+    floor = "weights and KV read once"
+    return (
+        decode_row(name, settings.prompt_tokens, numbers["decode"], floor),
+        Headline(
+            what=f"{name}: RL shape, {shape}",
+            measured=f"{rl['tokens_per_s']:,.0f} output tokens/s",
+        ),
+    )
 
 
 def _table(numbers: dict[str, Any], num_devices: int) -> Table:

@@ -1,11 +1,12 @@
-"""Writes the table of numbers in README.md from the result files in `benchmarks/results/`.
+"""Writes the tables of numbers in README.md, one for each device, from the result files in `benchmarks/results/`.
 
-    python benchmarks/readme_table.py            rewrite the table
+    python benchmarks/readme_table.py            rewrite the tables
     python benchmarks/readme_table.py --check    exit with 1 if the README is not what the files say
 
 A result file is JSON with at least `benchmark`, `device`, `commit` and `headline`: a list of rows with `what`,
 `measured`, `floor` (what the machine allows), `ratio` (measured over floor), `target` and `peer` (what the usual way
-takes), all of them text as it is to be read, and `met`, whether the target was met.
+takes), all of them text as it is to be read, and `met`, whether the target was met. A table has those columns that
+one of its rows fills.
 
 Everything else in a file (configuration, percentiles, raw numbers) is for those who look closer.
 """
@@ -13,8 +14,9 @@ Everything else in a file (configuration, percentiles, raw numbers) is for those
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,56 @@ COLUMNS = {
     "target": "target",
     "peer": "usual way",
 }
+RIGHT = ("measured", "floor", "ratio")
 NO_RESULTS = "No result files yet: run `rollout bench --help`."
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The Markdown between the markers."""
+NUMBERS = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """The Markdown between the markers: a heading, a table and its sources for each device."""
     if not results:
         return NO_RESULTS
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---|--:|--:|--:|---|---|"]
-    for result in results:
-        for row in result["headline"]:
-            cells = {**row, "target": verdict(row)}
-            lines.append(f"| {' | '.join(str(cells.get(column, '')) for column in COLUMNS)} |")
-    sources = [
-        f"`{result['benchmark']}` at {short(result['commit'])} on {result['device']}"
-        for result in results
-    ]
-    return "\n".join([*lines, "", f"Measured: {'; '.join(sources)}."])
+    devices = dict.fromkeys(result["device"] for result in results)
+    return "\n\n".join(
+        "\n".join(_group(device, [r for r in results if r["device"] == device]))
+        for device in devices
+    )
+
+
+def _group(device: str, results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows = [{**row, "target": verdict(row)} for result in results for row in result["headline"]]
+    columns = [c for c in COLUMNS if c == "what" or any(row.get(c, "") for row in rows)]
+    yield f"### {heading(device)}"
+    yield ""
+    yield f"| {' | '.join(COLUMNS[column] for column in columns)} |"
+    yield f"|{'|'.join('--:' if column in RIGHT else '---' for column in columns)}|"
+    for row in rows:
+        yield f"| {' | '.join(str(row.get(column, '')) for column in columns)} |"
+    sources = dict.fromkeys(f"`{r['benchmark']}` at {short(r['commit'])}" for r in results)
+    yield ""
+    yield f"Measured on {device}: {', '.join(sources)}."
+
+
+def heading(device: str) -> str:
+    """A device as people say it: "Two H200s" for "2 x NVIDIA H200"."""
+    cores = re.fullmatch(r"(.+), (\d+) CPUs", device)
+    if cores:
+        return f"{_many(int(cores[2]), 'CPU core')}, {cores[1]}"
+    num, name = _gpus(device)
+    return _many(num, name.removeprefix("NVIDIA "))
+
+
+def _gpus(device: str) -> tuple[int, str]:
+    """How many, and of which name."""
+    several = re.fullmatch(r"(\d+) x (.+)", device)
+    return (int(several[1]), several[2]) if several else (1, device)
+
+
+def _many(num: int, name: str) -> str:
+    word = NUMBERS[num] if 0 < num < len(NUMBERS) else str(num)
+    return f"{word} {name}{'' if num == 1 else 's'}"
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -62,16 +97,16 @@ def short(commit: str) -> str:
 
 
 def rewritten(readme: str, results: Sequence[dict[str, Any]]) -> str:
-    """The README with the table of `results` between its markers."""
+    """The README with the tables of `results` between its markers."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise SystemExit(f"README.md: expected the markers {BEGIN!r} and {END!r}, once each")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{tables(results)}\n{END}{after}"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, GPUs first, by name; one that lacks a key is an error that names it."""
+    """All result files of a folder: one GPU, several, CPUs; one that lacks a key is an error that names it."""
     results = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +114,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if missing:
             raise SystemExit(f"{path}: lacks {', '.join(sorted(missing))}")
         results.append(result)
-    return sorted(results, key=lambda result: "CPU" in result["device"])
+
+    def place(result: dict[str, Any]) -> tuple[bool, int]:
+        return "cpu" in result["device"].lower(), _gpus(result["device"])[0]
+
+    return sorted(results, key=place)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -139,13 +139,14 @@ def write_result(path: Path, result: BenchResult) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _rounded(dataclasses.asdict(result))
     del content["tables"], content["has_picture"]
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
     if not result.has_picture:
         return [path]
     from .figures import figure_of
 
     picture = path.with_suffix(".png")
-    figure_of(content).savefig(picture)
+    figure_of(json.loads(text)).savefig(picture)  # as from the file: its keys are text
     return [path, picture]
 
 

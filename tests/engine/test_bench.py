@@ -68,6 +68,14 @@ def written(result: BenchResult, folder: Path) -> dict[str, Any]:
     return content
 
 
+def drawn(result: BenchResult, folder: Path) -> set[str]:
+    """Write a result and its picture; the names of all bars."""
+    path, picture = write_result(folder / "result.json", result)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    panels = figure_of(json.loads(path.read_text())).axes
+    return {label.get_text() for ax in panels for label in ax.get_yticklabels()}
+
+
 def labels(figure: Any) -> str:
     return " ".join(ax.get_xlabel() for ax in figure.axes)
 
@@ -174,8 +182,11 @@ def test_a_benchmark_of_gpus_says_how_many_it_needs(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-def test_an_update_between_gpus_is_measured_next_to_a_copy(settings: BenchSettings) -> None:
+def test_an_update_between_gpus_is_measured_next_to_a_copy(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
     result = run_gpu(settings.gpu, Screen())
+    assert {"a copy from GPU to GPU", "peer reads", "gloo"} <= drawn(result, tmp_path)
     seconds = result.numbers["seconds"]
     assert set(seconds) == {"copy", *settings.gpu.ways}
     for way in settings.gpu.ways:
@@ -193,8 +204,11 @@ def test_parts_of_an_update_on_one_gpu_are_chosen_by_name() -> None:
 
 
 @pytest.mark.gpu
-def test_an_update_on_one_gpu_is_measured_next_to_its_floors(settings: BenchSettings) -> None:
+def test_an_update_on_one_gpu_is_measured_next_to_its_floors(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
     result = run_gpu_sync(settings.gpu_sync, Screen())
+    assert {"begin to verified", "from the CPU: pack"} <= drawn(result, tmp_path)
     for name in ("small", "large"):
         seconds = result.numbers["models"][name]["seconds"]
         assert set(seconds) == {
@@ -207,9 +221,16 @@ def test_an_update_on_one_gpu_is_measured_next_to_its_floors(settings: BenchSett
     assert run_gpu_sync(late, Screen()).numbers["models"]["small"]["seconds"].keys() == {"idle"}
 
 
-def test_a_mixture_comes_with_the_floor_of_the_experts_it_touches(settings: BenchSettings) -> None:
+def test_a_mixture_comes_with_the_floor_of_the_experts_it_touches(
+    settings: BenchSettings, tmp_path: Path
+) -> None:
     result = run_gpu_experts(settings.gpu_experts, Screen())
     numbers = result.numbers
+    kernels = {20: {"us": {"all": 2.0}, "floor_us": {"all": 1.0}}}
+    alone = dataclasses.replace(result, numbers={**numbers, "kernels": kernels})
+    assert drawn(alone, tmp_path) == {"batch 1", "batch 4", "20 tokens"}
+    alone = dataclasses.replace(result, numbers={**numbers, "kernels": {}})
+    assert drawn(alone, tmp_path) == {"batch 1", "batch 4"}
     for batch, step in numbers["decode"].items():
         assert 0 < step["p50_ms"] and step["floor_ms"] > 0
         assert 2 - 1e-9 <= step["experts_per_layer"] <= min(8, 2 * batch) + 1e-9  # sums of floats
@@ -225,9 +246,12 @@ def test_decode_prefill_and_the_rl_shape_come_with_floors(
     settings: BenchSettings, tmp_path: Path
 ) -> None:
     result = run_gpu_generate(settings.gpu_generate, Screen())
-    [path] = write_result(tmp_path / "result.json", result)
-    content = json.loads(path.read_text())
-    assert all(row["measured"] and row["floor"] and row["ratio"] for row in content["headline"])
+    assert {"batch 1", "batch 4", "prefill: prompts"} <= drawn(result, tmp_path)
+    content = json.loads((tmp_path / "result.json").read_text())
+    steps, rl = content["headline"]
+    assert steps["what"].endswith("batch 1 / 4") and rl["measured"].endswith("tokens/s")
+    for column in ("measured", "floor", "ratio"):
+        assert steps[column].count(" / ") == 1
     numbers = content["numbers"]
     for step in numbers["decode"].values():
         assert 0 < step["p50_ms"] <= step["p99_ms"]

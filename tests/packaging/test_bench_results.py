@@ -8,6 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
+from rollout_benchmarks.figures import DRAWN, figure_of
 from rollout_benchmarks.machine import measure_copy
 from rollout_benchmarks.results import BenchResult, Headline, show, summary, write_result
 from rollout_benchmarks.screen import Screen
@@ -48,7 +49,8 @@ def test_the_table_has_a_row_per_headline_and_names_its_sources(tmp_path, readme
     assert isinstance(row, Headline)
     readme = f"before {readme_table.BEGIN} old {readme_table.END} after"
     new = readme_table.rewritten(readme, readme_table.read_results(tmp_path))
-    assert f"| {row.what} | {row.measured} | {row.floor} | {row.ratio} |  |  |" in new
+    cells = [cell for cell in (row.what, row.measured, row.floor, row.ratio) if cell]
+    assert f"| {' | '.join(cells)} |" in new
     assert "`machine` at " in new
     assert new.startswith("before ")
     assert new.endswith(" after")
@@ -69,12 +71,67 @@ def test_floors_targets_and_peers_have_columns_and_what_is_missed_is_marked(read
         "commit": "0123456789abcdef-dirty",
         "headline": [dataclasses.asdict(row) for row in ROWS],
     }
-    lines = readme_table.table([result]).splitlines()
-    assert lines[0] == "| what | measured | floor | of the floor | target | usual way |"
-    assert lines[2] == "| a | 3 ms | 1 ms | 3 | **at most 2: missed** |  |"
-    assert lines[3] == "| b | 1 ms |  |  | at most 2 ms | 9 ms (usual) |"
-    assert lines[4] == "| c | 5 ms | 4 ms | 1.25 |  |  |"
-    assert lines[-1] == "Measured: `toy` at 0123456789-dirty on cpu."
+    lines = readme_table.tables([result]).splitlines()
+    assert lines[2] == "| what | measured | floor | of the floor | target | usual way |"
+    assert lines[4] == "| a | 3 ms | 1 ms | 3 | **at most 2: missed** |  |"
+    assert lines[5] == "| b | 1 ms |  |  | at most 2 ms | 9 ms (usual) |"
+    assert lines[6] == "| c | 5 ms | 4 ms | 1.25 |  |  |"
+    assert lines[-1] == "Measured on cpu: `toy` at 0123456789-dirty."
+
+
+def test_each_device_has_a_table_of_the_columns_that_it_fills(tmp_path, readme_table):
+    devices = ("AMD EPYC, 2 CPUs", "2 x NVIDIA H200", "NVIDIA H200", "2 x NVIDIA H200")
+    for name, device, row in zip("abcd", devices, (*ROWS, ROWS[1]), strict=True):
+        content = {"benchmark": name, "device": device, "commit": "0" * 40}
+        content["headline"] = [dataclasses.asdict(row)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    text = readme_table.tables(readme_table.read_results(tmp_path))
+    one, two, cores = text.split("### ")[1:]
+    assert one.splitlines()[0] == "One H200" and two.splitlines()[0] == "Two H200s"
+    assert cores.splitlines()[0] == "Two CPU cores, AMD EPYC"
+    assert one.splitlines()[2:4] == [
+        "| what | measured | floor | of the floor |",
+        "|---|--:|--:|--:|",
+    ]
+    assert two.splitlines()[2] == "| what | measured | target | usual way |"
+    assert two.count("\n| b |") == 2
+    assert "| **at most 2: missed** |" in cores
+
+
+def test_each_result_that_can_be_drawn_has_its_picture_which_says_what_was_missed(checkout):
+    results = sorted((checkout / "benchmarks" / "results").glob("*.json"))
+    for path in results:
+        content = json.loads(path.read_text())
+        picture = path.with_suffix(".png")
+        assert picture.exists() == (content["benchmark"] in DRAWN), path.name
+        if picture.exists():
+            assert picture.read_bytes().startswith(b"\x89PNG")
+            assert picture.stat().st_size < 100_000
+            missed = any(row["met"] is False for row in content["headline"])
+            assert ("missed" in words(figure_of(content))) == missed, path.name
+    assert {path.stem.partition("-")[0] for path in results} >= {"gpu", "sync"}
+
+
+def test_models_and_experts_of_one_result_have_panels_of_their_own(checkout):
+    folder = checkout / "benchmarks" / "results"
+    large, experts = (
+        json.loads((folder / f"gpu-sync-{name}-nvidia-h200.json").read_text())
+        for name in ("large", "experts")
+    )
+    models = large["numbers"]["models"]
+    short = {**models["large"], "seconds": {"idle": models["large"]["seconds"]["idle"]}}
+    large["numbers"] |= {"models": {"small": short, **models}} | {
+        "experts": experts["numbers"]["experts"]
+    }
+    figure = figure_of(large)
+    assert [ax.get_title(loc="left").partition(" ")[0] for ax in figure.axes] == [
+        *("Update", "Update", "Trainer", "Update")
+    ]
+    assert all(ax.get_xlim()[0] == 0 for ax in figure.axes)
+
+
+def words(figure):
+    return " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
 
 
 def shown(result):
