@@ -20,6 +20,8 @@ from .launching import triton
 
 _COMPILERS = 16
 """Threads at most."""
+_turn = threading.RLock()
+"""Who compiles ahead: two at a time would each put back what the other one had put there."""
 
 
 @contextmanager
@@ -27,9 +29,14 @@ def compile_ahead() -> Iterator[None]:
     """Inside, launches on this thread compile on other threads and launch nothing; at the end all are compiled.
 
     What kernels would have written is left as it was allocated, so everything that is computed inside is to be thrown
-    away, and nothing may take it for an index. Launches of other threads are launches. A kernel that cannot be compiled
-    raises at the end what the compiler raised.
+    away, and nothing may take it for an index. Launches of other threads are launches; a thread that is to compile
+    ahead too waits for its turn. A kernel that cannot be compiled raises at the end what the compiler raised.
     """
+    with _turn:
+        yield from _compiling_ahead()
+
+
+def _compiling_ahead() -> Iterator[None]:
     launch, owner = triton.JITFunction.run, threading.get_ident()
     handed: set[Any] = set()
 
@@ -58,15 +65,17 @@ class _Compilers(Executor):
     def __init__(self) -> None:
         threads = min(_COMPILERS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
-        return self._pool.submit(self._make_ready, compile_kernel)
+        # The launch's own: an engine of this process may be on another GPU than the one that is current here.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        return self._pool.submit(self._make_ready, compile_kernel, device)
 
-    def _make_ready(self, compile_kernel: Callable[[], Any]) -> Any:
+    @staticmethod
+    def _make_ready(compile_kernel: Callable[[], Any], device: int | None) -> Any:
         kernel = compile_kernel()
-        if self._device is not None:
-            with torch.cuda.device(self._device):
+        if device is not None:
+            with torch.cuda.device(device):
                 _ = kernel.run  # a property, which does both
         return kernel
 

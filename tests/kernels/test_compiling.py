@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rollout_kernels.compiling import compile_ahead
+from rollout_kernels.compiling import _Compilers, compile_ahead
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -59,6 +61,53 @@ def test_launches_of_other_threads_are_launches(launches: list[Any]) -> None:
         other.start()
         other.join()
     assert launches == [(False, torch.float32, 64)]
+
+
+def test_two_that_compile_ahead_leave_launches_as_they_were(launches: list[Any]) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with compile_ahead():
+            inside.set()
+            leave.wait(30)
+
+    other = threading.Thread(target=second)
+    with compile_ahead():
+        other.start()
+        inside.wait(0.2)  # in vain, while it waits for its turn
+    assert inside.wait(30)
+    leave.set()
+    other.join()
+    launch()
+    assert launches == [(False, torch.float32, 64)]
+
+
+def test_a_kernel_is_loaded_where_its_launch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the process was before: an engine may be on another GPU than the current one."""
+    here, loaded = threading.local(), []
+
+    @contextmanager
+    def on(device: int) -> Iterator[None]:
+        before, here.device = current(), device
+        yield
+        here.device = before
+
+    def current() -> int:
+        return getattr(here, "device", 0)
+
+    class Kernel:
+        @property
+        def run(self) -> None:
+            loaded.append(current())
+
+    for name, stand_in in (("is_available", lambda: True), ("current_device", current)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    with _Compilers() as pool:
+        with on(1):
+            pool.submit(Kernel).result(30)
+        pool.submit(Kernel).result(30)
+    assert loaded == [1, 0]
 
 
 def test_what_fails_inside_leaves_launches_as_they_were(launches: list[Any]) -> None:
