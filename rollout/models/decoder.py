@@ -240,6 +240,19 @@ class Decoder(nn.Module):
             if isinstance(part, MixtureOfExperts):
                 part.counts = None if counts is None else counts[index]
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within, `forward` adds nothing to what `count_experts` was given."""
+        parts = [part for part in self.modules() if isinstance(part, MixtureOfExperts)]
+        counts = [part.counts for part in parts]
+        for part in parts:
+            part.counts = None
+        try:
+            yield
+        finally:
+            for part, count in zip(parts, counts, strict=True):
+                part.counts = count
+
     def refresh_derived_state(self) -> None:
         """Recompute whatever is a function of the parameters, and check it; the engine calls it after every commit."""
         refresh_all(self.derived_state)

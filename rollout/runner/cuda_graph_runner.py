@@ -292,7 +292,8 @@ class CudaGraphRunner:
         return inputs, shared.pays
 
     def _body(self, kind: _Kind, inputs: Sequence[torch.Tensor]) -> None:
-        """What a graph holds."""
+        """What a graph holds. It counts no experts: padding goes to none, and the counts may be gone when it is
+        replayed."""
         size = kind.size
         token_ids, sources, positions, slots, seq_lens, order, *columns, prefixes = inputs
         drawn = self._sampler.tokens.index_select(0, sources)
@@ -313,7 +314,9 @@ class CudaGraphRunner:
             )
         )
         logits = self.logits[:size]
-        self._model.logits(self._model(token_ids, step), out=logits)
+        with self._model.uncounted():
+            states = self._model(token_ids, step)
+        self._model.logits(states, out=logits)
         self._sampler.run(logits, columns, filters=kind.filters)
 
 

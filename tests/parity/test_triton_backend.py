@@ -32,7 +32,7 @@ def test_the_tests_of_this_file_pass_in_the_interpreter():
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
 
 
 @interpreted
@@ -96,6 +96,25 @@ def test_fused_steps_of_padding_leave_everything_as_it_was(tiny_checkpoint, hand
             states = driver.runner.backend.compute_padding(num_decodes, num_tokens, 64)
             assert len(states) == num_decodes + num_tokens and states.isfinite().all()
     assert torch.equal(memory, before)
+
+
+@interpreted
+def test_fused_steps_that_a_graph_would_hold_count_no_experts(tiny_checkpoint, hand_driver):
+    """They may be captured while somebody counts: after memory was released and resumed."""
+    from rollout.runner.cuda_graph_runner import _Kind, _padding
+
+    folder = tiny_checkpoint(
+        "qwen3_moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    runner = hand_driver(folder, attention_backend="triton").runner
+    runner.init_device_graphs(64)
+    counts = runner.count_experts(True)
+    with torch.inference_mode():
+        inputs = runner.backend.staging.upload(_padding(2))
+        runner.graphs._body(_Kind(size=2), inputs)
+    assert not counts.any()
+    mixtures = [part for part in runner.model.modules() if hasattr(part, "counts")]
+    assert mixtures and all(part.counts is not None for part in mixtures)
 
 
 def test_torch_steps_take_tokens_that_the_host_does_not_know_from_the_device(
