@@ -85,11 +85,21 @@ class MappedRegion:
     def resume(self) -> None:
         """Take memory again; holds anything. `RolloutError` when another process has taken it."""
         try:
-            for memory in self._memories:
-                memory.resume()
+            try:
+                self._map()
+            except DeviceOutOfMemory:  # torch may keep what an update took meanwhile
+                torch.cuda.empty_cache()
+                self._map()
         except DeviceOutOfMemory as error:
             self.release()
             raise _none_left(self.num_bytes, self._device) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _map(self) -> None:
+        for memory in self._memories:
+            memory.resume()
 
 
 class CudaRegion:

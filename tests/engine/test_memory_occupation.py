@@ -16,8 +16,9 @@ import weight_sync
 from rollout import Engine
 from rollout.errors import InvalidRequestError, RolloutError
 from rollout.protocol import commands as cmd
-from rollout.runner.memory_regions import CpuRegion, HostCopy
-from weight_sync.errors import TornWeightsError, WeightUpdateError
+from rollout.runner.memory_regions import CpuRegion, HostCopy, MappedRegion
+from weight_sync.devices.driver import DeviceOutOfMemory
+from weight_sync.errors import TornWeightsError, TransportError, WeightUpdateError
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
 PROMPT = [5, 9, 2, 44]
@@ -294,3 +295,58 @@ def test_weights_stay_while_an_update_is_under_way(folder: Path, trainer: Any) -
         assert engine.status().released == []
         engine.end_weight_update()
         assert engine.release_memory_occupation().tags
+
+
+class Gpu:
+    """Bytes that are free on a device, and what torch keeps cached of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int, cached: int) -> None:
+        self.free, self._cached = free, cached
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self._empty)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, 100))
+
+    def _empty(self) -> None:
+        self.free, self._cached = self.free + self._cached, 0
+
+
+class OfGpu:
+    """A `MappedMemory` without an address."""
+
+    def __init__(self, gpu: Gpu, num_bytes: int, error: Exception | None = None) -> None:
+        self._gpu, self.num_bytes, self._error, self.mapped = gpu, num_bytes, error, False
+
+    def release(self) -> None:
+        if self.mapped:
+            self._gpu.free, self.mapped = self._gpu.free + self.num_bytes, False
+
+    def resume(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if not self.mapped:
+            if self._gpu.free < self.num_bytes:
+                raise DeviceOutOfMemory("none left")
+            self._gpu.free, self.mapped = self._gpu.free - self.num_bytes, True
+
+
+def test_what_torch_keeps_cached_is_no_reason_to_have_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an update that waited in the KV cache's memory, say."""
+    gpu = Gpu(monkeypatch, free=40, cached=30)
+    memories = [OfGpu(gpu, 30), OfGpu(gpu, 30)]
+    region = MappedRegion(memories, torch.device("cuda", 0))  # type: ignore[arg-type]
+    region.resume()
+    assert all(memory.mapped for memory in memories) and gpu.free == 10
+
+
+@pytest.mark.parametrize("error", [None, TransportError("cuMemCreate failed")])
+def test_memory_that_cannot_all_be_resumed_is_not_resumed_in_part(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    gpu = Gpu(monkeypatch, free=40, cached=10)
+    memories = [OfGpu(gpu, 30), OfGpu(gpu, 30, error)]
+    region = MappedRegion(memories, torch.device("cuda", 0))  # type: ignore[arg-type]
+    with pytest.raises(RolloutError if error is None else TransportError):
+        region.resume()
+    assert not any(memory.mapped for memory in memories)

@@ -265,6 +265,18 @@ def test_calls_run_in_order_and_errors_belong_to_their_own_call():
         calls.run(lambda: 1, timeout_s=1, what="too late")
 
 
+def test_whoever_hears_that_a_call_is_done_is_alone_with_its_buffers():
+    calls, go, held = CallThread("test"), threading.Event(), []
+    buffer = torch.zeros(8)
+    alive = weakref.ref(buffer)
+    done = calls.submit(lambda mine=buffer: go.wait(10), timeout_s=20, what="x")
+    done.add_done_callback(lambda _: held.append(alive() is not None))
+    del buffer
+    assert alive() is not None
+    go.set()
+    assert done.result(10) and calls.close(wait_s=SLACK_S) and held == [False]
+
+
 def test_two_members_on_one_gpu_are_refused_before_anyone_connects():
     server = StoreServer(timeout_s=10)
     offer = GroupTerms(protocol=PROTOCOL_VERSION, world_size=3, backend="nccl", connections=1)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from ipc_stand_in import stand_in
-from sync_support import ToyEngine, eventually, kill, read_line, toy_map, weights
+from sync_support import ToyEngine, ToyHost, eventually, kill, read_line, toy_map, weights
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import weight_sync
 from rollout import Engine
@@ -26,7 +27,9 @@ from weight_sync.errors import (
     WeightUpdateError,
 )
 from weight_sync.publisher.update import Update
-from weight_sync.staging import opened_cuda_ipc
+from weight_sync.receiver.session import Session
+from weight_sync.staging import opened_cuda_ipc, shadow_plan
+from weight_sync.staging.shadow import Shadow
 from weight_sync.staging.shadow_stage import StageMemory
 
 NAMED = list(weights(0.0))
@@ -187,6 +190,79 @@ def test_an_update_waits_in_what_the_kv_cache_gave_back_and_holds_it_no_longer_t
     with pytest.raises(WeightUpdateError, match="KV cache has its memory"):
         publisher.publish(weights(4.0))
     assert engine.host.events.count("lend") == engine.host.events.count("return") == 3
+
+
+@pytest.fixture
+def kept_when_returned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each time that the KV cache's memory is returned, how many pieces of it somebody still holds."""
+    taken: list[StorageWeakRef] = []
+    kept: list[int] = []
+    allocate, give_back = Shadow.__init__, ToyHost.return_kv_cache
+    incoming = StageMemory.incoming
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        taken.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def shadow(self: Shadow, weight_map: Any) -> None:
+        allocate(self, weight_map)
+        list(map(noted, self._buffers.values()))
+
+    def returned(self: ToyHost) -> None:
+        kept.append(sum(not piece.expired() for piece in taken))
+        give_back(self)
+
+    monkeypatch.setattr(Shadow, "__init__", shadow)
+    monkeypatch.setattr(StageMemory, "incoming", lambda *a: noted(incoming(*a)))
+    monkeypatch.setattr(ToyHost, "return_kv_cache", returned)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "fails", ["nowhere", "a bucket", "the write", "the check of what is resident"]
+)
+def test_what_the_kv_cache_lent_is_free_when_it_is_returned_however_the_update_ends(
+    make_publisher: Callable[..., tuple[ToyEngine, WeightPublisher]],
+    monkeypatch: pytest.MonkeyPatch,
+    kept_when_returned: list[int],
+    fails: str,
+) -> None:
+    """An error's traceback holds the frames it went through, and they the memory they worked on; a KV cache that is
+    resumed then would find no room."""
+    engine, publisher = make_publisher("kv_cache")
+    engine.host.kv_released = True
+    engine.host.looks = False
+    if fails == "a bucket":
+        submit = Update._submit_bucket
+
+        def damaged(update: Update, packed: Any, deadline: Any) -> None:
+            packed.fingerprints[:] ^= 1
+            submit(update, packed, deadline)
+
+        monkeypatch.setattr(Update, "_submit_bucket", damaged)
+    elif fails == "the write":
+        copy = shadow_plan.copy_ranges
+
+        def broken(targets: Any, sources: Any) -> None:
+            copy(targets, sources)
+            raise RuntimeError("the write broke on purpose")
+
+        monkeypatch.setattr(shadow_plan, "copy_ranges", broken)
+    elif fails == "the check of what is resident":
+        monkeypatch.setattr(Session, "compare", compare_that_refuses(Session.compare))
+    if fails == "nowhere":
+        publisher.publish(weights(1.0))
+    else:
+        with pytest.raises(SyncError):
+            publisher.publish(weights(1.0))
+    assert kept_when_returned == [0]
+
+
+def compare_that_refuses(compare: Callable[..., None]) -> Callable[..., None]:
+    def refuse(self: Session, found: Any, indices: Any, declared: Any, where: str) -> None:
+        compare(self, found ^ 1 if where == "resident" else found, indices, declared, where)
+
+    return refuse
 
 
 @pytest.mark.parametrize("phase", ["begin", "stage", "vote", "commit", "committed"])

@@ -139,6 +139,7 @@ class CallThread:
                 BaseException
             ) as caught:  # whatever it is, it belongs to whoever waits for the future
                 error = caught
+            del task.call  # whoever hears that it is done is alone with its buffers
             with self._changed:
                 self._current = None
                 task.resolve(result, error)

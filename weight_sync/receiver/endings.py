@@ -1,5 +1,7 @@
 """Why the last sessions are over, for messages of theirs that are still on their way."""
 
+import sys
+import traceback
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -38,3 +40,17 @@ class Endings:
         """The arena of a session that is over, if it is known."""
         ending = self._endings.get(session_id)
         return None if ending is None else ending.arena_id
+
+
+def drop_frames() -> None:
+    """Let the error that is being handled, if there is one, hold no memory.
+
+    Its traceback has the frames that it went through, and they what they worked on: the stage, for as long as somebody
+    keeps the error, and longer where a frame holds it itself. Its lines can be read all the same.
+    """
+    error = sys.exc_info()[1]
+    seen: list[BaseException] = []
+    while error is not None and not any(error is one for one in seen):
+        seen.append(error)
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -19,6 +19,7 @@ from ..staging.shadow_stage import StageMemory
 from ..staging.stage import ArenaStage, Stage
 from ..staging.uploaded_arena import UploadedStage
 from ..wire.messages import Begin, Bucket
+from .endings import drop_frames
 
 MAX_NAMED = 20
 """Tensors that an error about fingerprints names one by one."""
@@ -90,6 +91,7 @@ class Session:
     def end(self) -> None:
         """Let go of the stage, whoever still holds this object (a traceback, for one)."""
         self.phase = Phase.ENDED
+        drop_frames()  # before the memory that the stage was lent goes back
         self.stage.release()
 
     @contextmanager
