@@ -9,9 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from .token_bounds import TokenBound
 
 REPLACEMENT = "\ufffd"
 """What bytes that are no character are shown as."""
@@ -66,6 +69,10 @@ class Tokenizer:
                 return ids[1:]
         return ids
 
+    def least_tokens(self, text: str) -> int:
+        """As many tokens as `text` has at least, which is found without encoding it; 0 where nothing is known."""
+        return 0 if self._bound is None else self._bound.least(text)
+
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, spaces: bool = True
     ) -> str:
@@ -88,15 +95,26 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False)
 
     @cached_property
+    def _bound(self) -> TokenBound | None:
+        from .token_bounds import bound_of
+
+        plain = self._is_plain("encode", "_encode_plus", "_get_padding_truncation_strategies")
+        return bound_of(self._tokenizer.backend_tokenizer) if plain else None
+
+    @cached_property
     def _backend(self) -> Any:
         """What transformers would ask in the end, in a fifth of the time; None: the class decodes in its own way."""
+        plain = self._is_plain("decode", "_decode")
+        return self._tokenizer.backend_tokenizer if plain else None
+
+    def _is_plain(self, *methods: str) -> bool:
+        """These are transformers' own, which hand everything to the backend."""
         from transformers import PreTrainedTokenizerFast as Fast
 
         kind = type(self._tokenizer)
-        own = not issubclass(kind, Fast) or any(
-            getattr(kind, name) is not getattr(Fast, name) for name in ("decode", "_decode")
+        return issubclass(kind, Fast) and all(
+            getattr(kind, name) is getattr(Fast, name) for name in methods
         )
-        return None if own else self._tokenizer.backend_tokenizer
 
     @cached_property
     def has_byte_fallback(self) -> bool:
@@ -166,11 +184,16 @@ def pad_token_id(model_path: str | Path) -> int | None:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer | None, prompts: Sequence[str], add_special_tokens: bool | None = None
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str],
+    add_special_tokens: bool | None = None,
+    *,
+    context_length: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt; `InvalidRequestError` where there is no tokenizer, or a prompt is empty or no text.
 
-    add_special_tokens: as `Tokenizer.encode`.
+    add_special_tokens: as `Tokenizer.encode`. context_length: a prompt that certainly has more tokens is refused, too,
+    before it is encoded, which takes seconds for megabytes; whoever asks must still count those of the others.
     """
     if tokenizer is None:
         raise InvalidRequestError(
@@ -191,6 +214,14 @@ def encode_prompts(
             raise InvalidRequestError(
                 f"prompt {i}: got half of a surrogate pair, expected text; decode it with errors='replace'"
             )
+        # A token covers at least one byte, so most prompts need no closer look.
+        if context_length is not None and 4 * len(prompt) > context_length:
+            least = tokenizer.least_tokens(prompt)
+            if least > context_length:
+                raise InvalidRequestError(
+                    f"prompt {i}: got at least {least} tokens, expected fewer than the context length "
+                    f"{context_length}; shorten it or start the engine with a larger context_length"
+                )
         ids = tokenizer.encode(prompt, add_special_tokens)
         if not ids:
             raise InvalidRequestError(

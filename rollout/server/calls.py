@@ -235,13 +235,17 @@ class Calls:
             await asyncio.gather(*(self._engine.async_abort_request(i) for i in ids))
 
     async def token_ids(
-        self, texts: Sequence[str], add_special_tokens: bool | None
+        self, texts: Sequence[str], add_special_tokens: bool | None, *, any_length: bool = False
     ) -> list[list[int]]:
-        """Tokens of each text."""
+        """Tokens of each text. One that is certainly too long for the context is refused before it is encoded, unless
+        `any_length`."""
         size = sum(len(text) for text in texts if isinstance(text, str))
         if size < _LONG_TEXT:
             return encode_prompts(self._tokenizer, texts, add_special_tokens)
-        return await asyncio.to_thread(encode_prompts, self._tokenizer, texts, add_special_tokens)
+        context = None if any_length else await self.context_length()
+        return await asyncio.to_thread(
+            encode_prompts, self._tokenizer, texts, add_special_tokens, context_length=context
+        )
 
     async def context_length(self) -> int:
         """Tokens that prompt and output may have together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from functools import partial
 from typing import Any, Literal
 
 from starlette.responses import Response
@@ -148,12 +149,13 @@ async def tokenize(ask: Ask) -> Response:
     body: TokenizeBody = ask.body
     if (body.prompt is None) == (body.messages is None):
         raise HttpError(400, "expected exactly one of prompt and messages")
+    encode = partial(ask.state.calls.token_ids, any_length=True)
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        ids = (await ask.state.calls.token_ids([body.prompt], special))[0] if body.prompt else []
+        ids = (await encode([body.prompt], special))[0] if body.prompt else []
     else:
         text = await asyncio.to_thread(render, ask, body)
-        ids = (await ask.state.calls.token_ids([text], bool(body.add_special_tokens)))[0]
+        ids = (await encode([text], bool(body.add_special_tokens)))[0]
     words = None
     if body.return_token_strs and ask.state.tokenizer is not None:
         words = ask.state.tokenizer.inner.convert_ids_to_tokens(ids)

@@ -237,14 +237,37 @@ async def score(ask: Ask) -> Response:
         raise HttpError(
             413, f"got {len(items):,} items, expected at most {ask.state.config.max_prompts:,}"
         )
-    rows = await ask.state.calls.other(
+    query, rows = await _score_rows(ask, body.query, items, body.item_first)
+    scores = await ask.state.calls.other(
         ask.request,
         len(items),
         ask.state.engine.async_score(
-            body.query, items, body.label_token_ids, body.apply_softmax, body.item_first
+            query, rows, body.label_token_ids, body.apply_softmax, body.item_first
         ),
     )
-    return json_reply({"object": "scoring", "model": name, "scores": rows})
+    return json_reply({"object": "scoring", "model": name, "scores": scores})
+
+
+async def _score_rows(
+    ask: Ask, query: str | list[int], items: list[Any], item_first: bool
+) -> tuple[str | list[int], list[Any]]:
+    """Query and items; text as the token ids of both together, and no query.
+
+    413 where the pairs, written out, are more than one request may have: the query counts once for each item.
+    """
+    is_text = isinstance(query, str)
+    limit = ask.state.config.max_body_bytes if is_text else ask.state.config.max_call_tokens
+    size = len(query) * len(items) + sum(len(item) for item in items)
+    if size > limit:
+        what = "characters" if is_text else "tokens"
+        raise HttpError(
+            413,
+            f"got {size:,} {what} in all pairs of query and item, expected at most {limit:,}; send several requests",
+        )
+    if not isinstance(query, str) or not all(isinstance(item, str) for item in items):
+        return query, items
+    texts = [item + query if item_first else query + item for item in items]
+    return [], await ask.state.calls.token_ids(texts, None)
 
 
 async def invocations(ask: Ask) -> Response:

@@ -38,7 +38,7 @@ THIRD_PARTIES = {
 #: The parts of `rollout`, in the order in which they may import: only from earlier lines and their own.
 ORDER = [
     ["types", "config", "errors", "hints", "sampling_params", "settings"],
-    ["protocol", "tokenizer", "detokenizer", "stop_strings"],
+    ["protocol", "tokenizer", "token_bounds", "detokenizer", "stop_strings"],
     ["scheduling", "cache"],
     ["layers"],
     ["models"],

@@ -1,6 +1,7 @@
 """The OpenAI routes, with the `openai` client: sync, async and streaming."""
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -259,6 +260,60 @@ def test_scores_are_probabilities_of_the_labels(http, folder, reference_model):
     softmax = http.post("/v1/score", json={**body, "apply_softmax": True}).json()["scores"]
     assert [sum(row) for row in softmax] == pytest.approx([1.0, 1.0])
     assert http.post("/v1/score", json={**body, "label_token_ids": []}).status_code == 400
+
+
+def test_scores_of_text_are_those_of_its_tokens(http):
+    labels = {"label_token_ids": [7, 8]}
+    items = ["the", " heron \u00e9"]
+    for item_first in (False, True):
+        found = http.post(
+            "/v1/score",
+            json={"query": "a b", "items": items, "item_first": item_first, **labels},
+        ).json()["scores"]
+        whole = [item + "a b" if item_first else "a b" + item for item in items]
+        ids = [http.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in whole]
+        expected = http.post("/v1/score", json={"query": [], "items": ids, **labels}).json()
+        assert found == expected["scores"]
+    mixed = http.post("/v1/score", json={"query": "a", "items": ["b", [1]], **labels})
+    assert mixed.status_code == 400 and "mixed" in mixed.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("query", "item"), [("a" * 100_000, "b"), ([1] * 100_000, [2])])
+def test_a_query_counts_once_for_each_item(http, query, item):
+    body = {"query": query, "items": [item] * 1000, "label_token_ids": [7]}
+    reply = http.post("/v1/score", json=body)
+    assert reply.status_code == 413 and "100,001,000" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": "%"}),
+        ("/generate", {"text": ["a", "%"]}),
+        ("/invocations", {"prompt": "%"}),
+        ("/encode", {"text": "%"}),
+        ("/v1/completions", {"prompt": "%"}),
+        ("/v1/completions", {"prompt": ["a", "%"]}),
+        ("/v1/embeddings", {"input": "%"}),
+        ("/v1/score", {"query": "%", "items": ["b"], "label_token_ids": [7]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "%"}]}),
+    ],
+)
+def test_text_that_is_far_too_long_is_refused_before_it_is_encoded(http, path, body):
+    text = "the heron " * 20_000
+    whole = json.loads(json.dumps(body).replace("%", text))
+    reply = http.post(path, json=whole)
+    message = reply.json().get("error", {}).get("message") or reply.json()["message"]
+    assert reply.status_code == 400, message
+    assert "tokens, expected fewer than the context length" in message
+    assert "got at least" in message
+
+
+def test_text_of_any_length_can_be_counted(http):
+    text = "the heron " * 20_000
+    assert http.post("/tokenize", json={"prompt": text}).json()["count"] > 20_000
+    messages = [{"role": "user", "content": text}]
+    assert http.post("/tokenize", json={"messages": messages}).json()["count"] > 20_000
 
 
 def test_invocations_take_whatever_the_fields_say(http):
