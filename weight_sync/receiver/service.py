@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..devices.side_streams import work_on
 from ..errors import DeadlineExceeded, ProtocolError, TransportError
 from ..staging.opened_arena import OpenedArena, OpenedLocalArena
 from ..staging.opened_cuda_ipc import OpenedAllocations, OpenedCudaIpcArena
@@ -84,6 +85,7 @@ class WeightService:
             pause=lambda: _SWEEP_INTERVAL_S if receiver.busy or len(self._groups) else None,
             idle=self._sweep,
             end=self._end,
+            begin=lambda: work_on(receiver.device),
         )
         receiver.stages.wait_with(self._queue.wait)
 

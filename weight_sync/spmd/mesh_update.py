@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..report import SyncReport
+from ..wire.cancellation import on_a_thread
 from .handover import HandOver
 from .publisher import SpmdPublisher
 
@@ -42,7 +43,7 @@ async def update_weights(
         )
     if device_mesh is None or device_mesh.size() == 1:
         return await _update_alone(engine, list(params_batch))
-    publisher = await asyncio.to_thread(_publisher, device_mesh, device_mesh_key)
+    publisher = await on_a_thread(_publisher, device_mesh, device_mesh_key)
     return await publisher.async_publish(params_batch, _target(engine), strict=False)
 
 
@@ -60,7 +61,7 @@ async def _update_alone(engine: Any, pairs: list[tuple[str, torch.Tensor]]) -> S
     if twin is not None:
         report: SyncReport = await twin(pairs)
     elif hasattr(engine, "update_weights_from_tensor"):
-        report = await asyncio.to_thread(engine.update_weights_from_tensor, pairs)
+        report = await on_a_thread(engine.update_weights_from_tensor, pairs)
     else:
         with SpmdPublisher(None) as publisher:
             report = await publisher.async_publish(pairs, engine, strict=False)

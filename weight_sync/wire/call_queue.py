@@ -51,15 +51,17 @@ class CallQueue:
         pause: Callable[[], float | None],
         idle: Callable[[], None],
         end: Callable[[], None],
+        begin: Callable[[], None] = lambda: None,
         what: str = "engine",
     ) -> None:
-        """`what` was shut down, says the error after the end."""
+        """`begin()` is the first thing that the thread runs. `what` was shut down, says the error after the end."""
         self._what = what
         self._serve = serve
         self._missed = missed
         self._pause = pause
         self._idle = idle
         self._end = end
+        self._begin = begin
         self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -97,6 +99,7 @@ class CallQueue:
             self._thread.join(timeout=_CLOSING_S)
 
     def _run(self) -> None:
+        self._begin()
         while self._work(None, lambda: False, math.inf):
             pass
         try:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from ..devices.side_streams import as_here
+
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,15 +36,18 @@ def current_cancellation() -> "Future[None] | None":
 async def on_a_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`call(...)` on a new thread; when the coroutine is cancelled, so is the call.
 
-    Not on asyncio's own few threads, which others need while this one waits.
+    On GPUs it works as from here: see `as_here`. Not on asyncio's own few threads, which others need while this one
+    waits.
     """
     cancelled: Future[None] = Future()
     result: Future[T] = Future()
     context = contextvars.copy_context()
     context.run(_cancelled.set, cancelled)
+    work_as_here = as_here()
 
     def run() -> None:
         try:
+            work_as_here()
             result.set_result(context.run(call, *args, **kwargs))
         except BaseException as error:
             result.set_exception(error)
