@@ -33,14 +33,26 @@ class ParameterArena:
             start = sizes.get(parameter.dtype, 0)
             offsets[id(parameter)] = start
             sizes[parameter.dtype] = start + align(parameter.nbytes)
-        for dtype, size in sizes.items():
-            self.buffers[dtype] = self._aligned(size)
+        try:
+            for dtype, size in sizes.items():
+                self.buffers[dtype] = self._aligned(size)
+        except BaseException:
+            self.free()
+            raise
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 start = offsets[id(parameter)]
                 raw = self.buffers[parameter.dtype][start : start + parameter.nbytes]
                 view = raw.view(parameter.dtype).view(parameter.shape)
                 setattr(module, name, nn.Parameter(view, requires_grad=False))
+
+    def free(self) -> None:
+        """Give back what was mapped by hand, after all work that uses it, and after all who may look at parameters; the
+        rest goes with its tensors. Safe to repeat."""
+        if self.mapped:
+            torch.cuda.synchronize(self.device)
+        for memory in self.mapped:
+            memory.free()
 
     def _aligned(self, num_bytes: int) -> torch.Tensor:
         """Zeros that start on a 256-byte boundary; on a CPU torch promises only 64."""

@@ -42,7 +42,7 @@ class KVPool:
             self.routes = torch.full(routes, -1, dtype=torch.int16, device=device)
 
     def free(self) -> None:
-        """Give the memory back, after all work that uses it; the pool is of no more use."""
+        """Give the memory back, after all work that uses it; the pool is of no more use. Safe to repeat."""
         if self.mapped is not None:
             torch.cuda.synchronize(self.memory.device)
             self.mapped.free()

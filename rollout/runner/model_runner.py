@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,8 +95,6 @@ class ModelRunner:
         self._keep_routes = keep_routes
         self._attention_backend = attention_backend
         self._max_batch = max_batch
-        self.kv_pool = self.init_memory_pool(num_blocks)
-        self.backend = self.init_attention_backend(attention_backend, max_batch)
         self.sampler: TokenSampler = Sampler()
         """Draws from this model's logits."""
         self.graphs: CudaGraphRunner | None = None
@@ -103,7 +102,22 @@ class ModelRunner:
         self.counts_experts = False
         """`count_experts` has begun."""
         self._ranges: LayerRanges | None = None
-        self._init_device_sampler(max_batch)
+        with ExitStack() as memory:  # Given back where the rest cannot be made.
+            memory.callback(self.model.arena.free)
+            self.kv_pool = self.init_memory_pool(num_blocks)
+            memory.callback(lambda: self.kv_pool.free())  # whichever it is by then
+            self.backend = self.init_attention_backend(attention_backend, max_batch)
+            self._init_device_sampler(max_batch)
+            self._memory = memory.pop_all()
+
+    def free(self) -> None:
+        """Give weights and KV pool back to the device, after all work that uses them, and let go of graphs.
+
+        Memory of a GPU that was mapped by hand does not go with its tensors. The runner is of no more use. Safe to
+        repeat.
+        """
+        self.forget_graphs()
+        self._memory.close()
 
     def init_memory_pool(self, num_blocks: int) -> KVPool:
         """Memory for the keys and values of `num_blocks` blocks, all layers."""

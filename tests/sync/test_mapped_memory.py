@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 
 import pytest
 import torch
+from mapped_pages import Pages
 
 from weight_sync.devices.driver import DeviceOutOfMemory
 from weight_sync.devices.mapped_memory import MappedMemory, mapped_tensor
 
 CPU = torch.device("cpu")
-
-
-class Pages:
-    """`MapsMemory` over anonymous pages: unmapping forgets what was in them."""
-
-    granularity = mmap.PAGESIZE
-
-    def __init__(self) -> None:
-        self.maps: dict[int, mmap.mmap] = {}
-        self.mapped: set[int] = set()
-        self.full = False
-        self.reserved = 0
-
-    def reserve(self, num_bytes: int) -> int:
-        pages = mmap.mmap(-1, num_bytes)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        self.maps[address] = pages
-        self.reserved += 1
-        return address
-
-    def unreserve(self, address: int, num_bytes: int) -> None:
-        self.maps.pop(address)
-        self.reserved -= 1
-
-    def map(self, address: int, num_bytes: int) -> None:
-        if self.full:
-            raise DeviceOutOfMemory("none left")
-        assert address not in self.mapped and len(self.maps[address]) == num_bytes
-        self.mapped.add(address)
-
-    def unmap(self, address: int, num_bytes: int) -> None:
-        self.mapped.remove(address)
-        self.maps[address].madvise(mmap.MADV_DONTNEED)
 
 
 def test_the_address_stays_and_the_content_goes() -> None:
@@ -76,6 +43,17 @@ def test_where_there_is_none_left_nothing_changes() -> None:
     pages.full = False
     memory.resume()
     assert len(pages.mapped) == 1
+
+
+def test_addresses_are_given_back_once() -> None:
+    pages = Pages()
+    for released in (False, True):
+        memory = MappedMemory(100, CPU, pages)
+        if released:
+            memory.release()
+        memory.free()
+        memory.free()
+        assert pages.reserved == 0 and pages.mapped == set()
 
 
 def test_on_a_cpu_it_is_torchs_own_memory() -> None:

@@ -58,9 +58,11 @@ class MappedMemory:
             self._mapped = False
 
     def free(self) -> None:
-        """Give back the addresses too; `tensor` must not be used any more."""
+        """Give back the addresses too; `tensor` must not be used any more. Safe to repeat."""
         self.release()
-        self._driver.unreserve(self._address, self.num_bytes)
+        address, self._address = self._address, 0
+        if address:
+            self._driver.unreserve(address, self.num_bytes)
 
     def resume(self) -> None:
         """Put memory behind the addresses again; it holds anything. `DeviceOutOfMemory` changes nothing."""

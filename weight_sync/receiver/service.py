@@ -106,6 +106,11 @@ class WeightService:
         """End the session, close the arenas, fail what is queued. Safe to repeat."""
         self._queue.close()
 
+    @property
+    def ended(self) -> bool:
+        """Closed, and its thread is over: it reads and writes no weights any more."""
+        return self._queue.ended
+
     def _sweep(self) -> None:
         self._groups.sweep()  # first: an arena goes with its group
         self.receiver.sweep()

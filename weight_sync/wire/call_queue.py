@@ -165,6 +165,11 @@ class CallQueue:
         """It takes no more calls."""
         return self._closing
 
+    @property
+    def ended(self) -> bool:
+        """Its thread runs no handler any more, nor ever will."""
+        return self._closing and not self._thread.is_alive()
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()

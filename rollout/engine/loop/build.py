@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -27,6 +28,7 @@ from .admission import Admission
 from .checks import DTYPES, check_attention, check_config, check_dtype, kv_block
 from .core import EngineCore
 from .kv_size import DeviceMemory, blocks_that_fit, device_memory, in_memory, measured
+from .memory import give_back
 from .postprocess import LOGITS_BYTES
 from .ranks import RankGroups, RankSpec, check_whole_model, device_of
 
@@ -55,8 +57,23 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     tokenizer = None
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer(config.tokenizer_path or config.model_path)
-    runner = _runner(config, resolved, model_config, ranks)
-    resolved = _with_blocks(resolved, model_config, runner.kv_pool.memory.shape[1])
+    with contextlib.ExitStack() as undo:
+        runner = _runner(config, resolved, model_config, ranks, undo)
+        resolved = _with_blocks(resolved, model_config, runner.kv_pool.memory.shape[1])
+        core = _core(config, spec, resolved, runner, tokenizer, ranks)
+        undo.pop_all()
+    return core
+
+
+def _core(
+    config: EngineConfig,
+    spec: RankSpec,
+    resolved: ResolvedConfig,
+    runner: ModelRunner,
+    tokenizer: Tokenizer | None,
+    ranks: RankGroups,
+) -> EngineCore:
+    """The loop around a runner that is ready."""
     scheduler = Scheduler(
         SchedulerConfig(
             max_running_requests=config.max_running_requests,
@@ -87,9 +104,17 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
 
 
 def _runner(
-    config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, ranks: RankGroups
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    model: ModelConfig,
+    ranks: RankGroups,
+    undo: contextlib.ExitStack,
 ) -> ModelRunner:
-    """The runner with its weights and a pool that fits, and decode steps in one piece where the device has graphs."""
+    """The runner with its weights and a pool that fits, and decode steps in one piece where the device has graphs.
+
+    `undo` gives its memory back; that of several ranks goes with their processes, and one may wait for another on the
+    device.
+    """
     device, memory = resolved.device, device_memory(resolved.device)
     before = memory.free_bytes() if memory is not None else 0
     num_blocks = resolved.num_blocks
@@ -113,6 +138,8 @@ def _runner(
             max_batch=min(config.max_running_requests, resolved.chunked_prefill_size),
             deterministic=config.deterministic,
         )
+        if ranks.order.size == 1:
+            undo.callback(give_back, runner)
         check_whole_model(runner.weight_map, ranks.order)
         runner.load_model(
             config.model_path,

@@ -495,6 +495,6 @@ class EngineCore:
         for call in self._asked_to_end:  # Last of all: whoever is told that it ends hangs up.
             call.reply(cmd.Done())
         self.weights.close()
-        self.runner.forget_graphs()
+        self.memory.end(alone=self._ranks.spec.size == 1 and self._service.ended)
         self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +17,17 @@ from ...protocol.commands import MEMORY_TAGS, MemoryTag
 from ...runner.memory_regions import HostCopy, MemoryRegion, region_of
 from ...runner.model_runner import ModelRunner
 
+logger = logging.getLogger(__name__)
+
 _RELEASED = "their memory is released; call resume_memory_occupation(['weights']) first"
+
+
+def give_back(runner: ModelRunner) -> None:
+    """`ModelRunner.free`, of a GPU that may have failed, and then gives nothing back before its process ends."""
+    try:
+        runner.free()
+    except Exception as error:
+        logger.warning("cannot give back an engine's memory: %s", first_line(error))
 
 
 class MemoryOccupation:
@@ -140,6 +151,15 @@ class MemoryOccupation:
         self.released.update(tags)
         for tag in tags:
             self._region(tag).release()
+
+    def end(self, *, alone: bool) -> None:
+        """The loop has ended: let go of graphs and, if nobody else works with the memory, of all of it, because this
+        process may go on without the engine. Whoever still asks on another thread finds it released."""
+        self._runner.forget_graphs()
+        if alone:
+            with self.reading:
+                self.released.update(MEMORY_TAGS)
+                give_back(self._runner)
 
     def _region(self, tag: MemoryTag) -> MemoryRegion:
         if tag not in self._regions:
