@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def far(request: pytest.FixtureRequest) -> Iterator[tuple[Any, str]]:
     with pytest.MonkeyPatch.context() as patch:
         device = "cuda:1"
         if request.param != "numbered alike":
-            patch.setenv("CUDA_VISIBLE_DEVICES", "1")
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+            patch.setenv("CUDA_VISIBLE_DEVICES", visible[1])
             device = "cuda:0"
         process = spawn("engine_process.py", "-", device)
     yield process, read_line(process)

@@ -208,7 +208,7 @@ class CudaDriver:
             self._call("cuMemAddressFree", ctypes.c_uint64(address), ctypes.c_size_t(num_bytes))
 
     def map(self, address: int, num_bytes: int) -> None:
-        """Put new memory behind reserved addresses; it holds anything."""
+        """Put new memory behind reserved addresses; it holds anything. An error leaves nothing there."""
         handle = ctypes.c_ulonglong()
         properties = self._properties()
         size = ctypes.c_size_t(num_bytes)
@@ -232,13 +232,17 @@ class CudaDriver:
             finally:  # the mapping keeps the memory
                 self._call("cuMemRelease", handle)
             access = _AccessDescription(properties.location, _READ_WRITE)
-            self._call(
-                "cuMemSetAccess",
-                ctypes.c_uint64(address),
-                size,
-                ctypes.byref(access),
-                ctypes.c_size_t(1),
-            )
+            try:
+                self._call(
+                    "cuMemSetAccess",
+                    ctypes.c_uint64(address),
+                    size,
+                    ctypes.byref(access),
+                    ctypes.c_size_t(1),
+                )
+            except TransportError:
+                self.unmap(address, num_bytes)
+                raise
 
     def unmap(self, address: int, num_bytes: int) -> None:
         """Take the memory away; the addresses stay reserved."""

@@ -35,8 +35,8 @@ class CudaIpcArena(SharedBytes):
         self._memory = memory
         self._allocation: Allocation | None = memory.allocate(HEADER_BYTES + num_bytes)
         self._buffer = self._allocation.tensor[HEADER_BYTES : HEADER_BYTES + num_bytes]
-        self._buffer.zero_()  # what lies between tensors is read with them, and is no NaN then
         try:
+            self._buffer.zero_()  # what lies between tensors is read with them, and is no NaN then
             exported, offset = memory.export(self._allocation)
         except BaseException:
             self.close()

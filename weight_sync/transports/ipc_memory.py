@@ -6,6 +6,8 @@ another kind behind the same methods.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +67,9 @@ class CudaIpcMemory:
 
     def allocate(self, num_bytes: int) -> Allocation:
         num_bytes = -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
-        return self._allocation(self._driver.allocate(num_bytes), num_bytes)
+        address = self._driver.allocate(num_bytes)
+        with _or_undone(self._driver.free, address):
+            return self._allocation(address, num_bytes)
 
     def export(self, allocation: Allocation) -> tuple[bytes, int]:
         base, _ = self._driver.extent(allocation.address)
@@ -77,7 +81,8 @@ class CudaIpcMemory:
 
     def open(self, handle: bytes) -> Allocation:
         address = self._driver.open(handle)
-        return self._allocation(address, self._driver.extent(address)[1])
+        with _or_undone(self._driver.close, address):
+            return self._allocation(address, self._driver.extent(address)[1])
 
     def close(self, allocation: Allocation) -> None:
         torch.cuda.synchronize(self._device)
@@ -85,6 +90,15 @@ class CudaIpcMemory:
 
     def _allocation(self, address: int, num_bytes: int) -> Allocation:
         return Allocation(address=address, tensor=tensor_at(address, num_bytes, self._device))
+
+
+@contextmanager
+def _or_undone(undo: Callable[[int], None], address: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        undo(address)
+        raise
 
 
 def ipc_memory_of(device: torch.device) -> IpcMemory:
