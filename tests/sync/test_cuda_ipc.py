@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,12 +17,14 @@ import msgspec
 import pytest
 import torch
 from ipc_stand_in import MemoryFiles, stand_in
+from stopped import go_on, stop
 from sync_support import ALIAS, ToyEngine, eventually, kill, read_line, weights
 
 import weight_sync
 from weight_sync import WeightPublisher
 from weight_sync.devices.raw_memory import tensor_at
 from weight_sync.errors import (
+    DeadlineExceeded,
     FingerprintMismatch,
     ManifestMismatch,
     ProtocolError,
@@ -208,6 +212,33 @@ def test_an_engine_that_is_killed_gives_the_trainer_its_error_and_its_memory_bac
         publisher.send(weights(2.0))
     publisher.close()
     assert eventually(lambda: len(memory._files) == 0)
+
+
+@pytest.mark.parametrize("end", ["goes on", "dies"])
+@pytest.mark.parametrize("when", ["at the close", "at an update that came too late"])
+def test_memory_that_an_engine_may_still_read_is_kept_beyond_the_close_of_its_publisher(
+    child: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, when: str, end: str
+) -> None:
+    """CUDA leaves it undefined what becomes of memory that is given back before who has opened it lets go of it."""
+    memory = stand_in(monkeypatch)
+    threads = set(threading.enumerate())
+    process = child("engine_process.py")
+    publisher = WeightPublisher(read_line(process), transport="cuda_ipc", timeout_s=20)
+    publisher.publish(weights(1.0))
+    stop(process.pid)
+    try:
+        if when == "at an update that came too late":
+            with pytest.raises(DeadlineExceeded):
+                publisher.publish(weights(2.0), timeout_s=0.3)
+        publisher.close()
+        time.sleep(0.5)
+        assert len(memory._files) == 1, "the engine is there and has it open"
+    finally:
+        if end == "dies":
+            kill(process)
+        go_on(process.pid)
+    assert eventually(lambda: len(memory._files) == 0)
+    assert eventually(lambda: set(threading.enumerate()) <= threads), "the connection stays"
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ..transports.shared_memory import SharedMemoryArena
 from ..transports.trainer_group import TrainerGroup
 from ..wire.channel import Channel, RpcChannel
 from ..wire.deadline import Deadline
+from ..wire.futures import when_all_are_done
 from ..wire.messages import (
     ArenaOpened,
     CloseArena,
@@ -130,6 +131,8 @@ class EngineEndpoint:
         self._info: EngineInfo | None = None
         self._engine_id = ""
         self._packed: PackedArena | None = None
+        self._closing: list[Future[Any]] = []
+        """Of arenas on a GPU that an engine has not let go of yet, as far as is known."""
         self._ignored: dict[str, bool] = {}
         self._served: tuple[str, int] | None = None
         """Which engine committed which version for this publisher last."""
@@ -225,16 +228,19 @@ class EngineEndpoint:
         if closed is not None and isinstance(packed.arena, CudaIpcArena):
             # Its memory goes when the engine has let go of it, or is not there any more.
             closed.add_done_callback(lambda _: packed.close())
+            self._closing = [one for one in (*self._closing, closed) if not one.done()]
         else:
             packed.close()
         return closed
 
     def close(self) -> None:
-        """Give the arena and the connection back."""
+        """Give the arena and the connection back; that stays until an engine that is busy has let go of GPU memory."""
         self.drop_arena(wait_s=1.0)
-        if self._channel is not None:
+        if self._channel is not None and all(closed.done() for closed in self._closing):
             self._channel.close()
             self._channel = None
+        else:
+            self.let_go()
 
     def let_go(self) -> None:
         """`close` for an owner that was collected: on whatever thread, and waiting for nothing."""
@@ -242,10 +248,9 @@ class EngineEndpoint:
             return
         closed = self.drop_arena()
         channel, self._channel = self._channel, None
-        if channel is not None and closed is not None:
-            closed.add_done_callback(lambda _: channel.close(wait=False))
-        elif channel is not None:
-            channel.close(wait=False)
+        if channel is not None:
+            closing = {*self._closing, *([] if closed is None else [closed])}
+            when_all_are_done(closing, lambda: channel.close(wait=False))
 
     def _make(self, channel: Channel, layout: Layout, deadline: Deadline) -> PackedArena:
         assert self._info is not None, "it has said hello"
