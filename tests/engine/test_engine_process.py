@@ -8,12 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from stopped import stop
 
 import rollout
 from rollout import Engine
 from rollout.engine.executors.child_output import ChildOutput
+from rollout.engine.loop.ranks import RankSpec
+from rollout.errors import CheckpointError
+from rollout.models.model_config import FAMILIES, ModelConfig
 from weight_sync.errors import EngineDiedError
 
 OPTIONS = {"kv_cache_bytes": 1 << 20, "executor": "local", "skip_tokenizer_init": True}
@@ -68,6 +72,34 @@ def test_an_engine_that_is_replaced_by_another_ends_its_process(folder):
     wait_until("the first child's end", lambda: not is_alive(first))
     assert len(engine.generate(**ASK)["output_ids"]) == 4
     engine.shutdown()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_rank_is_told_of_a_checkpoint_is_what_is_in_it(tiny_checkpoint, family):
+    model = ModelConfig.from_folder(tiny_checkpoint(family))
+    told = msgspec.json.decode(msgspec.json.encode(RankSpec(model=model)), type=RankSpec)
+    assert told.model == model and repr(told.model) == repr(model)
+
+
+@pytest.mark.usefixtures("started_anew")
+def test_a_rank_is_told_what_the_checkpoint_is_and_does_not_load_transformers(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Which would take it a second of processor time."""
+    folder = tiny_checkpoint("glm4_moe")
+    sampling = {**ASK["sampling_params"], "temperature": 0.0}
+    with Engine(folder, **{**OPTIONS, "executor": "inline"}) as engine:
+        expected = engine.generate(input_ids=[1, 2, 3], sampling_params=sampling)["output_ids"]
+    broken = tmp_path / "transformers"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('a rank has loaded transformers')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with Engine(folder, **OPTIONS) as engine:
+        assert (
+            engine.generate(input_ids=[1, 2, 3], sampling_params=sampling)["output_ids"] == expected
+        )
+    with pytest.raises(CheckpointError, match="a rank has loaded transformers"):  # where it must
+        Engine(folder, **{**OPTIONS, "skip_tokenizer_init": False})
 
 
 @pytest.mark.parametrize("executor", ["inline", "local"])

@@ -20,6 +20,7 @@ from weight_sync.wire.rpc_server import private_folder
 
 from ...config import EngineConfig
 from ...errors import ERRORS
+from ...models.model_config import ModelConfig
 from ...protocol.commands import Shutdown
 from ...protocol.wire import REPLY_TYPES
 from ..loop.ranks import RankSpec
@@ -33,6 +34,7 @@ class LocalExecutor(OverRpc):
     def __init__(self, config: EngineConfig, owner_folder: str = "") -> None:
         """`owner_folder`: see `RankSpec`."""
         self._owner_folder = owner_folder
+        self._model = ModelConfig.from_folder(config.model_path)
         self._lock = threading.Lock()
         self._store = StoreServer(timeout_s=config.start_timeout_s) if config.tp_size > 1 else None
         self._ranks: list[RankProcess] = []
@@ -73,15 +75,15 @@ class LocalExecutor(OverRpc):
         self._stop(grace_s=0.0)
 
     def _spec(self, config: EngineConfig, rank: int) -> RankSpec:
-        if self._store is None:
-            return RankSpec(socket_folder=self._sockets, owner_folder=self._owner_folder)
+        store = self._store
         return RankSpec(
             rank=rank,
             size=config.tp_size,
-            store_host=self._store.host,
-            store_port=self._store.port,
+            store_host="" if store is None else store.host,
+            store_port=0 if store is None else store.port,
             socket_folder=self._sockets,
             owner_folder=self._owner_folder,
+            model=self._model,
         )
 
     def _why_dead(self) -> str | None:

@@ -42,7 +42,7 @@ def build_core(config: EngineConfig, spec: RankSpec | None = None) -> EngineCore
     """
     check_config(config)
     spec = spec or RankSpec()
-    model_config = ModelConfig.from_folder(config.model_path)
+    model_config = spec.model or ModelConfig.from_folder(config.model_path)
     resolved = resolve(config, model_config, device_of(spec, config.device))
     ranks = RankGroups.join(
         spec,

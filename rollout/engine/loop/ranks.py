@@ -26,6 +26,7 @@ from weight_sync.layout.weight_map import WeightMap
 from ...distributed.group_coordinator import GroupCoordinator
 from ...distributed.stateless_process_group import StatelessProcessGroup
 from ...errors import ConfigError
+from ...models.model_config import ModelConfig
 from ...protocol.tick_messages import Tick
 
 HEARTBEAT_S = 10.0
@@ -37,7 +38,7 @@ SILENCE_S = 120.0
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rank's place among the ranks of an engine."""
+    """One rank's place among the ranks of an engine, and what its owner can spare it."""
 
     rank: int = 0
     """From 0; rank 0 talks to clients."""
@@ -53,6 +54,9 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Folder of whoever started the rank, where its socket files go; empty: see `bind`."""
     owner_folder: str = ""
     """A folder of its owner's, which the rank removes when the owner has died and cannot; empty: none."""
+    model: ModelConfig | None = None
+    """What its owner has read in the checkpoint's `config.json`; None: the rank reads it, with transformers, whose
+    import takes a second of processor time."""
 
     def bind(self, name: str) -> str | None:
         """Address for a socket of this rank; None: the only rank of an engine may do as it likes."""
