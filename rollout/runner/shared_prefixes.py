@@ -49,6 +49,7 @@ class PrefixFinder:
             head_dim=layer.head_dim,
             group=layer.num_heads // layer.num_kv_heads,
             dtype=context.dtype,
+            deterministic=context.deterministic,
         )
         self._requests: list[Request] = []
         self._resets = -1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from rollout.runner.block_tables import HostBlockTables
 from rollout.runner.staging import PinnedRing, Staging
 from rollout.sampling_params import SamplingParams
 from rollout.scheduling.request import Request
+from rollout_kernels.attention_configs import SharedConfig
+from rollout_kernels.shared_prefixes import SharedPrefixes
 
 
 def make_request(number: int, blocks: list[int]) -> Request:
@@ -87,3 +91,31 @@ def test_a_buffer_that_is_too_small_is_replaced():
     small = ring.take(10)
     ring.give_back(small)
     assert ring.take(1 << 20).numel() >= 1 << 20
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_prefixes_are_cut_into_tiles_of_the_launch_that_reads_them(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """A deterministic one has a shape of its own: members beyond its rows would be left out."""
+    shared = pytest.importorskip("rollout_kernels.shared_prefix_decode")
+    from rollout.runner.shared_prefixes import PrefixFinder
+
+    def shared_config(device: torch.device, *, deterministic: bool, **_: object) -> SharedConfig:
+        return SharedConfig(rows=32 if deterministic else 64, keys=32, warps=2, stages=2)
+
+    monkeypatch.setattr(shared, "shared_config", shared_config)
+    layer = SimpleNamespace(head_dim=64, num_heads=8, num_kv_heads=4)
+    context: Any = SimpleNamespace(
+        model=SimpleNamespace(attention_layer=layer),
+        config=SimpleNamespace(sliding_windows=[None]),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        block_size=64,
+        deterministic=deterministic,
+    )
+    requests = [make_request(number, [7, 8, number]) for number in range(32)]
+    found = PrefixFinder(context, True).find(requests, np.full(32, 130, np.int32), 32, 0)
+    tiles = SharedPrefixes.views(torch.from_numpy(found.numbers), 32).tiles
+    assert found.pays and int(tiles[:, 1].sum()) == 32
+    assert int(tiles[:, 1].max()) == (32 if deterministic else 64) // 2
