@@ -239,6 +239,8 @@ def _lie(cell: Cell, device: str) -> float:
             packed = publisher._endpoint._packed
             assert packed is not None
             packed.buffer[:1] += 1
+            if packed.buffer.is_cuda:  # nothing orders it before what another process reads
+                torch.cuda.synchronize()
 
         def packed_then_damaged(options: Any, deadline: Any, prepare: Any) -> Any:
             return opened(options, deadline, lambda update: (prepare(update), damage())[0])

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ipc_stand_in import stand_in
 from sync_support import ToyEngine, eventually, kill, read_line, weights
 
 from weight_sync import DeadlineExceeded, WeightPublisher
 from weight_sync.joint.service import JointChannel
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.ranked_service import RankedService
+from weight_sync.staging import opened_cuda_ipc
+from weight_sync.staging.opened_cuda_ipc import OpenedCudaIpcArena
 from weight_sync.staging.shadow_stage import StageMemory
 from weight_sync.transports.shared_memory import SharedMemoryArena
 from weight_sync.wire.messages import OpenArena, WeightRequest
@@ -66,6 +69,41 @@ def test_memory_of_a_stage_that_came_too_late_goes_back_and_the_next_update_has_
         publisher.publish(weights(2.0), timeout_s=60.0)
         assert engine.values() == {2.0} and memory.num_bytes > 0
     assert eventually(lambda: not engine.receiver._arenas) and memory.num_bytes == 0
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_arena_on_a_gpu_whose_opening_is_told_too_late_is_closed_before_its_memory_goes(
+    make_engine: Callable[..., ToyEngine], monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    """Else an engine would hold it, and a stage for it, for as long as the trainer lives."""
+    memory = stand_in(monkeypatch)
+    monkeypatch.setattr(opened_cuda_ipc, "_check_owner", lambda handle: None)  # both are here
+    engine = make_engine(serve=True)
+    add, let_go = engine.receiver.add_arena, OpenedCudaIpcArena.close
+    kept: list[int] = []
+
+    def late(arena: Any) -> int:
+        time.sleep(1.5)
+        return add(arena)
+
+    def noted(self: Any) -> None:
+        kept.append(len(memory._files))
+        let_go(self)
+
+    monkeypatch.setattr(engine.receiver, "add_arena", late)
+    monkeypatch.setattr(OpenedCudaIpcArena, "close", noted)
+    options: dict[str, Any] = {"transport": "cuda_ipc", "arena_bytes": 2048, "timeout_s": 1.0}
+    publisher = WeightPublisher(engine.address, **options)
+    with pytest.raises(DeadlineExceeded, match="OpenArena"):
+        publisher.publish(weights(1.0))
+    if closes:
+        publisher.close()
+    assert eventually(lambda: kept == [1]), (
+        "the engine has let go of it, and it was there until then"
+    )
+    assert eventually(lambda: not memory._files and not engine.receiver._arenas)
+    assert engine.receiver.stages.extra.num_bytes == 0
+    publisher.close()
 
 
 def test_an_arena_over_a_group_that_was_left_is_closed(

@@ -25,7 +25,7 @@ from ..transports.shared_memory import SharedMemoryArena
 from ..transports.trainer_group import TrainerGroup
 from ..wire.channel import Channel, RpcChannel
 from ..wire.deadline import Deadline
-from ..wire.futures import when_all_are_done
+from ..wire.futures import answer, when_all_are_done
 from ..wire.messages import (
     ArenaOpened,
     CloseArena,
@@ -50,6 +50,8 @@ TransportChoice = Literal["auto", "local", "shared_memory", "cuda_ipc", "process
 GroupBackend = Literal["auto", "gloo", "nccl"]
 _CLOSE_PATIENCE_S = 3600.0
 """How late a good-bye is heard, should the engine read it late."""
+_ANSWER_GRACE_S = 5.0
+"""How much later than its caller gives up the engine may say that it has opened an arena: it is told to close it."""
 
 
 class PackedArena(EngineArena):
@@ -322,13 +324,16 @@ class EngineEndpoint:
         future: Future[ArenaOpened] | None = None
         try:
             message = OpenArena(handle=arena.handle, staging=self._staging)
-            future = channel.submit(message, deadline.left_s("open the arena"))
+            left_s = deadline.left_s("open the arena")
+            future = channel.submit(message, left_s + _ANSWER_GRACE_S)
             opened: ArenaOpened = deadline.wait(future, "OpenArena")
         except BaseException:
             if future is None:
                 arena.close()
             else:
-                future.add_done_callback(lambda late: _close_late(channel, arena, late))
+                closed: Future[Any] = Future()
+                self._closing.append(closed)
+                future.add_done_callback(lambda late: _close_late(channel, arena, late, closed))
             raise
         return PackedArena(arena, opened.arena_id, layout, transport)
 
@@ -377,17 +382,25 @@ class EngineEndpoint:
         return frozenset(name for name in names if self._ignored.get(name, False))
 
 
-def _close_late(channel: Channel, arena: Arena, opened: "Future[ArenaOpened]") -> None:
-    """Nobody waits any more for what the engine says to an arena: close it at both ends, over there first."""
-    closed: Future[Any] | None = None
+def _close_late(
+    channel: Channel, arena: Arena, opened: "Future[ArenaOpened]", closed: "Future[Any]"
+) -> None:
+    """Nobody waits any more for what the engine says to an arena: close it at both ends, over there first, and end
+    `closed`."""
+
+    def close(_: object = None) -> None:
+        arena.close()
+        answer(closed, None)
+
+    over_there: Future[Any] | None = None
     if opened.exception() is None and channel.dead is None:
         with contextlib.suppress(SyncError):
             message = CloseArena(arena_id=opened.result().arena_id)
-            closed = channel.submit(message, _CLOSE_PATIENCE_S)
-    if closed is None:
-        arena.close()
+            over_there = channel.submit(message, _CLOSE_PATIENCE_S)
+    if over_there is None:
+        close()
     else:
-        closed.add_done_callback(lambda _: arena.close())
+        over_there.add_done_callback(close)
 
 
 def _can_be_asked(name: str) -> bool:
