@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MOE_FAMILIES)
 ROPE_KINDS = ("default", "linear", "llama3")
+
+_MOST = 2**30
+_COUNTS = {
+    "num_hidden_layers": 10_000,  # each becomes objects, here and in transformers
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _MOST),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _MOST),
+    **dict.fromkeys(("max_position_embeddings", "moe_intermediate_size"), _MOST),
+    **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), _MOST),
+}
+"""Whole numbers of a configuration that are at least 1, and at most this."""
+_POSITIVE = ("rms_norm_eps", "routed_scaling_factor")
+"""Numbers above zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +114,24 @@ class ModelConfig:
 
         raw = _read_json(Path(path) / "config.json")
         _refuse_unknown_family(raw.get("model_type"))
+        _refuse_numbers(raw.get)
         try:
             config = CONFIG_MAPPING[raw["model_type"]].from_dict({**raw, **_dtype_of(raw)})
+            return cls.from_hf(config)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"cannot read {Path(path) / 'config.json'}: got {type(error).__name__}: {error}; expected a "
                 f"valid {raw['model_type']} configuration; correct the file"
             ) from error
-        return cls.from_hf(config)
 
     @classmethod
     def from_hf(cls, config: PretrainedConfig) -> ModelConfig:
         """The same from a transformers configuration; `CheckpointError` names every feature that is not supported."""
         family = config.model_type
         _refuse_unknown_family(family)
+        _refuse_numbers(lambda name: getattr(config, name, None))
         problems: list[str] = []
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -212,6 +229,24 @@ def _refuse_unknown_family(model_type: object) -> None:
         )
 
 
+def _refuse_numbers(value_of: Callable[[str], Any]) -> None:
+    """What nothing could be built of, and what would be built for ever; None is for others to judge."""
+    for name, most in _COUNTS.items():
+        value = value_of(name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= most):
+            raise CheckpointError(
+                f"{name} of config.json: got {value!r}, expected a whole number from 1 to {most:,}; correct the file"
+            )
+    for name in _POSITIVE:
+        value = value_of(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise CheckpointError(
+                f"{name} of config.json: got {value!r}, expected a number above 0; correct the file"
+            )
+
+
 def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
     """transformers 5 has moved `rope_theta` and `rope_scaling` of older files into `rope_parameters`.
 
@@ -231,6 +266,8 @@ def _rope(config: PretrainedConfig, problems: list[str]) -> RopeConfig:
     if fraction != 1.0 and config.model_type != "glm4_moe":
         problems.append(f"partial_rotary_factor {fraction} in a {config.model_type} model")
     theta = float(values.get("rope_theta") or 10_000.0)
+    if not 0 < theta < math.inf:
+        problems.append(f"rope_theta {theta}, which is no base of frequencies")
     if kind == "default":
         return RopeConfig(theta=theta, fraction=fraction)
     if fraction != 1.0:
@@ -260,6 +297,8 @@ def _sliding_windows(config: PretrainedConfig, problems: list[str]) -> tuple[int
     num_layers = config.num_hidden_layers
     window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    if window is not None and window < 1:
+        problems.append(f"sliding_window {window}, which sees no token")
     if kinds is None or config.model_type in ("llama", "mistral", "mixtral"):
         everywhere = "full_attention" if window is None else "sliding_attention"
         if kinds is not None and set(kinds) != {everywhere}:

@@ -208,3 +208,39 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_words(copy):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot load a tokenizer"):
         Tokenizer(folder)
+
+
+ODD = (None, "x", -1, 0, 1.5, [], ["a"], [1], {}, {"a": 1}, True, float("nan"), 1e30, 10**12)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "glm4_moe"])
+def test_whatever_a_configuration_says_is_read_or_refused_with_its_type(
+    tiny_checkpoint, tmp_path, family
+):
+    raw = json.loads((tiny_checkpoint(family) / "config.json").read_text())
+    places = [(raw, key) for key in raw] + [
+        (inner, key) for inner in raw.values() if isinstance(inner, dict) for key in inner
+    ]
+    refused = set()
+    for values, key in places:
+        for odd in ODD:
+            usual, values[key] = values[key], odd
+            (tmp_path / "config.json").write_text(json.dumps(raw))
+            values[key] = usual
+            try:
+                ModelConfig.from_folder(tmp_path)
+            except CheckpointError:
+                refused.add((key, repr(odd)))
+    counts = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    bad = [repr(odd) for odd in ODD if odd is not None]
+    assert refused >= {(key, odd) for key in counts for odd in bad}
+    assert refused >= {("rms_norm_eps", "0"), ("rms_norm_eps", "nan"), ("rope_theta", "-1")}
+
+
+def test_a_number_that_is_none_is_named_with_what_is_expected(copy):
+    folder = copy("qwen3", num_hidden_layers=10**12)
+    with pytest.raises(
+        CheckpointError,
+        match=r"num_hidden_layers of config.json: got 1000000000000, .* 1 to 10,000",
+    ):
+        ModelConfig.from_folder(folder)

@@ -82,7 +82,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield from _draws(dtype)
     yield "float32 router", partial(_route, torch.float32, True)
     yield "few rows", partial(_few_rows, 9)
-    yield "few rows, all launches", partial(_few_rows, 1)
+    yield "every launch of products", partial(_few_rows, 1)
     yield "copies", _copies
 
 
