@@ -152,3 +152,14 @@ def test_a_folder_is_known_by_a_path_that_others_find_too(tmp_path, monkeypatch)
     config = engine_config("model", {"tokenizer_path": Path("model")})
     assert config.model_path == config.tokenizer_path == str(tmp_path / "model")
     assert engine_config("a/name", {}).model_path == "a/name"
+
+
+@pytest.mark.parametrize("name", ["max_running_requests", "tp_size", "ep_size"])
+def test_a_number_that_no_engine_has_is_refused_with_its_range(folder, name):
+    refused(ConfigError, folder, name, "at least 1", **{name: 0})
+
+
+def test_more_requests_than_a_launch_has_rows_for_are_refused(folder):
+    refused(
+        ConfigError, folder, "max_running_requests", "at most 65535", max_running_requests=65536
+    )

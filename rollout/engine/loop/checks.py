@@ -26,6 +26,8 @@ from .ranks import RankSpec, device_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_MOST_REQUESTS = 65_535
+"""Rows that kernels over a step's logits have room for in one launch."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -123,6 +125,9 @@ def check_config(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
+    if config.max_running_requests > _MOST_REQUESTS:
+        got, most = config.max_running_requests, _MOST_REQUESTS
+        raise ConfigError(f"max_running_requests: got {got}, expected at most {most}; lower it")
     for name in _AT_LEAST_ONE_OR_NONE:
         value = getattr(config, name)
         if value is not None and value < 1:
