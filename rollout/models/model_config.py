@@ -150,6 +150,8 @@ class ModelConfig:
             )
         moe = moe_config(config, problems)
         windows = _sliding_windows(config, problems)
+        if any(window is not None and window < 1 for window in windows):
+            problems.append(f"sliding_window {config.sliding_window}, which sees no token")
         if problems:
             raise CheckpointError(
                 f"cannot run this {family} checkpoint; not supported: {'; '.join(problems)}. "
@@ -297,8 +299,6 @@ def _sliding_windows(config: PretrainedConfig, problems: list[str]) -> tuple[int
     num_layers = config.num_hidden_layers
     window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if window is not None and window < 1:
-        problems.append(f"sliding_window {window}, which sees no token")
     if kinds is None or config.model_type in ("llama", "mistral", "mixtral"):
         everywhere = "full_attention" if window is None else "sliding_attention"
         if kinds is not None and set(kinds) != {everywhere}:
