@@ -33,9 +33,7 @@ COLUMNS = {
 }
 RIGHT = ("measured", "floor", "ratio")
 NO_RESULTS = "No result files yet: run `rollout bench --help`."
-
-
-NUMBERS = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
+NUMBERS = dict(enumerate("One Two Three Four Five Six Seven Eight".split(), 1))
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
@@ -79,8 +77,7 @@ def _gpus(device: str) -> tuple[int, str]:
 
 
 def _many(num: int, name: str) -> str:
-    word = NUMBERS[num] if 0 < num < len(NUMBERS) else str(num)
-    return f"{word} {name}{'' if num == 1 else 's'}"
+    return f"{NUMBERS.get(num, num)} {name}{'' if num == 1 else 's'}"
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MOE_FAMILIES)
 ROPE_KINDS = ("default", "linear", "llama3")
 
-_MOST = 2**30
-_COUNTS = {
-    "num_hidden_layers": 10_000,  # each becomes objects, here and in transformers
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _MOST),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _MOST),
-    **dict.fromkeys(("max_position_embeddings", "moe_intermediate_size"), _MOST),
-    **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), _MOST),
+_SIZES = """
+vocab_size hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads max_position_embeddings
+moe_intermediate_size num_experts_per_tok decoder_sparse_step
+""".split()
+_MAY_BE_ZERO = ("n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace")
+_WHOLE = {
+    **dict.fromkeys(_SIZES, range(1, 2**30)),
+    **dict.fromkeys(_MAY_BE_ZERO, range(2**30)),
+    "num_hidden_layers": range(1, 10_001),  # each becomes objects, here and in transformers
+    "num_nextn_predict_layers": range(10_001),
 }
-"""Whole numbers of a configuration that are at least 1, and at most this."""
+"""Whole numbers of a configuration, and what they may be."""
 _POSITIVE = ("rms_norm_eps", "routed_scaling_factor")
 """Numbers above zero."""
 
@@ -233,12 +236,13 @@ def _refuse_unknown_family(model_type: object) -> None:
 
 def _refuse_numbers(value_of: Callable[[str], Any]) -> None:
     """What nothing could be built of, and what would be built for ever; None is for others to judge."""
-    for name, most in _COUNTS.items():
+    for name, allowed in _WHOLE.items():
         value = value_of(name)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and 1 <= value <= most):
+        if value is not None and not (whole and value in allowed):
             raise CheckpointError(
-                f"{name} of config.json: got {value!r}, expected a whole number from 1 to {most:,}; correct the file"
+                f"{name} of config.json: got {value!r}, expected a whole number from {allowed[0]} to {allowed[-1]:,}; "
+                "correct the file"
             )
     for name in _POSITIVE:
         value = value_of(name)

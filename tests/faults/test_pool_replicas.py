@@ -138,7 +138,12 @@ def test_a_rerun_draws_the_same_samples(pool: RolloutPool, trainer: Any) -> None
     hurt(pool, 1)
     thread.join(60)
     assert any(result["meta_info"]["num_reruns"] for result in got)
-    check_same_samples(got, expected, model=trainer, prompts=prompts, sampling_params=params)
+    asked: dict[str, Any] = {"model": trainer, "prompts": prompts, "sampling_params": params}
+    check_same_samples(got, expected, **asked)
+    first, *others = got[0]["output_ids"]
+    wrong = [{**got[0], "output_ids": [(first + 1) % 256, *others]}, *got[1:]]
+    with pytest.raises(AssertionError):
+        check_same_samples(wrong, expected, **asked)
 
 
 def test_a_stream_begins_anew_on_another_replica(pool: RolloutPool, trainer: Any) -> None:

@@ -230,10 +230,14 @@ class EngineEndpoint:
         if closed is not None and isinstance(packed.arena, CudaIpcArena):
             # Its memory goes when the engine has let go of it, or is not there any more.
             closed.add_done_callback(lambda _: packed.close())
-            self._closing = [one for one in (*self._closing, closed) if not one.done()]
+            self._note(closed)
         else:
             packed.close()
         return closed
+
+    def _note(self, closed: "Future[Any]") -> None:
+        """An engine is told to let go of an arena; `closed` ends when it has."""
+        self._closing = [one for one in (*self._closing, closed) if not one.done()]
 
     def close(self) -> None:
         """Give the arena and the connection back; that stays until an engine that is busy has let go of GPU memory."""
@@ -332,7 +336,7 @@ class EngineEndpoint:
                 arena.close()
             else:
                 closed: Future[Any] = Future()
-                self._closing.append(closed)
+                self._note(closed)
                 future.add_done_callback(lambda late: _close_late(channel, arena, late, closed))
             raise
         return PackedArena(arena, opened.arena_id, layout, transport)
