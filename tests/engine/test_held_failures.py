@@ -77,10 +77,10 @@ def held(
     """An older call, and a version whose last norm is `value`, which serves and is found `right`, or not, later."""
     looking, go_on, compare = threading.Event(), threading.Event(), WeightCommit._compare
 
-    def look(commit: WeightCommit) -> None:
+    def look(commit: WeightCommit, first: Callable[[], None]) -> None:
         looking.set()
         assert go_on.wait(60)
-        compare(commit)
+        compare(commit, first)
         if not right:
             raise FingerprintMismatch("a test says so")
 

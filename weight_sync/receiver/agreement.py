@@ -6,7 +6,7 @@ add up to the value of the whole; parts that several ranks hold must be equal, a
 
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -57,30 +57,51 @@ def together(agreement: RankAgreement, step: Callable[[], T]) -> T:
 
     The rank that failed raises its own error; the others a `WeightUpdateError` that names it.
     """
-    failure: BaseException | None = None
-    try:
-        result = step()
-    except BaseException as error:
-        failure = error
+    result, failure = _outcome(step)
     if agreement.size > 1:
-        words = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        problems = agreement.gather_text(words)
-        if failure is None and any(problems):
-            told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text)
-            raise WeightUpdateError(f"the update failed on another rank: {told}")
+        _gather_unless_failed(agreement, np.zeros(0, dtype=np.uint64), failure)
     if failure is not None:
         raise failure
-    return result
+    return cast(T, result)
 
 
-def check_in_time(agreement: RankAgreement, end: float, what: str) -> None:
+def _outcome(step: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return step(), None
+    except BaseException as error:
+        return None, error
+
+
+def _gather_unless_failed(
+    agreement: RankAgreement, values: np.ndarray, failure: BaseException | None
+) -> np.ndarray:
+    """`gather`, and in the same message whether a rank has failed; then all tell why, and all raise."""
+    rows = agreement.gather(np.append(values.reshape(-1), np.uint64(failure is not None)))
+    if not rows[:, -1].any():
+        return rows[:, :-1].reshape(agreement.size, *values.shape)
+    words = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    problems = agreement.gather_text(words)
+    if failure is not None:
+        raise failure
+    told = "; ".join(
+        f"rank {rank}: {text or 'it gave no reason'}"
+        for rank, text in enumerate(problems)
+        if rows[rank, -1]
+    )
+    raise WeightUpdateError(f"the update failed on another rank: {told}")
+
+
+def check_in_time(
+    agreement: RankAgreement, end: float, what: str, *, have_met: bool = False
+) -> None:
     """`DeadlineExceeded` on all ranks when `end` (monotonic, each rank's own) has passed on one of them.
 
     The last thing before what cannot be taken back: since the loop decided to come here a process may have been
     stopped for any length of time, and whoever asked has been told that it was too late. So may a rank before it was
-    told at all, which then counts its time anew: the clock is looked at when all have come.
+    told at all, which then counts its time anew: the clock is looked at when all have come. `have_met`: a gathering at
+    this boundary has just said so.
     """
-    if agreement.size > 1:
+    if agreement.size > 1 and not have_met:
         agreement.gather(np.zeros(1, dtype=np.uint64))
     late = time.monotonic() >= end
     if agreement.size > 1:
@@ -102,10 +123,15 @@ def whole_values(
     read() (N,) uint64: this rank's sums; regions (N,) uint64: which part of each tensor it holds, equal for equal ones.
     Where ranks that hold the same part disagree about it, the result is wrong on purpose, and so compares unequal.
     """
-    values = together(agreement, read)
+    values, failure = _outcome(read)
+    if agreement.size > 1:
+        mine = np.stack([np.zeros_like(regions) if values is None else values, regions])
+        gathered = _gather_unless_failed(agreement, mine, failure)
+    if failure is not None:
+        raise failure
+    values = cast(np.ndarray, values)
     if agreement.size == 1:
         return values
-    gathered = agreement.gather(np.stack([values, regions]))
     found, parts = gathered[:, 0], gathered[:, 1]
     total = np.zeros_like(values)
     torn = np.zeros(len(values), dtype=bool)

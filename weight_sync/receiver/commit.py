@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from ..errors import (
@@ -115,18 +116,19 @@ class WeightCommit:
         session = self.session
         if (gone := unwritable(self.host)) is not None:  # on all ranks or on none
             raise gone
-        self._compare_staged()
-        check_in_time(self.agreement, self.end, f"the commit of version {session.version}")
+        have_met = self._compare_staged()
+        what = f"the commit of version {session.version}"
+        check_in_time(self.agreement, self.end, what, have_met=have_met)
         overlapped = session.request.verify == "overlapped"
         if overlapped:
             self.host.hold_outputs()
             self._holding = True
         try:
             session.phase = Phase.WRITING
-            together(self.agreement, self._replay)
-            if not overlapped:
-                self._compare()
-            together(self.agreement, self._tell_host)
+            if overlapped:
+                together(self.agreement, self._write_and_tell)
+            else:
+                self._compare(self._write_and_tell)
             self.on_served(
                 Served(version=session.version, label=session.label, torn=self.torn_after)
             )
@@ -136,6 +138,12 @@ class WeightCommit:
             self._undo(error)
         finally:
             self.pause_s += time.perf_counter() - start
+
+    def _write_and_tell(self) -> None:
+        # What the host has to do, it does while a GPU copies. Should the bytes turn out wrong, it is told again, or
+        # that they are torn, before the next step.
+        self._replay()
+        self._tell_host()
 
     def _tell_host(self) -> None:
         # After torn weights, whatever was computed with them must go.
@@ -152,27 +160,36 @@ class WeightCommit:
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
 
-    def _compare_staged(self) -> None:
-        """Where no rank has seen whole tensors yet: nothing has been written so far, so a mismatch costs nothing."""
+    def _compare_staged(self) -> bool:
+        """Where no rank has seen whole tensors yet: nothing has been written so far, so a mismatch costs nothing.
+
+        Whether the ranks have met for it."""
         session = self.session
         if not session.stage.in_parts:
-            return
+            return False
         indices = session.indices
         regions = session.known.regions if indices is None else session.known.regions[indices]
         found = whole_values(self.agreement, lambda: session.stage.summands(indices), regions)
         declared = session.decoded if indices is None else session.decoded[indices]
         session.compare(found, indices, declared, "staged")
+        return self.agreement.size > 1
 
-    def _compare(self) -> None:
-        start = time.perf_counter()
+    def _compare(self, first: Callable[[], None]) -> None:
+        """Compare what is resident on all ranks after `first`; where either fails on one, it has failed on all."""
         session = self.session
         indices = session.indices
         regions = session.known.regions
+        start = time.perf_counter()
+
+        def read() -> np.ndarray:
+            nonlocal start
+            first()
+            start = time.perf_counter()
+            return as_uint64(session.plan.resident_fingerprints(indices))
+
         with self.host.named("verify"):
             found = whole_values(
-                self.agreement,
-                lambda: as_uint64(session.plan.resident_fingerprints(indices)),
-                regions if indices is None else regions[indices],
+                self.agreement, read, regions if indices is None else regions[indices]
             )
         declared = session.decoded if indices is None else session.decoded[indices]
         session.compare(found, indices, declared, "resident")
@@ -182,8 +199,7 @@ class WeightCommit:
     def _verify_overlapped(self) -> None:
         """All ranks come to the same answer, and let go of their tokens, or undo them, at one boundary."""
         try:
-            together(self.agreement, self.session.stage.after_write)
-            together(self.agreement, self._compare)
+            together(self.agreement, lambda: self._compare(self.session.stage.after_write))
         except BaseException as error:
             failure = error
         else:

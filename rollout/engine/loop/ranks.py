@@ -161,12 +161,9 @@ class GroupAgreement:
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, in rank order, cut where it is very long."""
         data = text.encode()[: self._TEXT_BYTES]
-        frame = torch.zeros(self._TEXT_BYTES, dtype=torch.uint8)
-        frame[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
-            : len(data)
-        ]
-        rows = self._gather(frame)
-        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+        frame = torch.frombuffer(bytearray(data.ljust(self._TEXT_BYTES, b"\0")), dtype=torch.uint8)
+        rows = self._gather(frame).numpy()
+        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._lost is None:
