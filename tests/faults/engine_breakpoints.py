@@ -1,18 +1,25 @@
 """Breakpoints inside the processes of an engine: a rank stops where a test wants it to, or fails there.
 
 Files in a folder are the breakpoints. While `stop-<point>-<whom>` exists, that rank waits at that point, after it has
-made `at-<point>-<whom>`. `fail-<point>-<whom>` makes it raise there, once, and `damage-<whom>` makes its next commit
+made `at-<point>-<whom>`. `hang-<point>-<whom>` makes it wait there for ever, with the interpreter's lock: no thread of
+it does anything any more. `fail-<point>-<whom>` makes it raise there, once, and `damage-<whom>` makes its next commit
 write a wrong byte. `<whom>` is the number of a rank, or `pid` and a process id where several engines have equal ranks.
 
 begin, stage, vote    before the receiver carries the message out
 step                  before a step of the engine loop
 commit                inside the pause: this rank's bytes are the new version's, nothing is compared yet
 verify                after it, where the new version is compared while the engine runs on
+end                   after the loop, before anything is given back
+
+A rank that gets a SIGUSR1 says on standard error what its threads do.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +41,17 @@ class Points:
         return None
 
     def pass_point(self, point: str, rank: int) -> None:
-        """Stop or fail here if that is what the test wants."""
+        """Stop, hang or fail here if that is what the test wants."""
         stop = self.find(f"stop-{point}", rank)
         if stop is not None:
             (self._folder / stop.name.replace("stop-", "at-", 1)).touch()
             while stop.exists():
                 time.sleep(0.002)
+        hang = self.find(f"hang-{point}", rank)
+        if hang is not None:
+            (self._folder / hang.name.replace("hang-", "at-", 1)).touch()
+            while True:
+                ctypes.PyDLL(None).sleep(1000)
         fail = self.find(f"fail-{point}", rank)
         if fail is not None:
             fail.unlink()
@@ -63,6 +75,7 @@ def install(folder: Path) -> None:
     from weight_sync.receiver.commit import WeightCommit
     from weight_sync.receiver.receiver import WeightReceiver
 
+    faulthandler.register(signal.SIGUSR1)
     points = Points(folder)
     service._SWEEP_INTERVAL_S = 0.05
     silence = folder / "silence"
@@ -74,7 +87,7 @@ def install(folder: Path) -> None:
     _before(points, WeightReceiver, "prepare", "vote")
     maps: list[Any] = []
     make, replay, step = WeightReceiver.__init__, WeightCommit._replay, EngineCore.step
-    verify = WeightCommit._verify_overlapped
+    verify, close = WeightCommit._verify_overlapped, EngineCore._close
 
     def make_and_keep(self: Any, weight_map: Any, *arguments: Any, **options: Any) -> None:
         maps.append(weight_map)
@@ -95,7 +108,12 @@ def install(folder: Path) -> None:
         points.pass_point("verify", self.agreement.rank)
         verify(self)
 
+    def stop_and_close(self: Any, *arguments: Any, **options: Any) -> None:
+        points.pass_point("end", self._ranks.spec.rank)
+        close(self, *arguments, **options)
+
     EngineCore.step = step_and_stop  # type: ignore[method-assign]
+    EngineCore._close = stop_and_close  # type: ignore[method-assign]
     WeightCommit._verify_overlapped = stop_and_verify  # type: ignore[method-assign]
     WeightReceiver.__init__ = make_and_keep  # type: ignore[method-assign]
     WeightCommit._replay = replay_and_stop  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ from engine_faults import (
     is_alive,
     kill_all,
     wait_for,
+    what_it_does,
 )
 from fault_matrix import DISK, GROUP, UPDATE, Case, Outcome
 from shm import shm_names
@@ -72,9 +73,15 @@ def publish(address: str, folder: Path, number: int, transport: Any = "auto") ->
         publisher.publish(version_weights(folder, number), label=f"v{number}")
 
 
-def all_gone(pids: list[int]) -> None:
-    """Wait until none of them is alive."""
-    wait_for("the end of all processes", lambda: not any(map(is_alive, pids)), PROMPTLY_S)
+def all_gone(pids: list[int], timeout_s: float = PROMPTLY_S) -> None:
+    """Wait until none of them is alive; the error says which still are, and what they do."""
+    end = time.monotonic() + timeout_s
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        if time.monotonic() > end:
+            numbers = ", ".join(f"number {pids.index(pid)} is {what_it_does(pid)}" for pid in alive)
+            time.sleep(1.0)  # for what they say themselves
+            raise AssertionError(f"processes are alive after {timeout_s:.3g} s; {numbers}")
+        time.sleep(0.005)
 
 
 def fails(action: Callable[[], object]) -> bool:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,26 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return stat.rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def what_it_does(pid: int) -> str:
+    """What a process is, and what its threads wait for; a rank says on standard error where in its code that is."""
+
+    def read(path: Path) -> str:
+        with suppress(OSError):
+            return path.read_text(errors="replace").strip()
+        return ""
+
+    with suppress(OSError):
+        os.kill(pid, signal.SIGUSR1)
+    place, threads = Path(f"/proc/{pid}"), Counter[str]()
+    for task in place.glob("task/*"):
+        state = read(task / "stat").rpartition(")")[2].split()[:1]
+        stack = [line.split()[-1] for line in read(task / "stack").splitlines()[:3]]
+        waits_in = " < ".join(stack) or read(task / "wchan")
+        threads[" ".join([read(task / "comm"), *state, waits_in])] += 1
+    told = ", ".join(f"{number} x {thread}" for thread, number in threads.items())
+    return f"process {pid} ({read(place / 'cmdline').replace(chr(0), ' ')[:120]}): {told}"
 
 
 def num_descriptors(pid: int) -> int:
@@ -160,6 +181,10 @@ class Breakpoints:
         """Let it continue, and stop no more."""
         (self.folder / f"stop-{point}-{whom}").unlink(missing_ok=True)
 
+    def hang(self, point: str, whom: int | str) -> None:
+        """Let it wait at `point` for ever, and none of its threads do anything any more."""
+        (self.folder / f"hang-{point}-{whom}").touch()
+
     def fail(self, point: str, whom: int | str) -> None:
         """Let it raise at `point`, once."""
         (self.folder / f"fail-{point}-{whom}").touch()
@@ -258,7 +283,8 @@ def engine_options(**options: Any) -> dict[str, Any]:
 class Stream:
     """A client that generates, one long request after another, until it is told to stop or gets an error.
 
-    With `endless` it goes on after torn weights have refused or ended a request, which keeps what it had by then.
+    With `endless` it goes on after torn weights have refused or ended a request, which keeps what it had by then. With
+    `wait`, the first token is there.
     """
 
     def __init__(
@@ -268,6 +294,7 @@ class Stream:
         *,
         endless: bool = False,
         num_tokens: int = 60,
+        wait: bool = True,
     ) -> None:
         self._engine = engine
         self._endless = endless
@@ -280,7 +307,7 @@ class Stream:
         self.ended = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._started.wait(120)  # a GPU's kernels may have to be compiled first
+        assert not wait or self._started.wait(120)  # a GPU's kernels may have to be compiled first
 
     def _run(self) -> None:
         params = {"temperature": 1.0, "max_new_tokens": self._num_tokens, "ignore_eos": True}

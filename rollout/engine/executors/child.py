@@ -4,10 +4,13 @@ Reads a `RankSpec` and an `EngineConfig`, a line of JSON each, from standard inp
 part of the model, and writes one line of JSON (`{"address": ...}` or `{"error": ..., "code": ...}`) to file descriptor
 FD. Then it serves until it is told to shut down, gets a SIGTERM, its owner ends, or standard input ends or says a word,
 which means that its owner has let go. Only rank 0 listens to clients; the address of another rank is empty.
+
+Nothing keeps it: from when its end is certain, `end_within` bounds what it may still wait for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +21,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from typing import NoReturn
 
 import msgspec
 
@@ -25,6 +30,7 @@ from weight_sync.process_groups.children import life_of
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
+from .end_within import END_S, FAILED_S, end_within
 from .rank_server import RankServer, failure_report, log_level
 
 
@@ -54,11 +60,23 @@ def main() -> int:
     try:
         servers.append(RankServer(config, spec))
     except Exception as error:
+        end_within(END_S)
         _report(ready_fd, failure_report(error))
         return 1
     _report(ready_fd, {"address": servers[0].address})
-    servers[0].run()
+    try:
+        servers[0].run()
+    except BaseException as error:
+        _leave(error)
     return 0
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Say why and be gone: the interpreter's end gives back memory of a GPU that may wait for a rank that has died."""
+    with contextlib.suppress(Exception):
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    os._exit(1)
 
 
 def _report(fd: int, message: dict[str, str]) -> None:
@@ -82,6 +100,7 @@ def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, termi
     """Block until the owner ends or lets go, or a SIGTERM; then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
     ready = select.select([0, terminated, *life_of(owner)], [], [])[0]
+    end_within(FAILED_S)
     for server in servers:
         server.close_socket()
     if spec.socket_folder:

@@ -26,6 +26,7 @@ from ...protocol.wire import REPLY_TYPES
 from ..loop.ranks import RankSpec
 from .over_rpc import OverRpc
 from .rank_process import RankProcess, await_ready
+from .rank_watch import RankWatch
 
 
 class LocalExecutor(OverRpc):
@@ -38,6 +39,7 @@ class LocalExecutor(OverRpc):
         self._lock = threading.Lock()
         self._store = StoreServer(timeout_s=config.start_timeout_s) if config.tp_size > 1 else None
         self._ranks: list[RankProcess] = []
+        self._watch = RankWatch(self._ranks)
         self._sockets = private_folder()  # Ours to remove: a rank that is killed cannot.
         try:
             for rank in range(config.tp_size):
@@ -45,8 +47,9 @@ class LocalExecutor(OverRpc):
             deadline = time.monotonic() + config.start_timeout_s
             self._address = await_ready(self._ranks, deadline, config.start_timeout_s)[0]
             self._client = RpcClient(
-                self._address, REPLY_TYPES, errors=ERRORS, liveness=self._why_dead
+                self._address, REPLY_TYPES, errors=ERRORS, liveness=self._watch.why_dead
             )
+            self._watch.start()
         except BaseException:
             self._stop(grace_s=0.0)
             raise
@@ -60,7 +63,7 @@ class LocalExecutor(OverRpc):
         grace_s = (
             1.0  # Who does not answer, because it is stopped or hangs, is not waited for either.
         )
-        if self._why_dead() is None:
+        if self._watch.why_dead() is None:
             with contextlib.suppress(SyncError, OSError):
                 self._connection.call(Shutdown(), timeout_s=5.0)
                 grace_s = 10.0
@@ -86,16 +89,6 @@ class LocalExecutor(OverRpc):
             model=self._model,
         )
 
-    def _why_dead(self) -> str | None:
-        """Why the engine is gone: one of its ranks is; then the others are ended as well."""
-        for rank in self._ranks:
-            reason = rank.why_dead()
-            if reason is not None:
-                for other in self._ranks:
-                    other.kill()
-                return reason
-        return None
-
     def _stop(self, grace_s: float) -> None:
         with self._lock:
             deadline = time.monotonic() + grace_s
@@ -103,6 +96,7 @@ class LocalExecutor(OverRpc):
                 rank.let_go()
             for rank in self._ranks:
                 rank.stop(left_s(deadline))
+            self._watch.close()
             if self._store is not None:
                 self._store.close()
             shutil.rmtree(self._sockets, ignore_errors=True)

@@ -83,9 +83,14 @@ class RankProcess:
         """It has said all that it says there. Safe to repeat."""
         self._ready_pipe.close()
 
+    @property
+    def exit_code(self) -> int | None:
+        """How the child ended, as `subprocess` says it; None while it lives."""
+        return self._process.poll()
+
     def why_dead(self) -> str | None:
         """Why the child is gone, or None while it lives."""
-        code = self._process.poll()
+        code = self.exit_code
         if code is None:
             return None
         words = exit_words(code)
@@ -109,11 +114,17 @@ class RankProcess:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds for its end; whether it came."""
+        try:
+            self._process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def stop(self, grace_s: float) -> None:
         """Wait up to `grace_s` seconds for its end, then kill it."""
-        try:
-            self._process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
+        if not self.wait(grace_s):
             self._process.kill()
             self._process.wait()
         self._output.close()

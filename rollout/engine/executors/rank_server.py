@@ -16,6 +16,7 @@ from ...errors import ERRORS
 from ...protocol.wire import REQUEST_TYPES
 from ..loop.build import build_core
 from ..loop.ranks import RankSpec, device_of
+from .end_within import END_S, FAILED_S, end_within
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,12 @@ class RankServer:
         return self._server.address if self._server is not None else ""
 
     def run(self) -> None:
-        """Serve on this thread until a client says `Shutdown`; raises what the loop could not survive."""
+        """Serve on this thread until a client says `Shutdown`; raises what the loop could not survive.
+
+        Whatever still waits for something after that, this process ends in `FAILED_S` or `END_S` seconds.
+        """
         try:
-            self._core.run()
+            self._core.run(lambda failed: end_within(FAILED_S if failed else END_S))
         finally:
             self.close_socket()
 

@@ -205,8 +205,8 @@ class EngineCore:
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Serve until `Shutdown`; the thread that calls this is the loop's thread."""
+    def run(self, ends: Callable[[bool], None] = lambda failed: None) -> None:
+        """Serve until `Shutdown`; the calling thread is the loop's. `ends(failed)` comes before all is closed."""
         self._thread = threading.current_thread()
         if self.runner.device.type == "cuda":
             torch.cuda.set_device(self.runner.device)  # of this thread
@@ -219,7 +219,9 @@ class EngineCore:
             self._fail_all(error)
             raise
         finally:
-            self._close()
+            failed = isinstance(self._ending, EngineDiedError)  # `_fail_all` has said so.
+            ends(failed)
+            self._close(lost=failed and self._ranks.spec.size > 1)
 
     def turn(self) -> None:
         """What comes before the next step, then the step."""
@@ -236,10 +238,8 @@ class EngineCore:
 
     def _fail_all(self, error: BaseException) -> None:
         """The loop cannot go on: nobody must take what they have for a result."""
-        died = EngineDiedError(
-            f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
-        )
-        self._ending = died
+        why = f"the engine's loop ended with {type(error).__name__}: {error}; start a new engine"
+        self._ending = died = EngineDiedError(why)
         self.post.fail_all(died)
 
     def step(self) -> bool:
@@ -349,11 +349,8 @@ class EngineCore:
                 f"; generation is paused by pause_generation(mode={self._paused!r}) until {end} (in {left_s:.3g} s): "
                 "call continue_generation"
             )
-        if self.memory.released:
-            return (
-                f"; the memory of {', '.join(sorted(self.memory.released))} is released: resume it"
-            )
-        return ""
+        gone = ", ".join(sorted(self.memory.released))
+        return f"; the memory of {gone} is released: resume it" if gone else ""
 
     def _expire(self, item: Expire) -> None:
         """End calls with what they have: whatever is finished or begun is worth something."""
@@ -481,8 +478,8 @@ class EngineCore:
         self._asked_to_end.append(call)
         self._closed.set()
 
-    def _close(self) -> None:
-        """End what is left; after this `submit` refuses."""
+    def _close(self, lost: bool = False) -> None:
+        """End what is left; after this `submit` refuses. lost: other ranks may be gone; all goes with the process."""
         self._closed.set()
         self._watch.close()
         self._boundaries.close(EngineDiedError(str(self._ending)))
@@ -494,7 +491,10 @@ class EngineCore:
         self._inbox.drain(lambda call: call.fail(self._ending))
         for call in self._asked_to_end:  # Last of all: whoever is told that it ends hangs up.
             call.reply(cmd.Done())
-        self.weights.close()
-        self.memory.end(alone=self._ranks.spec.size == 1 and self._service.ended)
-        self._ranks.close()
+        if (
+            not lost
+        ):  # Else what frees a GPU's memory waits for kernels, and they for a rank that is gone.
+            self.weights.close()
+            self.memory.end(alone=self._ranks.spec.size == 1 and self._service.ended)
+            self._ranks.close()
         self._inbox.drain(lambda call: call.fail(self._ending))
