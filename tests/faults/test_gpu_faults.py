@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "sync"))
 
 import gpu_faults
+from engine_process import state_of
 from gpu_fault_cells import CELLS, Cell, document
 from ipc_stand_in import stand_in
+from sync_support import ToyEngine
 
 
 @pytest.mark.gpu
@@ -38,6 +42,28 @@ FEW = [
 def test_over_memory_files(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
     gpu_faults.run_cell(cell, "cpu")
+
+
+def test_an_engine_is_looked_at_between_steps_and_not_while_an_update_is_written() -> None:
+    engine = ToyEngine()
+    half, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        first, *others = engine.weight_map.parameters.values()
+        first.data.fill_(2.0)
+        half.set()
+        go_on.wait(0.3)
+        for parameter in others:
+            parameter.data.fill_(2.0)
+
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(engine.host.between_steps, write, 30.0)
+        assert half.wait(30)
+        assert len(engine.values()) == 2
+        state = state_of(engine)
+        assert state["values"] == [2.0] and state["mixtures"] == []
+        written.result(30)
+    engine.close()
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 3])

@@ -1,12 +1,14 @@
 """A toy engine in a process of its own: where it listens ("-": anywhere), and the device of its weights.
 
-Prints its address, then a line with its state for every line that it reads; "block" stops its loop first.
+Prints its address, then a line with its state for every line that it reads; "block" stops its loop first. The state is
+what a step would find: it is looked at where steps are taken, never while an update is being written.
 """
 
 import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +27,7 @@ def main() -> None:
     for line in sys.stdin:
         if line.strip() == "block":
             engine.host.blocked.set()
-        state = {
-            "version": engine.receiver.version,
-            "values": sorted(engine.values()),
-            "mixtures": engine.host.mixtures,
-            "torn": engine.receiver.torn,
+        state = state_of(engine) | {
             "moved": engine.addresses != addresses,
             "opened": memory.num_opened if memory is not None else 0,
             "still_open": len(engine.service._allocations),
@@ -37,6 +35,23 @@ def main() -> None:
         }
         print(json.dumps(state))
     engine.close()
+
+
+def state_of(engine: ToyEngine) -> dict[str, Any]:
+    """What it serves at the next boundary between two steps; at once, if there will be none."""
+
+    def look() -> dict[str, Any]:
+        return {
+            "version": engine.receiver.version,
+            "values": sorted(engine.values()),
+            "mixtures": list(engine.host.mixtures),
+            "torn": engine.receiver.torn,
+        }
+
+    if engine.host.blocked.is_set():
+        return look()
+    found: dict[str, Any] = engine.host.between_steps(look, 30.0)
+    return found
 
 
 if __name__ == "__main__":
