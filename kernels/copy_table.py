@@ -31,6 +31,9 @@ from .copy_kernels import (
 from .copy_pieces import MAX_DIMS, Piece
 from .launching import launching_on, tl
 
+Addresses = Sequence[int] | torch.Tensor
+"""Of allocations: numbers, or their 64 bits as int64 on the CPU, which stay as they are once they were given."""
+
 _TILE_BYTES = fp.TILE_ROWS * fp.WIDE_ROW_BYTES
 _RUN_BYTES = 512
 """Least bytes of a strided piece's contiguous runs that are worth a program each."""
@@ -55,8 +58,8 @@ class CopyTable:
         self,
         pieces: Iterable[Piece],
         *,
-        sources: Sequence[int],
-        targets: Sequence[int],
+        sources: Addresses,
+        targets: Addresses,
         device: torch.device,
         num_outputs: int = 0,
         copy: bool = True,
@@ -65,23 +68,25 @@ class CopyTable:
         self.device = device
         self.num_outputs = num_outputs
         self._copy = copy
-        self._alignment = _alignment(sources), _alignment(targets)
-        self._addresses: dict[bool, tuple[list[int], torch.Tensor]] = {}
+        from_, to = _column(sources), _column(targets)
+        self._alignment = from_ & 15, to & 15
+        self._addresses: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         pieces = list(pieces)
-        self._batches = _compile(pieces, sources, targets, device, copy=copy)
+        self._batches = _compile(pieces, from_.tolist(), to.tolist(), device, copy=copy)
         self._exponents, self._blank = _exponents_of(pieces, num_outputs, device)
         last_row = max((batch.last_row for batch in self._batches), default=0)
         self._outer = fp.outer_keys(last_row + 1, device)
 
-    def fits(self, sources: Sequence[int], targets: Sequence[int]) -> bool:
+    def fits(self, sources: Addresses, targets: Addresses) -> bool:
         """Whether these addresses are aligned as those that it was compiled for."""
-        return (_alignment(sources), _alignment(targets)) == self._alignment
+        both = zip((sources, targets), self._alignment, strict=True)
+        return all(torch.equal(_column(addresses) & 15, held) for addresses, held in both)
 
-    def run(self, sources: Sequence[int], targets: Sequence[int] = ()) -> torch.Tensor:
+    def run(self, sources: Addresses, targets: Addresses = ()) -> torch.Tensor:
         """Issue everything on the current stream. The sums, (N,) int64 on the device, once it has run."""
         return self._run(sources, targets, finite=False)[0]
 
-    def run_checked(self, sources: Sequence[int], targets: Sequence[int] = ()) -> torch.Tensor:
+    def run_checked(self, sources: Addresses, targets: Addresses = ()) -> torch.Tensor:
         """As `run`; (2, N) int64: the sums, and in the second row 0 where all that was summed is certainly finite.
 
         Integers are. Of a few rare dtypes it is not known, and they have 1.
@@ -90,7 +95,7 @@ class CopyTable:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _run(self, sources: Sequence[int], targets: Sequence[int], *, finite: bool) -> torch.Tensor:
+    def _run(self, sources: Addresses, targets: Addresses, *, finite: bool) -> torch.Tensor:
         out = self._blank.clone()
         from_, to = self._upload(True, sources), self._upload(False, targets)
         for batch in self._batches:
@@ -99,11 +104,11 @@ class CopyTable:
             )
         return out
 
-    def _upload(self, is_source: bool, addresses: Sequence[int]) -> torch.Tensor:
+    def _upload(self, is_source: bool, addresses: Addresses) -> torch.Tensor:
         held = self._addresses.get(is_source)
-        wanted = list(addresses) or [0]
-        if held is None or held[0] != wanted:
-            held = wanted, torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        wanted = _column(addresses if len(addresses) else (0,))
+        if held is None or not torch.equal(held[0], wanted):
+            held = wanted, wanted.to(self.device, copy=True)
             self._addresses[is_source] = held
         return held[1]
 
@@ -156,8 +161,11 @@ def _view(memory: torch.Tensor, offset: int, dtype: torch.dtype) -> torch.Tensor
     return rest[: len(rest) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def _alignment(addresses: Sequence[int]) -> bytes:
-    return bytes(address & 15 for address in addresses)
+def _column(addresses: Addresses) -> torch.Tensor:
+    if isinstance(addresses, torch.Tensor):
+        return addresses
+    numbers = [fp.signed(address) for address in addresses]
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,9 +390,9 @@ def _word_batches(
     copy: bool,
 ) -> list[_Batch]:
     """Runs that allow 16-byte accesses, and the others: a launch each."""
-    at = torch.tensor(_signed(sources), dtype=torch.int64)[runs[:, 0]] + runs[:, 1]
+    at = torch.tensor(sources or [0])[runs[:, 0]] + runs[:, 1]
     if copy:
-        at |= torch.tensor(_signed(targets), dtype=torch.int64)[runs[:, 2]] + runs[:, 3]
+        at |= torch.tensor(targets or [0])[runs[:, 2]] + runs[:, 3]
     aligned = at % 16 == 0
     batches: list[_Batch] = []
     for wide in (True, False):
@@ -467,7 +475,3 @@ def _shape_row(piece: Piece) -> list[int]:
         *padded(piece.target_strides, 0),
         *padded(piece.place_strides, 0),
     ]
-
-
-def _signed(addresses: Sequence[int]) -> list[int]:
-    return [fp.signed(address) for address in addresses] or [0]

@@ -39,6 +39,7 @@ def test_under_the_interpreter(case: str, interpreted: dict[str, str]) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(HERE))
+    import numpy as np
     import torch
     from sync_support import toy_map, weights
 
@@ -74,7 +75,7 @@ def main() -> None:
 
     def packs(tensors: dict[str, torch.Tensor], layouts: object = None) -> str:
         rows = [manifest.index[name] for name in tensors]
-        found, suspects = packer.pack(rows, list(tensors.values()), layouts=layouts)
+        found, suspects = packer.pack(np.array(rows), list(tensors.values()), layouts=layouts)
         wanted = [row for row, t in zip(rows, tensors.values(), strict=True) if t.isfinite().all()]
         if suspects.tolist() != sorted(set(rows) - set(wanted)):
             return f"suspects {suspects}"

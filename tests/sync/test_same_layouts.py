@@ -16,6 +16,7 @@ import weight_sync
 from weight_sync import ManifestMismatch, WeightPublisher
 from weight_sync.publisher import same_layouts, selection
 from weight_sync.publisher.same_layouts import guard_of
+from weight_sync.publisher.selection import Layout, Selection, Selector
 
 
 def transposed(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,11 +55,13 @@ def test_a_guard_keeps_no_tensor() -> None:
     assert guard is not None and gone() is None
 
 
+@pytest.mark.parametrize("at_once", [2, 256])
 @pytest.mark.parametrize("has_guards", [True, False])
 def test_what_changed_in_place_is_seen_by_the_next_update(
-    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, has_guards: bool
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, has_guards: bool, at_once: int
 ) -> None:
     """The same objects, with other contents: `.data` and in-place views make anything of a tensor."""
+    monkeypatch.setattr(selection, "_AT_ONCE", at_once)
     if not has_guards:
         monkeypatch.setattr(selection, "guard_of", lambda tensors: None)
     with WeightPublisher(engine) as publisher:
@@ -85,6 +88,45 @@ def test_what_changed_in_place_is_seen_by_the_next_update(
         publisher.publish(dict(reversed(tensors.items())))
         report = publisher.publish(dict(reversed(tensors.items())))
         assert report.fingerprint == weight_sync.fingerprint(tensors)
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_layouts_are_the_same_object_only_while_no_tensor_is_laid_out_in_another_way(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A packer believes it without a look of its own. Parts of four: each place in a part, and in the next one."""
+    monkeypatch.setattr(selection, "_AT_ONCE", 4)
+    layout = Layout(engine.receiver.info(), 1 << 20)
+
+    def chosen(tensors: dict[str, torch.Tensor]) -> Selection:
+        selector = Selector(
+            layout,
+            cast=True,
+            packed=lambda row: torch.empty(0),
+            ignored=lambda names: frozenset(),
+        )
+        found = selector.take(tensors.items())
+        selector.finish(strict=True)
+        rows, sources = found.in_order()
+        names = [meta.name for meta in layout.manifest.tensors]
+        wanted = [tensors[names[row]].data_ptr() for row in rows]
+        addresses = [source.data_ptr() for source in sources]
+        assert addresses == wanted
+        assert found.addresses is None or found.addresses.tolist() == wanted
+        return found
+
+    tensors = dict(reversed(weights(1.0).items()))
+    assert chosen(tensors).layouts is None, "looked at one by one"
+    first = chosen(tensors).layouts
+    assert first is not None and chosen(dict(reversed(weights(2.0).items()))).layouts is first
+    name = [name for name, tensor in tensors.items() if tensor.numel() > 1][number]
+    whole = tensors[name]
+    tensors[name] = torch.stack([whole, whole], -1)[..., 0]
+    second = chosen(tensors).layouts
+    assert second is not None and second is not first
+    assert chosen(tensors).layouts is second
+    tensors[name] = whole
+    assert chosen(tensors).layouts not in (first, second)
 
 
 def test_a_torch_that_answers_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

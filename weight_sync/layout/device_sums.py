@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rollout_kernels.copy_pieces import Piece, make_piece
@@ -72,6 +73,11 @@ def _piece(tensor: torch.Tensor, dtype: torch.dtype, output: int) -> Piece | Non
         source=output,
         output=output,
     )
+
+
+def addresses_of(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+    """Where the first element of each is, (N,) uint64."""
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), dtype=np.uint64, count=len(tensors))
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -14,11 +14,11 @@ import torch
 from rollout_kernels.copy_pieces import Piece, make_piece
 from rollout_kernels.copy_table import CopyTable
 
-from ..layout.device_sums import contiguous_strides
+from ..layout.device_sums import addresses_of, contiguous_strides
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.manifest import Manifest
 
-_Layouts = tuple[list[int], list[torch.dtype], list[int], list[tuple[int, ...] | None]]
+_Layouts = tuple[bytes, list[torch.dtype], list[int], list[tuple[int, ...] | None]]
 
 
 class DevicePacker:
@@ -34,28 +34,28 @@ class DevicePacker:
         self._layouts: _Layouts | None = None
         self._same: object = None  # What `layouts` was when these were looked at.
         self._table: CopyTable | None = None
-        self._addresses: list[int] = []
-        self._fast: list[int] = []
+        self._addresses: np.ndarray | None = None
+        self._fast = np.empty(0, dtype=np.int64)
         self._slow: list[int] = []
 
     @torch.no_grad()
     def pack(
         self,
-        rows: list[int],
+        rows: np.ndarray,
         sources: Sequence[torch.Tensor],
         *,
         check_finite: bool = True,
-        addresses: list[int] | None = None,
+        addresses: np.ndarray | None = None,
         layouts: object = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Copy `sources`, any of this process, to `rows` of the manifest. addresses, layouts: see `Selection`.
+        """Copy `sources`, any of this process, to `rows` (int64) of the manifest. addresses, layouts: see `Selection`.
 
         Returns fingerprints, (N,) uint64, in the order of `rows`, and which of these (ascending, int64) may hold NaN
         or infinities: all others certainly do not. Without `check_finite` there are none. Issued on the calling
         thread's current stream; returns when all is packed.
         """
         if addresses is None:
-            addresses = [tensor.data_ptr() for tensor in sources]
+            addresses = addresses_of(sources)
         if layouts is None or layouts is not self._same or not self._suits(addresses):
             self._prepare(rows, sources, addresses)
             self._same = layouts
@@ -64,36 +64,36 @@ class DevicePacker:
         run = table.run_checked if check_finite else table.run
         packed = run(self._read(addresses), [self._buffer.data_ptr()])
         for i in self._slow:
-            self._manifest.view(self._buffer, rows[i]).copy_(sources[i])
+            self._manifest.view(self._buffer, int(rows[i])).copy_(sources[i])
         found = packed.cpu().numpy().reshape(1 + check_finite, -1)
-        values, suspects = found[0], [self._fast[i] for i in np.flatnonzero(found[1:].sum(0))]
+        values, suspects = found[0], self._fast[np.flatnonzero(found[1:].sum(0))]
         if self._slow:
-            indices = np.array([rows[i] for i in self._slow], dtype=np.int64)
             values = np.empty(len(rows), dtype=np.int64)
             values[self._fast] = found[0]
-            values[self._slow] = self._fingerprints.values(self._buffer, indices).numpy()
-            suspects += self._slow if check_finite else []
-        return values.view(np.uint64), np.array(sorted(rows[i] for i in suspects), dtype=np.int64)
+            values[self._slow] = self._fingerprints.values(self._buffer, rows[self._slow]).numpy()
+            if check_finite:
+                suspects = np.append(suspects, self._slow)
+        return values.view(np.uint64), np.sort(rows[suspects])
 
-    def _suits(self, addresses: list[int]) -> bool:
+    def _suits(self, addresses: np.ndarray) -> bool:
         """Whether the table takes tensors of its layouts at these addresses."""
-        if addresses != self._addresses:
+        if self._addresses is None or not np.array_equal(addresses, self._addresses):
             assert self._table is not None
             if not self._table.fits(self._read(addresses), [self._buffer.data_ptr()]):
                 return False
             self._addresses = addresses
         return True
 
-    def _read(self, addresses: list[int]) -> list[int]:
+    def _read(self, addresses: np.ndarray) -> torch.Tensor:
         """Those that the table reads."""
-        return [addresses[i] for i in self._fast] if self._slow else addresses
+        return _read(addresses, self._fast if self._slow else None)
 
     def _prepare(
-        self, rows: list[int], sources: Sequence[torch.Tensor], addresses: list[int]
+        self, rows: np.ndarray, sources: Sequence[torch.Tensor], addresses: np.ndarray
     ) -> None:
         """Have the table for tensors of these layouts, after a look at all of them."""
         layouts: _Layouts = (
-            rows,
+            rows.tobytes(),
             [tensor.dtype for tensor in sources],
             [tensor.get_device() for tensor in sources],
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
@@ -105,7 +105,7 @@ class DevicePacker:
         fast: list[int] = []
         slow: list[int] = []
         here = self._buffer.get_device()
-        for i, (row, tensor) in enumerate(zip(rows, sources, strict=True)):
+        for i, (row, tensor) in enumerate(zip(rows.tolist(), sources, strict=True)):
             meta = self._manifest.tensors[row]
             piece = None
             # Complex tensors may stand for their conjugates; torch knows.
@@ -127,10 +127,15 @@ class DevicePacker:
                 fast.append(i)
         table = CopyTable(
             pieces,
-            sources=[addresses[i] for i in fast],
+            sources=_read(addresses, fast if slow else None),
             targets=targets,
             device=self._buffer.device,
             num_outputs=len(fast),
         )
-        self._table, self._fast, self._slow = table, fast, slow
+        self._table, self._fast, self._slow = table, np.array(fast, dtype=np.int64), slow
         self._layouts, self._addresses = layouts, addresses
+
+
+def _read(addresses: np.ndarray, numbers: Sequence[int] | np.ndarray | None) -> torch.Tensor:
+    """Those of `numbers`, None: all, as a table takes them."""
+    return torch.from_numpy((addresses if numbers is None else addresses[numbers]).view(np.int64))

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter, eq, is_
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..layout.device_sums import addresses_of
 from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
 from ..layout.named_tensors import checked_pair, unreadable
@@ -22,6 +24,9 @@ from .sources import Listed, is_listed, unwrapped
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPE, _LAYOUT, _IS_META, _IS_NESTED = map(attrgetter, ("dtype", "layout", "is_meta", "is_nested"))
+_AT_ONCE = 256
+"""Tensors that are asked everything before the next ones: what one question has brought into the cache, the others
+find there."""
 _HINTED = 5
 _HINT_WORK = 20_000
 """Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
@@ -29,48 +34,61 @@ _HINT_WORK = 20_000
 
 @dataclass(slots=True, kw_only=True)
 class Repeated:
-    """Names of all tensors in a trainer's order, and what each has to be: with the same names again, all tensors are
+    """Names of all tensors in a trainer's order, and what each has to be: with the same names again, many tensors are
     compared in one call, or column by column. No tensor is kept."""
 
     names: list[str]
     """As they were given."""
-    ascending: list[int]
-    """All rows."""
-    order: list[int] | None
+    rows: np.ndarray
+    """All of the manifest, ascending, int64."""
+    order: np.ndarray | None
     """Where in the trainer's order the tensor of each row is; None: they come in the order of the rows."""
-    origin: list[str]
+    origin: list[str | None]
     """The names in the order of the manifest."""
     dtypes: list[torch.dtype]
     """The engine's."""
     shapes: list[tuple[int, ...]]
     """The engine's."""
-    guard: Guard | None = None
-    """Says whether tensors in the trainer's order are laid out as those of the last update that brought all."""
+    guards: list[Guard | None]
+    """Of each part (`_AT_ONCE`) in the trainer's order: says whether tensors are laid out as those that came last."""
+    layouts: object = field(default_factory=object)
+    """Another one as soon as any tensor is laid out in another way than before."""
 
-    def tensors(self, listed: Listed) -> tuple[list[torch.Tensor], list[int]] | None:
-        """Those of `listed` in its order, and their addresses; None where anything is not as it was."""
+    def tensors(self, listed: Listed) -> tuple[list[torch.Tensor], np.ndarray] | None:
+        """Those of `listed` in its order, and their addresses (uint64); None where anything is not as it was."""
         columns = _columns(listed)
         if columns is None:
             return None
         names, tensors = columns
-        if names != self.names or not set(map(type, tensors)).issubset(_PLAIN):
+        if names != self.names:
             return None
-        if any(map(_IS_NESTED, tensors)):  # at which torch's guards abort
-            return None
-        if self.guard is None or not self.guard(*tensors):
-            same = (
-                all(map(is_, map(_DTYPE, tensors), self.dtypes))
-                and all(map(eq, map(torch.Tensor.size, tensors), self.shapes))
-                and set(map(_LAYOUT, tensors)) == {torch.strided}
-                and not any(map(_IS_META, tensors))
-            )
-            if not same:
+        addresses = np.empty(len(tensors), dtype=np.uint64)
+        for number, first in enumerate(range(0, len(tensors), _AT_ONCE)):
+            part = tensors[first : first + _AT_ONCE]
+            if not set(map(type, part)).issubset(_PLAIN):
                 return None
-            self.guard = guard_of(tensors)  # they have other strides, or are elsewhere
-        addresses = list(map(torch.Tensor.data_ptr, tensors))
-        if 0 in addresses and any(map(unreadable, tensors)):  # memory was given back
-            return None
+            if any(map(_IS_NESTED, part)):  # at which torch's guards abort
+                return None
+            guard = self.guards[number]
+            if guard is None or not guard(*part):
+                if not self._fit(part, first):
+                    return None
+                self.layouts = object()  # they have other strides, or are elsewhere
+                self.guards[number] = guard_of(part)
+            addresses[first : first + _AT_ONCE] = addresses_of(part)
+        if any(unreadable(tensors[i]) for i in np.flatnonzero(addresses == 0).tolist()):
+            return None  # memory was given back
         return tensors, addresses
+
+    def _fit(self, part: list[torch.Tensor], first: int) -> bool:
+        """Whether tensors have the engine's dtypes and shapes, and data."""
+        last = first + len(part)
+        return (
+            all(map(is_, map(_DTYPE, part), self.dtypes[first:last]))
+            and all(map(eq, map(torch.Tensor.size, part), self.shapes[first:last]))
+            and set(map(_LAYOUT, part)) == {torch.strided}
+            and not any(map(_IS_META, part))
+        )
 
 
 class Layout:
@@ -125,26 +143,32 @@ class Layout:
 class Selection:
     """Rows of the manifest and where their bytes come from, as one call gave them."""
 
-    sources: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By position in the manifest."""
     casts: list[tuple[str, str, str]] = field(default_factory=list)
     """Name, dtype got, dtype of the engine."""
     num_tensors: int = 0
     """Tensors that the trainer gave, aliases and fused ones counted once each."""
-    rows: list[int] | None = None
-    """All rows, where `sources` has all of them in this order; else None."""
-    addresses: list[int] | None = None
-    """Of all rows' tensors, where they are known."""
+    addresses: np.ndarray | None = None
+    """Of the tensors in the order of their rows, uint64, where they are known."""
     layouts: object = None
     """What is the same object for two selections has the same rows, and tensors that differ in addresses alone; None:
     nothing is known."""
+    _sources: dict[int, torch.Tensor] = field(default_factory=dict)
+    _all: tuple[np.ndarray, list[torch.Tensor]] | None = None
+    """Instead of `_sources`, what `in_order` returns."""
 
-    def in_order(self) -> tuple[list[int], list[torch.Tensor]]:
-        """Rows, ascending, and the tensor of each."""
-        if self.rows is not None:
-            return self.rows, list(self.sources.values())
-        rows = sorted(self.sources)
-        return rows, [self.sources[row] for row in rows]
+    @property
+    def sources(self) -> dict[int, torch.Tensor]:
+        """By position in the manifest."""
+        if self._all is not None:
+            return dict(zip(self._all[0].tolist(), self._all[1], strict=True))
+        return self._sources
+
+    def in_order(self) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """Rows, ascending, int64, and the tensor of each."""
+        if self._all is not None:
+            return self._all
+        rows = sorted(self._sources)
+        return np.array(rows, dtype=np.int64), [self._sources[row] for row in rows]
 
 
 class Selector:
@@ -167,6 +191,8 @@ class Selector:
         self._packed = packed
         self._ignored = ignored
         self._origin: list[str | None] = [None] * len(layout.shapes)
+        self._complete = False
+        """No row is missing; False: not known."""
         self._unknown: list[str] = []
         self._problems: list[str] = []
         self._refused: set[int] = (
@@ -209,31 +235,35 @@ class Selector:
         return selection
 
     def _take_again(
-        self, known: Repeated, tensors: list[torch.Tensor], addresses: list[int]
+        self, known: Repeated, tensors: list[torch.Tensor], addresses: np.ndarray
     ) -> Selection:
-        self._origin = list(known.origin)
+        self._origin, self._complete = known.origin, True  # never written: no row is without one
         if known.order is not None:
-            tensors = [tensors[i] for i in known.order]
-            addresses = [addresses[i] for i in known.order]
+            tensors = [tensors[i] for i in known.order.tolist()]
+            addresses = addresses[known.order]
         return Selection(
-            sources=dict(zip(known.ascending, tensors, strict=True)),
             addresses=addresses,
             num_tensors=len(tensors),
-            rows=known.ascending,
-            layouts=known.guard,
+            layouts=None if None in known.guards else known.layouts,
+            _all=(known.rows, tensors),
         )
 
     def _remember(self, sources: dict[int, torch.Tensor]) -> None:
         """Every row came once, as it is and under a name of its own."""
         layout, rows = self._layout, list(sources)
-        origin = [str(name) for name in self._origin]
+        origin = self._origin
         if origin == [meta.name for meta in layout.manifest.tensors]:
-            ascending = sorted(rows)
+            ascending = np.arange(len(rows))
+            order = np.argsort(rows)
+            tensors = list(sources.values())
             layout.repeated = Repeated(
-                names=[origin[row] for row in rows],
-                ascending=ascending,
-                order=None if rows == ascending else sorted(range(len(rows)), key=rows.__getitem__),
-                guard=guard_of(list(sources.values())),
+                names=[str(origin[row]) for row in rows],
+                rows=ascending,
+                order=None if np.array_equal(order, ascending) else order,
+                guards=[
+                    guard_of(tensors[first : first + _AT_ONCE])
+                    for first in range(0, len(tensors), _AT_ONCE)
+                ],
                 origin=origin,
                 dtypes=[layout.dtypes[row] for row in rows],
                 shapes=[layout.shapes[row] for row in rows],
@@ -249,7 +279,7 @@ class Selector:
             + (f"; did you mean {hints[name]}?" if name in hints else "")
             for name in unknown
         ]
-        if strict and None in self._origin:
+        if strict and not self._complete and None in self._origin:
             missing = list(self._missing())
             if unknown and len(missing) == len(self._origin) > 1:  # other names, or another model
                 problems.append(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -81,14 +82,14 @@ class Update(OpenSession):
         self.count(selection)
         if self.packed.packer is not None:
             return self._pack_on_device(self.packed.packer, selection)
-        sources = selection.sources
-        if len(sources) == len(self.packed.views):
+        given, tensors = selection.in_order()
+        if len(given) == len(self.packed.views):
             buckets = [list(bucket) for bucket in self.packed.layout.carried.buckets]
         else:
-            buckets = self._split(sorted(sources))
-        packed = []
+            buckets = self._split(given.tolist())
+        packed, sources = [], iter(tensors)
         for rows in buckets:
-            self.copy(rows, [sources[i] for i in rows])
+            self.copy(rows, list(islice(sources, len(rows))))
             packed.append(self.finish(rows))
         return packed
 
@@ -116,11 +117,11 @@ class Update(OpenSession):
                 addresses=selection.addresses,
                 layouts=selection.layouts,
             )
-        pieces = [rows] if self.packed.seen else self._split(rows)
+        lengths = [len(rows)] if self.packed.seen else map(len, self._split(rows.tolist()))
         packed, first = [], 0
-        for piece in pieces:
-            last = first + len(piece)
-            packed.append(self._counted(np.array(piece, dtype=np.int64), values[first:last]))
+        for length in lengths:
+            last = first + length
+            packed.append(self._counted(rows[first:last], values[first:last]))
             first = last
         self._unchecked.append(suspects)
         return packed
@@ -128,12 +129,13 @@ class Update(OpenSession):
     def stage_window(self, window: Window, selection: Selection, deadline: Deadline) -> None:
         """Pack and announce through an arena that is a window, half by half; needs the session."""
         self.count(selection)
-        sources = selection.sources
-        for rows in window.split(sorted(sources)):
+        given, tensors = selection.in_order()
+        sources = iter(tensors)
+        for rows in window.split(given.tolist()):
             place = self._next_half(window, deadline).place(rows)
             with self._packing():
                 values = place.pack(
-                    [sources[i] for i in rows], check_finite=self.options.check_finite
+                    list(islice(sources, len(rows))), check_finite=self.options.check_finite
                 )
             self._announce_half(rows, values, place, deadline)
 

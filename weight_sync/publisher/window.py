@@ -43,7 +43,7 @@ class WindowPart:
         """Copy all of them here; their fingerprints (N,) uint64. `check_finite`: whether that is asked for then."""
         if self._packer is not None:
             values, self._suspects = self._packer.pack(
-                self._everything.tolist(), sources, check_finite=check_finite
+                self._everything, sources, check_finite=check_finite
             )
             return values
         copy_tensors(self._views, list(sources))
