@@ -18,6 +18,8 @@ SHAPE_COLUMNS = 20
 """Source, offset, target, offset, first place; inner three sizes; four strides each of source, target, places."""
 BLOCK = 1024
 """Elements that a program of the strided kernel takes at once."""
+ROWS_AT_ONCE = 4
+"""Wide rows of words that a program has on their way at once."""
 
 
 @jit
@@ -35,12 +37,14 @@ def words_kernel(  # type: ignore[no-untyped-def]
     FINITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """target[i] = source[i], out[n] += sum over i of word(i) * OUTER[i // 1024] * fine[i % 1024]   modulo 2^64
 
     One program per tile of at most `ROWS` wide rows. Whole tiles are read and written without masks, 16 bytes at once
-    where `ALIGNED` allows; the last bytes of a run that fill no word go one by one.
+    where `ALIGNED` allows, and `ROWS_AT_ONCE` rows are on their way at once: no load is moved before a store that may
+    go to the same place. The last bytes of a run that fill no word go one by one.
 
     `FINITE`, for all numbers of a word at once: where an exponent lacks a bit, adding the exponent's own mask to what
     it lacks carries into the sign's place, and nowhere else.
@@ -56,33 +60,37 @@ def words_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, 1024)
     acc = tl.zeros((1024,), tl.int64)
     extra = tl.full((), 0, tl.int64)
-    wrong = tl.zeros((1024,), tl.int64)
+    wrong = tl.zeros((1024,), tl.int32)
     wrong_tail = tl.full((), 0, tl.int64)
     exponent = tl.full((), 0, tl.int64)
     if FINITE:
         exponent = tl.load(exponents + n, mask=n >= 0, other=0)
     sign = (exponent << 1) & ~exponent
     if num_bytes == ROWS * 8192:
-        for r in tl.static_range(ROWS):
-            word = tl.load(read + (r * 1024 + column))
+        for first in tl.static_range(0, ROWS, ROWS_AT_ONCE):
+            rows = first + tl.arange(0, ROWS_AT_ONCE)
+            at = rows[:, None] * 1024 + column[None, :]
+            words = tl.load(read + at)
             if COPY:
-                tl.store(write + (r * 1024 + column), word)
+                tl.store(write + at, words)
             if SUM:
-                acc += word * tl.load(outer + first_row + r)
+                acc += tl.sum(words * tl.load(outer + first_row + rows)[:, None], axis=0)
             if FINITE:
-                wrong |= ~((~word & exponent) + exponent) & sign
+                lacking = ~((~words & exponent) + exponent) & sign
+                wrong += tl.sum((lacking != 0).to(tl.int32), axis=0)
     else:
         num_words = num_bytes // 8
-        for r in tl.static_range(ROWS):
+        # Not unrolled: its registers would be taken from the whole tiles, which are nearly all.
+        for r in range(((num_words + 1023) // 1024).to(tl.int32)):
             valid = r * 1024 + column < num_words
             word = tl.load(read + (r * 1024 + column), mask=valid, other=0)
             if COPY:
                 tl.store(write + (r * 1024 + column), word, mask=valid)
             if SUM:
-                reached = r * 1024 < num_words
-                acc += word * tl.load(outer + first_row + r, mask=reached, other=0)
+                acc += word * tl.load(outer + first_row + r)
             if FINITE:
-                wrong |= ~((~word & exponent) + exponent) & sign
+                lacking = ~((~word & exponent) + exponent) & sign
+                wrong += (lacking != 0).to(tl.int32)
         rest = num_bytes - num_words * 8
         if rest > 0:
             byte = tl.arange(0, 8)
@@ -100,8 +108,7 @@ def words_kernel(  # type: ignore[no-untyped-def]
         if n >= 0:
             tl.atomic_add(out + n, tl.sum(acc * tl.load(fine + column), axis=0) + extra)
             if FINITE:
-                num_wrong = tl.sum((wrong != 0).to(tl.int32), axis=0)
-                if (num_wrong > 0) | (wrong_tail != 0):
+                if (tl.sum(wrong, axis=0) > 0) | (wrong_tail != 0):
                     tl.store(suspects + n, 1)
 
 

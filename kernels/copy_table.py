@@ -22,6 +22,7 @@ from . import fingerprint as fp
 from .copy_kernels import (
     BLOCK,
     ELEMENT_COLUMNS,
+    ROWS_AT_ONCE,
     SHAPE_COLUMNS,
     WORD_COLUMNS,
     flat_kernel,
@@ -202,6 +203,7 @@ class _Words:
                 FINITE=finite and out.numel() > 0,
                 ALIGNED=16 if self.aligned else 8,
                 ROWS=fp.TILE_ROWS,
+                ROWS_AT_ONCE=ROWS_AT_ONCE,
                 COLUMNS=WORD_COLUMNS,
                 num_warps=4,
             )
