@@ -18,6 +18,7 @@ class Pages:
         self.mapped: set[int] = set()
         self.full = False
         self.reserved = 0
+        self.swaps = 0
 
     def reserve(self, num_bytes: int) -> int:
         pages = mmap.mmap(-1, num_bytes)
@@ -39,3 +40,11 @@ class Pages:
     def unmap(self, address: int, num_bytes: int) -> None:
         self.mapped.remove(address)
         self.maps[address].madvise(mmap.MADV_DONTNEED)
+
+    def swap(self, one: int, other: int, num_bytes: int) -> None:
+        assert {one, other} <= self.mapped and one != other
+        assert len(self.maps[one]) == len(self.maps[other]) == num_bytes
+        self.swaps += 1
+        kept = self.maps[one][:]
+        self.maps[one][:] = self.maps[other][:]
+        self.maps[other][:] = kept

@@ -16,11 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ipc_stand_in import PlainPatch, stand_in
 from sync_support import ToyEngine
 
+from weight_sync.staging import shadow
+
 
 def main() -> None:
     torch.set_num_threads(1)
     bind, device = (*sys.argv[1:], "-", "cpu")[:2] if len(sys.argv) != 2 else (sys.argv[1], "cpu")
     memory = stand_in(PlainPatch()) if device == "cpu" else None
+    shadow._SWAPPED_BYTES = 0  # what models of real size do
     engine = ToyEngine(serve=True, bind=None if bind == "-" else bind, device=device)
     print(engine.address)
     addresses = engine.addresses

@@ -5,6 +5,7 @@ The model is filled with one value per version, so that a step which reads two d
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import shutil
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 
+from weight_sync.devices.mapped_memory import MappedMemory, MapsMemory
 from weight_sync.errors import ERRORS, DeadlineExceeded, WeightUpdateError
 from weight_sync.layout.encoding import FULL, Encoding
+from weight_sync.layout.manifest import align
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.receiver.local_channel import LocalChannel
 from weight_sync.receiver.receiver import WeightReceiver
@@ -61,30 +64,48 @@ def weights(
     }
 
 
-def toy_map(device: str = "cpu") -> WeightMap:
-    """The engine's own memory for them: q, k, v in one parameter, one parameter strided, all zero."""
+def toy_map(device: str = "cpu", driver: MapsMemory | None = None) -> WeightMap:
+    """The engine's own memory for them: q, k, v in one parameter, one parameter strided, all zero.
+
+    On a GPU, or with a `driver`, all of it is one mapping, as an engine's is, which an update can exchange.
+    """
     shapes = toy_shapes()
-    qkv = torch.zeros(32, 16, dtype=torch.bfloat16, device=device)
-    strided = torch.zeros(10, 6, dtype=torch.bfloat16, device=device)
-    parameters = {"qkv": qkv, "strided": strided}
+    held = {"qkv": ((32, 16), torch.bfloat16), "strided": ((10, 6), torch.bfloat16)}
+    inside = ("layers.0.q.weight", "layers.0.k.weight", "layers.0.v.weight")
+    others = {name: of for name, of in shapes.items() if name not in inside and "strid" not in name}
+    parameters = _zeros(held | others, torch.device(device), driver)
+    qkv, strided = parameters["qkv"], parameters["strided"]
     placements = [
         Placement.whole("layers.0.q.weight", qkv[:16]),
         Placement.whole("layers.0.k.weight", qkv[16:24]),
         Placement.whole("layers.0.v.weight", qkv[24:]),
         Placement.whole("layers.1.strided.weight", strided.t()),
     ]
-    placed = {placement.name for placement in placements}
-    for name, (shape, dtype) in shapes.items():
-        if name not in placed:
-            parameters[name] = torch.zeros(shape, dtype=dtype, device=device)
-            placements.append(Placement.whole(name, parameters[name]))
+    placements += [Placement.whole(name, parameters[name]) for name in others]
     return WeightMap(
         placements,
         parameters,
         aliases={ALIAS: "embed.weight"},
-        fused={FUSED: ["layers.0.q.weight", "layers.0.k.weight", "layers.0.v.weight"]},
+        fused={FUSED: list(inside)},
         ignored=lambda name: name.endswith(".inv_freq"),
     )
+
+
+def _zeros(
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device,
+    driver: MapsMemory | None,
+) -> dict[str, torch.Tensor]:
+    if device.type == "cpu" and driver is None:
+        return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    memory = MappedMemory(sum(map(align, sizes.values())), device, driver)
+    raw, first, found = memory.tensor.zero_(), 0, {}
+    for name, (shape, dtype) in shapes.items():
+        found[name] = raw[first : first + sizes[name]].view(dtype).view(shape)
+        found[name]._behind = memory  # type: ignore[attr-defined]  # it lives as long
+        first += align(sizes[name])
+    return found
 
 
 class ToyHost:
@@ -221,8 +242,10 @@ class ToyEngine:
         keep_previous: bool = False,
         device: str = "cpu",
         encodings: Sequence[Encoding] = (FULL,),
+        driver: MapsMemory | None = None,
     ) -> None:
-        self.weight_map = toy_map(device)
+        """`driver`: see `toy_map`."""
+        self.weight_map = toy_map(device, driver)
         self.host = ToyHost(self.weight_map)
         self.receiver = WeightReceiver(
             self.weight_map, self.host, keep_previous=keep_previous, encodings=encodings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,6 +26,11 @@ class MapsMemory(Protocol):
 
     def unmap(self, address: int, num_bytes: int) -> None: ...
 
+    def swap(self, one: int, other: int, num_bytes: int) -> None: ...
+
+
+_BY_ADDRESS: WeakValueDictionary[int, MappedMemory] = WeakValueDictionary()
+
 
 class MappedMemory:
     """Addresses for `num_bytes`, with memory behind them except between `release` and `resume`.
@@ -37,6 +43,7 @@ class MappedMemory:
         self, num_bytes: int, device: torch.device, driver: MapsMemory | None = None
     ) -> None:
         """`TransportError` where the driver cannot map memory, `DeviceOutOfMemory` where there is none left."""
+        self._device = device
         self._driver = driver_of(device) if driver is None else driver
         unit = self._driver.granularity
         self.num_bytes = -(-max(1, num_bytes) // unit) * unit
@@ -50,6 +57,25 @@ class MappedMemory:
             raise
         self.tensor = tensor_at(self._address, num_bytes, device)
         """The first `num_bytes` bytes, uint8; at the same address for ever."""
+        _BY_ADDRESS[self._address] = self
+
+    @staticmethod
+    def behind(tensor: torch.Tensor) -> MappedMemory | None:
+        """What the storage of `tensor` is the memory of, or None: torch's own."""
+        return _BY_ADDRESS.get(tensor.untyped_storage().data_ptr())
+
+    def another(self) -> MappedMemory:
+        """As much memory again, at other addresses, that this can be exchanged with; `DeviceOutOfMemory`."""
+        return MappedMemory(self.tensor.numel(), self._device, self._driver)
+
+    def swap(self, other: MappedMemory) -> None:
+        """What was behind one of them is behind the other, in the time of a few calls of the driver.
+
+        Nothing may be using either. `other` is of `another`. An error changes nothing.
+        """
+        if not (self._mapped and other._mapped):
+            raise TransportError("memory that is released cannot be exchanged: resume it first")
+        self._driver.swap(self._address, other._address, self.num_bytes)
 
     def release(self) -> None:
         """Give the memory back to the device; nothing may be using it. Safe to repeat."""
@@ -62,6 +88,7 @@ class MappedMemory:
         self.release()
         address, self._address = self._address, 0
         if address:
+            _BY_ADDRESS.pop(address, None)
             self._driver.unreserve(address, self.num_bytes)
 
     def resume(self) -> None:

@@ -2,7 +2,8 @@
 
 write        between two steps: replay the plan, compare (verify="pause"), tell the host
 verify       verify="overlapped": compare while the engine runs on, its new tokens held back
-roll back    after any failure that came later than the first byte: from the kept copy, or else TORN
+roll back    after any failure that came later than the first byte: from the kept copy, from a stage that was exchanged
+             with the parameters, or else TORN
 """
 
 import threading
@@ -228,7 +229,8 @@ class WeightCommit:
 
     def _undo(self, error: BaseException) -> None:
         """Restore the previous version or declare the weights torn; raises in either case."""
-        if self.snapshot is None or self.served.torn is not None:
+        restore = self._previous(error)
+        if restore is None:
             why = (
                 "no copy of the previous version was kept"
                 if not self.served.torn
@@ -238,7 +240,7 @@ class WeightCommit:
                 f"the commit of version {self.session.version} failed ({why}): {error}", error
             )
         try:
-            together(self.agreement, self.snapshot.restore)
+            together(self.agreement, restore)
             self.check_restored()
             together(self.agreement, self._tell_host_of_the_old)
             self.on_served(self.served)
@@ -253,6 +255,22 @@ class WeightCommit:
                 f"the commit of version {self.session.version} failed with {type(error).__name__}: {text}"
             ) from error
         raise error
+
+    def _previous(self, error: BaseException) -> Callable[[], None] | None:
+        """What brings the previous version back on this rank, where all can do so, or None: it is lost."""
+        if self.served.torn is not None:
+            return None
+        if self.snapshot is not None:
+            return self.snapshot.restore
+        if isinstance(error, EngineDiedError):  # nobody is left to ask
+            return None
+        able = self.session.stage.can_take_back()
+        if self.agreement.size > 1:
+            try:
+                able = bool(self.agreement.gather(np.array([able], dtype=np.uint64)).all())
+            except EngineDiedError:
+                return None
+        return self.session.stage.take_back if able else None
 
     def _tear(self, reason: str, error: BaseException) -> NoReturn:
         self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))

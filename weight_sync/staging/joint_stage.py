@@ -63,6 +63,12 @@ class JointStage:
     def after_write(self) -> None:
         self._kept.after_write()
 
+    def can_take_back(self) -> bool:
+        return self._kept.can_take_back()
+
+    def take_back(self) -> None:
+        self._kept.take_back()
+
     def release(self) -> None:
         self._kept.release()
         self._arena.release()

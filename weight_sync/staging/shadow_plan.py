@@ -16,11 +16,11 @@ from ..layout.encoding import Encoding
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.manifest import Manifest
 from ..layout.memory import byte_range, storage_key
-from ..plan.copies import Copy, Occupied, copy_ranges
+from ..plan.copies import Copy, Occupied
 from ..plan.decoding import decoder_of
 from ..plan.plan import PlacedSums, Plan
 from ..transports.chunks import lengths_of
-from .shadow import Pairs, Shadow
+from .shadow import Shadow, ShadowWrite
 from .stage import as_uint64
 
 _CACHED_ARENAS = 4
@@ -40,8 +40,9 @@ class ShadowPlan:
             self._copies[copy.index].append(copy)
         self._placements = plan.placements
         self._sums: PlacedSums | None = None
-        self._all: Pairs | None = None
-        self._some: OrderedDict[bytes, Pairs] = OrderedDict()
+        self._last: ShadowWrite | None = None
+        self._all: ShadowWrite | None = None
+        self._some: OrderedDict[bytes, ShadowWrite] = OrderedDict()
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()
         self._chunk_bytes = 0
 
@@ -77,26 +78,35 @@ class ShadowPlan:
     @torch.no_grad()
     def write(self, rows: np.ndarray | None) -> None:
         """From the shadow into the parameters."""
-        targets, sources = self._everything() if rows is None else self._subset(rows)
-        copy_ranges(targets, sources)
+        self._last = self._everything() if rows is None else self._subset(rows)
+        self._last.run()
 
-    def _everything(self) -> Pairs:
+    def can_take_back(self) -> bool:
+        """What was resident before the last write is in the shadow now."""
+        return self._last is not None and self._last.reversible
+
+    def take_back(self) -> None:
+        """Make it resident again."""
+        assert self._last is not None, "nothing was written"
+        self._last.take_back()
+
+    def _everything(self) -> ShadowWrite:
         # Not before it is needed: until then the parameters' memory may be released.
         if self._all is None:
-            self._all = self._pairs(range(len(self._manifest.tensors)))
+            self._all = self._write_of(range(len(self._manifest.tensors)))
         return self._all
 
-    def _subset(self, rows: np.ndarray) -> Pairs:
+    def _subset(self, rows: np.ndarray) -> ShadowWrite:
         key = rows.tobytes()
         if key not in self._some:
-            self._some[key] = self._pairs(rows.tolist())
+            self._some[key] = self._write_of(rows.tolist())
             if len(self._some) > _CACHED_SUBSETS:
                 self._some.popitem(last=False)
         self._some.move_to_end(key)
         return self._some[key]
 
-    def _pairs(self, rows: Iterable[int]) -> Pairs:
-        return self._shadow.pairs(copy.destination for row in rows for copy in self._copies[row])
+    def _write_of(self, rows: Iterable[int]) -> ShadowWrite:
+        return self._shadow.write(copy.destination for row in rows for copy in self._copies[row])
 
 
 class Chunk:

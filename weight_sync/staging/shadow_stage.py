@@ -228,6 +228,13 @@ class ShadowStage:
     def after_write(self) -> None:
         self._mark.follow()
 
+    def can_take_back(self) -> bool:
+        return self._plan is not None and self._plan.can_take_back()
+
+    def take_back(self) -> None:
+        assert self._plan is not None, "the session has ended"
+        self._plan.take_back()
+
     def release(self) -> None:
         self._mark.wait()
         if self._receiving:  # in vain: what comes now belongs to nothing

@@ -57,6 +57,12 @@ class Stage(Protocol):
     def after_write(self) -> None:
         """Whatever this thread asks of the GPU from now on comes after the write, whichever thread issued that."""
 
+    def can_take_back(self) -> bool:
+        """Whether what was resident before the write is still there, whole, and can be resident again."""
+
+    def take_back(self) -> None:
+        """Make it so."""
+
     def release(self) -> None:
         """The session is over: hold nothing any more. Safe to repeat."""
 
@@ -140,6 +146,12 @@ class ArenaStage:
 
     def after_write(self) -> None:
         self._mark.follow()
+
+    def can_take_back(self) -> bool:
+        return False
+
+    def take_back(self) -> None:
+        raise AssertionError("it was written over")
 
     def tensors(self, rows: np.ndarray) -> dict[int, torch.Tensor]:
         """These tensors, by row, as they lie in the arena."""

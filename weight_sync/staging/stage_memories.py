@@ -14,7 +14,7 @@ import torch
 from ..layout.memory import Range, Storage
 from ..layout.weight_map import WeightMap
 from ..wire.messages import Staging
-from .shadow import Pairs, Shadow
+from .shadow import Shadow, ShadowWrite
 from .shadow_stage import StageMemory
 
 
@@ -106,9 +106,9 @@ class _Parameters(Shadow):
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def pairs(self, tensors: Iterable[torch.Tensor]) -> Pairs:
+    def write(self, tensors: Iterable[torch.Tensor]) -> ShadowWrite:
         """They are written already."""
-        return [], []
+        return ShadowWrite()
 
 
 class Lender(Protocol):

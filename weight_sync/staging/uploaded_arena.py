@@ -124,6 +124,13 @@ class UploadedStage:
     def after_write(self) -> None:
         self._mark.follow()
 
+    def can_take_back(self) -> bool:
+        return self._plan is not None and self._plan.can_take_back()
+
+    def take_back(self) -> None:
+        assert self._plan is not None, "the session has ended"
+        self._plan.take_back()
+
     def release(self) -> None:
         self._mark.wait()
         if self._uploads is not None:  # the trainer may write into its arena from now on

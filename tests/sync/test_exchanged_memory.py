@@ -1,0 +1,322 @@
+"""A whole update that waits beside mapped parameters is exchanged with them: nothing is copied, and the old version is
+still there. Pages of the process stand in for a GPU's memory, but where the test is marked gpu."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from mapped_pages import Pages
+from sync_support import ToyEngine, toy_map, weights
+
+import weight_sync
+from weight_sync import FingerprintMismatch, TornWeightsError, WeightPublisher, WeightUpdateError
+from weight_sync.devices.driver import CudaDriver
+from weight_sync.devices.mapped_memory import MappedMemory
+from weight_sync.errors import TransportError
+from weight_sync.layout.manifest import align
+from weight_sync.layout.weight_map import Placement, WeightMap
+from weight_sync.staging import shadow
+from weight_sync.staging.shadow import Shadow
+from weight_sync.staging.shadow_plan import ShadowPlan
+
+CPU = torch.device("cpu")
+Made = tuple[ToyEngine, WeightPublisher]
+
+
+@pytest.fixture(autouse=True)
+def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow, "_SWAPPED_BYTES", 0)
+
+
+@pytest.fixture
+def pages() -> Pages:
+    return Pages()
+
+
+@pytest.fixture
+def made(make_engine: Callable[..., ToyEngine], pages: Pages) -> Iterator[Made]:
+    """An engine over pages at version 1, all ones, and a publisher whose bytes wait in a stage of the engine's."""
+    engine = make_engine(driver=pages)
+    publisher = WeightPublisher(engine, transport="process_group", timeout_s=20)
+    publisher.publish(weights(1.0))
+    yield engine, publisher
+    publisher.close()
+
+
+def flip_after_writing(engine: ToyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next write is damaged behind its back."""
+    write = ShadowPlan.write
+
+    def damaged(self: ShadowPlan, rows: Any) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(shadow, "_SWAPPED_BYTES", 0)
+        write(self, rows)
+        engine.weight_map.parameters["norm.weight"].view(torch.uint8)[3] ^= 64
+
+    monkeypatch.setattr(ShadowPlan, "write", damaged)
+
+
+def test_whole_updates_are_exchanged_and_parts_are_copied(made: Made, pages: Pages) -> None:
+    engine, publisher = made
+    addresses, swaps = engine.addresses, pages.swaps
+    assert swaps == 1
+    for version in (2.0, 3.0):
+        report = publisher.publish(weights(version))
+        assert report.fingerprint == weight_sync.fingerprint(weights(version))
+        assert engine.values() == {version} and engine.addresses == addresses
+    assert pages.swaps == swaps + 2
+    publisher.publish({"norm.weight": weights(3.0)["norm.weight"]}, strict=False)
+    # What the shadow holds of an older version comes back nowhere.
+    assert pages.swaps == swaps + 2 and engine.values() == {3.0}
+    publisher.publish(weights(4.0))
+    assert engine.values() == {4.0} and engine.host.mixtures == []
+
+
+@pytest.mark.parametrize("verify", ["pause", "overlapped"])
+def test_a_write_that_is_not_what_was_sent_leaves_the_old_version_without_a_kept_copy(
+    made: Made, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    engine, publisher = made
+    engine.host.looks = verify != "overlapped"
+    flip_after_writing(engine, monkeypatch)
+    with pytest.raises(FingerprintMismatch, match="version 1 was restored and serves"):
+        publisher.publish(weights(2.0), verify=verify)
+    assert engine.values() == {1.0} and engine.receiver.torn is None
+    assert publisher.fingerprint() == weight_sync.fingerprint(weights(1.0))
+    assert publisher.publish(weights(3.0)).version == 2
+    assert engine.values() == {3.0}
+
+
+def test_a_host_that_fails_behind_the_exchange_goes_back(made: Made) -> None:
+    engine, publisher = made
+    engine.host.fail_in = "weights_written"
+    with pytest.raises(WeightUpdateError, match="version 1 was restored and serves"):
+        publisher.publish(weights(2.0))
+    assert engine.values() == {1.0} and engine.receiver.torn is None
+
+
+def test_a_driver_that_cannot_exchange_changes_nothing(
+    made: Made, pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, publisher = made
+
+    def refuse(*_: int) -> None:
+        raise TransportError("cuMemMap failed on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "swap", refuse)
+        with pytest.raises(TransportError, match="version 1 was restored and serves"):
+            publisher.publish(weights(2.0))
+    assert engine.values() == {1.0} and engine.receiver.torn is None
+    publisher.publish(weights(3.0))
+    assert engine.values() == {3.0}
+
+
+def test_after_a_part_there_is_no_way_back(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes were copied over the old ones."""
+    engine, publisher = made
+    flip_after_writing(engine, monkeypatch)
+    with pytest.raises(TornWeightsError, match="no copy of the previous version"):
+        publisher.publish({"norm.weight": weights(2.0)["norm.weight"]}, strict=False)
+    publisher.publish(weights(3.0))
+    assert engine.values() == {3.0} and engine.receiver.torn is None
+
+
+def test_the_shadow_goes_with_its_last_holder(made: Made, pages: Pages) -> None:
+    engine, publisher = made
+    assert pages.reserved == 2
+    publisher.close()
+    gc.collect()
+    assert pages.reserved == 1 and len(pages.mapped) == 1
+    with WeightPublisher(engine, transport="process_group", timeout_s=20) as another:
+        another.publish(weights(5.0))
+    assert engine.values() == {5.0}
+
+
+def test_where_there_is_no_memory_for_it_the_trainer_is_told(
+    make_engine: Callable[..., ToyEngine], pages: Pages
+) -> None:
+    engine = make_engine(driver=pages)
+    pages.full = True
+    with pytest.raises(TransportError, match="no memory on cpu to stage an update"):
+        WeightPublisher(engine, transport="process_group", timeout_s=20).publish(weights(1.0))
+    assert pages.reserved == 1 and engine.values() == {0.0}
+
+
+# ---- what is exchanged -----------------------------------------------------------------------------------------------
+
+
+def map_of(memory: torch.Tensor, sizes: list[int], named: list[int], at: int = 0) -> WeightMap:
+    """Parameters of `sizes` bytes one behind the other from byte `at` of `memory`; the model has those `named`."""
+    parameters = {}
+    for i, size in enumerate(sizes):
+        if i in named:
+            parameters[f"p{i}"] = memory[at : at + size]
+        at += align(size)
+    return WeightMap([Placement.whole(name, p) for name, p in parameters.items()], parameters)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named", "spare", "at", "exchanged"),
+    [
+        ([1000, 100, 256], [0, 1, 2], 0, 0, True),
+        ([1000, 100, 256], [0, 1, 2], 256, 0, True),
+        ([1000, 100, 256], [0, 1, 2], 256, 128, True),
+        ([1000, 100, 256], [0, 2], 0, 0, False),
+        ([1000, 4, 256], [0, 2], 0, 0, False),
+        ([1024, 4, 256], [0, 2], 0, 0, False),
+        ([4, 1000], [1], 0, 0, False),
+        ([1024, 4], [0], 256, 0, False),
+        ([1000, 256], [0], 256, 0, False),
+    ],
+)
+def test_memory_is_exchanged_where_the_model_has_all_of_it(
+    pages: Pages, sizes: list[int], named: list[int], spare: int, at: int, exchanged: bool
+) -> None:
+    memory = MappedMemory(sum(map(align, sizes)) + spare, CPU, pages)
+    known = map_of(memory.tensor, sizes, named, at)
+    held = Shadow(known)
+    write = held.write(known.parameters.values())
+    assert bool(write.swaps) == exchanged and bool(write.targets) != exchanged
+    memory.tensor.fill_(1)
+    for parameter in known.parameters.values():
+        held.of(parameter).fill_(2)
+    write.run()
+    for parameter in known.parameters.values():
+        assert set(parameter.tolist()) == {2}
+    if not exchanged:  # what others have there stays
+        assert int((memory.tensor == 2).sum()) == sum(sizes[i] for i in named)
+        assert not write.reversible
+        return
+    write.take_back()
+    assert set(memory.tensor.tolist()) == {1}
+    # A tensor less is no whole update.
+    some = held.write(list(known.parameters.values())[1:])
+    assert not some.swaps and some.targets
+
+
+def test_memory_of_torchs_is_copied_beside_what_is_exchanged(pages: Pages) -> None:
+    memory = MappedMemory(512, CPU, pages)
+    parameters = {"a": memory.tensor, "b": torch.ones(300, dtype=torch.uint8)}
+    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    held = Shadow(known)
+    for parameter in parameters.values():
+        held.of(parameter).fill_(2)
+    write = held.write(parameters.values())
+    write.run()
+    assert len(write.swaps) == 1 and len(write.targets) == 1 and not write.reversible
+    assert all(set(parameter.tolist()) == {2} for parameter in parameters.values())
+
+
+def test_released_memory_is_not_exchanged(pages: Pages) -> None:
+    one = MappedMemory(100, CPU, pages)
+    other = one.another()
+    one.release()
+    with pytest.raises(TransportError, match="released"):
+        one.swap(other)
+    assert MappedMemory.behind(one.tensor[3:].view(1, -1)) is one
+    one.free()
+    assert MappedMemory.behind(torch.empty(3)) is None
+
+
+# ---- the driver's calls ----------------------------------------------------------------------------------------------
+
+
+class Mappings:
+    """As much of the driver as an exchange needs: which memory is behind which address. Call number `fails` does."""
+
+    def __init__(self, fails: int) -> None:
+        self.behind: dict[int, int | None] = {1 << 21: 7, 1 << 22: 8}
+        self.accessible = {1 << 21, 1 << 22}
+        self.references = 0
+        self.fails, self.calls = fails, 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if not name.startswith("cuMem"):
+                return 0
+            if name != "cuMemRelease":  # which cannot fail
+                self.calls += 1
+                if self.calls == self.fails:
+                    return 1
+            getattr(self, f"_{name}")(*arguments)
+            return 0
+
+        return call
+
+    def _cuMemRetainAllocationHandle(self, handle: Any, address: ctypes.c_void_p) -> None:
+        handle._obj.value = self.behind[address.value or 0]
+        self.references += 1
+
+    def _cuMemRelease(self, handle: ctypes.c_ulonglong) -> None:
+        self.references -= 1
+
+    def _cuMemUnmap(self, address: ctypes.c_uint64, size: object) -> None:
+        assert self.behind[address.value] is not None
+        self.behind[address.value] = None
+        self.accessible.discard(address.value)
+
+    def _cuMemMap(
+        self, address: ctypes.c_uint64, size: Any, at: Any, handle: Any, flags: Any
+    ) -> None:
+        assert self.behind[address.value] is None
+        self.behind[address.value] = handle.value
+
+    def _cuMemSetAccess(self, address: ctypes.c_uint64, *_: object) -> None:
+        assert self.behind[address.value] is not None
+        self.accessible.add(address.value)
+
+
+@pytest.mark.parametrize("fails", range(10))
+def test_a_driver_that_fails_on_the_way_puts_everything_back(fails: int) -> None:
+    """Call 0: none does; there are eight."""
+    library = Mappings(fails)
+    driver = object.__new__(CudaDriver)
+    driver.index, driver._lib = 0, library  # type: ignore[assignment]
+    driver._device, driver._context = ctypes.c_int(), ctypes.c_void_p()
+    one, other = library.behind
+    if 1 <= fails <= 8:
+        with pytest.raises(TransportError, match="failed on GPU 0"):
+            driver.swap(one, other, 1 << 21)
+        assert library.behind == {one: 7, other: 8}
+    else:
+        driver.swap(one, other, 1 << 21)
+        assert library.behind == {one: 8, other: 7}
+    assert library.accessible == {one, other} and library.references == 0
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_what_was_exchanged() -> None:
+    device = torch.device("cuda", 0)
+    known = toy_map("cuda:0")
+    held = Shadow(known)
+    parameter = known.parameters["qkv"]
+    parameter.fill_(1.0)
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        total.copy_(parameter.float().sum())
+    write = held.write(known.parameters.values())
+    assert write.swaps and not write.targets
+    address, free = parameter.data_ptr(), torch.cuda.mem_get_info()[0]
+    for version in range(2, 12):
+        held.of(parameter).fill_(float(version))
+        write.run()
+        graph.replay()
+        assert float(total) == version * parameter.numel()
+    write.take_back()
+    graph.replay()
+    assert float(total) == 10 * parameter.numel()
+    assert parameter.data_ptr() == address and torch.cuda.mem_get_info()[0] == free
+    del held, write
+    gc.collect()
+    assert torch.cuda.mem_get_info()[0] > free
