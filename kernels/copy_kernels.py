@@ -35,6 +35,7 @@ def words_kernel(  # type: ignore[no-untyped-def]
     COPY: tl.constexpr,
     SUM: tl.constexpr,
     FINITE: tl.constexpr,
+    BACK: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
@@ -45,6 +46,9 @@ def words_kernel(  # type: ignore[no-untyped-def]
     One program per tile of at most `ROWS` wide rows. Whole tiles are read and written without masks, 16 bytes at once
     where `ALIGNED` allows, and `ROWS_AT_ONCE` rows are on their way at once: no load is moved before a store that may
     go to the same place. The last bytes of a run that fill no word go one by one.
+
+    `BACK` sums what is in the target behind the write, not what was read: the second read comes out of the cache that
+    all programs share, past each one's own, and costs no time beside the memory's.
 
     `FINITE`, for all numbers of a word at once: where an exponent lacks a bit, adding the exponent's own mask to what
     it lacks carries into the sign's place, and nowhere else.
@@ -73,6 +77,9 @@ def words_kernel(  # type: ignore[no-untyped-def]
             words = tl.load(read + at)
             if COPY:
                 tl.store(write + at, words)
+            if BACK:
+                tl.debug_barrier()
+                words = tl.load(write + at, cache_modifier=".cg")
             if SUM:
                 acc += tl.sum(words * tl.load(outer + first_row + rows)[:, None], axis=0)
             if FINITE:
@@ -86,6 +93,11 @@ def words_kernel(  # type: ignore[no-untyped-def]
             word = tl.load(read + (r * 1024 + column), mask=valid, other=0)
             if COPY:
                 tl.store(write + (r * 1024 + column), word, mask=valid)
+            if BACK:
+                tl.debug_barrier()
+                word = tl.load(
+                    write + (r * 1024 + column), mask=valid, other=0, cache_modifier=".cg"
+                )
             if SUM:
                 acc += word * tl.load(outer + first_row + r)
             if FINITE:
@@ -97,7 +109,11 @@ def words_kernel(  # type: ignore[no-untyped-def]
             here = num_words * 8 + byte
             last = tl.load(source.to(tl.pointer_type(tl.uint8)) + here, mask=byte < rest, other=0)
             if COPY:
-                tl.store(target.to(tl.pointer_type(tl.uint8)) + here, last, mask=byte < rest)
+                to = target.to(tl.pointer_type(tl.uint8)) + here
+                tl.store(to, last, mask=byte < rest)
+                if BACK:
+                    tl.debug_barrier()
+                    last = tl.load(to, mask=byte < rest, other=0, cache_modifier=".cg")
             if SUM:
                 tail = tl.sum(last.to(tl.int64) << (byte * 8).to(tl.int64), axis=0)
                 if FINITE:

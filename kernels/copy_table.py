@@ -64,15 +64,19 @@ class CopyTable:
         device: torch.device,
         num_outputs: int = 0,
         copy: bool = True,
+        read_back: bool = False,
     ) -> None:
-        """`copy`: False sums alone, and reads no target."""
+        """`copy`: False sums alone, and reads no target. `read_back`: what is summed is read out of the target, behind
+        the write; of pieces that `reads_back` allows."""
         self.device = device
         self.num_outputs = num_outputs
-        self._copy = copy
+        self._copy, self._read_back = copy, read_back
         from_, to = _column(sources), _column(targets)
         self._alignment = from_ & 15, to & 15
         self._addresses: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         pieces = list(pieces)
+        if read_back and not all(reads_back(piece, from_, to) for piece in pieces):
+            raise ValueError("read_back: got pieces that are no runs of whole words")
         self._batches = _compile(pieces, from_.tolist(), to.tolist(), device, copy=copy)
         self._exponents, self._blank = _exponents_of(pieces, num_outputs, device)
         last_row = max((batch.last_row for batch in self._batches), default=0)
@@ -101,7 +105,14 @@ class CopyTable:
         from_, to = self._upload(True, sources), self._upload(False, targets)
         for batch in self._batches:
             batch.launch(
-                from_, to, self._outer, out, self._exponents, copy=self._copy, finite=finite
+                from_,
+                to,
+                self._outer,
+                out,
+                self._exponents,
+                copy=self._copy,
+                finite=finite,
+                read_back=self._read_back,
             )
         return out
 
@@ -112,6 +123,13 @@ class CopyTable:
             held = wanted, wanted.to(self.device, copy=True)
             self._addresses[is_source] = held
         return held[1]
+
+
+def reads_back(piece: Piece, sources: Addresses, targets: Addresses) -> bool:
+    """Whether a table can sum what this piece has written, behind the write."""
+    at = int(sources[piece.source]) + piece.source_offset
+    to = int(targets[piece.target]) + piece.target_offset
+    return _kind(piece) == "run" and not (at | to) % fp.WORD_BYTES
 
 
 def _exponents_of(
@@ -187,6 +205,7 @@ class _Words:
         *,
         copy: bool,
         finite: bool,
+        read_back: bool,
     ) -> None:
         with launching_on(out):
             words_kernel[(len(self.tiles),)](
@@ -201,6 +220,7 @@ class _Words:
                 COPY=copy,
                 SUM=out.numel() > 0,
                 FINITE=finite and out.numel() > 0,
+                BACK=read_back,
                 ALIGNED=16 if self.aligned else 8,
                 ROWS=fp.TILE_ROWS,
                 ROWS_AT_ONCE=ROWS_AT_ONCE,
@@ -232,7 +252,9 @@ class _Elements:
         *,
         copy: bool,
         finite: bool,
+        read_back: bool,
     ) -> None:
+        assert not read_back, "these are no runs of whole words"
         size, cast = self.target.itemsize, self.source != self.target
         kernel = flat_kernel if self.flat else strided_kernel
         with launching_on(out):

@@ -96,7 +96,7 @@ def all_parts() -> list[Part]:
         suite("two-ranks", "parity/test_steps_of_two_ranks", gpus=2, test_s=150.0, **slow),
         suite("peer-reads", "sync/test_peer_reads", gpus=2, **slow),
         suite("experts-of-ranks", "sync/test_expert_parallel", gpus=2, **slow),
-        suite("updates", "sync/test_gpu_updates", **some, **slow),
+        suite("updates", "sync/test_gpu_updates", "sync/test_exchanged_memory", **some, **slow),
         Part(
             name="faults",
             command=("tests/faults/gpu_faults.py", "{out}/faults_gpu.md"),

@@ -381,7 +381,9 @@ def _copies() -> None:
         whole = isinstance(batch, _Words) or batch.source == wide
         for num, copy in ((3, True), (3, False), (0, True))[: 3 if whole else 1]:
             out, addresses = longs(2, num), (longs(4), longs(4), longs(1024))
-            batch.launch(*addresses, out, longs(max(num, 1)), copy=copy, finite=copy)
+            for back in (False, True)[: 1 + (isinstance(batch, _Words) and copy and num > 0)]:
+                more: dict[str, bool] = {"copy": copy, "finite": copy and not back}
+                batch.launch(*addresses, out, longs(max(num, 1)), read_back=back, **more)
     for even in (False, True):
         fingerprint.launch(longs(4096), longs(4, 6), longs(1024), longs(3), even=even)
 

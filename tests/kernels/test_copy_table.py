@@ -128,9 +128,27 @@ def interpreted() -> dict[str, str]:
     return told_by(__file__)
 
 
-@pytest.mark.parametrize("case", [*CASES, "sums_a_part_where_it_sits", "sums_without_a_copy"])
+OTHERS = ("sums_a_part_where_it_sits", "sums_without_a_copy", "sums_what_it_reads_back")
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_the_kernels_do_what_the_reference_does(case: str, interpreted: dict[str, str]) -> None:
     assert interpreted[case] == "equal"
+
+
+def test_what_is_no_run_of_whole_words_is_not_read_back() -> None:
+    run = whole((13,), F32, at=0, to=256, output=0)
+    assert ct.reads_back(run, [0], [8]) and not ct.reads_back(run, [4], [8])
+    cast = CASES["packs_with_a_cast"]()[0]
+    with pytest.raises(ValueError, match="no runs of whole words"):
+        ct.CopyTable(
+            [run, cast],
+            sources=[0],
+            targets=[0],
+            device=torch.device("cpu"),
+            num_outputs=1,
+            read_back=True,
+        )
 
 
 def test_dimensions_that_follow_each_other_are_joined() -> None:
@@ -192,7 +210,9 @@ def aligned(num_bytes: int) -> torch.Tensor:
 def main() -> None:
     cpu = torch.device("cpu")
 
-    def verdict(pieces: list[Piece], *, num: int, copy: bool = True) -> str:
+    def verdict(
+        pieces: list[Piece], *, num: int, copy: bool = True, read_back: bool = False
+    ) -> str:
         source, target, expected = aligned(MEMORY), aligned(MEMORY), aligned(MEMORY)
         source.copy_(noise(exact=any(p.source_dtype != p.target_dtype for p in pieces)))
         target.fill_(7)
@@ -200,7 +220,13 @@ def main() -> None:
         wanted = ct.reference(pieces, [source], [expected], num_outputs=num, copy=copy)
         sources, targets = [source.data_ptr()], [target.data_ptr()]
         table = ct.CopyTable(
-            pieces, sources=sources, targets=targets, device=cpu, num_outputs=num, copy=copy
+            pieces,
+            sources=sources,
+            targets=targets,
+            device=cpu,
+            num_outputs=num,
+            copy=copy,
+            read_back=read_back,
         )
         found = [value & ((1 << 64) - 1) for value in table.run(sources, targets).tolist()]
         if not torch.equal(target, expected):
@@ -228,6 +254,12 @@ def main() -> None:
         whole((5000,), BF16, at=200_000, to=0, output=0, source_dtype=F32),
     ]
     print(f"sums_without_a_copy={verdict(pieces, num=2, copy=False)}")
+    pieces = [
+        whole((70_001,), BF16, at=512, to=1024, output=1),
+        whole((37,), torch.int8, at=200_000, to=200_192, output=0),
+        whole((16_384,), F32, at=220_008, to=220_160, output=2),
+    ]
+    print(f"sums_what_it_reads_back={verdict(pieces, num=3, read_back=True)}")
 
 
 if __name__ == "__main__":

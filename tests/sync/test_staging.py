@@ -249,7 +249,7 @@ def test_what_the_kv_cache_lent_is_free_when_it_is_returned_however_the_update_e
             copy(targets, sources)
             raise RuntimeError("the write broke on purpose")
 
-        monkeypatch.setattr(shadow_plan, "copy_ranges", broken)
+        monkeypatch.setattr(shadow, "copy_ranges", broken)
     elif fails == "the check of what is resident":
         monkeypatch.setattr(Session, "compare", compare_that_refuses(Session.compare))
     if fails == "nowhere":

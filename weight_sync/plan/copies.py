@@ -162,6 +162,26 @@ class _Batch:
         self._table.run(stage)
 
 
+class StorageTable:
+    """Allocations by number, in the order in which they were first asked for."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._held: list[torch.UntypedStorage] = []
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """Of the allocation of `tensor`."""
+        storage = tensor.untyped_storage()
+        number = self._numbers.setdefault(storage._cdata, len(self._held))
+        if number == len(self._held):
+            self._held.append(storage)
+        return number
+
+    def addresses(self) -> list[int]:
+        """Asked for each time: memory that was released may have come back elsewhere. At least one, of nothing."""
+        return [storage.data_ptr() for storage in self._held] or [0]
+
+
 class DeviceCopies:
     """The copies of one batch out of a stage of a GPU, as a table; what a table cannot do goes through torch."""
 
@@ -174,7 +194,7 @@ class DeviceCopies:
         strided: Sequence[Copy],
     ) -> None:
         self._manifest = manifest
-        self._memory: dict[int, torch.UntypedStorage] = {}
+        self._memory = StorageTable()
         self._odd: list[Copy] = []
         pieces: list[Piece] = []
         self._large: list[tuple[int, int, torch.Tensor]] = []
@@ -189,7 +209,7 @@ class DeviceCopies:
                 source_dtype=torch.uint8,
                 target_dtype=torch.uint8,
                 source_offset=first,
-                target=self._number(to),
+                target=self._memory.number(to),
                 target_offset=int(to.storage_offset()),
             )
             assert piece is not None, "bytes to bytes"
@@ -203,14 +223,14 @@ class DeviceCopies:
         self._table = CopyTable(
             pieces,
             sources=[stage.data_ptr()],
-            targets=self._addresses() or [0],
+            targets=self._memory.addresses(),
             device=stage.device,
         )
 
     def fits(self, stage: torch.Tensor) -> bool:
         """Whether it can serve for this stage."""
         return self._table.device == stage.device and self._table.fits(
-            [stage.data_ptr()], self._addresses() or [0]
+            [stage.data_ptr()], self._memory.addresses()
         )
 
     @torch.no_grad()
@@ -218,8 +238,7 @@ class DeviceCopies:
         """Issue the copies on the current stream."""
         for first, last, to in self._large:
             to.copy_(stage[first:last])
-        # Asked for each time: memory that was released may have come back elsewhere.
-        self._table.run([stage.data_ptr()], self._addresses() or [0])
+        self._table.run([stage.data_ptr()], self._memory.addresses())
         for copy in self._odd:
             part = regions.part(self._manifest.view(stage, copy.index), copy.region)
             copy.destination.copy_(part)
@@ -236,17 +255,9 @@ class DeviceCopies:
             source_dtype=meta.dtype,
             target_dtype=to.dtype,
             source_offset=self._manifest.offsets[copy.index] + int(part.storage_offset()) * size,
-            target=self._number(to),
+            target=self._memory.number(to),
             target_offset=int(to.storage_offset()) * size,
         )
-
-    def _number(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        self._memory.setdefault(storage._cdata, storage)
-        return list(self._memory).index(storage._cdata)
-
-    def _addresses(self) -> list[int]:
-        return [storage.data_ptr() for storage in self._memory.values()]
 
 
 def _byte_range(manifest: Manifest, copy: Copy) -> ByteRange | None:

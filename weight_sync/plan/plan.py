@@ -7,7 +7,7 @@ operations: ranges that are neighbours at both ends are one copy, and fingerprin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,8 +25,9 @@ from ..layout.manifest import Manifest, dtype_name, mismatch
 from ..layout.memory import Storage, byte_range, storage_key, storage_view, writable
 from ..layout.tensor_sums import region_sum
 from ..layout.weight_map import Located, Placement, WeightMap
-from .copies import Copy
+from .copies import Copy, StorageTable
 from .decoding import decoder_of
+from .read_back import ReadBackCopies
 
 
 def compile_plan(manifest: Manifest, weight_map: WeightMap, encoding: Encoding = FULL) -> Plan:
@@ -98,6 +99,7 @@ class Plan:
         )
         """The table: what a replay copies, before neighbours are joined."""
         self._decoder = decoder_of(encoding, manifest, self.copies, weight_map.occupied())
+        self._read_back: ReadBackCopies | None = None
 
     def replay(self, stage: torch.Tensor, present: Indices | None = None) -> None:
         """Write the arena `stage` (uint8) into the parameters; only the tensors `present`, unless it is None.
@@ -106,6 +108,32 @@ class Plan:
         the stage. Padding between parameters may be written too, where both ends have it.
         """
         self._decoder.run(stage, present)
+
+    def replay_and_read(self, stage: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As `replay` of everything; what it returns has `resident_fingerprints()` of what was written, once.
+
+        On the parameters' own GPU they are read back behind the write, in its pass over the bytes.
+        """
+        if not (stage.is_cuda and self.encoding.verbatim and self._is_on(stage.device)):
+            self.replay(stage)
+            return self.resident_fingerprints
+        if self._read_back is None or not self._read_back.fits(stage):
+            self._read_back = ReadBackCopies(self.manifest, stage, self.copies)
+        rows, values = self._read_back.rows, self._read_back.run(stage)
+
+        def read() -> torch.Tensor:
+            found = torch.zeros(len(self.manifest.tensors), dtype=torch.int64)
+            filled = [i for i, meta in enumerate(self.manifest.tensors) if meta.num_bytes]
+            rest = np.setdiff1d(filled, rows)
+            if len(rest):
+                found[torch.from_numpy(rest)] = self.resident_fingerprints(rest)
+            found[torch.from_numpy(rows)] = values.cpu()
+            return found
+
+        return read
+
+    def _is_on(self, device: torch.device) -> bool:
+        return all(copy.destination.device == device for copy in self.copies)
 
     def staged_fingerprints(
         self, stage: torch.Tensor, indices: Indices | None = None
@@ -216,7 +244,7 @@ class PartSums:
     def __init__(self, parts: Sequence[tuple[int, Placement]], *, num_outputs: int) -> None:
         self.left: list[tuple[int, Placement]] = []
         """What a table cannot sum."""
-        self._memory: dict[int, torch.UntypedStorage] = {}
+        self._memory = StorageTable()
         pieces = []
         for output, placement in parts:
             piece = self._piece(output, placement)
@@ -227,7 +255,7 @@ class PartSums:
         device = parts[0][1].destination.device
         self._table = CopyTable(
             pieces,
-            sources=self._addresses(),
+            sources=self._memory.addresses(),
             targets=(),
             device=device,
             num_outputs=num_outputs,
@@ -236,12 +264,10 @@ class PartSums:
 
     def values(self) -> torch.Tensor:
         """(N,) int64 on the device."""
-        return self._table.run(self._addresses())
+        return self._table.run(self._memory.addresses())
 
     def _piece(self, output: int, placement: Placement) -> Piece | None:
         tensor = placement.destination
-        storage = tensor.untyped_storage()
-        self._memory.setdefault(storage._cdata, storage)
         whole = torch.empty(placement.shape, dtype=tensor.dtype, device="meta")
         part = regions.part(whole, placement.region)
         return make_piece(
@@ -250,14 +276,11 @@ class PartSums:
             target_strides=part.stride(),
             source_dtype=tensor.dtype,
             target_dtype=tensor.dtype,
-            source=list(self._memory).index(storage._cdata),
+            source=self._memory.number(tensor),
             source_offset=int(tensor.storage_offset()) * tensor.element_size(),
             output=output,
             start=int(part.storage_offset()),
         )
-
-    def _addresses(self) -> list[int]:
-        return [storage.data_ptr() for storage in self._memory.values()]
 
 
 def _on(device: torch.device, indices: Indices) -> torch.Tensor:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..errors import (
     WeightUpdateError,
 )
 from ..layout.parallel_copy import copy_tensors
-from ..staging.stage import as_uint64
+from ..staging.stage import Written, as_uint64
 from ..time_left import left_s
 from .agreement import RankAgreement, check_in_time, together, whole_values
 from .host import WeightHost
@@ -129,7 +130,7 @@ class WeightCommit:
             if overlapped:
                 together(self.agreement, self._write_and_tell)
             else:
-                self._compare(self._write_and_tell)
+                self._compare(partial(self._write_and_tell, read_back=True))
             self.on_served(
                 Served(version=session.version, label=session.label, torn=self.torn_after)
             )
@@ -140,11 +141,12 @@ class WeightCommit:
         finally:
             self.pause_s += time.perf_counter() - start
 
-    def _write_and_tell(self) -> None:
+    def _write_and_tell(self, *, read_back: bool = False) -> Written | None:
         # What the host has to do, it does while a GPU copies. Should the bytes turn out wrong, it is told again, or
         # that they are torn, before the next step.
-        self._replay()
+        written = self._replay(read_back=read_back)
         self._tell_host()
+        return written
 
     def _tell_host(self) -> None:
         # After torn weights, whatever was computed with them must go.
@@ -154,12 +156,13 @@ class WeightCommit:
     def _tell_host_of_the_old(self) -> None:
         self.host.weights_written(self.served.version, self.served.label, "flush")
 
-    def _replay(self) -> None:
+    def _replay(self, *, read_back: bool) -> Written | None:
         start = time.perf_counter()
         with torch.no_grad(), self.host.named("commit"):
-            self.session.stage.write(self.session.indices)
+            written = self.session.stage.write(self.session.indices, read_back=read_back)
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
+        return written
 
     def _compare_staged(self) -> bool:
         """Where no rank has seen whole tensors yet: nothing has been written so far, so a mismatch costs nothing.
@@ -175,8 +178,11 @@ class WeightCommit:
         session.compare(found, indices, declared, "staged")
         return self.agreement.size > 1
 
-    def _compare(self, first: Callable[[], None]) -> None:
-        """Compare what is resident on all ranks after `first`; where either fails on one, it has failed on all."""
+    def _compare(self, first: Callable[[], Written | None]) -> None:
+        """Compare what is resident on all ranks after `first`; where either fails on one, it has failed on all.
+
+        `first` may have read it back; else it is read now.
+        """
         session = self.session
         indices = session.indices
         regions = session.known.regions
@@ -184,9 +190,9 @@ class WeightCommit:
 
         def read() -> np.ndarray:
             nonlocal start
-            first()
+            written = first()
             start = time.perf_counter()
-            return as_uint64(session.plan.resident_fingerprints(indices))
+            return written() if written else as_uint64(session.plan.resident_fingerprints(indices))
 
         with self.host.named("verify"):
             found = whole_values(

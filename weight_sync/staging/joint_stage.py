@@ -57,7 +57,7 @@ class JointStage:
     def summands(self, rows: np.ndarray | None) -> np.ndarray:
         return self._arena.summands(rows)
 
-    def write(self, rows: np.ndarray | None) -> None:
+    def write(self, rows: np.ndarray | None, *, read_back: bool = False) -> None:
         self._kept.write(rows)
 
     def after_write(self) -> None:

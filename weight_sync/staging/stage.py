@@ -25,6 +25,10 @@ Fill = Callable[[torch.Tensor], "Future[Any]"]
 """Receives into memory, which is whole when the future is done."""
 
 
+Written = Callable[[], np.ndarray]
+"""Fingerprints, (N,) uint64; waits for the write."""
+
+
 class Stage(Protocol):
     """Used by the receiver's thread; `write` by the engine loop's, while the other waits."""
 
@@ -51,8 +55,12 @@ class Stage(Protocol):
         """This rank's summands of the fingerprints of these rows (None: all), as they are staged, (N,) uint64; where it
         stages in parts."""
 
-    def write(self, rows: np.ndarray | None) -> None:
-        """Write these rows (None: all of the manifest) into the parameters. Returns when every copy was issued."""
+    def write(self, rows: np.ndarray | None, *, read_back: bool = False) -> Written | None:
+        """Write these rows (None: all of the manifest) into the parameters. Returns when every copy was issued.
+
+        `read_back`: what it returns has the fingerprints of what is in the parameters then, in the order of the rows,
+        if it had to look at them anyway.
+        """
 
     def after_write(self) -> None:
         """Whatever this thread asks of the GPU from now on comes after the write, whichever thread issued that."""
@@ -140,9 +148,15 @@ class ArenaStage:
     def summands(self, rows: np.ndarray | None) -> np.ndarray:
         raise AssertionError("whole tensors were checked")
 
-    def write(self, rows: np.ndarray | None) -> None:
-        self.plan.replay(self._buffer, rows)
+    def write(self, rows: np.ndarray | None, *, read_back: bool = False) -> Written | None:
+        written: Written | None = None
+        if read_back and rows is None and self._buffer.is_cuda:
+            read = self.plan.replay_and_read(self._buffer)
+            written = lambda: as_uint64(read())  # noqa: E731
+        else:
+            self.plan.replay(self._buffer, rows)
         self._mark.record(self._buffer.device)
+        return written
 
     def after_write(self) -> None:
         self._mark.follow()

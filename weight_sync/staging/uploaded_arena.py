@@ -116,7 +116,7 @@ class UploadedStage:
     def summands(self, rows: np.ndarray | None) -> np.ndarray:
         raise AssertionError("whole tensors were checked")
 
-    def write(self, rows: np.ndarray | None) -> None:
+    def write(self, rows: np.ndarray | None, *, read_back: bool = False) -> None:
         assert self._plan is not None, "the session has ended"
         self._plan.write(rows)
         self._mark.record(self.memory.device)
