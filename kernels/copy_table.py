@@ -104,16 +104,8 @@ class CopyTable:
         out = self._blank.clone()
         from_, to = self._upload(True, sources), self._upload(False, targets)
         for batch in self._batches:
-            batch.launch(
-                from_,
-                to,
-                self._outer,
-                out,
-                self._exponents,
-                copy=self._copy,
-                finite=finite,
-                read_back=self._read_back,
-            )
+            how = {"copy": self._copy, "finite": finite, "read_back": self._read_back}
+            batch.launch(from_, to, self._outer, out, self._exponents, **how)
         return out
 
     def _upload(self, is_source: bool, addresses: Addresses) -> torch.Tensor:

@@ -90,13 +90,14 @@ def all_parts() -> list[Part]:
     """Longest first among the tests, so that none is left alone at the end."""
     slow = {"limit_s": 420.0}
     some: dict[str, Any] = {"gpus": 2, "least": 1}
+    commits = "sync/test_exchanged_memory", "sync/test_read_back"
     pair: dict[str, Any] = {"gpus": 2, "limit_s": 200.0}
     return [
         suite("nccl", "sync/test_nccl_groups", gpus=2, test_s=100.0, **slow),
         suite("two-ranks", "parity/test_steps_of_two_ranks", gpus=2, test_s=150.0, **slow),
         suite("peer-reads", "sync/test_peer_reads", gpus=2, **slow),
         suite("experts-of-ranks", "sync/test_expert_parallel", gpus=2, **slow),
-        suite("updates", "sync/test_gpu_updates", "sync/test_exchanged_memory", **some, **slow),
+        suite("updates", "sync/test_gpu_updates", *commits, **some, **slow),
         Part(
             name="faults",
             command=("tests/faults/gpu_faults.py", "{out}/faults_gpu.md"),

@@ -28,7 +28,7 @@ from weight_sync.errors import (
 )
 from weight_sync.publisher.update import Update
 from weight_sync.receiver.session import Session
-from weight_sync.staging import opened_cuda_ipc, shadow_plan
+from weight_sync.staging import opened_cuda_ipc, shadow
 from weight_sync.staging.shadow import Shadow
 from weight_sync.staging.shadow_stage import StageMemory
 
@@ -204,7 +204,7 @@ def kept_when_returned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         taken.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor
 
-    def shadow(self: Shadow, weight_map: Any) -> None:
+    def made(self: Shadow, weight_map: Any) -> None:
         allocate(self, weight_map)
         list(map(noted, self._buffers.values()))
 
@@ -214,7 +214,7 @@ def kept_when_returned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         kept.append(sum(not piece.expired() for piece in taken))
         give_back(self)
 
-    monkeypatch.setattr(Shadow, "__init__", shadow)
+    monkeypatch.setattr(Shadow, "__init__", made)
     monkeypatch.setattr(StageMemory, "incoming", lambda *a: noted(incoming(*a)))
     monkeypatch.setattr(ToyHost, "return_kv_cache", returned)
     return kept
@@ -243,7 +243,7 @@ def test_what_the_kv_cache_lent_is_free_when_it_is_returned_however_the_update_e
 
         monkeypatch.setattr(Update, "_submit_bucket", damaged)
     elif fails == "the write":
-        copy = shadow_plan.copy_ranges
+        copy = shadow.copy_ranges
 
         def broken(targets: Any, sources: Any) -> None:
             copy(targets, sources)
