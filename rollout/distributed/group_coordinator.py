@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+import msgspec
 import torch
 
 from weight_sync.errors import ProtocolError, TransportError
@@ -13,9 +14,10 @@ from weight_sync.process_groups.backends import open_gloo, open_nccl
 from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.rendezvous import under
 
-from .frames import decode, encode, new_frame, rest_of
+from .frames import decode, decode_bytes, encode, new_frame, rest_of
 from .place import Place
 from .small_sums import SmallSums
+from .socket_mesh import LARGEST_BYTES, SocketMesh
 from .stateless_process_group import StatelessProcessGroup
 from .tensor_dict import TensorDict, TensorDictHeader, header_of, pack, unpack
 
@@ -52,6 +54,8 @@ class GroupCoordinator(Place):
         self._cpu_group = cpu_group
         self._device_group = device_group
         self._small_sums: SmallSums | None = None
+        self._sockets: SocketMesh | None = None
+        self._timeout_s = 0.0
         self._muted = False
 
     @classmethod
@@ -62,11 +66,13 @@ class GroupCoordinator(Place):
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
         small_sums: bool = False,
+        quick: bool = False,
     ) -> Self:
         """Connect the ranks of `group`; called once by each of them. `group` may be closed afterwards on the CPU.
 
         `timeout_s` is the deadline of a collective that is given none, and of connecting. `small_sums`: on CUDA, small
-        tensors are summed through memory that all ranks see, where the machine has such (`SmallSums`).
+        tensors are summed through memory that all ranks see, where the machine has such (`SmallSums`). `quick`:
+        `broadcast_object`, and `all_gather_bytes` of few bytes, go over sockets beside gloo's (`SocketMesh`).
         """
         device = torch.device(device)
         if group.world_size == 1:
@@ -99,6 +105,9 @@ class GroupCoordinator(Place):
             cpu_group=cpu_group,
             device_group=device_group,
         )
+        if quick:
+            made._sockets = SocketMesh.open(group, timeout_s=timeout_s)
+            made._timeout_s = timeout_s
         if small_sums and device.type == "cuda":
             made._small_sums = SmallSums.open(made, under(group.store, "sums"), device)
         return made
@@ -270,6 +279,13 @@ class GroupCoordinator(Place):
         """
         if self.size == 1:
             return obj
+        if self._sockets is not None:
+            data = self._sockets.broadcast(
+                msgspec.msgpack.encode(obj) if self.rank == src else None,
+                src,
+                timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            )
+            return obj if self.rank == src else decode_bytes(data, type)
         group = self._on_cpu()
         frame, rest = encode(obj) if self.rank == src else (new_frame(), None)
         group.broadcast(frame, root=src, timeout_s=timeout_s)
@@ -293,6 +309,17 @@ class GroupCoordinator(Place):
             )
         obj_list[:] = objects
         return obj_list
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, equally long on all, in rank order."""
+        if self.size == 1:
+            return [data]
+        if self._sockets is not None and len(data) <= LARGEST_BYTES:
+            return self._sockets.all_gather(data, timeout_s=self._timeout_s)
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        gathered = torch.empty((self.size, len(data)), dtype=torch.uint8)
+        self._on_cpu().all_gather(gathered, mine)
+        return [row.tobytes() for row in gathered.numpy()]
 
     def all_gather_object(
         self, obj: Any, *, type: Any = Any, timeout_s: float | None = None
@@ -382,6 +409,8 @@ class GroupCoordinator(Place):
     def destroy(self) -> None:
         """Close the connections; other ranks' calls fail. Safe to repeat. Captured graphs come first."""
         self._small_sums = None
+        if self._sockets is not None:
+            self._sockets.close()
         for group in (self._device_group, self._cpu_group):
             if group is not None:
                 group.close()

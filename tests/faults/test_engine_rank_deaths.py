@@ -120,7 +120,7 @@ def test_ranks_that_cannot_agree_any_more_say_so_once_and_for_all() -> None:
     class Broken:
         rank, size = 0, 2
 
-        def all_gather(self, tensor: Any, dim: int) -> Any:
+        def all_gather_bytes(self, data: bytes) -> Any:
             raise TransportError("a peer is gone")
 
     lost: list[Exception] = []

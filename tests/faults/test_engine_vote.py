@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from sync_support import ToyHost, eventually, toy_map, weights
 
-from weight_sync.errors import DeadlineExceeded, SessionBusy, SessionError
+from weight_sync.errors import (
+    DeadlineExceeded,
+    EngineDiedError,
+    FingerprintMismatch,
+    SessionBusy,
+    SessionError,
+)
 from weight_sync.layout.manifest import Manifest
 from weight_sync.receiver.ranked_service import RankedService
 from weight_sync.receiver.receiver import WeightReceiver
@@ -21,14 +27,17 @@ from weight_sync.receiver.session import Phase, Session
 from weight_sync.staging.opened_arena import OpenedLocalArena
 from weight_sync.wire.messages import (
     Abort,
+    Ack,
     ArenaOpened,
     Begin,
     BeginReply,
     Bucket,
+    BucketReply,
     Commit,
     GetFingerprint,
     LocalHandle,
     OpenArena,
+    Vote,
 )
 from weight_sync.wire.process import current_process
 
@@ -224,9 +233,8 @@ def test_a_vote_is_kept_no_longer_than_the_lease_while_the_trainer_lives(
     assert receiver._session is not session
 
 
-def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> None:
-    ranks = [Rank(), Rank()]
-    service = RankedService(ranks)
+def opening(service: RankedService, ranks: list[Rank]) -> Begin:
+    """The first message of a session over an arena that all ranks have opened."""
     manifest = Manifest(tensors=toy_map().metas(), bucket_bytes=512 << 20)
     opened = LocalCall(OpenArena(handle=LocalHandle(key="k", num_bytes=8)), timeout_s=60.0)
     service.handle(opened)
@@ -234,7 +242,7 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
     for rank in ranks:
         rank.futures[0].set_result(ArenaOpened(arena_id=3))
     assert eventually(opened.future.done)
-    begin = Begin(
+    return Begin(
         session_id="late",
         holder=current_process(),
         version=None,
@@ -248,6 +256,12 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
         verify="pause",
         lease_s=30.0,
     )
+
+
+def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> None:
+    ranks = [Rank(), Rank()]
+    service = RankedService(ranks)
+    begin = opening(service, ranks)
     call = LocalCall(begin, timeout_s=0.5)
     service.handle(call)
     assert eventually(lambda: len(ranks[0].futures) == 2)
@@ -260,4 +274,61 @@ def test_a_begin_that_one_rank_answers_too_late_is_ended_on_all_of_them() -> Non
         assert timeout_s > 60.0
         # Whatever it is, where the answer that says so has not come.
         assert abort.epoch == (7 if rank is ranks[0] else 0)
+    service.close()
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_ranks_vote_behind_the_last_bucket_and_commit_when_all_have_taken_it(refuses: bool) -> None:
+    """With the commit at hand nobody waits for the answers to the bucket before the vote is asked for."""
+    ranks = [Rank(), Rank()]
+    service = RankedService(ranks)
+    begun = LocalCall(opening(service, ranks), timeout_s=60.0)
+    service.handle(begun)
+    assert eventually(lambda: len(ranks[0].futures) == 2)
+    session = {"session_id": "late", "epoch": 0}
+    bucket = LocalCall(Bucket(**session, indices=b"", fingerprints=b""), timeout_s=60.0)
+    commit = LocalCall(Commit(**session, timeout_s=60.0), timeout_s=60.0)
+    service.handle(bucket)
+    service.handle(commit)
+    for rank in ranks:
+        rank.futures[1].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
+    assert eventually(lambda: len(ranks[0].futures) == 4)
+    assert [[type(told) for told, _ in rank.told[2:]] for rank in ranks] == [[Bucket, Vote]] * 2
+    ranks[0].futures[2].set_result(BucketReply(num_staged=1, stage_s=0.0))
+    for rank in ranks:
+        rank.futures[3].set_result(Ack())
+    assert not bucket.future.done() and len(ranks[0].told) == 4
+    if refuses:
+        ranks[1].futures[2].set_exception(FingerprintMismatch("a test says so"))
+    else:
+        ranks[1].futures[2].set_result(BucketReply(num_staged=1, stage_s=0.0))
+    assert eventually(lambda: len(ranks[0].futures) == 5)
+    last = Abort if refuses else Commit
+    assert [type(rank.told[-1][0]) for rank in ranks] == [last, last]
+    if refuses:
+        for call in (bucket, commit):
+            with pytest.raises(FingerprintMismatch, match="a test says so"):
+                call.future.result(60.0)
+    for rank in ranks:
+        rank.futures[4].set_exception(EngineDiedError("the end of the test"))
+    service.close()
+
+
+def test_a_bucket_with_another_behind_it_is_taken_by_all_ranks_before_that() -> None:
+    ranks = [Rank(), Rank()]
+    service = RankedService(ranks)
+    begun = LocalCall(opening(service, ranks), timeout_s=60.0)
+    service.handle(begun)
+    assert eventually(lambda: len(ranks[0].futures) == 2)
+    for _ in range(2):
+        bucket = Bucket(session_id="late", epoch=0, indices=b"", fingerprints=b"")
+        service.handle(LocalCall(bucket, timeout_s=60.0))
+    for rank in ranks:
+        rank.futures[1].set_result(BeginReply(epoch=7, version=1, need_manifest=False))
+    assert eventually(lambda: len(ranks[0].futures) == 3)
+    ranks[0].futures[2].set_result(BucketReply(num_staged=1, stage_s=0.0))
+    time.sleep(0.1)
+    assert len(ranks[0].told) == 3
+    ranks[1].futures[2].set_result(BucketReply(num_staged=1, stage_s=0.0))
+    assert eventually(lambda: len(ranks[0].futures) == 4)
     service.close()

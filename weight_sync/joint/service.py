@@ -232,13 +232,20 @@ class JointService:
                 if isinstance(message, msg.Bucket)
                 else session.receive(message, end)
             )
-            if self.in_step:
+            if self.in_step and not self._votes_next(message):
                 session.all_taken(end)
             return staged
         except Exception as error:
             self._aborted = message.session_id, session.abort(f"another one refused: {error}")
             self._end(session, error)
             raise
+
+    def _votes_next(self, message: msg.Bucket | msg.Receive) -> bool:
+        """Behind a bucket comes its session's commit: the vote, which takes nothing and needs nobody, may be asked for
+        at once, and waits for the bucket itself."""
+        return isinstance(message, msg.Bucket) and self._queue.next_is(
+            lambda body: isinstance(body, msg.Commit) and body.session_id == message.session_id
+        )
 
     def _abort(self, message: msg.Abort, end: float) -> msg.Ack:
         """The answer means that nobody reads the arena any more; `DeadlineExceeded` where that is not known."""

@@ -90,6 +90,11 @@ class CallQueue:
             raise self._shut_down()
         return future.result(0.0)
 
+    def next_is(self, wanted: Callable[[Any], bool]) -> bool:
+        """Whether a call waits, and the body of the first one is `wanted`; on the thread of the queue."""
+        with self._changed:
+            return bool(self._calls) and wanted(self._calls[0].body)
+
     def close(self) -> None:
         """End the thread after the call that it serves, and fail what is queued. Safe to repeat."""
         with self._changed:

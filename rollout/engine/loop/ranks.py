@@ -102,6 +102,7 @@ class RankGroups:
                     device=on,
                     timeout_s=SILENCE_S,
                     small_sums=small_sums and name == "tp",
+                    quick=name != "tp",
                 )
 
         return cls(
@@ -154,21 +155,18 @@ class GroupAgreement:
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Every rank's uint64 array of one shape, stacked in rank order, on every rank."""
-        tensor = torch.from_numpy(values.astype(np.uint64).view(np.int64))
-        gathered: np.ndarray = self._gather(tensor).numpy().view(np.uint64)
-        return gathered
+        rows = self._gather(values.astype(np.uint64).tobytes())
+        return np.stack([np.frombuffer(row, dtype=np.uint64).reshape(values.shape) for row in rows])
 
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, in rank order, cut where it is very long."""
-        data = text.encode()[: self._TEXT_BYTES]
-        frame = torch.frombuffer(bytearray(data.ljust(self._TEXT_BYTES, b"\0")), dtype=torch.uint8)
-        rows = self._gather(frame).numpy()
-        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+        rows = self._gather(text.encode()[: self._TEXT_BYTES].ljust(self._TEXT_BYTES, b"\0"))
+        return [row.rstrip(b"\0").decode(errors="ignore") for row in rows]
 
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _gather(self, data: bytes) -> list[bytes]:
         if self._lost is None:
             try:
-                return self._group.all_gather(tensor[None], dim=0)
+                return self._group.all_gather_bytes(data)
             except Exception as error:
                 self._lost = (
                     f"the ranks of the engine have lost each other over an update: rank {self.rank} got {error}; "
