@@ -29,7 +29,7 @@ from .copy_kernels import (
     strided_kernel,
     words_kernel,
 )
-from .copy_pieces import MAX_DIMS, Piece
+from .copy_pieces import MAX_DIMS, Piece, WholePieces, exponent_of
 from .launching import launching_on, tl
 
 Addresses = Sequence[int] | torch.Tensor
@@ -38,15 +38,6 @@ Addresses = Sequence[int] | torch.Tensor
 _TILE_BYTES = fp.TILE_ROWS * fp.WIDE_ROW_BYTES
 _RUN_BYTES = 512
 """Least bytes of a strided piece's contiguous runs that are worth a program each."""
-_EXPONENTS = {
-    torch.float64: 0x7FF0_0000_0000_0000,
-    torch.float32: 0x7F80_0000,
-    torch.bfloat16: 0x7F80,
-    torch.float16: 0x7C00,
-    torch.float8_e5m2: 0x7C,
-    torch.float8_e4m3fn: 0x7F,  # its NaN; it has no infinities
-}
-"""Bits that are all set in a number that is not finite."""
 
 
 class CopyTable:
@@ -65,9 +56,10 @@ class CopyTable:
         num_outputs: int = 0,
         copy: bool = True,
         read_back: bool = False,
+        whole: WholePieces | None = None,
     ) -> None:
         """`copy`: False sums alone, and reads no target. `read_back`: what is summed is read out of the target, behind
-        the write; of pieces that `reads_back` allows."""
+        the write; of pieces that `reads_back` allows. `whole`: more pieces."""
         self.device = device
         self.num_outputs = num_outputs
         self._copy, self._read_back = copy, read_back
@@ -75,10 +67,17 @@ class CopyTable:
         self._alignment = from_ & 15, to & 15
         self._addresses: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         pieces = list(pieces)
-        if read_back and not all(reads_back(piece, from_, to) for piece in pieces):
-            raise ValueError("read_back: got pieces that are no runs of whole words")
-        self._batches = _compile(pieces, from_.tolist(), to.tolist(), device, copy=copy)
-        self._exponents, self._blank = _exponents_of(pieces, num_outputs, device)
+        with torch.device("cpu"):  # whatever the caller's default is
+            self._exponents, self._blank = _exponents_of(pieces, whole, num_outputs, device)
+            runs: list[torch.Tensor] = []
+            if whole is not None:
+                held, odd = whole.runs(from_, to, copy=copy)
+                runs.append(held)
+                pieces += whole.pieces(odd)
+            if read_back and not all(reads_back(piece, from_, to) for piece in pieces):
+                raise ValueError("read_back: got pieces that are no runs of whole words")
+            starts = from_.tolist(), to.tolist()
+            self._batches = _compile(pieces, *starts, device, copy=copy, more=runs)
         last_row = max((batch.last_row for batch in self._batches), default=0)
         self._outer = fp.outer_keys(last_row + 1, device)
 
@@ -125,19 +124,23 @@ def reads_back(piece: Piece, sources: Addresses, targets: Addresses) -> bool:
 
 
 def _exponents_of(
-    pieces: Sequence[Piece], num_outputs: int, device: torch.device
+    pieces: Sequence[Piece], whole: WholePieces | None, num_outputs: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`exponents` of the kernels, (N,) int64, in each number of a word; and (2, N): no sums, and what is not known."""
-    masks = [0] * num_outputs
-    unknown = [0] * num_outputs
-    for piece in pieces:
-        if piece.output >= 0 and piece.target_dtype.is_floating_point:
-            bits = 8 * piece.target_dtype.itemsize
-            mask = _EXPONENTS.get(piece.target_dtype, 0)
-            masks[piece.output] = fp.signed(sum(mask << at for at in range(0, 64, bits)))
-            unknown[piece.output] = int(not mask)
-    blank = torch.tensor([[0] * num_outputs, unknown], dtype=torch.int64, device=device)
-    return torch.tensor(masks, dtype=torch.int64, device=device), blank
+    both = torch.zeros(2, num_outputs, dtype=torch.int64)
+    if whole is not None:
+        kinds = [exponent_of(dtype) for dtype in whole.dtypes]
+        summed = whole.outputs >= 0
+        both[:, whole.outputs[summed]] = _pairs(kinds)[:, whole.kinds[summed]]
+    held = [piece for piece in pieces if piece.output >= 0]
+    outputs = torch.tensor([piece.output for piece in held], dtype=torch.int64)
+    both[:, outputs] = _pairs([exponent_of(piece.target_dtype) for piece in held])
+    blank = torch.stack([torch.zeros_like(both[1]), both[1]])
+    return both[0].to(device), blank.to(device)
+
+
+def _pairs(values: Sequence[tuple[int, int]]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).reshape(-1, 2).t()
 
 
 def reference(
@@ -298,7 +301,9 @@ def _compile(
     device: torch.device,
     *,
     copy: bool,
+    more: Sequence[torch.Tensor],
 ) -> list[_Batch]:
+    """`more`: runs of whole words, (R, 6)."""
     runs: list[tuple[int, ...]] = []
     strided: list[torch.Tensor] = []
     elements: defaultdict[tuple[torch.dtype, torch.dtype, bool, bool], list[Piece]] = defaultdict(
@@ -322,7 +327,7 @@ def _compile(
             wide = flat and _start(piece, sources, targets, copy) % 16 == 0
             elements[(*pair, flat, wide)].append(piece)
     batches: list[_Batch] = []
-    table = torch.cat([torch.tensor(runs, dtype=torch.int64).reshape(-1, 6), *strided])
+    table = torch.cat([torch.tensor(runs, dtype=torch.int64).reshape(-1, 6), *strided, *more])
     if len(table):
         batches += _word_batches(table, sources, targets, device, copy)
     batches += [_element_batch(held, *kind, device) for kind, held in elements.items()]

@@ -100,7 +100,7 @@ def part_sum(part: torch.Tensor, run_starts: torch.Tensor, run_bytes: int) -> to
 
     `part` may be strided, and may start anywhere; the bytes are copied where rows need them aligned.
     """
-    data = part.detach().contiguous().flatten()
+    data = part.detach().resolve_conj().resolve_neg().contiguous().flatten()
     num_bytes = data.numel() * data.element_size()
     single = len(run_starts) == 1
     span = ByteSpan(

@@ -28,7 +28,9 @@ def interpreted() -> dict[str, str]:
         "what is known to be laid out alike",
         "fewer tensors than before",
         "other strides and dtypes",
+        "what stands for its negative",
         "what is not finite",
+        "sums of tensors where they are",
         "a plan's copies",
         "resident parts in many allocations",
     ],
@@ -44,8 +46,10 @@ def main() -> None:
     from sync_support import toy_map, weights
 
     from rollout_kernels.span_table import SpanTable, TilePlan
+    from weight_sync.layout.device_sums import PieceList, addresses_of
     from weight_sync.layout.fingerprints import ArenaFingerprints
     from weight_sync.layout.manifest import Manifest, TensorMeta
+    from weight_sync.layout.tensor_sums import tensor_fingerprint, unsigned
     from weight_sync.plan import plan as plans
     from weight_sync.plan.copies import DeviceCopies
     from weight_sync.plan.plan import compile_plan
@@ -73,11 +77,17 @@ def main() -> None:
 
     packer = packers.DevicePacker(manifest, buffer, fingerprints)
 
-    def packs(tensors: dict[str, torch.Tensor], layouts: object = None) -> str:
+    def packs(
+        tensors: dict[str, torch.Tensor], layouts: object = None, by_torch: str | None = None
+    ) -> str:
         rows = [manifest.index[name] for name in tensors]
         found, suspects = packer.pack(np.array(rows), list(tensors.values()), layouts=layouts)
-        wanted = [row for row, t in zip(rows, tensors.values(), strict=True) if t.isfinite().all()]
-        if suspects.tolist() != sorted(set(rows) - set(wanted)):
+        sure = [
+            row
+            for row, (name, tensor) in zip(rows, tensors.items(), strict=True)
+            if tensor.isfinite().all() and name != by_torch
+        ]
+        if suspects.tolist() != sorted(set(rows) - set(sure)):
             return f"suspects {suspects}"
         for row, (name, tensor) in zip(rows, tensors.items(), strict=True):
             if not torch.equal(manifest.view(buffer, row), tensor.to(manifest.tensors[row].dtype)):
@@ -99,9 +109,36 @@ def main() -> None:
     odd["norm.weight"] = odd["norm.weight"].float().bfloat16().float()
     odd["layers.0.q.weight"] = torch.cat([odd["layers.0.q.weight"]] * 2, 1)[:, 16:]
     print(f"other strides and dtypes={packs(odd)}")
+    negative = torch._neg_view(odd["layers.0.k.weight"])  # type: ignore[attr-defined]
+    said = packs({**odd, "layers.0.k.weight": negative}, by_torch="layers.0.k.weight")
+    print(f"what stands for its negative={said}")
     odd["embed.weight"][2, 3] = float("-inf")
     odd["layers.0.scale"] = torch.tensor(float("inf")).to(odd["layers.0.scale"].dtype)
     print(f"what is not finite={packs(odd)}")
+
+    listed = PieceList()
+    long = torch.randn(70_001, generator=torch.Generator().manual_seed(10)).bfloat16().float()
+    read = [
+        *noise(names, 11).values(),
+        long,
+        long[1:],
+        long.bfloat16()[1:20],
+        long[:600].view(20, 30).t(),
+    ]
+    read += [long[:90].view(torch.int8), long[:7].double(), long[::3], torch._neg_view(long)]  # type: ignore[attr-defined]
+    dtypes = [tensor.dtype for tensor in read]
+    dtypes[len(names)] = torch.bfloat16
+    added = [
+        tensor for tensor, dtype in zip(read, dtypes, strict=True) if listed.add(tensor, dtype)
+    ]
+    addresses = torch.from_numpy(addresses_of(added).view("int64"))
+    sums = listed.table(addresses, (), torch.device("cpu"), copy=False).run(addresses).tolist()
+    wanted = [
+        tensor_fingerprint(tensor.to(dtype))
+        for tensor, dtype in zip(read[:-1], dtypes, strict=False)
+    ]
+    ok = len(added) == len(read) - 1 and [unsigned(value) for value in sums] == wanted
+    print(f"sums of tensors where they are={'equal' if ok else sums}")
 
     weight_map = toy_map()
     plan = compile_plan(manifest, weight_map)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch import nn
 import weight_sync
 from rollout_kernels.fingerprint import reference
 from weight_sync.errors import ManifestMismatch
+from weight_sync.layout import fingerprints
 from weight_sync.layout.fingerprints import ArenaFingerprints, fingerprint
 from weight_sync.layout.manifest import Manifest, TensorMeta
 from weight_sync.layout.tensor_sums import combine, name_key, tensor_fingerprint, unsigned
@@ -54,6 +56,19 @@ def test_a_tensor_s_fingerprint_is_that_of_its_bytes(
     assert tensor_fingerprint(tensor) == expected
     if tensor.dim() == 2:
         assert tensor_fingerprint(tensor.t().contiguous().t()) == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1101, 301)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_what_stands_for_its_negative_or_conjugate_counts_as_what_it_is(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tensor = torch.randn(shape, dtype=dtype)
+    stands = torch._neg_view(tensor) if dtype is torch.float32 else tensor.conj()
+    assert stands.is_neg() or stands.is_conj()
+    real = stands.resolve_neg().resolve_conj()
+    assert tensor_fingerprint(stands) == tensor_fingerprint(real) != tensor_fingerprint(tensor)
+    assert fingerprint({"a": stands}) == fingerprint({"a": real})
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,6 +145,23 @@ def test_large_and_small_tensors_and_more_than_one_batch_agree(
         monkeypatch.setattr("weight_sync.layout.fingerprints._BATCH_BYTES", batch)
         monkeypatch.setattr("weight_sync.layout.fingerprints._DIRECT_BYTES", direct)
         assert fingerprint(named) == expected
+
+
+@pytest.mark.parametrize("on_gpu", [[], [1], [0, 3], [3, 1], [0, 1, 2, 3]])
+def test_tensors_of_gpus_and_others_add_up(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: list[int]
+) -> None:
+    named = {name: noise((5, 9), torch.float32, i) for i, name in enumerate("abcd")}
+    dtypes = {"b": torch.bfloat16, "c": torch.bfloat16}
+    expected = fingerprint(named, dtypes=dtypes)
+
+    def sums(tensors: list[torch.Tensor], held: list[torch.dtype]) -> tuple[np.ndarray, np.ndarray]:
+        values = [tensor_fingerprint(tensors[i].to(held[i])) for i in on_gpu]
+        return np.array(on_gpu, dtype=np.int64), np.array(values, dtype=np.uint64)
+
+    monkeypatch.setattr(fingerprints, "device_sums", sums)
+    assert fingerprint(named, dtypes=dtypes) == expected
+    assert fingerprint(list(named.items()), dtypes=dtypes) == expected
 
 
 def test_values_are_converted_to_the_dtype_that_the_engine_holds() -> None:

@@ -4,75 +4,104 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
 
-from rollout_kernels.copy_pieces import Piece, make_piece
+from rollout_kernels.copy_pieces import Piece, WholePieces, make_piece
 from rollout_kernels.copy_table import CopyTable
 
-from .tensor_sums import unsigned
-
-_ONE = (1,)
-Held = tuple[torch.Tensor, torch.dtype]
-"""A tensor, and the dtype in which its fingerprint is wanted."""
+_IS_CUDA = attrgetter("is_cuda")
 
 
-def device_sums(tensors: Sequence[Held]) -> list[int | None]:
-    """The fingerprint of each, as if it were converted first; None for what is not on a GPU, or needs torch."""
-    found: list[int | None] = [None] * len(tensors)
-    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for i, (tensor, _) in enumerate(tensors):
-        if tensor.is_cuda and not tensor.is_complex():
-            by_device[tensor.device].append(i)
-    for device, numbers in by_device.items():
-        pieces: list[Piece] = []
-        addresses: list[int] = []
-        summed: list[int] = []
-        for i in numbers:
-            tensor, dtype = tensors[i]
-            piece = _piece(tensor, dtype, len(summed))
-            if piece is not None:
-                pieces.append(piece)
-                addresses.append(tensor.data_ptr())
-                summed.append(i)
-        table = CopyTable(
-            pieces,
-            sources=addresses,
-            targets=(),
+def device_sums(
+    tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fingerprints of tensors as if each were converted to its dtype in `dtypes` first: which of them, (M,) int64, and
+    the value of each, (M,) uint64. Those that are missing are not on a GPU, or need torch."""
+    by_device: defaultdict[int, list[int]] = defaultdict(list)
+    for i, is_cuda in enumerate(map(_IS_CUDA, tensors)):
+        if is_cuda:
+            by_device[tensors[i].get_device()].append(i)
+    numbers, values = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for held in by_device.values():
+        listed = PieceList()
+        summed = [i for i in held if listed.add(tensors[i], dtypes[i])]
+        addresses = torch.from_numpy(addresses_of([tensors[i] for i in summed]).view(np.int64))
+        table = listed.table(addresses, (), tensors[held[0]].device, copy=False)
+        numbers.append(np.array(summed, dtype=np.int64))
+        values.append(table.run(addresses).cpu().numpy())
+    return np.concatenate(numbers), np.concatenate(values).view(np.uint64)
+
+
+class PieceList:
+    """Tensors that a table is to read, one allocation and one sum each; most of them in columns."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._whole: list[int] = []  # Four each: as many tuples are work for the collector.
+        self._kinds: dict[torch.dtype, int] = {}
+        self._num = 0
+
+    def add(
+        self,
+        tensor: torch.Tensor,
+        dtype: torch.dtype,
+        target_offset: int = 0,
+    ) -> bool:
+        """Sum `tensor` as `dtype`, and write it contiguously from the byte `target_offset` of the target on. False for
+        what a table cannot do, which gets no number."""
+        # What stands for its conjugate or its negative is not what is in memory; torch knows.
+        if tensor.is_complex() or tensor.is_neg():
+            return False
+        if tensor.dtype is dtype and tensor.is_contiguous() and dtype.itemsize <= 8:
+            kind = self._kinds.setdefault(dtype, len(self._kinds))
+            self._whole += (self._num, target_offset, tensor.numel(), kind)
+        else:
+            shape = tuple(tensor.shape)
+            piece = make_piece(
+                shape=shape,
+                source_strides=tensor.stride(),
+                target_strides=contiguous_strides(shape),
+                source_dtype=tensor.dtype,
+                target_dtype=dtype,
+                source=self._num,
+                target_offset=target_offset,
+                output=self._num,
+            )
+            if piece is None:
+                return False
+            self._pieces.append(piece)
+        self._num += 1
+        return True
+
+    def table(
+        self,
+        sources: torch.Tensor,
+        targets: Sequence[int],
+        device: torch.device,
+        *,
+        copy: bool,
+    ) -> CopyTable:
+        """What does it. sources: addresses of what was added, (M,) int64."""
+        columns = torch.from_numpy(np.array(self._whole, dtype=np.int64).reshape(-1, 4).T)
+        return CopyTable(
+            self._pieces,
+            sources=sources,
+            targets=targets,
             device=device,
-            num_outputs=len(summed),
-            copy=False,
+            num_outputs=self._num,
+            copy=copy,
+            whole=WholePieces(
+                sources=columns[0],
+                target_offsets=columns[1],
+                num_elements=columns[2],
+                outputs=columns[0],
+                kinds=columns[3],
+                dtypes=tuple(self._kinds),
+            ),
         )
-        for i, value in zip(summed, table.run(addresses).tolist(), strict=True):
-            found[i] = unsigned(value)
-    return found
-
-
-def _piece(tensor: torch.Tensor, dtype: torch.dtype, output: int) -> Piece | None:
-    if tensor.dtype is dtype and dtype.itemsize <= 8 and tensor.is_contiguous():
-        return Piece(  # what most of them are, without working it out
-            source=output,
-            source_offset=0,
-            target=0,
-            target_offset=0,
-            sizes=(tensor.numel(),),
-            source_strides=_ONE,
-            target_strides=_ONE,
-            source_dtype=dtype,
-            target_dtype=dtype,
-            output=output,
-            place_strides=_ONE,
-        )
-    return make_piece(
-        shape=tuple(tensor.shape),
-        source_strides=tensor.stride(),
-        target_strides=contiguous_strides(tensor.shape),
-        source_dtype=tensor.dtype,
-        target_dtype=dtype,
-        source=output,
-        output=output,
-    )
 
 
 def addresses_of(tensors: Sequence[torch.Tensor]) -> np.ndarray:

@@ -53,7 +53,7 @@ def fingerprint(
     reused = not isinstance(source, nn.Module | Mapping | list | tuple)
     named = _named(source)
     if not reused:
-        done, named = _on_gpus(list(named), dtypes)
+        done, named = _on_gpus(named, dtypes)
         total += done
     for name, tensor in named:
         dtype = _held_dtype(name, tensor, dtypes)
@@ -152,31 +152,35 @@ class SubsetSums:
 
 
 def _on_gpus(
-    named: Sequence[tuple[str, torch.Tensor]],
+    named: Iterable[tuple[str, torch.Tensor]],
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
-) -> tuple[int, list[tuple[str, torch.Tensor]]]:
+) -> tuple[int, Iterable[tuple[str, torch.Tensor]]]:
     """What the tensors that are whole on a GPU add up to, and all the others."""
-    plain = [
-        (tensor.detach(), _held_dtype(name, tensor, dtypes))
-        if tensor.is_cuda and not is_distributed(tensor)
-        else None
-        for name, tensor in named
-    ]
-    values = iter(device_sums([held for held in plain if held is not None]))
-    found = [None if held is None else next(values) for held in plain]
-    total = sum(
-        name_key(name) * value
-        for (name, _), value in zip(named, found, strict=True)
-        if value is not None
-    )
-    left = [pair for pair, value in zip(named, found, strict=True) if value is None]
-    return total, left
+    names: list[str] = []  # No pair is kept: thousands of new objects are work for the collector.
+    tensors: list[torch.Tensor] = []
+    here: list[int] = []
+    for name, tensor in named:
+        if not is_distributed(tensor):
+            here.append(len(names))
+        names.append(name)
+        tensors.append(tensor)
+    held = [_held_dtype(names[i], tensors[i], dtypes) for i in here]
+    numbers, values = device_sums([tensors[i] for i in here], held)
+    found = np.array(here, dtype=np.int64)[numbers]
+    keys = (name_key(names[i]) for i in found.tolist())
+    total = (np.fromiter(keys, dtype=np.uint64, count=len(found)) * values).sum()
+    left = np.ones(len(names), dtype=bool)
+    left[found] = False
+    others = np.flatnonzero(left).tolist()
+    return int(total), ((names[i], tensors[i]) for i in others)
 
 
 def _named(source: NamedTensors) -> Iterable[tuple[str, torch.Tensor]]:
     if isinstance(source, nn.Module):
-        return canonical(map(readable_pair, _unique_parameters(source)))
-    return canonical(map(readable_pair, pairs_of(source)))
+        pairs: Iterable[tuple[str, torch.Tensor]] = _unique_parameters(source)
+    else:
+        pairs = source.items() if type(source) is dict else pairs_of(source)
+    return canonical(map(readable_pair, pairs))
 
 
 def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -195,11 +199,11 @@ def _unique_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _held_dtype(
     name: str, tensor: torch.Tensor, dtypes: Mapping[str, torch.dtype] | torch.dtype | None
 ) -> torch.dtype:
+    if dtypes is None:
+        return tensor.dtype
     if isinstance(dtypes, Mapping):
         return dtypes.get(name, tensor.dtype)
-    if dtypes is None or not tensor.is_floating_point():
-        return tensor.dtype
-    return dtypes
+    return dtypes if tensor.is_floating_point() else tensor.dtype
 
 
 def _whole_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,13 @@ import torch
 from .fused import Fused
 
 _MIXTRAL = re.compile(r"(.*)\.block_sparse_moe\.(gate|experts\.\d+)(?:\.w([123]))?\.weight")
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 _MATRICES = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj", None: ""}
 
 
 def stacked_experts(name: str, shape: Sequence[int]) -> Fused | None:
     """What a tensor of all experts of a layer is made of, where `name` is of one."""
-    if len(shape) != 3 or not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+    if not name.endswith(_STACKED) or len(shape) != 3:
         return None
     prefix, _, kind = name.rpartition(".")
     num_experts, rows, columns = shape
@@ -41,7 +42,9 @@ def canonical(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same tensors under their canonical names, stacked experts, where they are whole, as views of matrices."""
     for name, tensor in named:
-        fused = None if hasattr(tensor, "full_tensor") else stacked_experts(name, tensor.shape)
+        fused = None
+        if name.endswith(_STACKED) and not hasattr(tensor, "full_tensor"):
+            fused = stacked_experts(name, tensor.shape)
         if fused is None:
             yield canonical_name(name), tensor
             continue

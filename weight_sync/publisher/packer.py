@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rollout_kernels.copy_pieces import Piece, make_piece
 from rollout_kernels.copy_table import CopyTable
 
-from ..layout.device_sums import addresses_of, contiguous_strides
+from ..layout.device_sums import PieceList, addresses_of
 from ..layout.fingerprints import ArenaFingerprints
 from ..layout.manifest import Manifest
 
-_Layouts = tuple[bytes, list[torch.dtype], list[int], list[tuple[int, ...] | None]]
+_Layouts = tuple[bytes, list[torch.dtype], list[int], list[tuple[int, ...] | None], list[bool]]
 
 
 class DevicePacker:
@@ -97,41 +96,26 @@ class DevicePacker:
             [tensor.dtype for tensor in sources],
             [tensor.get_device() for tensor in sources],
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
+            [tensor.is_neg() for tensor in sources],
         )
         if self._table is not None and layouts == self._layouts and self._suits(addresses):
             return
-        targets = [self._buffer.data_ptr()]
-        pieces: list[Piece] = []
+        listed = PieceList()
         fast: list[int] = []
         slow: list[int] = []
-        here = self._buffer.get_device()
-        for i, (row, tensor) in enumerate(zip(rows.tolist(), sources, strict=True)):
-            meta = self._manifest.tensors[row]
-            piece = None
-            # Complex tensors may stand for their conjugates; torch knows.
-            if tensor.get_device() == here and not tensor.is_complex():
-                piece = make_piece(
-                    shape=meta.shape,
-                    source_strides=tensor.stride(),
-                    target_strides=contiguous_strides(meta.shape),
-                    source_dtype=tensor.dtype,
-                    target_dtype=meta.dtype,
-                    source=len(fast),
-                    target_offset=self._manifest.offsets[row],
-                    output=len(fast),
-                )
-            if piece is None:
-                slow.append(i)
-            else:
-                pieces.append(piece)
-                fast.append(i)
-        table = CopyTable(
-            pieces,
-            sources=_read(addresses, fast if slow else None),
-            targets=targets,
-            device=self._buffer.device,
-            num_outputs=len(fast),
+        here, metas, offsets = (
+            self._buffer.get_device(),
+            self._manifest.tensors,
+            self._manifest.offsets,
         )
+        for i, (row, tensor) in enumerate(zip(rows.tolist(), sources, strict=True)):
+            added = tensor.get_device() == here and listed.add(
+                tensor, metas[row].dtype, offsets[row]
+            )
+            (fast if added else slow).append(i)
+        read = _read(addresses, fast if slow else None)
+        targets = [self._buffer.data_ptr()]
+        table = listed.table(read, targets, self._buffer.device, copy=True)
         self._table, self._fast, self._slow = table, np.array(fast, dtype=np.int64), slow
         self._layouts, self._addresses = layouts, addresses
 
