@@ -186,7 +186,8 @@ if triton is not None:
                 word = tl.load(here + (r * 1024 + column))
                 acc += word * tl.load(outer + first_row + r)
         else:
-            for r in tl.static_range(ROWS):
+            # Not unrolled: of the short runs of a rank's part there is a row or two in each tile.
+            for r in range(tl.minimum(last_row - first_row + 1, ROWS).to(tl.int32)):
                 row = first_row + r
                 i = row * 1024 + column
                 num_bytes = end_byte - i * 8

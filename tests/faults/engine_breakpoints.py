@@ -93,12 +93,13 @@ def install(folder: Path) -> None:
         maps.append(weight_map)
         make(self, weight_map, *arguments, **options)
 
-    def replay_and_stop(self: Any) -> None:
-        replay(self)
+    def replay_and_stop(self: Any, **options: Any) -> Any:
+        written = replay(self, **options)
         rank = self.agreement.rank
         if points.damages(rank):
             next(iter(maps[0].parameters.values())).data.view(torch.uint8)[0, 2] ^= 1
         points.pass_point("commit", rank)
+        return written
 
     def step_and_stop(self: Any) -> bool:
         points.pass_point("step", self._ranks.spec.rank)

@@ -54,9 +54,10 @@ class Faulty(WeightReceiver):
         write, plan = session.stage.write, session.known.plan
         read = type(plan).resident_fingerprints
 
-        def broken_write(rows: Any) -> None:
-            write(rows)
+        def broken_write(rows: Any, **options: Any) -> Any:
+            written = write(rows, **options)
             self._maybe_fail("write")
+            return written
 
         def broken_read(*arguments: Any) -> Any:
             self._maybe_fail("read")
