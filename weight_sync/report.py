@@ -34,7 +34,7 @@ class SyncReport:
     transport: str = "local"
     """How the bytes went: "local", "shared_memory", "disk"."""
     pack_s: float = 0.0
-    """Copying the trainer's tensors into the arena, and fingerprinting them there."""
+    """Copying the trainer's tensors into the arena, and fingerprinting them there; on a GPU, from the first one on."""
     stage_s: float = 0.0
     """From the first staged bucket to the vote, generation going on meanwhile."""
     copy_s: float = 0.0

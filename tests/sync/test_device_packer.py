@@ -6,7 +6,9 @@ The interpreter is chosen when triton is imported, so the check runs as a proces
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interpreted import told_by
@@ -26,6 +28,7 @@ def interpreted() -> dict[str, str]:
         "all of a model",
         "the same again at other addresses",
         "what is known to be laid out alike",
+        "what was begun with",
         "fewer tensors than before",
         "other strides and dtypes",
         "what stands for its negative",
@@ -78,10 +81,15 @@ def main() -> None:
     packer = packers.DevicePacker(manifest, buffer, fingerprints)
 
     def packs(
-        tensors: dict[str, torch.Tensor], layouts: object = None, by_torch: str | None = None
+        tensors: dict[str, torch.Tensor],
+        layouts: object = None,
+        by_torch: str | None = None,
+        addresses: np.ndarray[Any, Any] | None = None,
     ) -> str:
         rows = [manifest.index[name] for name in tensors]
-        found, suspects = packer.pack(np.array(rows), list(tensors.values()), layouts=layouts)
+        found, suspects = packer.pack(
+            np.array(rows), list(tensors.values()), layouts=layouts, addresses=addresses
+        )
         sure = [
             row
             for row, (name, tensor) in zip(rows, tensors.items(), strict=True)
@@ -103,6 +111,43 @@ def main() -> None:
     moved["norm.weight"] = torch.cat([moved["norm.weight"]] * 2)[7:]  # aligned otherwise
     said += [packs(moved, known), packs(noise(names, 9), known)]
     print(f"what is known to be laid out alike={said[0] if len({*said}) == 1 else said}")
+    packers._LEAST_PART = 2
+
+    def begun(
+        tensors: dict[str, torch.Tensor], counts: Iterable[int], *, check_finite: bool = True
+    ) -> np.ndarray[Any, Any]:
+        addresses = addresses_of(list(tensors.values()))
+        for num in counts:
+            packer.pack_ahead(
+                list(tensors.values()), addresses, num, known, check_finite=check_finite
+            )
+        return addresses
+
+    known = object()
+    tensors = [dict(reversed(noise(names, seed).items())) for seed in range(20, 30)]
+    said = [packs(tensors[0], known, addresses=begun(tensors[0], [9]))]
+    lengths = [len(packer._ahead)]
+    for counts in ([9], [2, 5, 9], [4]):
+        addresses = begun(tensors[1], counts)
+        lengths.append(len(packer._ahead))
+        said.append(packs(tensors[1], known, addresses=addresses))
+    begun(tensors[2], [9])
+    said.append(packs(tensors[3], known, addresses=addresses_of(list(tensors[3].values()))))
+    said.append(packs(tensors[4], known, addresses=begun(tensors[4], [9], check_finite=False)))
+    moved = {**tensors[5], "embed.weight": torch.cat([tensors[5]["embed.weight"]] * 2)[1:25]}
+    moved["embed.weight"] = torch.cat([torch.zeros(3).bfloat16(), moved["embed.weight"].flatten()])[
+        3:
+    ].view(24, 16)
+    said.append(packs(moved, known, addresses=begun(moved, [9])))
+    begun(tensors[6], [9])
+    packer.wait()
+    lengths.append(len(packer._ahead))
+    begun(tensors[6], [9])
+    said.append(packs(tensors[7]))
+    lengths.append(len(packer._ahead))
+    said += [packs(tensors[8], known, addresses=begun(tensors[8], [9]))]
+    ok = {*said} == {"equal"} and lengths == [0, 3, 3, 1, 0, 0]
+    print(f"what was begun with={'equal' if ok else (said, lengths)}")
     print(f"fewer tensors than before={packs(dict(list(noise(names, 3).items())[2:4]))}")
     odd = noise(names, 4)
     odd["embed.weight"] = odd["embed.weight"].t().contiguous().t()

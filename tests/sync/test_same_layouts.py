@@ -8,6 +8,7 @@ from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sync_support import ToyEngine, weights
@@ -15,6 +16,7 @@ from sync_support import ToyEngine, weights
 import weight_sync
 from weight_sync import ManifestMismatch, WeightPublisher
 from weight_sync.publisher import same_layouts, selection
+from weight_sync.publisher.endpoint import PackedArena
 from weight_sync.publisher.same_layouts import guard_of
 from weight_sync.publisher.selection import Layout, Selection, Selector
 
@@ -107,7 +109,8 @@ def test_layouts_are_the_same_object_only_while_no_tensor_is_laid_out_in_another
         )
         found = selector.take(tensors.items())
         selector.finish(strict=True)
-        rows, sources = found.in_order()
+        rows, sources = found.as_given()
+        assert found.in_order()[0].tolist() == sorted(rows)
         names = [meta.name for meta in layout.manifest.tensors]
         wanted = [tensors[names[row]].data_ptr() for row in rows]
         addresses = [source.data_ptr() for source in sources]
@@ -127,6 +130,69 @@ def test_layouts_are_the_same_object_only_while_no_tensor_is_laid_out_in_another
     assert chosen(tensors).layouts is second
     tensors[name] = whole
     assert chosen(tensors).layouts not in (first, second)
+
+
+class Packer:
+    """Stands for a GPU's: packs with torch, and remembers what it was told before."""
+
+    def __init__(self, arena: PackedArena) -> None:
+        self.arena = arena
+        self.told: list[tuple[int, object]] = []
+        self.waits = 0
+        self.begun_at: float | None = None
+
+    def pack_ahead(
+        self,
+        sources: list[torch.Tensor],
+        addresses: np.ndarray[Any, Any],
+        num_known: int,
+        layouts: object,
+        *,
+        check_finite: bool,
+    ) -> None:
+        assert addresses[:num_known].tolist() == [t.data_ptr() for t in sources[:num_known]]
+        self.told.append((num_known, layouts))
+
+    def pack(
+        self, rows: np.ndarray[Any, Any], sources: list[torch.Tensor], **options: Any
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        for row, source in zip(rows, sources, strict=True):
+            self.arena.views[row].copy_(source)
+        values = self.arena.fingerprints.values(self.arena.buffer, rows)
+        return values.numpy().view(np.uint64), np.sort(rows)
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+def test_a_gpu_is_told_of_what_is_as_before_while_the_rest_is_looked_at(
+    engine: ToyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_AT_ONCE", 4)
+    engine.host.look_away()
+    with WeightPublisher(engine) as publisher:
+        publisher.publish(weights(0.0))
+        arena = publisher._endpoint._packed
+        assert arena is not None
+        packer = Packer(arena)
+        arena.packer = packer  # type: ignore[assignment]
+        tensors = dict(reversed(weights(1.0).items()))
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
+        assert packer.told == [], "other names in these places"
+        tensors = dict(reversed(weights(2.0).items()))
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
+        (_, same), *_ = packer.told
+        assert same is not None and packer.told == [(4, same), (8, same), (9, same)]
+        name = list(tensors)[5]
+        packer.told.clear()
+        tensors[name] = tensors[name].t().contiguous().t()
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
+        assert packer.told == [(4, same), (8, None), (9, None)]
+        packer.told.clear()
+        with pytest.raises(ManifestMismatch):
+            publisher.publish({**tensors, name: tensors[name][:-1]})
+        assert [num for num, _ in packer.told] == [4] and packer.waits == 1
+        assert publisher.publish(tensors).fingerprint == weight_sync.fingerprint(tensors)
 
 
 def test_a_torch_that_answers_wrongly_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ What is worked out from their layouts serves as long as the layouts stay; addres
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from ..layout.fingerprints import ArenaFingerprints
 from ..layout.manifest import Manifest
 
 _Layouts = tuple[bytes, list[torch.dtype], list[int], list[tuple[int, ...] | None], list[bool]]
+_LEAST_PART, _MOST_PARTS = 4096, 4
+"""Tensors in a part of its own, which is packed as soon as its tensors are known; launches take longer than fewer."""
 
 
 class DevicePacker:
@@ -32,10 +36,11 @@ class DevicePacker:
         self._fingerprints = fingerprints
         self._layouts: _Layouts | None = None
         self._same: object = None  # What `layouts` was when these were looked at.
-        self._table: CopyTable | None = None
-        self._addresses: np.ndarray | None = None
-        self._fast = np.empty(0, dtype=np.int64)
-        self._slow: list[int] = []
+        self._parts: list[_Part] = []
+        self._ahead: list[torch.Tensor] = []
+        self._ahead_of: tuple[np.ndarray | None, bool] = None, False
+        self.begun_at: float | None = None
+        """When (`time.perf_counter`) the packing began that `pack` is to end; None: it did not."""
 
     @torch.no_grad()
     def pack(
@@ -53,44 +58,84 @@ class DevicePacker:
         or infinities: all others certainly do not. Without `check_finite` there are none. Issued on the calling
         thread's current stream; returns when all is packed.
         """
+        packed = self._taken_ahead(addresses, check_finite)
         if addresses is None:
             addresses = addresses_of(sources)
         if layouts is None or layouts is not self._same or not self._suits(addresses):
+            packed = []
             self._prepare(rows, sources, addresses)
             self._same = layouts
-        table = self._table
-        assert table is not None
-        run = table.run_checked if check_finite else table.run
-        packed = run(self._read(addresses), [self._buffer.data_ptr()])
-        for i in self._slow:
-            self._manifest.view(self._buffer, int(rows[i])).copy_(sources[i])
-        found = packed.cpu().numpy().reshape(1 + check_finite, -1)
-        values, suspects = found[0], self._fast[np.flatnonzero(found[1:].sum(0))]
-        if self._slow:
+        for part in self._parts[len(packed) :]:
+            packed.append(self._launch(part, sources, addresses, check_finite))
+        found = torch.cat(packed, dim=1).cpu().numpy() if packed else np.empty((2, 0), np.int64)
+        fast = np.concatenate([part.fast for part in self._parts] or [np.empty(0, np.int64)])
+        slow = [i for part in self._parts for i in part.slow]
+        values, suspects = found[0], fast[np.flatnonzero(found[1:].sum(0))]
+        if slow:
             values = np.empty(len(rows), dtype=np.int64)
-            values[self._fast] = found[0]
-            values[self._slow] = self._fingerprints.values(self._buffer, rows[self._slow]).numpy()
+            values[fast] = found[0]
+            values[slow] = self._fingerprints.values(self._buffer, rows[slow]).numpy()
             if check_finite:
-                suspects = np.append(suspects, self._slow)
+                suspects = np.append(suspects, slow)
         return values.view(np.uint64), np.sort(rows[suspects])
 
-    def _suits(self, addresses: np.ndarray) -> bool:
-        """Whether the table takes tensors of its layouts at these addresses."""
-        if self._addresses is None or not np.array_equal(addresses, self._addresses):
-            assert self._table is not None
-            if not self._table.fits(self._read(addresses), [self._buffer.data_ptr()]):
-                return False
-            self._addresses = addresses
-        return True
+    def pack_ahead(
+        self,
+        sources: Sequence[torch.Tensor],
+        addresses: np.ndarray,
+        num_known: int,
+        layouts: object,
+        *,
+        check_finite: bool,
+    ) -> None:
+        """Begin with the first `num_known` tensors of a `pack` that is to come, with the very object `addresses`, where
+        they are laid out as before. `pack` alone says that anything is packed; `wait` if it does not come."""
+        if layouts is None or layouts is not self._same:
+            return
+        if self._ahead_of[0] is not addresses or self._ahead_of[1] is not check_finite:
+            self._ahead, self._ahead_of = [], (addresses, check_finite)
+        for part in self._parts[len(self._ahead) :]:
+            if part.last > num_known or not part.suits(addresses, self._buffer):
+                return
+            if not self._ahead:
+                self.begun_at = time.perf_counter()
+            self._ahead.append(self._launch(part, sources, addresses, check_finite))
 
-    def _read(self, addresses: np.ndarray) -> torch.Tensor:
-        """Those that the table reads."""
-        return _read(addresses, self._fast if self._slow else None)
+    def wait(self) -> None:
+        """Until nothing reads the tensors any more that were begun with."""
+        if self._taken_ahead(self._ahead_of[0], self._ahead_of[1]) and self._buffer.is_cuda:
+            torch.cuda.current_stream(self._buffer.device).synchronize()
+
+    def _taken_ahead(self, addresses: np.ndarray | None, check_finite: bool) -> list[torch.Tensor]:
+        """What was begun of these, which is known no longer."""
+        ahead, of = self._ahead, self._ahead_of
+        self._ahead, self._ahead_of, self.begun_at = [], (None, False), None
+        same = of[0] is not None and of[0] is addresses and of[1] is check_finite
+        return ahead if same else []
+
+    @torch.no_grad()
+    def _launch(
+        self,
+        part: _Part,
+        sources: Sequence[torch.Tensor],
+        addresses: np.ndarray,
+        check_finite: bool,
+    ) -> torch.Tensor:
+        """Fingerprints and suspects of a part, (2, M), or without the second row; on the GPU."""
+        run = part.table.run_checked if check_finite else part.table.run
+        packed = run(part.read(addresses), [self._buffer.data_ptr()])
+        for i, row in zip(part.slow, part.slow_rows, strict=True):
+            self._manifest.view(self._buffer, row).copy_(sources[i])
+        return packed.reshape(1 + check_finite, -1)
+
+    def _suits(self, addresses: np.ndarray) -> bool:
+        """Whether the tables take tensors of their layouts at these addresses."""
+        return all(part.suits(addresses, self._buffer) for part in self._parts)
 
     def _prepare(
         self, rows: np.ndarray, sources: Sequence[torch.Tensor], addresses: np.ndarray
     ) -> None:
-        """Have the table for tensors of these layouts, after a look at all of them."""
+        """Have tables for tensors of these layouts, after a look at all of them."""
         layouts: _Layouts = (
             rows.tobytes(),
             [tensor.dtype for tensor in sources],
@@ -98,28 +143,72 @@ class DevicePacker:
             [None if tensor.is_contiguous() else tensor.stride() for tensor in sources],
             [tensor.is_neg() for tensor in sources],
         )
-        if self._table is not None and layouts == self._layouts and self._suits(addresses):
+        if layouts == self._layouts and self._suits(addresses):
             return
+        length = max(_LEAST_PART, -(-len(rows) // _MOST_PARTS))
+        self._parts = [
+            self._part(rows, sources, addresses, first, min(first + length, len(rows)))
+            for first in range(0, len(rows), length)
+        ]
+        self._layouts = layouts
+
+    def _part(
+        self,
+        rows: np.ndarray,
+        sources: Sequence[torch.Tensor],
+        addresses: np.ndarray,
+        first: int,
+        last: int,
+    ) -> _Part:
         listed = PieceList()
         fast: list[int] = []
         slow: list[int] = []
-        here, metas, offsets = (
-            self._buffer.get_device(),
-            self._manifest.tensors,
-            self._manifest.offsets,
-        )
-        for i, (row, tensor) in enumerate(zip(rows.tolist(), sources, strict=True)):
+        here = self._buffer.get_device()
+        metas, offsets = self._manifest.tensors, self._manifest.offsets
+        for i, row in enumerate(rows[first:last].tolist(), first):
+            tensor = sources[i]
             added = tensor.get_device() == here and listed.add(
                 tensor, metas[row].dtype, offsets[row]
             )
             (fast if added else slow).append(i)
-        read = _read(addresses, fast if slow else None)
-        targets = [self._buffer.data_ptr()]
-        table = listed.table(read, targets, self._buffer.device, copy=True)
-        self._table, self._fast, self._slow = table, np.array(fast, dtype=np.int64), slow
-        self._layouts, self._addresses = layouts, addresses
+        numbers = np.array(fast, dtype=np.int64)
+        table = listed.table(
+            _column(addresses[numbers]), [self._buffer.data_ptr()], self._buffer.device, copy=True
+        )
+        slow_rows = rows[slow].tolist()
+        return _Part(table, addresses[first:last], first, last, numbers, slow, slow_rows)
 
 
-def _read(addresses: np.ndarray, numbers: Sequence[int] | np.ndarray | None) -> torch.Tensor:
-    """Those of `numbers`, None: all, as a table takes them."""
-    return torch.from_numpy((addresses if numbers is None else addresses[numbers]).view(np.int64))
+@dataclass(slots=True)
+class _Part:
+    """Some of the tensors that are packed, one behind the other as they are given."""
+
+    table: CopyTable
+    addresses: np.ndarray
+    """Of all of them, when they came last."""
+    first: int
+    last: int
+    fast: np.ndarray
+    """Which the table packs, as positions among all that are packed, int64."""
+    slow: list[int]
+    """Which torch packs."""
+    slow_rows: list[int]
+    """Their rows of the manifest."""
+
+    def suits(self, addresses: np.ndarray, buffer: torch.Tensor) -> bool:
+        """Whether the table takes tensors of its layouts at these addresses, of all that are packed."""
+        here = addresses[self.first : self.last]
+        if not np.array_equal(here, self.addresses):
+            if not self.table.fits(self.read(addresses), [buffer.data_ptr()]):
+                return False
+            self.addresses = here
+        return True
+
+    def read(self, addresses: np.ndarray) -> torch.Tensor:
+        """Those that the table reads."""
+        return _column(addresses[self.fast] if self.slow else addresses[self.first : self.last])
+
+
+def _column(addresses: np.ndarray) -> torch.Tensor:
+    """As a table takes them."""
+    return torch.from_numpy(addresses.view(np.int64))

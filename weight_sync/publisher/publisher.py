@@ -352,8 +352,7 @@ class WeightPublisher:
             it, or published at once."""
             if not is_listed(listed):
                 return None
-            selection = update.selector.take(listed)
-            update.selector.finish(strict=options.strict)
+            selection = update.choose(listed, strict=options.strict)
             if update.packed.window is not None:
                 return selection
             packed = update.pack(selection)
@@ -445,8 +444,7 @@ class WeightPublisher:
         """Pack and announce; one-shot iterators item by item, because they may reuse their memory."""
         selector, window = update.selector, update.packed.window
         if is_listed(named_tensors):
-            selection = selector.take(named_tensors)
-            selector.finish(strict=strict)
+            selection = update.choose(named_tensors, strict=strict)
             if window is not None:
                 update.stage_window(window, selection, deadline)
                 return

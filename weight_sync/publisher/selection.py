@@ -27,6 +27,9 @@ _DTYPE, _LAYOUT, _IS_META, _IS_NESTED = map(attrgetter, ("dtype", "layout", "is_
 _AT_ONCE = 256
 """Tensors that are asked everything before the next ones: what one question has brought into the cache, the others
 find there."""
+Ahead = Callable[[list[torch.Tensor], np.ndarray, int, object], None]
+"""Is given all tensors in the trainer's order, their addresses, how many of these are known so far, and
+`Selection.layouts` of them."""
 _HINTED = 5
 _HINT_WORK = 20_000
 """Names that a search for similar ones looks at, in total; it takes tens of microseconds each."""
@@ -40,9 +43,7 @@ class Repeated:
     names: list[str]
     """As they were given."""
     rows: np.ndarray
-    """All of the manifest, ascending, int64."""
-    order: np.ndarray | None
-    """Where in the trainer's order the tensor of each row is; None: they come in the order of the rows."""
+    """Of the manifest, int64."""
     origin: list[str | None]
     """The names in the order of the manifest."""
     dtypes: list[torch.dtype]
@@ -54,7 +55,14 @@ class Repeated:
     layouts: object = field(default_factory=object)
     """Another one as soon as any tensor is laid out in another way than before."""
 
-    def tensors(self, listed: Listed) -> tuple[list[torch.Tensor], np.ndarray] | None:
+    @property
+    def same(self) -> object:
+        """`Selection.layouts`."""
+        return None if None in self.guards else self.layouts
+
+    def tensors(
+        self, listed: Listed, ahead: Ahead | None = None
+    ) -> tuple[list[torch.Tensor], np.ndarray] | None:
         """Those of `listed` in its order, and their addresses (uint64); None where anything is not as it was."""
         columns = _columns(listed)
         if columns is None:
@@ -62,7 +70,8 @@ class Repeated:
         names, tensors = columns
         if names != self.names:
             return None
-        addresses = np.empty(len(tensors), dtype=np.uint64)
+        addresses = np.zeros(len(tensors), dtype=np.uint64)
+        same = self.same
         for number, first in enumerate(range(0, len(tensors), _AT_ONCE)):
             part = tensors[first : first + _AT_ONCE]
             if not set(map(type, part)).issubset(_PLAIN):
@@ -75,9 +84,13 @@ class Repeated:
                     return None
                 self.layouts = object()  # they have other strides, or are elsewhere
                 self.guards[number] = guard_of(part)
-            addresses[first : first + _AT_ONCE] = addresses_of(part)
-        if any(unreadable(tensors[i]) for i in np.flatnonzero(addresses == 0).tolist()):
-            return None  # memory was given back
+                same = None
+            last = first + len(part)
+            addresses[first:last] = found = addresses_of(part)
+            if not found.all() and any(map(unreadable, part)):  # memory was given back
+                return None
+            if ahead is not None:
+                ahead(tensors, addresses, last, same)
         return tensors, addresses
 
     def _fit(self, part: list[torch.Tensor], first: int) -> bool:
@@ -148,13 +161,13 @@ class Selection:
     num_tensors: int = 0
     """Tensors that the trainer gave, aliases and fused ones counted once each."""
     addresses: np.ndarray | None = None
-    """Of the tensors in the order of their rows, uint64, where they are known."""
+    """Of the tensors as `as_given` has them, uint64, where they are known."""
     layouts: object = None
     """What is the same object for two selections has the same rows, and tensors that differ in addresses alone; None:
     nothing is known."""
     _sources: dict[int, torch.Tensor] = field(default_factory=dict)
     _all: tuple[np.ndarray, list[torch.Tensor]] | None = None
-    """Instead of `_sources`, what `in_order` returns."""
+    """Instead of `_sources`, what `as_given` returns."""
 
     @property
     def sources(self) -> dict[int, torch.Tensor]:
@@ -163,12 +176,19 @@ class Selection:
             return dict(zip(self._all[0].tolist(), self._all[1], strict=True))
         return self._sources
 
-    def in_order(self) -> tuple[np.ndarray, list[torch.Tensor]]:
-        """Rows, ascending, int64, and the tensor of each."""
+    def as_given(self) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """Rows, int64, and the tensor of each, in the order in which they are known."""
         if self._all is not None:
             return self._all
-        rows = sorted(self._sources)
-        return np.array(rows, dtype=np.int64), [self._sources[row] for row in rows]
+        return np.array(list(self._sources), dtype=np.int64), list(self._sources.values())
+
+    def in_order(self) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """The same, rows ascending."""
+        rows, tensors = self.as_given()
+        order = np.argsort(rows, kind="stable")
+        if np.array_equal(order, np.arange(len(order))):
+            return rows, tensors
+        return rows[order], [tensors[i] for i in order.tolist()]
 
 
 class Selector:
@@ -200,12 +220,17 @@ class Selector:
         )  # rows whose tensor came, and did not fit: not missing as well
         self._untouched = True
 
-    def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Selection:
-        """Sort tensors into rows, collecting problems; `finish` raises them."""
+    def take(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], ahead: Ahead | None = None
+    ) -> Selection:
+        """Sort tensors into rows, collecting problems; `finish` raises them.
+
+        `ahead` is told again and again of those that are as they were, while more of them are looked at.
+        """
         known, whole = self._layout.repeated, self._untouched
         self._untouched = False
         if known is not None and whole and is_listed(named_tensors):
-            found = known.tensors(named_tensors)
+            found = known.tensors(named_tensors, ahead)
             if found is not None:
                 return self._take_again(known, *found)
         selection = Selection()
@@ -238,13 +263,10 @@ class Selector:
         self, known: Repeated, tensors: list[torch.Tensor], addresses: np.ndarray
     ) -> Selection:
         self._origin, self._complete = known.origin, True  # never written: no row is without one
-        if known.order is not None:
-            tensors = [tensors[i] for i in known.order.tolist()]
-            addresses = addresses[known.order]
         return Selection(
             addresses=addresses,
             num_tensors=len(tensors),
-            layouts=None if None in known.guards else known.layouts,
+            layouts=known.same,
             _all=(known.rows, tensors),
         )
 
@@ -253,13 +275,10 @@ class Selector:
         layout, rows = self._layout, list(sources)
         origin = self._origin
         if origin == [meta.name for meta in layout.manifest.tensors]:
-            ascending = np.arange(len(rows))
-            order = np.argsort(rows)
             tensors = list(sources.values())
             layout.repeated = Repeated(
                 names=[str(origin[row]) for row in rows],
-                rows=ascending,
-                order=None if np.array_equal(order, ascending) else order,
+                rows=np.array(rows, dtype=np.int64),
                 guards=[
                     guard_of(tensors[first : first + _AT_ONCE])
                     for first in range(0, len(tensors), _AT_ONCE)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -77,6 +78,24 @@ class Update(OpenSession):
         self.settle(deadline)
         return self._report(deadline.wait(committed, "Commit"))
 
+    def choose(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, strict: bool
+    ) -> Selection:
+        """Sort what exists at once into rows, and raise what is wrong with it. A GPU packs meanwhile what is as before:
+        looking takes longer."""
+        packer = self.packed.packer
+        ahead = None
+        if packer is not None and self.channel.dead is None:
+            ahead = partial(packer.pack_ahead, check_finite=self.options.check_finite)
+        try:
+            selection = self.selector.take(named_tensors, ahead)
+            self.selector.finish(strict=strict)
+        except BaseException:
+            if packer is not None:
+                packer.wait()
+            raise
+        return selection
+
     def pack(self, selection: Selection) -> list[PackedRows]:
         """Copy the selected rows into the arena, bucket by bucket; needs no session yet."""
         self.count(selection)
@@ -94,9 +113,9 @@ class Update(OpenSession):
         return packed
 
     @contextmanager
-    def _packing(self) -> Iterator[None]:
-        """Counts as packing; a range, while this process is profiled."""
-        start = time.perf_counter()
+    def _packing(self, begun_at: float | None = None) -> Iterator[None]:
+        """Counts as packing, from `begun_at` on; a range, while this process is profiled."""
+        start = time.perf_counter() if begun_at is None else begun_at
         if torch.autograd.profiler._is_profiler_enabled:
             with torch.profiler.record_function("pack"):
                 yield
@@ -107,9 +126,10 @@ class Update(OpenSession):
     def _pack_on_device(self, packer: DevicePacker, selection: Selection) -> list[PackedRows]:
         """Everything in one go; announced in one piece where the engine sees the arena, else bucket by bucket."""
         if self.channel.dead is not None:
+            packer.wait()
             raise EngineDiedError(self.channel.dead)
-        with self._packing():
-            rows, sources = selection.in_order()
+        with self._packing(packer.begun_at):
+            rows, sources = selection.as_given()
             values, suspects = packer.pack(
                 rows,
                 sources,
@@ -117,6 +137,8 @@ class Update(OpenSession):
                 addresses=selection.addresses,
                 layouts=selection.layouts,
             )
+        order = np.argsort(rows, kind="stable")
+        rows, values = rows[order], values[order]
         lengths = [len(rows)] if self.packed.seen else map(len, self._split(rows.tolist()))
         packed, first = [], 0
         for length in lengths:
