@@ -99,6 +99,7 @@ class Plan:
         )
         """The table: what a replay copies, before neighbours are joined."""
         self._decoder = decoder_of(encoding, manifest, self.copies, weight_map.occupied())
+        self._devices = {copy.destination.device for copy in self.copies}
         self._read_back: ReadBackCopies | None = None
 
     def replay(self, stage: torch.Tensor, present: Indices | None = None) -> None:
@@ -114,26 +115,21 @@ class Plan:
 
         On the parameters' own GPU they are read back behind the write, in its pass over the bytes.
         """
-        if not (stage.is_cuda and self.encoding.verbatim and self._is_on(stage.device)):
+        if not (stage.is_cuda and self.encoding.verbatim and self._devices == {stage.device}):
             self.replay(stage)
             return self.resident_fingerprints
         if self._read_back is None or not self._read_back.fits(stage):
             self._read_back = ReadBackCopies(self.manifest, stage, self.copies)
-        rows, values = self._read_back.rows, self._read_back.run(stage)
+        copies, values = self._read_back, self._read_back.run(stage)
 
         def read() -> torch.Tensor:
             found = torch.zeros(len(self.manifest.tensors), dtype=torch.int64)
-            filled = [i for i, meta in enumerate(self.manifest.tensors) if meta.num_bytes]
-            rest = np.setdiff1d(filled, rows)
-            if len(rest):
-                found[torch.from_numpy(rest)] = self.resident_fingerprints(rest)
-            found[torch.from_numpy(rows)] = values.cpu()
+            if len(copies.others):
+                found[torch.from_numpy(copies.others)] = self.resident_fingerprints(copies.others)
+            found[torch.from_numpy(copies.rows)] = values.cpu()
             return found
 
         return read
-
-    def _is_on(self, device: torch.device) -> bool:
-        return all(copy.destination.device == device for copy in self.copies)
 
     def staged_fingerprints(
         self, stage: torch.Tensor, indices: Indices | None = None

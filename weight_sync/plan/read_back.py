@@ -34,7 +34,10 @@ class ReadBackCopies:
                 rows.append(copy.index)
         self.rows = np.array(rows, dtype=np.int64)
         """The tensors whose fingerprints `run` has, ascending."""
-        self._rest = DeviceCopies(manifest, stage, (), (), rest)
+        filled = [i for i, meta in enumerate(manifest.tensors) if meta.num_bytes]
+        self.others = np.setdiff1d(filled, self.rows)
+        """The others that are not empty, ascending."""
+        self._rest = DeviceCopies(manifest, stage, (), (), rest) if rest else None
         self._table = CopyTable(
             pieces,
             sources=[stage.data_ptr()],
@@ -47,11 +50,13 @@ class ReadBackCopies:
     def fits(self, stage: torch.Tensor) -> bool:
         """Whether it can serve for this stage."""
         here = self._table.fits([stage.data_ptr()], self._memory.addresses())
-        return self._table.device == stage.device and here and self._rest.fits(stage)
+        rest = self._rest is None or self._rest.fits(stage)
+        return self._table.device == stage.device and here and rest
 
     def run(self, stage: torch.Tensor) -> torch.Tensor:
         """Issue the copies on the current stream; the fingerprints of `rows`, (N,) int64 on the device."""
-        self._rest.run(stage)
+        if self._rest is not None:
+            self._rest.run(stage)
         return self._table.run([stage.data_ptr()], self._memory.addresses())
 
     def _piece(self, manifest: Manifest, copy: Copy, output: int) -> Piece | None:
