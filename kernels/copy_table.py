@@ -74,9 +74,9 @@ class CopyTable:
                 held, odd = whole.runs(from_, to, copy=copy)
                 runs.append(held)
                 pieces += whole.pieces(odd)
-            if read_back and not all(reads_back(piece, from_, to) for piece in pieces):
-                raise ValueError("read_back: got pieces that are no runs of whole words")
             starts = from_.tolist(), to.tolist()
+            if read_back and not all(reads_back(piece, *starts) for piece in pieces):
+                raise ValueError("read_back: got pieces that are no runs of whole words")
             self._batches = _compile(pieces, *starts, device, copy=copy, more=runs)
         last_row = max((batch.last_row for batch in self._batches), default=0)
         self._outer = fp.outer_keys(last_row + 1, device)
@@ -116,11 +116,9 @@ class CopyTable:
         return held[1]
 
 
-def reads_back(piece: Piece, sources: Addresses, targets: Addresses) -> bool:
+def reads_back(piece: Piece, sources: Sequence[int], targets: Sequence[int]) -> bool:
     """Whether a table can sum what this piece has written, behind the write."""
-    at = int(sources[piece.source]) + piece.source_offset
-    to = int(targets[piece.target]) + piece.target_offset
-    return _kind(piece) == "run" and not (at | to) % fp.WORD_BYTES
+    return _kind(piece) == "run" and _whole_words(piece, sources, targets, copy=True)
 
 
 def _exponents_of(
