@@ -77,7 +77,7 @@ class IdleLoop:
     def release_outputs(self, ok: bool) -> None:
         """There are no outputs."""
 
-    def weights_torn(self, reason: str) -> None:
+    def weights_torn(self, reason: str, version: int, label: str) -> None:
         """Nobody generates."""
 
 

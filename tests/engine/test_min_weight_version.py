@@ -19,6 +19,7 @@ from rollout import Engine, RolloutPool
 from rollout.errors import InvalidRequestError, NoUpdateYetError, TornWeightsError
 from weight_sync.publisher.publisher import WeightPublisher
 from weight_sync.receiver.commit import WeightCommit
+from weight_sync.receiver.session import Session
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
 LONG_S = 60.0
@@ -237,6 +238,42 @@ def test_a_version_that_turns_out_wrong_serves_nobody(
             engine.publish(trainer)
             meta = call.result(30)["meta_info"]
         assert meta["weight_versions"][0]["number"] == engine.version
+
+
+@pytest.mark.parametrize("verify", ["pause", "overlapped"])
+def test_a_version_that_was_not_kept_gives_its_name_to_nothing(
+    folder: Path, trainer: Any, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    """The engine was told of it before it turned out wrong; what is torn is still called the last whole version."""
+
+    def compare(self: Any, found: Any, indices: Any, declared: Any, where: str) -> None:
+        if where == "resident":
+            raise RuntimeError("a test says no")
+
+    with Engine(folder, **OPTIONS) as engine, ThreadPoolExecutor(2) as threads:
+        served = engine.publish(trainer, version=3, label="three")
+        monkeypatch.setattr(Session, "compare", compare)
+        engine.pause_generation("in_place", lease_s=60)
+        old = threads.submit(engine.generate, input_ids=[5, 9], sampling_params=GREEDY)
+        waits(engine, 1)
+        with pytest.raises(TornWeightsError, match="a test says no"):
+            engine.publish(other_weights(trainer, 5), version=7, label="seven", verify=verify)
+        meta = old.result(30)["meta_info"]
+        status = engine.status()
+        assert (status.version, status.weight_version) == (3, "three")
+        assert (meta["finish_reason"]["type"], meta["weight_version"]) == ("abort", "three")
+        later = threads.submit(
+            engine.generate,
+            input_ids=[5, 9],
+            sampling_params=GREEDY,
+            min_weight_version=served.version + 1,
+            timeout_s=LONG_S,
+        )
+        waits(engine, 1)
+        monkeypatch.undo()
+        engine.continue_generation()
+        engine.publish(trainer, version=8)
+        assert later.result(30)["meta_info"]["weight_versions"][0]["number"] == 8
 
 
 def test_flat_log_probabilities_versions_and_prompt_ids_come_on_request(

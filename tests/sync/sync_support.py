@@ -217,7 +217,7 @@ class ToyHost:
     def release_outputs(self, ok: bool) -> None:
         self.events.append(("release", ok))
 
-    def weights_torn(self, reason: str) -> None:
+    def weights_torn(self, reason: str, version: int, label: str) -> None:
         self.torn = reason
         self.events.append("torn")
 

@@ -135,7 +135,7 @@ class WeightCommit:
                 Served(version=session.version, label=session.label, torn=self.torn_after)
             )
             if self.torn_after is not None:
-                self.host.weights_torn(self.torn_after)
+                self.host.weights_torn(self.torn_after, session.version, session.label)
         except BaseException as error:
             self._undo(error)
         finally:
@@ -280,7 +280,7 @@ class WeightCommit:
 
     def _tear(self, reason: str, error: BaseException) -> NoReturn:
         self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))
-        self.host.weights_torn(reason)
+        self.host.weights_torn(reason, self.served.version, self.served.label)
         self._release(ok=False)
         if isinstance(error, EngineDiedError):  # nothing will repair it
             raise error

@@ -58,5 +58,7 @@ class WeightHost(Protocol):
     def release_outputs(self, ok: bool) -> None:
         """End `hold_outputs`: hand the tokens out, or throw them away as if they had never been sampled."""
 
-    def weights_torn(self, reason: str) -> None:
-        """The resident bytes are a mixture: refuse to generate until the next `weights_written`."""
+    def weights_torn(self, reason: str, version: int, label: str) -> None:
+        """The resident bytes are a mixture: refuse to generate until the next `weights_written`. They are called by
+        `version` and `label`, also where `weights_written` has told others before: what turned out wrong never served.
+        """

@@ -385,7 +385,7 @@ class WeightReceiver:
         self._lost(reason)
         served = self._served
         self._set_served(Served(version=served.version, label=served.label, torn=str(self._repair)))
-        self._host.weights_torn(reason)
+        self._host.weights_torn(reason, served.version, served.label)
 
     def _lost(self, reason: str) -> None:
         self._resident.forget()

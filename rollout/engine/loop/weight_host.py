@@ -118,11 +118,12 @@ class EngineWeightHost:
         """Hand out the tokens that were held, or undo them where the new version turned out wrong."""
         self._loop.soon(lambda: self._post.release(ok), f"release/{self._num_holds}")
 
-    def weights_torn(self, reason: str) -> None:
+    def weights_torn(self, reason: str, version: int, label: str) -> None:
         """The weights are a mixture: end every request, refuse new ones until a complete update has committed."""
 
         def end_all() -> None:
             self.torn = reason
+            self._post.version, self._post.number = label, version
             self._post.release(False)
             # Who waits for a later version waits for the one that repairs them.
             self._post.abort_all(
