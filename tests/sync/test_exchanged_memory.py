@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -117,6 +118,53 @@ def test_a_driver_that_cannot_exchange_changes_nothing(
     assert engine.values() == {3.0}
 
 
+class FailsIn:
+    """`named` of a host that cannot begin what has that name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        if name == self.name:
+            raise RuntimeError(f"{name} broke on purpose")
+        return nullcontext()
+
+
+@pytest.mark.parametrize("transport", ["process_group", "local"])
+def test_what_fails_before_a_byte_is_written_undoes_no_older_exchange(
+    make_engine: Callable[..., ToyEngine], pages: Pages, transport: Any
+) -> None:
+    """The shadow holds what waits to be written by then, not what was resident before."""
+    engine = make_engine(driver=pages)
+    with WeightPublisher(engine, transport=transport, timeout_s=20) as publisher:
+        for version in (1.0, 2.0):
+            publisher.publish(weights(version))
+        engine.host.named = FailsIn("commit")  # type: ignore[method-assign]
+        with pytest.raises(WeightUpdateError, match="version 2 was restored and serves"):
+            publisher.publish(weights(3.0))
+        engine.host.named = nullcontext  # type: ignore[method-assign]
+        assert engine.values() == {2.0} and engine.receiver.torn is None
+        publisher.publish(weights(4.0))
+    assert engine.values() == {4.0}
+
+
+def test_a_write_that_cannot_be_worked_out_undoes_no_older_exchange(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, publisher = made
+    publisher.publish(weights(2.0))
+    part = {"norm.weight": weights(3.0)["norm.weight"]}
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shadow, "write", refuse)
+        with pytest.raises(WeightUpdateError, match="version 2 was restored and serves"):
+            publisher.publish(part, strict=False)
+    assert engine.values() == {2.0} and engine.receiver.torn is None
+
+
 def test_after_a_part_there_is_no_way_back(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes were copied over the old ones."""
     engine, publisher = made
@@ -146,6 +194,25 @@ def test_where_there_is_no_memory_for_it_the_trainer_is_told(
     with pytest.raises(TransportError, match="no memory on cpu to stage an update"):
         WeightPublisher(engine, transport="process_group", timeout_s=20).publish(weights(1.0))
     assert pages.reserved == 1 and engine.values() == {0.0}
+
+
+def test_a_shadow_that_has_no_room_leaves_nothing_to_whoever_keeps_the_error(
+    pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = {name: MappedMemory(512, CPU, pages) for name in "ab"}
+    parameters = {name: memory.tensor for name, memory in memories.items()}
+    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    take = pages.map
+
+    def one_more(address: int, num_bytes: int) -> None:
+        pages.full = pages.reserved == 4
+        take(address, num_bytes)
+
+    monkeypatch.setattr(pages, "map", one_more)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(torch.OutOfMemoryError) as kept:
+        Shadow(known)
+    assert pages.reserved == len(pages.mapped) == 2, kept
 
 
 # ---- what is exchanged -----------------------------------------------------------------------------------------------
@@ -198,6 +265,35 @@ def test_memory_is_exchanged_where_the_model_has_all_of_it(
     # A tensor less is no whole update.
     some = held.write(list(known.parameters.values())[1:])
     assert not some.swaps and some.targets
+
+
+def test_an_exchange_that_stops_between_two_allocations_is_taken_back(
+    pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = {name: MappedMemory(512, CPU, pages) for name in "abc"}
+    parameters = {name: memory.tensor.fill_(1) for name, memory in memories.items()}
+    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    held = Shadow(known)
+    write = held.write(parameters.values())
+    swap = pages.swap
+
+    def two(*arguments: int) -> None:
+        if pages.swaps == 2:
+            raise TransportError("cuMemMap failed on purpose")
+        swap(*arguments)
+
+    for parameter in parameters.values():
+        held.of(parameter).fill_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "swap", two)
+        with pytest.raises(TransportError, match="on purpose"):
+            write.run()
+    assert sorted(int(p[0]) for p in parameters.values()) == [1, 2, 2]
+    assert write.reversible
+    write.take_back()
+    assert all(set(parameter.tolist()) == {1} for parameter in parameters.values())
+    write.run()
+    assert all(set(parameter.tolist()) == {2} for parameter in parameters.values())
 
 
 def test_memory_of_torchs_is_copied_beside_what_is_exchanged(pages: Pages) -> None:

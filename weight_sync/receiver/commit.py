@@ -94,6 +94,8 @@ class WeightCommit:
     _started: bool = False
     _cancelled: bool = False
     _holding: bool = False
+    _writing: bool = False
+    """This rank has begun to change resident bytes."""
 
     def run(self) -> None:
         """Commit, or raise; then the previous version serves, except after `TornWeightsError`."""
@@ -159,6 +161,7 @@ class WeightCommit:
     def _replay(self, *, read_back: bool) -> Written | None:
         start = time.perf_counter()
         with torch.no_grad(), self.host.named("commit"):
+            self._writing = True
             written = self.session.stage.write(self.session.indices, read_back=read_back)
         self.committed_at = time.perf_counter()
         self.copy_s = self.committed_at - start
@@ -270,13 +273,17 @@ class WeightCommit:
             return self.snapshot.restore
         if isinstance(error, EngineDiedError):  # nobody is left to ask
             return None
-        able = self.session.stage.can_take_back()
+        able = not self._writing or self.session.stage.can_take_back()
         if self.agreement.size > 1:
             try:
                 able = bool(self.agreement.gather(np.array([able], dtype=np.uint64)).all())
             except EngineDiedError:
                 return None
-        return self.session.stage.take_back if able else None
+        return self._take_back if able else None
+
+    def _take_back(self) -> None:
+        if self._writing:
+            self.session.stage.take_back()
 
     def _tear(self, reason: str, error: BaseException) -> NoReturn:
         self.on_served(Served(version=self.served.version, label=self.served.label, torn=reason))

@@ -88,13 +88,23 @@ class Shadow:
         ] = {}  # modulo 256; memory that is released comes back alike
         self._mapped: dict[Storage, tuple[MappedMemory, MappedMemory]] = {}
         shadows: list[MappedMemory] = []
-        finalize(self, _free, shadows).atexit = False
+        free = finalize(self, _free, shadows)
+        free.atexit = False
+        try:
+            self._lay_out(weight_map, shadows)
+        except BaseException:
+            free()  # now: whoever keeps the error keeps this object
+            raise
+
+    def _lay_out(self, weight_map: WeightMap, shadows: list[MappedMemory]) -> None:
+        """Take the memory; what is mapped is in `shadows` too."""
         extents: defaultdict[Storage, list[Range]] = defaultdict(list)
         for parameter in weight_map.parameters.values():
             if parameter.numel():
                 key = storage_key(parameter)
                 if key not in extents and (memory := _exchangeable(parameter)) is not None:
                     shadows.append(_as_much_as(memory))
+                    shadows[-1].tensor.zero_()
                     self._mapped[key] = memory, shadows[-1]
                 extents[key].append(byte_range(parameter))
                 self._address[key] = parameter.untyped_storage().data_ptr() % ALIGNMENT
@@ -229,17 +239,15 @@ def _exchangeable(parameter: torch.Tensor) -> MappedMemory | None:
 
 
 def _as_much_as(memory: MappedMemory) -> MappedMemory:
-    """Zeros; `torch.OutOfMemoryError`."""
+    """It holds anything; `torch.OutOfMemoryError`."""
     try:
         try:
-            found = memory.another()
+            return memory.another()
         except DeviceOutOfMemory:  # torch may keep some that nobody uses
             torch.cuda.empty_cache()
-            found = memory.another()
+            return memory.another()
     except DeviceOutOfMemory as error:
         raise torch.OutOfMemoryError(str(error)) from error
-    found.tensor.zero_()
-    return found
 
 
 def _free(shadows: Iterable[MappedMemory]) -> None:

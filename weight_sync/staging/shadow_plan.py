@@ -78,17 +78,18 @@ class ShadowPlan:
     @torch.no_grad()
     def write(self, rows: np.ndarray | None) -> None:
         """From the shadow into the parameters."""
+        self._last = None  # of an older session, whose bytes are in the shadow no longer
         self._last = self._everything() if rows is None else self._subset(rows)
         self._last.run()
 
     def can_take_back(self) -> bool:
-        """What was resident before the last write is in the shadow now."""
-        return self._last is not None and self._last.reversible
+        """What was resident before the last write is in the shadow now, or still resident."""
+        return self._last is None or self._last.reversible
 
     def take_back(self) -> None:
         """Make it resident again."""
-        assert self._last is not None, "nothing was written"
-        self._last.take_back()
+        if self._last is not None:
+            self._last.take_back()
 
     def _everything(self) -> ShadowWrite:
         # Not before it is needed: until then the parameters' memory may be released.
