@@ -15,6 +15,8 @@ NamedTensors = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torc
 """Hugging Face names: of a module's parameters, of a mapping, or of pairs."""
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+OFFSETS = 1 << 40
+"""Bytes of which no tensor is an offset: what has a higher address than that is somewhere (see `is_nowhere`)."""
 _BUFFERS = ("e_score_correction_bias",)
 
 
@@ -67,9 +69,15 @@ def unreadable(tensor: torch.Tensor) -> str | None:
         return "without data (device meta)"
     if tensor.layout is not torch.strided:
         return f"with {tensor.layout}"
-    if type(tensor) in _PLAIN and tensor.numel() and not tensor.data_ptr():
+    if type(tensor) in _PLAIN and tensor.numel() and is_nowhere(tensor):
         return "whose memory was given back (its storage was resized)"
     return None
+
+
+def is_nowhere(tensor: torch.Tensor) -> bool:
+    """Whether there is no memory behind a tensor: its address is its offset then, which need not be 0. Also of an empty
+    one."""
+    return tensor.data_ptr() == tensor.storage_offset() * tensor.element_size()
 
 
 def readable_pair(item: Any) -> tuple[str, torch.Tensor]:

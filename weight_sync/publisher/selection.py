@@ -17,7 +17,7 @@ import torch
 from ..layout.device_sums import addresses_of
 from ..layout.encoding import FULL, Encoding
 from ..layout.manifest import QUANTISED, Manifest, dtype_name, mismatch
-from ..layout.named_tensors import checked_pair, unreadable
+from ..layout.named_tensors import OFFSETS, checked_pair, is_nowhere, unreadable
 from ..wire.messages import EngineInfo
 from .same_layouts import Guard, guard_of
 from .sources import Listed, is_listed, unwrapped
@@ -87,7 +87,8 @@ class Repeated:
                 same = None
             last = first + len(part)
             addresses[first:last] = found = addresses_of(part)
-            if not found.all() and any(map(unreadable, part)):  # memory was given back
+            # Memory may have been given back.
+            if found.min() < OFFSETS and any(map(is_nowhere, part)) and any(map(unreadable, part)):
                 return None
             if ahead is not None:
                 ahead(tensors, addresses, last, same)
@@ -249,7 +250,7 @@ class Selector:
                 and tensor.shape == shapes[i]
                 and tensor.layout is torch.strided
                 and not tensor.is_meta
-                and tensor.data_ptr()
+                and not is_nowhere(tensor)
             ):
                 origin[i] = name
                 sources[i] = tensor
