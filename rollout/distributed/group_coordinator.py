@@ -86,30 +86,33 @@ class GroupCoordinator(Place):
             join_timeout_s=timeout_s,
             timeout_s=timeout_s,
         )
-        device_group = cpu_group
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                device_group = open_nccl(
-                    under(group.store, "cuda"),
-                    rank=group.rank,
-                    size=group.world_size,
-                    name=group.name,
-                    join_timeout_s=timeout_s,
-                    timeout_s=timeout_s,
-                )
         made = cls(
             rank=group.rank,
             size=group.world_size,
             name=group.name,
             device=device,
             cpu_group=cpu_group,
-            device_group=device_group,
+            device_group=cpu_group,
         )
-        if quick:
-            made._sockets = SocketMesh.open(group, timeout_s=timeout_s)
-            made._timeout_s = timeout_s
-        if small_sums and device.type == "cuda":
-            made._small_sums = SmallSums.open(made, under(group.store, "sums"), device)
+        try:
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    made._device_group = open_nccl(
+                        under(group.store, "cuda"),
+                        rank=group.rank,
+                        size=group.world_size,
+                        name=group.name,
+                        join_timeout_s=timeout_s,
+                        timeout_s=timeout_s,
+                    )
+            if quick:
+                made._sockets = SocketMesh.open(group, timeout_s=timeout_s)
+                made._timeout_s = timeout_s
+            if small_sums and device.type == "cuda":
+                made._small_sums = SmallSums.open(made, under(group.store, "sums"), device)
+        except BaseException:
+            made.destroy()  # What the others wait for fails, whoever keeps the error.
+            raise
         return made
 
     @classmethod

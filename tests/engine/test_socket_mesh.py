@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from rollout.distributed.group_coordinator import GroupCoordinator
 from rollout.distributed.socket_mesh import LARGEST_BYTES, SocketMesh
 from rollout.distributed.stateless_process_group import StatelessProcessGroup
 from weight_sync.errors import DeadlineExceeded, ProtocolError, TransportError
+from weight_sync.process_groups.communicator import Communicator
 from weight_sync.process_groups.rendezvous import StoreServer
 
 SIZE = 3
@@ -117,9 +119,113 @@ def test_closing_ends_a_call_of_another_thread(ranks: Ranks) -> None:
 
 
 def test_a_length_that_nobody_sends_is_refused(ranks: Ranks) -> None:
-    ranks.made[0]._peers[1].sendall((1 << 40).to_bytes(8, "little"))
+    head = socket_mesh._HEAD.pack(socket_mesh._KINDS + socket_mesh._TOLD, 1 << 40)
+    ranks.made[0]._peers[1].sendall(head)
     with pytest.raises(ProtocolError, match="expected at most"):
         ranks.made[1].broadcast(None, 0, timeout_s=20)
+
+
+def test_nobody_reads_for_others_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose sockets have small buffers, all send at once what no buffer takes."""
+    serve = socket.create_server
+
+    def small(connection: socket.socket) -> socket.socket:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        return connection
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        connection = small(socket.socket())  # Before it is told how much it may be sent.
+        connection.settimeout(timeout)
+        connection.connect(address)
+        return connection
+
+    monkeypatch.setattr(socket, "create_server", lambda *a, **o: small(serve(*a, **o)))
+
+    def open_small(meeting: StatelessProcessGroup) -> SocketMesh:
+        monkeypatch.setattr(socket, "create_connection", connect)
+        return SocketMesh.open(meeting, timeout_s=20)
+
+    ranks = Ranks(open_small)
+    try:
+        parts = [bytes([65 + rank]) * LARGEST_BYTES for rank in range(SIZE)]
+        found = ranks.all(lambda mesh: mesh.all_gather(parts[mesh._rank], timeout_s=20))
+        assert found == [parts] * SIZE
+    finally:
+        for mesh in ranks.made:
+            mesh.close()
+        ranks.pool.shutdown()
+        ranks.server.close()
+
+
+def test_after_a_call_that_failed_nobody_takes_its_answers_for_those_of_the_next(
+    ranks: Ranks,
+) -> None:
+    mesh = ranks.made[0]
+    with pytest.raises(DeadlineExceeded):
+        mesh.all_gather(b"first", timeout_s=0.1)
+    with pytest.raises(DeadlineExceeded):
+        ranks.made[1].all_gather(b"FIRST", timeout_s=0.1)
+    assert ranks.made[2].all_gather(b"frist", timeout_s=20) == [b"first", b"FIRST", b"frist"]
+    with pytest.raises(TransportError, match="after a call failed"):
+        mesh.all_gather(b"again", timeout_s=20)
+
+
+def test_other_calls_of_another_rank_are_not_taken_for_ours(ranks: Ranks) -> None:
+    def call(mesh: SocketMesh) -> Any:
+        if mesh._rank == 0:
+            return mesh.all_gather(bytes(8), timeout_s=20)
+        if mesh._rank == 1:
+            return mesh.broadcast(b"short", 1, timeout_s=20)
+        mesh.broadcast(None, 1, timeout_s=20)
+        return mesh.all_gather(bytes(8), timeout_s=20)
+
+    start = time.monotonic()
+    calls = [ranks.pool.submit(call, mesh) for mesh in ranks.made]
+    for rank, other in ((0, 1), (1, 0), (2, 0)):
+        with pytest.raises((ProtocolError, TransportError), match=f"rank {other}") as caught:
+            calls[rank].result(30)
+        if rank < 2:
+            assert caught.type is ProtocolError and "in the same order" in str(caught.value)
+        ranks.made[rank].close()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_strangers_keep_no_rank_waiting(monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
+    """However many they are, and however slowly they say what they have to say."""
+    serve = socket.create_server
+    strangers: list[socket.socket] = []
+    over = threading.Event()
+
+    def besieged(*arguments: Any, **options: Any) -> socket.socket:
+        listener = serve(*arguments, **options)
+        if threading.current_thread() is not threading.main_thread():
+            for _ in range(2 if drips else socket_mesh._MOST_STRANGERS + 16):
+                strangers.append(socket.create_connection(listener.getsockname()))
+        return listener
+
+    def drip() -> None:
+        while drips and not over.wait(0.1):
+            for stranger in strangers:
+                with contextlib.suppress(OSError):
+                    stranger.send(b"\0")
+
+    monkeypatch.setattr(socket, "create_server", besieged)
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    start = time.monotonic()
+    ranks = Ranks(lambda meeting: SocketMesh.open(meeting, timeout_s=20))
+    try:
+        assert time.monotonic() - start < 1.5
+        assert ranks.all(lambda mesh: mesh.all_gather(b"x", timeout_s=20)) == [[b"x"] * SIZE] * SIZE
+    finally:
+        over.set()
+        dripping.join()
+        for connection in [*ranks.made, *strangers]:
+            connection.close()
+        ranks.pool.shutdown()
+        ranks.server.close()
 
 
 def test_strangers_are_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +302,26 @@ def test_objects_and_bytes_of_a_quick_group_travel_whatever_their_size() -> None
             group.destroy()
         ranks.pool.shutdown()
         ranks.server.close()
+
+
+def test_what_was_opened_for_a_group_that_fails_is_closed_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever keeps the error: else the others would wait for this rank until their deadlines."""
+    closed: list[Any] = []
+    close = Communicator.close
+    monkeypatch.setattr(Communicator, "close", lambda self: (closed.append(self), close(self)))
+
+    def make(meeting: StatelessProcessGroup) -> TransportError:
+        with pytest.raises(TransportError, match="a test says so") as caught:
+            GroupCoordinator.create(meeting, timeout_s=20, quick=True)
+        return caught.value
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise TransportError("a test says so")
+
+    monkeypatch.setattr(SocketMesh, "open", fail)
+    ranks = Ranks(make)
+    assert len({*closed}) == SIZE
+    ranks.pool.shutdown()
+    ranks.server.close()
