@@ -5,25 +5,30 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mapped_pages import Pages
-from sync_support import ToyEngine, toy_map, weights
+from process_group_support import NAME, Peer, join
+from sync_support import ToyEngine, eventually, toy_map, weights
 
 import weight_sync
 from weight_sync import FingerprintMismatch, TornWeightsError, WeightPublisher, WeightUpdateError
 from weight_sync.devices.driver import CudaDriver
 from weight_sync.devices.mapped_memory import MappedMemory
 from weight_sync.errors import TransportError
-from weight_sync.layout.manifest import align
+from weight_sync.layout.manifest import Manifest, align
 from weight_sync.layout.weight_map import Placement, WeightMap
+from weight_sync.plan.plan import compile_plan
 from weight_sync.staging import shadow
 from weight_sync.staging.shadow import Shadow
 from weight_sync.staging.shadow_plan import ShadowPlan
+from weight_sync.staging.shadow_stage import ShadowStage, StageMemory
 
 CPU = torch.device("cpu")
 Made = tuple[ToyEngine, WeightPublisher]
@@ -213,6 +218,32 @@ def test_a_shadow_that_has_no_room_leaves_nothing_to_whoever_keeps_the_error(
     with pytest.raises(torch.OutOfMemoryError) as kept:
         Shadow(known)
     assert pages.reserved == len(pages.mapped) == 2, kept
+
+
+def test_a_shadow_stays_while_a_group_that_was_left_may_write_into_it(
+    peers: Callable[[int], list[Peer]], pages: Pages
+) -> None:
+    """gloo cannot be told to stop, and what it writes into is a view, which keeps no mapping."""
+    known = toy_map(driver=pages)
+    plan = compile_plan(Manifest(tensors=known.metas(), bucket_bytes=1 << 20), known)
+    memory = StageMemory(known, CPU)
+    memory.hold()
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        group.joined.result(20)
+        stage = ShadowStage(memory, group, plan.manifest.arena_bytes, plan)
+        memory.wait = lambda future: future.result(0.2)
+        with pytest.raises(TimeoutError):
+            stage.accept(np.arange(len(plan.manifest.tensors)), lambda *_: None, timeout_s=4.0)
+        stage.release()
+        del stage
+        memory.let_go()
+        gc.collect()
+        assert any(thread.name == f"update-group-{NAME}-calls" for thread in threading.enumerate())
+        assert pages.reserved == len(pages.mapped) == 2
+        assert eventually(lambda: pages.reserved == len(pages.mapped) == 1)
+    trainer.do("destroy")
 
 
 # ---- what is exchanged -----------------------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ class Wire:
     def destroy(self, *, wait_s: float) -> None:
         self.destroyed = True
 
+    def keep_until_left(self, memory: object) -> None:
+        """Nothing is under way."""
+
     def landing(self, num_bytes: int) -> None:
         """It takes any memory."""
 

@@ -257,9 +257,13 @@ class Communicator:
         if self._held.num_under_way == 0:
             self._held.drop()
         else:  # the backend's destructor waits
-            threading.Thread(
+            closing = threading.Thread(
                 target=self._held.drop, name=f"{self.name}-closing", daemon=True
-            ).start()
+            )
+            closing.start()
+            with _aborts_lock:
+                _closings[:] = [thread for thread in _closings if thread.is_alive()]
+                _closings.append(closing)
 
     def _options(self, options: Any, timeout_s: float | None) -> Any:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
@@ -319,6 +323,8 @@ class Communicator:
 
 
 _aborts: list[threading.Thread] = []
+_closings: list[threading.Thread] = []
+"""Each waits until the operations of a group that was closed have ended."""
 _aborts_lock = threading.Lock()
 _EXIT_WAIT_S = 10.0
 
@@ -336,19 +342,27 @@ def wait_for_aborts(timeout_s: float) -> bool:
     return not any(thread.is_alive() for thread in threads)
 
 
-def keep_until_aborted(memory: object) -> None:
-    """Keep what operations of a group that was given up may still read or write, until they certainly do not."""
-    with _aborts_lock:
-        threads = [thread for thread in _aborts if thread.is_alive()]
-    if not threads:
+def keep_until_aborted(memory: object, left: Callable[[], None] | None = None) -> None:
+    """Keep what operations of a group that was given up may still read or write, until they certainly do not.
+
+    `left()` returns when the group's own thread has ended, which gloo may hold until the deadline.
+    """
+    if left is None and not _ending():
         return
 
     def hold(held: list[object]) -> None:
-        for thread in threads:
+        if left is not None:
+            left()
+        for thread in _ending():
             thread.join()
         held.clear()
 
     threading.Thread(target=hold, args=([memory],), name="group-memory", daemon=True).start()
+
+
+def _ending() -> list[threading.Thread]:
+    with _aborts_lock:
+        return [thread for thread in _aborts + _closings if thread.is_alive()]
 
 
 def _abort(backend: Any) -> None:

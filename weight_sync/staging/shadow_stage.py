@@ -106,10 +106,13 @@ class StageMemory:
             self.wait_for_device()  # steps may still use what was there; uploads come on another stream
         return buffer[:num_bytes]
 
-    def forget(self) -> None:
-        """Use none of it again: a thread of a group may still write into it, for longer than anybody waits for that."""
+    def forget(self, keep: Callable[[object], None] = keep_until_aborted) -> None:
+        """Use none of it again: a thread of a group may still write into it, for longer than anybody waits for that.
+
+        `keep` holds it until then: no view of a shadow that is mapped does.
+        """
         if self._shadow is not None or self._incoming:
-            keep_until_aborted((self._shadow, list(self._incoming.values())))
+            keep((self._shadow, list(self._incoming.values())))
         self._shadow = None
         self._incoming.clear()
         self._plans.clear()
@@ -239,7 +242,7 @@ class ShadowStage:
         self._mark.wait()
         if self._receiving:  # in vain: what comes now belongs to nothing
             self._group.destroy(wait_s=0.0)
-            self._memory.forget()
+            self._memory.forget(self._group.keep_until_left)
         self._receiving, self._plan = False, None
         self._memory.session_over()
 

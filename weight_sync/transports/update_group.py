@@ -19,7 +19,7 @@ import torch
 
 from ..errors import TransportError
 from ..process_groups.calls import CallThread
-from ..process_groups.communicator import Communicator
+from ..process_groups.communicator import Communicator, keep_until_aborted
 from ..process_groups.joining import Joiner, RendezvousPlace, check_member, gpu_name
 from ..process_groups.meeting import GroupTerms
 
@@ -91,6 +91,10 @@ class UpdateGroup(Generic[ConnectionT]):
         self._broken = self._broken or "it was destroyed"
         self._abort()
         self._thread.close(wait_s=wait_s)
+
+    def keep_until_left(self, memory: object) -> None:
+        """After `destroy`: keep what its operations may still read or write, until they certainly do not."""
+        keep_until_aborted(memory, self._thread.join)
 
     def __enter__(self) -> Self:
         return self
