@@ -3,7 +3,6 @@ still there. Pages of the process stand in for a GPU's memory, but where the tes
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from sync_support import ToyEngine, eventually, toy_map, weights
 
 import weight_sync
 from weight_sync import FingerprintMismatch, TornWeightsError, WeightPublisher, WeightUpdateError
-from weight_sync.devices.driver import CudaDriver
 from weight_sync.devices.mapped_memory import MappedMemory
 from weight_sync.errors import TransportError
 from weight_sync.layout.manifest import Manifest, align
@@ -29,6 +27,7 @@ from weight_sync.staging import shadow
 from weight_sync.staging.shadow import Shadow
 from weight_sync.staging.shadow_plan import ShadowPlan
 from weight_sync.staging.shadow_stage import ShadowStage, StageMemory
+from weight_sync.staging.stage_memories import NoMemory
 
 CPU = torch.device("cpu")
 Made = tuple[ToyEngine, WeightPublisher]
@@ -340,6 +339,45 @@ def test_memory_of_torchs_is_copied_beside_what_is_exchanged(pages: Pages) -> No
     assert all(set(parameter.tolist()) == {2} for parameter in parameters.values())
 
 
+def test_what_cannot_be_exchanged_is_taken_back_before_anything_else_is_copied(
+    pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = [MappedMemory(512, CPU, pages) for _ in range(2)]
+    parameters = {"a": memories[0].tensor, "b": memories[1].tensor, "c": torch.zeros(300)}
+    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    held = Shadow(known)
+    for parameter in parameters.values():
+        held.of(parameter).fill_(2)
+    write = held.write(parameters.values())
+    write.run()
+    assert not write.reversible
+    for parameter in parameters.values():
+        held.of(parameter).fill_(3)
+    swap = pages.swap
+
+    def one(*arguments: int) -> None:
+        if pages.swaps == 3:
+            raise TransportError("cuMemMap failed on purpose")
+        swap(*arguments)
+
+    monkeypatch.setattr(pages, "swap", one)
+    with pytest.raises(TransportError, match="on purpose"):
+        write.run()
+    assert write.reversible
+    monkeypatch.undo()
+    write.take_back()
+    assert all(set(parameter.tolist()) == {2} for parameter in parameters.values())
+
+
+def test_what_was_written_as_it_came_is_not_taken_back() -> None:
+    known = toy_map()
+    plan = compile_plan(Manifest(tensors=known.metas(), bucket_bytes=1 << 20), known)
+    memory = NoMemory(known, CPU, tear=lambda: None)
+    written = memory.plan(plan)
+    written.write(None)
+    assert not written.can_take_back()
+
+
 def test_released_memory_is_not_exchanged(pages: Pages) -> None:
     one = MappedMemory(100, CPU, pages)
     other = one.another()
@@ -349,72 +387,6 @@ def test_released_memory_is_not_exchanged(pages: Pages) -> None:
     assert MappedMemory.behind(one.tensor[3:].view(1, -1)) is one
     one.free()
     assert MappedMemory.behind(torch.empty(3)) is None
-
-
-# ---- the driver's calls ----------------------------------------------------------------------------------------------
-
-
-class Mappings:
-    """As much of the driver as an exchange needs: which memory is behind which address. Call number `fails` does."""
-
-    def __init__(self, fails: int) -> None:
-        self.behind: dict[int, int | None] = {1 << 21: 7, 1 << 22: 8}
-        self.accessible = {1 << 21, 1 << 22}
-        self.references = 0
-        self.fails, self.calls = fails, 0
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def call(*arguments: Any) -> int:
-            if not name.startswith("cuMem"):
-                return 0
-            if name != "cuMemRelease":  # which cannot fail
-                self.calls += 1
-                if self.calls == self.fails:
-                    return 1
-            getattr(self, f"_{name}")(*arguments)
-            return 0
-
-        return call
-
-    def _cuMemRetainAllocationHandle(self, handle: Any, address: ctypes.c_void_p) -> None:
-        handle._obj.value = self.behind[address.value or 0]
-        self.references += 1
-
-    def _cuMemRelease(self, handle: ctypes.c_ulonglong) -> None:
-        self.references -= 1
-
-    def _cuMemUnmap(self, address: ctypes.c_uint64, size: object) -> None:
-        assert self.behind[address.value] is not None
-        self.behind[address.value] = None
-        self.accessible.discard(address.value)
-
-    def _cuMemMap(
-        self, address: ctypes.c_uint64, size: Any, at: Any, handle: Any, flags: Any
-    ) -> None:
-        assert self.behind[address.value] is None
-        self.behind[address.value] = handle.value
-
-    def _cuMemSetAccess(self, address: ctypes.c_uint64, *_: object) -> None:
-        assert self.behind[address.value] is not None
-        self.accessible.add(address.value)
-
-
-@pytest.mark.parametrize("fails", range(10))
-def test_a_driver_that_fails_on_the_way_puts_everything_back(fails: int) -> None:
-    """Call 0: none does; there are eight."""
-    library = Mappings(fails)
-    driver = object.__new__(CudaDriver)
-    driver.index, driver._lib = 0, library  # type: ignore[assignment]
-    driver._device, driver._context = ctypes.c_int(), ctypes.c_void_p()
-    one, other = library.behind
-    if 1 <= fails <= 8:
-        with pytest.raises(TransportError, match="failed on GPU 0"):
-            driver.swap(one, other, 1 << 21)
-        assert library.behind == {one: 7, other: 8}
-    else:
-        driver.swap(one, other, 1 << 21)
-        assert library.behind == {one: 8, other: 7}
-    assert library.accessible == {one, other} and library.references == 0
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -248,19 +248,23 @@ class CudaDriver:
     def _exchange(
         self, one: int, other: int, num_bytes: int, before: dict[int, ctypes.c_ulonglong]
     ) -> None:
-        mapped = {one, other}
+        behind: dict[int, int | None] = {one: one, other: other}
         try:
             for address in (one, other):
                 self.unmap(address, num_bytes)
-                mapped.remove(address)
-            for address, handle in ((one, before[other]), (other, before[one])):
-                self._put(address, num_bytes, handle)
-                mapped.add(address)
+                behind[address] = None
+            for address, wanted in ((one, other), (other, one)):
+                self._put(address, num_bytes, before[wanted])
+                behind[address] = wanted
         except TransportError:
-            for address in mapped:
-                self.unmap(address, num_bytes)
-            for address, handle in before.items():
-                self._put(address, num_bytes, handle)
+            # Nothing else: what could not be unmapped before cannot be now, and is where it was.
+            for address, found in behind.items():
+                if found not in (None, address):
+                    self.unmap(address, num_bytes)
+                    behind[address] = None
+            for address, found in behind.items():
+                if found is None:
+                    self._put(address, num_bytes, before[address])
             raise
 
     def _put(self, address: int, num_bytes: int, handle: ctypes.c_ulonglong) -> None:

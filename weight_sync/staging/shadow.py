@@ -41,17 +41,20 @@ class ShadowWrite:
     """What of the shadow is copied there."""
 
     _done: list[tuple[MappedMemory, MappedMemory]] = field(default_factory=list)
+    _copied: bool = False
 
     @torch.no_grad()
     def run(self) -> None:
         """Returns when every copy was issued."""
+        self._copied = False
         self._exchange(self.swaps)
+        self._copied = bool(self.targets)
         copy_ranges(self.targets, self.sources)
 
     @property
     def reversible(self) -> bool:
-        """What was resident before is in the shadow, all of it."""
-        return bool(self.swaps) and not self.targets
+        """What was resident before `run` is in the shadow, or still resident: nothing was copied over it."""
+        return not self._copied
 
     def take_back(self) -> None:
         """After `run`, or as far as that came: make it resident again."""

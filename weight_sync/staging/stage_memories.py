@@ -108,7 +108,13 @@ class _Parameters(Shadow):
 
     def write(self, tensors: Iterable[torch.Tensor]) -> ShadowWrite:
         """They are written already."""
-        return ShadowWrite()
+        return _Written()
+
+
+class _Written(ShadowWrite):
+    """What was there before is nowhere."""
+
+    reversible = False
 
 
 class Lender(Protocol):
