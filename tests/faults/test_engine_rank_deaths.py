@@ -172,3 +172,17 @@ def test_a_rank_that_is_told_to_terminate_leaves_no_socket(
     with pytest.raises(EngineDiedError, match="exit code 143"):
         engine.engine.status()
     engine.close()
+
+
+def test_a_rank_hears_signals_that_its_owner_blocks(folder: Path) -> None:
+    """As one does that has a thread for them: a child inherits that."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
+    try:
+        engine = Engine(folder, executor="local", kv_cache_bytes=1 << 20, num_threads=1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with engine:
+        os.kill(engine._executor.pids[0], signal.SIGTERM)  # type: ignore[attr-defined]
+        wait_for("the engine's end", lambda: fails(engine.status), 20.0)
+        with pytest.raises(EngineDiedError, match="exit code 143"):
+            engine.status()

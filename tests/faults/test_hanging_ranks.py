@@ -95,8 +95,20 @@ def test_ranks_that_are_told_to_end_have_time_and_no_more(
     engine.close()
 
 
+def ignore_alarms() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+
+def block_alarms() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+
+
+@pytest.mark.parametrize("owner_does", [None, ignore_alarms, block_alarms])
 @pytest.mark.parametrize("read", [True, False])
-def test_the_bound_needs_neither_the_interpreter_nor_a_reader(read: bool) -> None:
+def test_the_bound_needs_neither_the_interpreter_nor_a_reader(
+    read: bool, owner_does: Callable[[], None] | None
+) -> None:
+    """Nor an owner that leaves the system's alarm alone: what it ignores or blocks, its children do, too."""
     code = (
         "import ctypes, os, sys, threading; from rollout.engine.executors.end_within import end_within\n"
         "os.set_blocking(2, False)\n"
@@ -104,12 +116,16 @@ def test_the_bound_needs_neither_the_interpreter_nor_a_reader(read: bool) -> Non
         f"    while {not read}: os.write(2, bytes(4096))\n"
         "except BlockingIOError: pass\n"
         "os.set_blocking(2, True)\n"
-        "end_within(0.3)\n"
+        "done = threading.Event()\n"
+        "def end(): end_within(0.3); done.set(); threading.Event().wait()\n"
+        "threading.Thread(target=end, daemon=True).start(); done.wait()\n"
         "end_within(100.0)\n"
         "ctypes.PyDLL(None).sleep(60)\n"
     )
     start = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=owner_does
+    ) as process:
         said = process.communicate(timeout=30)[1] if read else b""
         process.wait(30)
         assert process.returncode == (1 if read else -signal.SIGALRM)

@@ -93,6 +93,8 @@ def _terminated() -> int:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    # An owner that has a thread of its own for signals blocks them, and a child inherits that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM})
     return read_end
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import math
 import signal
@@ -24,11 +25,15 @@ def end_within(seconds: float) -> None:
 
     Neither of the two clocks needs the interpreter, whose lock may be held by a thread that waits for a GPU: for ever,
     where a kernel waits for a rank that is gone. The first clock says on standard error what all threads do. Should
-    nobody read that, the system's own alarm ends the process a second later.
+    nobody read that, the system's own alarm ends the process a second later, also where whoever started it ignores or
+    blocks alarms, which a child inherits: the calling thread, as long as it lives, takes it.
     """
     global _ends
     with _lock:
         if (end := time.monotonic() + seconds) < _ends:
             _ends = end
-            faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
+            # Python's own call is for the main thread alone; nothing of ours handles this signal.
+            ctypes.CDLL(None).signal(int(signal.SIGALRM), None)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             signal.setitimer(signal.ITIMER_REAL, seconds + _ALARM_S)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
