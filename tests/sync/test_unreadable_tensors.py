@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sync_support import ToyEngine, weights
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import weight_sync
 from weight_sync.errors import ManifestMismatch, TransportError
@@ -81,6 +84,28 @@ def test_a_publish_is_refused_also_when_the_same_names_came_before(
                 with pytest.raises(ManifestMismatch, match=rf"(?s)1 problem.*{NAME}: .*{kind}"):
                     publisher.publish(source)
         assert engine.values() == {3.0} and engine.receiver.version == 3
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [given_back, given_back_with_others])
+@pytest.mark.parametrize("call", ["fingerprint", "ranks"])
+def test_so_does_what_reads_the_part_that_a_rank_holds(
+    mesh: DeviceMesh, tmp_path: Path, call: str, kind: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    named = weights(1.0)
+    held = named[NAME].clone()
+    named[NAME] = DTensor.from_local(held, mesh, [Shard(0)], run_check=False)
+    CALLS[call](named, tmp_path)
+    named[NAME] = DTensor.from_local(kind(held), mesh, [Shard(0)], run_check=False)
+    with pytest.raises(ManifestMismatch, match=f"{NAME}: got a tensor whose memory was given back"):
+        CALLS[call](named, tmp_path)
 
 
 @pytest.mark.parametrize("named", [5, [("a", 5)], [("a",)], [(3, torch.zeros(2))], ["ab"], [None]])

@@ -69,6 +69,8 @@ def unreadable(tensor: torch.Tensor) -> str | None:
         return "without data (device meta)"
     if tensor.layout is not torch.strided:
         return f"with {tensor.layout}"
+    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
     if type(tensor) in _PLAIN and tensor.numel() and is_nowhere(tensor):
         return "whose memory was given back (its storage was resized)"
     return None
