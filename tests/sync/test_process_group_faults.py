@@ -352,6 +352,23 @@ def test_a_backend_that_is_stuck_while_it_connects_is_aborted_at_the_deadline():
     assert calls.close(wait_s=SLACK_S) is True
 
 
+def test_what_a_group_that_has_ended_was_given_is_let_go_of_at_once(peers):
+    class Memory:
+        pass
+
+    [trainer] = peers(1)
+    port = trainer.do("serve", world_size=2, group_name=NAME)
+    with join(port) as group:
+        group.joined.result(20)
+        group.destroy(wait_s=0.0)
+        memory = Memory()
+        gone = weakref.ref(memory)
+        group.keep_until_left(memory)
+        del memory
+        assert gone() is None
+    trainer.do("destroy")
+
+
 def test_a_backend_whose_abort_takes_for_ever_holds_nobody_up():
     class Slow(FakeNccl):
         num_aborts = 0

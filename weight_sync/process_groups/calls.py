@@ -108,9 +108,10 @@ class CallThread:
         self._worker.join(timeout=wait_s)
         return not self._worker.is_alive()
 
-    def join(self) -> None:
-        """After `close`: until the thread has ended, and nothing of its calls runs any more."""
-        self._worker.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """After `close`: until the thread has ended, and nothing of its calls runs any more; whether it has in time."""
+        self._worker.join(timeout_s)
+        return not self._worker.is_alive()
 
     def let_go(self) -> None:
         """`close` for an owner that was collected: waits for nothing, on whatever thread."""

@@ -342,7 +342,7 @@ def wait_for_aborts(timeout_s: float) -> bool:
     return not any(thread.is_alive() for thread in threads)
 
 
-def keep_until_aborted(memory: object, left: Callable[[], None] | None = None) -> None:
+def keep_until_aborted(memory: object, left: Callable[[], object] | None = None) -> None:
     """Keep what operations of a group that was given up may still read or write, until they certainly do not.
 
     `left()` returns when the group's own thread has ended, which gloo may hold until the deadline.
