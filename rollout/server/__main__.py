@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
 import threading
 
-from weight_sync.process_groups.children import life_of
+from weight_sync.process_groups.children import life_of, readable
 
 from ..errors import RolloutError
 from .launch import launch_server
@@ -60,7 +59,7 @@ def main() -> int:
 
 
 def _end_with_owner(life: list[int]) -> None:
-    while ready := select.select([0, *life], [], [])[0]:
+    while ready := readable([0, *life]):
         if 0 not in ready or not os.read(0, 1 << 16):
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import time
 import weakref
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from weight_sync.process_groups.children import start_command
+from weight_sync.process_groups.children import readable, start_command
 
 from ..errors import ConfigError, RolloutError
 from .config import ServerConfig
@@ -107,7 +106,7 @@ def _first_line(fd: int, timeout_s: float) -> dict[str, str]:
     content = b""
     while not content.endswith(b"\n"):
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        if left <= 0 or not readable([fd], left):
             return {"error": f"no answer within {timeout_s:g} s; raise timeout_s"}
         part = os.read(fd, _MOST_LAST_WORDS)
         if not part:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from many_descriptors import many_descriptors
 
 from rollout import Engine, RolloutPool
 from rollout.server import launch_server_process
@@ -226,6 +227,17 @@ def test_a_server_that_is_told_to_end_lets_what_runs_finish(serve):
         thread.join(120)
     last = answers[-1]
     assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 100}
+    assert server.close() == 0
+
+
+def test_an_owner_may_block_signals_and_have_many_descriptors(serve):
+    """The server would live on without it: it ends itself by a signal, and inherits what its owner blocks."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with many_descriptors():
+            server = serve({"drain_s": 0.2})
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     assert server.close() == 0
 
 

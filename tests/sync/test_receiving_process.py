@@ -8,12 +8,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from many_descriptors import many_descriptors
 from plain_group import PlainGroup
 from process_group_peer import content
 from process_group_support import NAME, PeerPool, num_descriptors
@@ -38,7 +39,7 @@ def processes() -> Iterator[ReceivingProcesses]:
 def connect(processes: ReceivingProcesses) -> Iterator[Callable[[], Any]]:
     groups: list[JoinedGroup] = []
 
-    def make() -> tuple[PlainGroup, JoinedGroup]:
+    def make(processes: ReceivingProcesses = processes) -> tuple[PlainGroup, JoinedGroup]:
         trainer = PlainGroup.serve(world_size=2, group_name=NAME, timeout_s=60)
         engine = JoinedGroup.join(
             master_address="127.0.0.1",
@@ -57,6 +58,15 @@ def connect(processes: ReceivingProcesses) -> Iterator[Callable[[], Any]]:
     yield make
     for group in groups:
         group.destroy()
+
+
+@contextmanager
+def started_late() -> Iterator[ReceivingProcesses]:
+    processes = ReceivingProcesses()
+    try:
+        yield processes
+    finally:
+        processes.close()
 
 
 def arrives(trainer: PlainGroup, engine: JoinedGroup, num_bytes: int, seed: int) -> bool:
@@ -195,3 +205,10 @@ def test_what_still_comes_is_read_away_until_all_is_quiet() -> None:
         for end in pair:
             with suppress(OSError):
                 end.close()
+
+
+def test_so_many_descriptors_may_be_open(connect: Callable[..., Any]) -> None:
+    """An engine of many clients has them, and a child finds its own under the number that its parent had for it."""
+    with started_late() as processes, many_descriptors():
+        trainer, engine = connect(processes)
+        assert arrives(trainer, engine, MIB, seed=5)

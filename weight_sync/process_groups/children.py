@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from {} import main; sys.exit(main())"
+_START = (
+    "import json, signal, sys; signal.pthread_sigmask(signal.SIG_SETMASK, ()); "
+    "sys.path[:] = json.loads(sys.argv.pop()); from {} import main; sys.exit(main())"
+)
+"""What an owner blocks, such as one that has a thread for its signals, its children would never hear."""
 
 
 def start_command(module: str, *arguments: str) -> list[str]:
@@ -43,6 +49,18 @@ def life_of(owner: int) -> list[int]:
     if os.getppid() != owner:  # It ended before, and the number may be another process's.
         os._exit(0)
     return life
+
+
+def readable(descriptors: Iterable[int], timeout_s: float | None = None) -> list[int]:
+    """Those that have something to read, or have come to their end; waits for one, up to `timeout_s` seconds.
+
+    `select.select` takes none from 1,024 on, and a process of many clients or files has those.
+    """
+    waits = select.poll()
+    for descriptor in descriptors:
+        waits.register(descriptor, select.POLLIN)
+    found = waits.poll(None if timeout_s is None else 1e3 * max(0.0, timeout_s))
+    return [descriptor for descriptor, _ in found]
 
 
 def exit_words(code: int) -> str:

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 from ..errors import DeadlineExceeded, SyncError, TransportError
 from ..time_left import left, left_s
 from .backends import open_gloo
-from .children import life_of
+from .children import life_of, readable
 from .communicator import Communicator
 from .expected import receive_expected
 from .last_reads import read_away_at_the_end
@@ -161,7 +161,7 @@ def main() -> int:
     )  # nobody waits for them: they are reaped as they end
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # their abort is an answer
     orders = socket.socket(fileno=int(sys.argv[1]))
-    while orders.fileno() in select.select([orders.fileno(), *owner], [], [])[0]:
+    while orders.fileno() in readable([orders.fileno(), *owner]):
         _, descriptors, _, _ = socket.recv_fds(orders, 1, NUM_DESCRIPTORS)
         if len(descriptors) < NUM_DESCRIPTORS:
             break

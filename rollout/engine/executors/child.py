@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ from typing import NoReturn
 
 import msgspec
 
-from weight_sync.process_groups.children import life_of
+from weight_sync.process_groups.children import life_of, readable
 
 from ...config import EngineConfig
 from ..loop.ranks import RankSpec
@@ -93,15 +92,13 @@ def _terminated() -> int:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    # An owner that has a thread of its own for signals blocks them, and a child inherits that.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGALRM})
     return read_end
 
 
 def _end_with_owner(servers: list[RankServer], spec: RankSpec, owner: int, terminated: int) -> None:
     """Block until the owner ends or lets go, or a SIGTERM; then leave at once: nobody is there to read a last word."""
     # Not `sys.stdin`: a thread that waits inside it holds its lock, and the interpreter aborts over that at its end.
-    ready = select.select([0, terminated, *life_of(owner)], [], [])[0]
+    ready = readable([0, terminated, *life_of(owner)])
     end_within(FAILED_S)
     for server in servers:
         server.close_socket()
