@@ -248,7 +248,7 @@ class StatelessProcessGroup(Place):
 
     def _arrive(self, host: str, port: int, end: float) -> None:
         if self._server is not None:
-            store, self.address = self._server.store, host
+            store, self.address = self._server.store, self._server.host
         else:
             store, lifeline = connect_store(
                 host, port, world_size=self.world_size, end=end, abandoned=self._is_abandoned

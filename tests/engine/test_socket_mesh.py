@@ -325,3 +325,28 @@ def test_what_was_opened_for_a_group_that_fails_is_closed_with_it(
     assert len({*closed}) == SIZE
     ranks.pool.shutdown()
     ranks.server.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]"])
+def test_the_rank_that_serves_the_rendezvous_listens_at_its_address(host: str) -> None:
+    bare = host.strip("[]")
+    try:
+        with socket.create_server(
+            (bare, 0), family=socket.AF_INET6 if ":" in bare else socket.AF_INET
+        ) as free:
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip("this machine has no such address")
+    done = threading.Barrier(SIZE)
+
+    def exchange(rank: int) -> list[bytes]:
+        with StatelessProcessGroup.create(host, port, rank, SIZE, name="at", timeout_s=20) as group:
+            mesh = SocketMesh.open(group, timeout_s=20)
+            try:
+                return mesh.all_gather(bytes([rank]), timeout_s=20)
+            finally:
+                done.wait(20)
+                mesh.close()
+
+    with ThreadPoolExecutor(SIZE) as pool:
+        assert list(pool.map(exchange, range(SIZE))) == [[b"\0", b"\1", b"\2"]] * SIZE
