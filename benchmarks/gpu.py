@@ -150,9 +150,8 @@ def _result(
 def _headline(
     settings: GpuBench, numbers: dict[str, Any], floor: float, num_tensors: int, size: int
 ) -> Iterator[Headline]:
-    what = (
-        f"update of {size / 1e9:.2f} GB, {num_tensors} tensors, to {settings.tp_size} other GPU(s)"
-    )
+    ranks = "another GPU" if settings.tp_size == 1 else f"{settings.tp_size} ranks on GPUs"
+    what = f"update of {size / 1e9:.2f} GB, {num_tensors} tensors, to {ranks}"
     for way in settings.ways:
         words = f"{what}: {way.replace('_', ' ')}"
         copy = f"{floor * 1e3:.1f} ms (one copy from GPU to GPU)"

@@ -124,7 +124,9 @@ def _headline(settings: GpuExpertsBench, numbers: dict[str, Any]) -> tuple[Headl
     floor = "experts, other weights and KV read once"
     return (
         decode_row("mixture", settings.prompt_tokens, numbers["decode"], floor),
-        Headline(what="mixture: prefill", measured=f"{numbers['prefill']['tokens_per_s']:,.0f} tokens/s"),
+        Headline(
+            what="mixture: prefill", measured=f"{numbers['prefill']['tokens_per_s']:,.0f} tokens/s"
+        ),
     )
 
 

@@ -297,15 +297,16 @@ def update_lines(found: dict[str, Any]) -> Iterator[Line]:
     """What was measured of one model's updates on the GPU."""
     seconds, floors = found["seconds"], found["floors_s"]
     copy, read = floors["copy"], floors["read"]
+    # What is written is read back in the same pass.
     step = seconds.get("streaming, pause", {}).get("step", {"p50": 0.0})["p50"]
     for words, name, part, floor in (
         ("pack, with fingerprints", "idle", "pack", copy),
         ("check of the staged bytes", "idle", "check_staged", read),
         ("begin to committed, copies queued", "idle", "begin_to_committed", None),
         ("begin to verified", "idle", "begin_to_verified", copy + read),
-        ("engine's pause, verified in it", "idle", "pause", copy + read),
+        ("engine's pause, verified in it", "idle", "pause", copy),
         ("the whole call", "idle", "publish", 2 * copy + read),
-        ("a client's longest wait for a token", "streaming, pause", "gap", step + copy + read),
+        ("a client's longest wait for a token", "streaming, pause", "gap", step + copy),
         ("the same, verified behind it", "streaming, overlapped", "gap", step + copy),
     ):
         if name in seconds:
