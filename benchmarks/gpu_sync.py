@@ -294,10 +294,9 @@ def experts_limit(dense: float) -> float:
 
 
 def update_lines(found: dict[str, Any]) -> Iterator[Line]:
-    """What was measured of one model's updates on the GPU."""
+    """What was measured of one model's updates on the GPU. A commit is one copy: what is written is read back in it."""
     seconds, floors = found["seconds"], found["floors_s"]
     copy, read = floors["copy"], floors["read"]
-    # What is written is read back in the same pass.
     step = seconds.get("streaming, pause", {}).get("step", {"p50": 0.0})["p50"]
     for words, name, part, floor in (
         ("pack, with fingerprints", "idle", "pack", copy),

@@ -1,7 +1,7 @@
 """Small messages between ranks over sockets of their own, read by the thread that waits for them.
 
-gloo hands a message to a thread that sends it, from one that hears of it back to that one, and on to whoever waits: 240
-microseconds for what takes 15 here. On a machine whose processors sleep every hand-over costs more.
+gloo hands a message to a thread that sends it, from one that hears of it back to that one, and on to whoever waits: 415
+microseconds (145 at best) for what takes 53 (19) here, 3 KB between two processes of two cores.
 """
 
 from __future__ import annotations

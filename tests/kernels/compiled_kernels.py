@@ -38,6 +38,8 @@ class Compiled:
     """Of a thread's registers, in memory."""
     warps: int
     """Of a program."""
+    reads_shared_cache: bool
+    """Some of its loads pass a multiprocessor's own cache."""
 
 
 def compile_calls(words: list[str]) -> list[Compiled]:
@@ -59,6 +61,7 @@ def compile_calls(words: list[str]) -> list[Compiled]:
                     shared_bytes=kernel.metadata.shared,
                     registers=registers,
                     spilled_bytes=spilled,
+                    reads_shared_cache="ld.global.cg" in kernel.asm["ptx"],
                     warps=kernel.metadata.num_warps,
                 )
             )

@@ -65,3 +65,12 @@ def test_programs_fit_a_multiprocessor(compiled: list[dict[str, Any]]) -> None:
     for row in compiled:
         assert row["shared_bytes"] <= MOST_SHARED_BYTES, row
         assert row["registers"] * 32 * row["warps"] <= MOST_REGISTERS, row
+
+
+@pytest.mark.slow
+def test_what_a_write_reads_back_is_not_what_it_has_just_read(
+    compiled: list[dict[str, Any]],
+) -> None:
+    """In the interpreter both are the same bytes."""
+    read_back = [row["reads_shared_cache"] for row in compiled if row["kernel"] == "words_kernel"]
+    assert sum(read_back) == 2 and len(read_back) > 4  # for each alignment, where it sums

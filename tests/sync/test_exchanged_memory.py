@@ -24,7 +24,7 @@ from weight_sync.layout.manifest import Manifest, align
 from weight_sync.layout.weight_map import Placement, WeightMap
 from weight_sync.plan.plan import compile_plan
 from weight_sync.staging import shadow
-from weight_sync.staging.shadow import Shadow
+from weight_sync.staging.shadow import Shadow, ShadowWrite
 from weight_sync.staging.shadow_plan import ShadowPlan
 from weight_sync.staging.shadow_stage import ShadowStage, StageMemory
 from weight_sync.staging.stage_memories import NoMemory
@@ -248,6 +248,19 @@ def test_a_shadow_stays_while_a_group_that_was_left_may_write_into_it(
 # ---- what is exchanged -----------------------------------------------------------------------------------------------
 
 
+def shadow_of(parameters: dict[str, torch.Tensor]) -> tuple[Shadow, ShadowWrite]:
+    """Of a model of these, and what writes all of them."""
+    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
+    held = Shadow(known)
+    return held, held.write(parameters.values())
+
+
+def fill(held: Shadow, parameters: dict[str, torch.Tensor], value: int) -> None:
+    """An update that waits."""
+    for parameter in parameters.values():
+        held.of(parameter).fill_(value)
+
+
 def map_of(memory: torch.Tensor, sizes: list[int], named: list[int], at: int = 0) -> WeightMap:
     """Parameters of `sizes` bytes one behind the other from byte `at` of `memory`; the model has those `named`."""
     parameters = {}
@@ -302,9 +315,7 @@ def test_an_exchange_that_stops_between_two_allocations_is_taken_back(
 ) -> None:
     memories = {name: MappedMemory(512, CPU, pages) for name in "abc"}
     parameters = {name: memory.tensor.fill_(1) for name, memory in memories.items()}
-    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
-    held = Shadow(known)
-    write = held.write(parameters.values())
+    held, write = shadow_of(parameters)
     swap = pages.swap
 
     def two(*arguments: int) -> None:
@@ -312,8 +323,7 @@ def test_an_exchange_that_stops_between_two_allocations_is_taken_back(
             raise TransportError("cuMemMap failed on purpose")
         swap(*arguments)
 
-    for parameter in parameters.values():
-        held.of(parameter).fill_(2)
+    fill(held, parameters, 2)
     with monkeypatch.context() as patch:
         patch.setattr(pages, "swap", two)
         with pytest.raises(TransportError, match="on purpose"):
@@ -329,11 +339,8 @@ def test_an_exchange_that_stops_between_two_allocations_is_taken_back(
 def test_memory_of_torchs_is_copied_beside_what_is_exchanged(pages: Pages) -> None:
     memory = MappedMemory(512, CPU, pages)
     parameters = {"a": memory.tensor, "b": torch.ones(300, dtype=torch.uint8)}
-    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
-    held = Shadow(known)
-    for parameter in parameters.values():
-        held.of(parameter).fill_(2)
-    write = held.write(parameters.values())
+    held, write = shadow_of(parameters)
+    fill(held, parameters, 2)
     write.run()
     assert len(write.swaps) == 1 and len(write.targets) == 1 and not write.reversible
     assert all(set(parameter.tolist()) == {2} for parameter in parameters.values())
@@ -344,15 +351,11 @@ def test_what_cannot_be_exchanged_is_taken_back_before_anything_else_is_copied(
 ) -> None:
     memories = [MappedMemory(512, CPU, pages) for _ in range(2)]
     parameters = {"a": memories[0].tensor, "b": memories[1].tensor, "c": torch.zeros(300)}
-    known = WeightMap([Placement.whole(n, p) for n, p in parameters.items()], parameters)
-    held = Shadow(known)
-    for parameter in parameters.values():
-        held.of(parameter).fill_(2)
-    write = held.write(parameters.values())
+    held, write = shadow_of(parameters)
+    fill(held, parameters, 2)
     write.run()
     assert not write.reversible
-    for parameter in parameters.values():
-        held.of(parameter).fill_(3)
+    fill(held, parameters, 3)
     swap = pages.swap
 
     def one(*arguments: int) -> None:

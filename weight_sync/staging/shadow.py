@@ -26,7 +26,8 @@ from ..plan.copies import copy_ranges, only_padding
 from ..transports.arena import Mapping
 
 _SWAPPED_BYTES = 256 << 20
-"""Least bytes of an allocation that are exchanged: the driver's calls take as long as a copy of these."""
+"""Least bytes of an allocation that are exchanged. The driver's calls take 0.7 ms for 1 GB on an H200 and 1.2 for 16; a
+copy of 1 GB is 0.2 faster, and has no way back."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -149,14 +149,13 @@ class ArenaStage:
         raise AssertionError("whole tensors were checked")
 
     def write(self, rows: np.ndarray | None, *, read_back: bool = False) -> Written | None:
-        written: Written | None = None
-        if read_back and rows is None and self._buffer.is_cuda:
+        read = None
+        if read_back and rows is None:
             read = self.plan.replay_and_read(self._buffer)
-            written = lambda: as_uint64(read())  # noqa: E731
         else:
             self.plan.replay(self._buffer, rows)
         self._mark.record(self._buffer.device)
-        return written
+        return None if read is None else lambda: as_uint64(read())
 
     def after_write(self) -> None:
         self._mark.follow()

@@ -491,9 +491,8 @@ class EngineCore:
         self._inbox.drain(lambda call: call.fail(self._ending))
         for call in self._asked_to_end:  # Last of all: whoever is told that it ends hangs up.
             call.reply(cmd.Done())
-        if (
-            not lost
-        ):  # Else what frees a GPU's memory waits for kernels, and they for a rank that is gone.
+        # What frees a GPU's memory waits for kernels, and they may for a rank that is gone.
+        if not lost:
             self.weights.close()
             self.memory.end(alone=self._ranks.spec.size == 1 and self._service.ended)
             self._ranks.close()
