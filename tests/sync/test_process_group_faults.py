@@ -18,6 +18,7 @@ from process_group_support import NAME, Peer, PeerError, free_port, group_thread
 from stopped import go_on, stop
 
 from weight_sync.errors import DeadlineExceeded, TransportError
+from weight_sync.process_groups import communicator
 from weight_sync.process_groups.backends import open_nccl
 from weight_sync.process_groups.calls import GRACE_S, CallThread
 from weight_sync.process_groups.communicator import (
@@ -352,7 +353,7 @@ def test_a_backend_that_is_stuck_while_it_connects_is_aborted_at_the_deadline():
     assert calls.close(wait_s=SLACK_S) is True
 
 
-def test_what_a_group_that_has_ended_was_given_is_let_go_of_at_once(peers):
+def test_what_a_group_that_has_ended_was_given_is_let_go_of_at_once(peers, monkeypatch):
     class Memory:
         pass
 
@@ -361,9 +362,13 @@ def test_what_a_group_that_has_ended_was_given_is_let_go_of_at_once(peers):
     with join(port) as group:
         group.joined.result(20)
         group.destroy(wait_s=0.0)
+        assert group._thread.join(20)
+        monkeypatch.setattr(communicator, "_ending", list)  # What other tests have left may go on.
         memory = Memory()
         gone = weakref.ref(memory)
-        group.keep_until_left(memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(communicator, "threading", None)  # No thread is begun to hold it.
+            group.keep_until_left(memory)
         del memory
         assert gone() is None
     trainer.do("destroy")
