@@ -182,7 +182,11 @@ def test_other_calls_of_another_rank_are_not_taken_for_ours(ranks: Ranks) -> Non
 
     start = time.monotonic()
     calls = [ranks.pool.submit(call, mesh) for mesh in ranks.made]
-    for rank, other in ((0, 1), (1, 0), (2, 0)):
+    for rank, other in (
+        (0, "1"),
+        (1, "0"),
+        (2, "[01]"),
+    ):  # Whoever rank 2 looks at is closed by then.
         with pytest.raises((ProtocolError, TransportError), match=f"rank {other}") as caught:
             calls[rank].result(30)
         if rank < 2:
